@@ -1,0 +1,8 @@
+"""`python -m sglang_router` is the console command."""
+
+import sys
+
+from sglang_router.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

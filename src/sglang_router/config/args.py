@@ -1,0 +1,185 @@
+"""`RouterArgs`: all options of one router, typed. Made from flags, from a namespace, or by hand.
+
+    parse(argv, environ) ----------+
+    RouterArgs.from_cli_args(ns) --+--> RouterArgs --checked()--> a copy fit to start with, or ConfigError
+    RouterArgs(port=8000) ---------+
+
+An instance may be changed and used as often as one likes: starting a router leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sglang_router.config.flags import GIVEN, PREFIX, add_flags, new_parser
+from sglang_router.config.option import flag_of
+from sglang_router.config.reserved import ReservedOptions
+from sglang_router.config.sources import merge, read_file
+from sglang_router.config.table import ALIASES, OPTIONS, accept
+from sglang_router.errors import ConfigError
+
+_ABSENT = object()
+
+
+@dataclass(repr=False)
+class RouterArgs(ReservedOptions):
+    """The options, explained in `docs/options.md`. `given` names those that a flag, variable or file set."""
+
+    given: frozenset[str] = field(default=frozenset(), compare=False)
+
+    @property
+    def access_log(self) -> bool:
+        """Whether each request gets a log line."""
+        return not self.disable_access_log
+
+    @staticmethod
+    def add_cli_args(
+        parser: argparse.ArgumentParser, use_router_prefix: bool = False, exclude_host_port: bool = False
+    ) -> None:
+        """Adds the flags to a parser of one's own: `--policy`, or `--router-policy` with the prefix.
+
+        `--worker-urls`, `--host` and `--port` never take it; `exclude_host_port` leaves the latter two out.
+        """
+        add_flags(parser, use_router_prefix=use_router_prefix, exclude_host_port=exclude_host_port)
+
+    @classmethod
+    def from_cli_args(
+        cls, args: object, use_router_prefix: bool = False, environ: Mapping[str, str] = os.environ
+    ) -> RouterArgs:
+        """From a namespace, or any object with attributes: `router_<name>` (with the prefix), else `<name>`.
+
+        Missing attributes take their defaults. What `add_cli_args` put there counts as flags, so the
+        environment and `--config` fill in what was not on the command line; any other object is taken at its
+        word.
+
+        Raises: ConfigError.
+        """
+        found = _attributes(args, use_router_prefix)
+        flags_given = getattr(args, GIVEN, None)
+        if flags_given is None:
+            return cls(**found)
+        flags = {
+            name: value
+            for name, value in found.items()
+            if name in flags_given or value != (OPTIONS[name].default if name in OPTIONS else None)
+        }
+        values, given = merge(flags, environ)
+        return cls(**values, given=given)
+
+    def checked(self) -> RouterArgs:
+        """A copy with every value checked, aliases resolved and dependent values worked out.
+
+        Raises: ConfigError if a value is bad, two disagree, or a feature is asked for that is not there.
+        """
+        final = copy.copy(self)
+        final._read_file()
+        for name, option in OPTIONS.items():
+            setattr(final, name, accept(name, getattr(final, name), option.flag))
+        final._resolve_aliases()
+        final.given = self.given | {name for name in OPTIONS if final._differs(name)}
+        final._refuse_what_is_missing()
+        final._work_out()
+        final._mirror_aliases()
+        return final
+
+    def without_effect(self) -> list[str]:
+        """The flags of options that are set and do nothing in this router."""
+        return self._used("inert")
+
+    def _used(self, status: str) -> list[str]:
+        return [
+            option.flag for name, option in OPTIONS.items() if option.status == status and self._differs(name)
+        ]
+
+    def _differs(self, name: str) -> bool:
+        return bool(getattr(self, name) != OPTIONS[name].default)
+
+    def _read_file(self) -> None:
+        """Fills in what a file says, if one was named by hand: `parse` has read the others already."""
+        if self.config and "config" not in self.given:
+            for name, value in read_file(Path(self.config)).items():
+                if name in OPTIONS and not self._differs(name):
+                    setattr(self, name, value)
+
+    def _resolve_aliases(self) -> None:
+        for name, entry in ALIASES.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            value = accept(name, value, flag_of(name))
+            wanted = value if entry.means is None else entry.means
+            current, default = getattr(self, entry.target), OPTIONS[entry.target].default
+            if current == default and value is not False:
+                setattr(self, entry.target, wanted)
+            elif current != wanted and entry.means is None:
+                both = f"{OPTIONS[entry.target].flag} and {entry.flag}"
+                raise ConfigError(f"{both} are two names of one option and disagree; give one of them")
+
+    def _mirror_aliases(self) -> None:
+        """Lets a copy be checked again: its aliases agree with what was worked out."""
+        for name, entry in ALIASES.items():
+            if getattr(self, name) is not None and entry.means is None:
+                setattr(self, name, getattr(self, entry.target))
+
+    def _refuse_what_is_missing(self) -> None:
+        if used := self._used("later"):
+            them = "it" if len(used) == 1 else "them"
+            raise ConfigError(f"not available in this version: {', '.join(used)}; start without {them}")
+
+    def _work_out(self) -> None:
+        """Values that depend on others."""
+        if self.disable_retries:
+            self.max_worker_retries, self.max_total_retries = 1, 0
+        elif self.retry_max_retries is not None:
+            if "max_total_retries" in self.given and self.max_total_retries != self.retry_max_retries - 1:
+                raise ConfigError("--max-total-retries and --retry-max-retries disagree; give one of them")
+            self.max_total_retries = self.retry_max_retries - 1
+        if self.retry_max_backoff_ms < self.retry_initial_backoff_ms:
+            raise ConfigError("--retry-max-backoff-ms must not be less than --retry-initial-backoff-ms")
+        if self.cb_max_timeout_duration_secs < self.cb_timeout_duration_secs:
+            self.cb_max_timeout_duration_secs = self.cb_timeout_duration_secs
+        self.prometheus_host = self.prometheus_host or self.host
+
+    def __repr__(self) -> str:
+        """What differs from the defaults, without secrets."""
+        changed = (
+            f"{name}={'***' if option.secret else repr(getattr(self, name))}"
+            for name, option in OPTIONS.items()
+            if self._differs(name)
+        )
+        return f"RouterArgs({', '.join(changed)})"
+
+
+def parse(
+    argv: Sequence[str],
+    environ: Mapping[str, str] = os.environ,
+    prog: str = "sglang-router launch",
+) -> RouterArgs:
+    """The options from a command line, the environment and the file named by either.
+
+    Raises: ConfigError; SystemExit(0) after --help.
+    """
+    namespace = new_parser(prog).parse_all(argv)
+    flags_given: frozenset[str] = getattr(namespace, GIVEN)
+    values, given = merge({name: getattr(namespace, name) for name in flags_given}, environ)
+    return RouterArgs(**values, given=given)
+
+
+def _attributes(args: object, use_router_prefix: bool) -> dict[str, Any]:
+    """The options and aliases an object has; None for one that cannot be None is as good as missing."""
+    found: dict[str, Any] = {}
+    for each in fields(RouterArgs):
+        if each.name not in OPTIONS and each.name not in ALIASES:
+            continue
+        value = getattr(args, f"{PREFIX}_{each.name}", _ABSENT) if use_router_prefix else _ABSENT
+        if value is _ABSENT:
+            value = getattr(args, each.name, _ABSENT)
+        if value is not _ABSENT and value is not None:
+            found[each.name] = copy.copy(value)
+    return found

@@ -1,0 +1,155 @@
+"""The command line: flags derived from the table, a help text made to be read, errors of one line.
+
+The flags can be put into any argparse parser (`add_flags`), as launchers of training frameworks do with the
+prefix `--router-`. Two things pass through the namespace: each option's attribute holds its value, as
+argparse's users expect, and `GIVEN` holds the names of those that stood on the command line, so that only
+these win over the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from sglang_router.config.option import ENVIRONMENT_PREFIX, Alias, Option, did_you_mean
+from sglang_router.config.table import ALIASES, OPTIONS, accept, other_flags
+from sglang_router.errors import ConfigError
+
+GIVEN = "router_flags_given"
+PREFIX = "router"
+
+# the flags that belong to the whole command when the router is part of another: never prefixed
+_SHARED = frozenset({"worker_urls", "host", "port"})
+
+_UNIT_METAVARS = {"s": "SECONDS", "ms": "MS", "bytes": "BYTES"}
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Flags in a narrow column, text beside or below them."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a mistake with one line instead of the usage of a hundred flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises: ConfigError, always."""
+        raise ConfigError(message.removeprefix("argument "))
+
+    def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The namespace for `argv`. Raises: ConfigError for anything unknown or ill-formed."""
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            word = unknown[0].partition("=")[0]  # what follows may be a secret
+            if not word.startswith("-"):
+                raise ConfigError(f"unexpected argument {word!r}; see --help")
+            known = [flag for action in self._actions for flag in action.option_strings]
+            raise ConfigError(f"unknown flag {word}{did_you_mean(word, known) or '; see --help'}")
+        return namespace
+
+
+class _Store(argparse.Action):
+    """Reads the words of one flag and notes that it was given."""
+
+    def __init__(self, *, entry: Option | Alias, **details: Any) -> None:
+        super().__init__(**details)
+        self._entry = entry
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        words = [values] if isinstance(values, str) else list(values or [])
+        given: frozenset[str] = getattr(namespace, GIVEN, frozenset())
+        try:
+            value = accept(self._entry.name, self._entry.kind.words(words), option_string or self._entry.name)
+        except ConfigError as error:
+            raise argparse.ArgumentError(None, str(error)) from None
+        if isinstance(self._entry, Option) and self._entry.repeat and self._entry.name in given:
+            value = getattr(namespace, self.dest) + value
+        setattr(namespace, self.dest, value)
+        setattr(namespace, GIVEN, given | {self._entry.name})
+
+
+def new_parser(prog: str) -> Parser:
+    """The parser of the launch command."""
+    parser = Parser(
+        prog=prog,
+        usage="%(prog)s [--worker-urls URL ...] [options]",
+        description="Starts the router in front of workers: SGLang, vLLM, llama.cpp, built-in engines.",
+        epilog=f"Every option is also a variable {ENVIRONMENT_PREFIX}<NAME> and a key of the --config file.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_flags(parser)
+    return parser
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, *, use_router_prefix: bool = False, exclude_host_port: bool = False
+) -> None:
+    """Adds all options to a parser, in groups; with the prefix as `--router-...` but for `--worker-urls`."""
+    parser.set_defaults(**{GIVEN: frozenset()})
+    groups: dict[str, Any] = {}
+    entries: list[Option | Alias] = [*OPTIONS.values(), *ALIASES.values()]
+    for entry in entries:
+        if exclude_host_port and entry.name in ("host", "port"):
+            continue
+        target = OPTIONS[entry.target] if isinstance(entry, Alias) else entry
+        if target.group not in groups:
+            groups[target.group] = parser.add_argument_group(target.group)
+        prefixed = use_router_prefix and entry.name not in _SHARED
+        details: dict[str, Any] = {"metavar": _metavar(entry)} if entry.kind.nargs != 0 else {}
+        if target.repeat:
+            details["nargs"] = "+"
+        groups[target.group].add_argument(
+            entry.flag.replace("--", f"--{PREFIX}-", 1) if prefixed else entry.flag,
+            dest=f"{PREFIX}_{entry.name}" if prefixed else entry.name,
+            action=_Store,
+            entry=entry,
+            default=None if isinstance(entry, Alias) else entry.fresh_default(),
+            help=argparse.SUPPRESS if isinstance(entry, Alias) else _help(entry),
+            **{"nargs": entry.kind.nargs, **details},
+        )
+
+
+def _metavar(entry: Option | Alias) -> str:
+    if isinstance(entry, Option):
+        by_type = "NAME" if entry.choices else _UNIT_METAVARS.get(entry.unit, entry.kind.metavar)
+        return entry.metavar or by_type
+    return entry.kind.metavar
+
+
+def _help(option: Option) -> str:
+    notes = [f"default: {default_text(option)}"]
+    if option.choices:
+        notes.insert(0, "one of " + ", ".join(option.choices))
+    if others := other_flags(option.name):
+        notes.append("also " + ", ".join(others))
+    if option.status == "later":
+        notes.append("not available yet: refused")
+    text = f"{option.help} [{'; '.join(notes)}]".replace("%", "%%")
+    # the end shows nothing, and keeps ArgumentDefaultsHelpFormatter from adding the default a second time
+    return text + "%(default).0s"
+
+
+def default_text(option: Option) -> str:
+    """An option's default, with its unit, for people."""
+    if option.shown_default:
+        return option.shown_default
+    default = option.default
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if default is None or default in ([], {}):
+        return "none"
+    text = str(default)
+    if option.unit == "bytes" and default >= 1024:
+        size, unit = (default / 2**20, "MiB") if default >= 2**20 else (default / 2**10, "KiB")
+        return f"{text} bytes ({size:g} {unit})"
+    return f"{text} {option.unit}".strip()

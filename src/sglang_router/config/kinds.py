@@ -1,0 +1,153 @@
+"""From what people write to typed values: one `Kind` for each type an option can have.
+
+The same option arrives as words on a command line, as one string in the environment, and as a native object
+from a file or a namespace. `Kind.read` takes all three; `Kind.words` only says how the words of a flag become
+such an object.
+
+    --worker-urls http://a http://b      ["http://a", "http://b"]  --+
+    SGLANG_ROUTER_WORKER_URLS="a, b"     "a, b"                    --+-- read --> ["http://a", "http://b"]
+    worker_urls: [http://a, http://b]    ["http://a", "http://b"]  --+
+
+A reader refuses with ValueError and need not say why: the option knows its own name, range and whether its
+value is secret, so it writes the sentence.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Pairs = list[tuple[str, int | None]]
+Keys = list[tuple[str, str, str, str]]
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How values of one type are read. `nargs` is argparse's; `expects` completes the phrase "is not ..."."""
+
+    expects: str
+    read: Callable[[object], Any]
+    metavar: str = ""
+    nargs: str | int | None = None
+    words: Callable[[list[str]], object] = list
+
+
+def kind_of(annotation: object) -> Kind:
+    """The kind for a field's type; `X | None` is read as X."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        annotation = next(arg for arg in typing.get_args(annotation) if arg is not type(None))
+    return KINDS[annotation]
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return int(value)
+    raise ValueError
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _switch(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = value.strip().lower() if isinstance(value, str) else str(value)
+    if word not in _TRUE | _FALSE:
+        raise ValueError
+    return word in _TRUE
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value.strip()
+
+
+def _items(value: object) -> list[object]:
+    """The members of a list, or of a string that separates them by spaces or commas."""
+    if isinstance(value, str):
+        return list(value.replace(",", " ").split())
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    raise ValueError
+
+
+def _texts(value: object) -> list[str]:
+    return [_text(item) for item in _items(value)]
+
+
+def _numbers(value: object) -> list[float]:
+    return [_number(item) for item in _items(value)]
+
+
+def _mapping(value: object) -> dict[str, str]:
+    """`key=value` items, or a mapping. One item may hold several, as in "app=llm tier=gpu"."""
+    if isinstance(value, Mapping):
+        return {_text(key): _text(item) for key, item in value.items()}
+    found: dict[str, str] = {}
+    for item in _texts(value):
+        parts = item.split()
+        for pair in parts if all("=" in part for part in parts) else [item]:
+            key, equals, rest = pair.partition("=")
+            if not (key and equals):
+                raise ValueError
+            found[key] = rest
+    return found
+
+
+def _pairs(value: object) -> Pairs:
+    """URLs, each with an optional port: "http://a" or ["http://a", 9000] or ["http://a", "none"]."""
+    pairs: Pairs = []
+    for item in _items(value):
+        parts = [item] if isinstance(item, str) else _items(item)
+        port = parts[1] if len(parts) > 1 else None
+        pairs.append((_text(parts[0]), None if port in (None, "none", "None") else _whole(port)))
+    return pairs
+
+
+def _keys(value: object) -> Keys:
+    """`id:name:role:key` items as (id, name, key, role), the order in which the reference keeps them."""
+    keys: Keys = []
+    for item in value.split(",") if isinstance(value, str) else _items(value):
+        if isinstance(item, (list, tuple)):
+            ident, name, key, role = (_text(part) for part in item)
+        else:
+            ident, name, role, key = _text(item).split(":", 3)
+        if role not in ("admin", "user"):
+            raise ValueError
+        keys.append((ident, name, key, role))
+    return keys
+
+
+def _only(words: list[str]) -> object:
+    return words[0]
+
+
+KINDS: dict[object, Kind] = {
+    int: Kind("a whole number", _whole, "N", words=_only),
+    float: Kind("a number", _number, "X", words=_only),
+    bool: Kind("true or false", _switch, nargs=0, words=lambda _: True),
+    str: Kind("a text", _text, "TEXT", words=_only),
+    list[str]: Kind("a list of texts", _texts, "TEXT", "*"),
+    list[float]: Kind("a list of numbers", _numbers, "X", "*"),
+    dict[str, str]: Kind("a list of key=value", _mapping, "KEY=VALUE", "*"),
+    Pairs: Kind(
+        "a URL with an optional port number or 'none'", _pairs, "URL", "+", words=lambda words: [words]
+    ),
+    Keys: Kind("a list of id:name:role:key with the role admin or user", _keys, "ID:NAME:ROLE:KEY", "*"),
+}

@@ -1,0 +1,180 @@
+"""What an option is. Everything about one is said once, in the line that declares it:
+
+    port: int = option(30000, "Port to listen on.", LISTENING, check=between(1, 65535))
+    ---- ---           -----   -----------------    ---------  ------------------------
+    name type          default help                 group      what values it takes
+
+and everything else is derived: the flag --port, the variable SGLANG_ROUTER_PORT, the key `port` of a file,
+the reading and checking of values from any of them, the help text and the page of documentation.
+
+Some options belong to features that are not there. Their `status` says what using one means (a value other
+than the default): `later` is refused at the start, because the router would behave otherwise than asked;
+`inert` is accepted with a warning, because for an HTTP router there is nothing to do.
+
+An alias is an older or other name of an option, declared the same way: `eviction_interval: float | None =
+alias("eviction_interval_secs")`. It may be used wherever the option may.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from sglang_router.config.checks import Range
+from sglang_router.config.kinds import Kind, kind_of
+from sglang_router.errors import ConfigError
+
+T = TypeVar("T")
+Status = Literal["implemented", "later", "inert"]
+
+ENVIRONMENT_PREFIX = "SGLANG_ROUTER_"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option. `flag` is its first spelling; `shown_default` tells a default that is worked out later."""
+
+    name: str
+    kind: Kind
+    default: Any
+    help: str
+    group: str
+    unit: str
+    flag: str
+    choices: tuple[str, ...]
+    check: Callable[[Any], Any] | None
+    status: Status
+    secret: bool
+    repeat: bool
+    shown_default: str
+    metavar: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Its names in files and in the environment: the field's, and the flag's where that differs."""
+        return tuple(dict.fromkeys((self.name, key_of(self.flag))))
+
+    @property
+    def expects(self) -> str:
+        """What a value must be, to complete the phrase "is not ..."."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        return f"{self.kind.expects} {self.check}" if isinstance(self.check, Range) else self.kind.expects
+
+    def fresh_default(self) -> Any:
+        """The default, never shared: some are lists."""
+        return copy.copy(self.default)
+
+    def accept(self, value: object) -> Any:
+        """The value, typed and checked. None stands for the default, as blank does where the default is None.
+
+        Raises: ValueError with a sentence that does not name the option (who calls knows how it was spelled).
+        """
+        if value is None or (self.default is None and isinstance(value, str) and not value.strip()):
+            return self.fresh_default()
+        shown = "the value" if self.secret else repr(value)
+        try:
+            read = self.kind.read(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{shown} is not {self.expects}") from None
+        if self.choices and read not in self.choices:
+            raise ValueError(f"{shown} is not {self.expects}{did_you_mean(read, self.choices)}")
+        if self.check is None:
+            return read
+        try:
+            return self.check(read)
+        except (ValueError, ConfigError) as error:
+            raise ValueError(str(error) or f"{shown} is not {self.expects}") from None
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Another name of `target`. With `means`, it is a switch that stands for that value."""
+
+    name: str
+    kind: Kind
+    target: str
+    means: object = None
+
+    @property
+    def flag(self) -> str:
+        return flag_of(self.name)
+
+
+def option(
+    default: T,
+    help: str,
+    group: str,
+    *,
+    unit: str = "",
+    flag: str = "",
+    choices: Iterable[str] = (),
+    check: Callable[[Any], Any] | None = None,
+    status: Status = "implemented",
+    secret: bool = False,
+    repeat: bool = False,
+    shown_default: str = "",
+    metavar: str = "",
+) -> T:
+    """Declares a field of RouterArgs; see `Option`. With `repeat`, each use of the flag adds to the list."""
+    declared = {
+        "help": help,
+        "group": group,
+        "unit": unit,
+        "flag": flag,
+        "choices": tuple(choices),
+        "check": check,
+        "status": status,
+        "secret": secret,
+        "repeat": repeat,
+        "shown_default": shown_default,
+        "metavar": metavar,
+    }
+    return dataclasses.field(default_factory=lambda: copy.copy(default), metadata={"option": declared})
+
+
+def alias(target: str, means: object = None) -> Any:
+    """Declares a field of RouterArgs that is another name of `target`; see `Alias`."""
+    return dataclasses.field(default=None, metadata={"alias": {"target": target, "means": means}})
+
+
+def options_of(owner: type) -> dict[str, Option]:
+    """The options declared in a dataclass, by name, in their order."""
+    types = typing.get_type_hints(owner)
+    found: dict[str, Option] = {}
+    for field in dataclasses.fields(owner):
+        declared = field.metadata.get("option")
+        if declared is not None and field.default_factory is not dataclasses.MISSING:
+            facts = {**declared, "flag": declared["flag"] or flag_of(field.name)}
+            kind = kind_of(types[field.name])
+            found[field.name] = Option(name=field.name, kind=kind, default=field.default_factory(), **facts)
+    return found
+
+
+def aliases_of(owner: type) -> dict[str, Alias]:
+    """The aliases declared in a dataclass, by name."""
+    types = typing.get_type_hints(owner)
+    return {
+        field.name: Alias(name=field.name, kind=kind_of(types[field.name]), **field.metadata["alias"])
+        for field in dataclasses.fields(owner)
+        if "alias" in field.metadata
+    }
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def key_of(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" if something known resembles the word, else nothing."""
+    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,313 @@
+"""The options that do something, in the order in which --help and the documentation show them.
+
+One line (or a few) each: see `option.py` for what follows from it. Names are those of the reference router,
+and so are the defaults of its first public version where it had the option. Durations may be fractions.
+"""
+
+# ruff: noqa: RUF009 - `option` declares a field, as `dataclasses.field` does
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_router.config import checks
+from sglang_router.config.checks import above, at_least, between
+from sglang_router.config.option import alias, option
+
+# also the names in `core.policies.POLICIES`, which this module may not import; a test holds the two equal
+POLICY_NAMES = (
+    "cache_aware",
+    "round_robin",
+    "random",
+    "power_of_two",
+    "least_load",
+    "consistent_hashing",
+    "prefix_hash",
+    "manual",
+)
+
+WORKERS = "Workers"
+LISTENING = "Listening"
+POLICY = "Routing policy"
+REQUESTS = "Requests and connections"
+RETRIES = "Retries"
+BREAKER = "Circuit breaker"
+HEALTH = "Health checks"
+METRICS = "Metrics"
+LOGGING = "Logging"
+
+
+@dataclass
+class HTTPOptions:
+    """What an HTTP router can be told."""
+
+    # -- workers; the first three fields are in the reference's order, for those who give them by position
+    worker_urls: list[str] = option(
+        [],
+        "Base URLs of the workers. They are registered at once and get requests as soon as they are healthy;"
+        " more can be added while the router serves.",
+        WORKERS,
+        metavar="URL",
+        check=checks.worker_urls,
+    )
+    host: str = option(
+        "127.0.0.1", "Address to listen on; 0.0.0.0 or :: for all.", LISTENING, check=checks.address
+    )
+    port: int = option(30000, "Port to listen on.", LISTENING, check=between(1, 65535))
+    worker_api_key: str | None = option(
+        None,
+        "Key for these workers: sent as `Authorization: Bearer KEY` with health checks, and with requests"
+        " whose client sent no Authorization.",
+        WORKERS,
+        metavar="KEY",
+        check=checks.bearer_key,
+        secret=True,
+    )
+    worker_startup_timeout_secs: float = option(
+        1800, "How long a new worker may take to become healthy.", WORKERS, unit="s", check=above(0)
+    )
+    worker_startup_check_interval: float = option(
+        1,
+        "Pause between health checks of a worker that is not healthy yet.",
+        WORKERS,
+        unit="s",
+        check=above(0),
+    )
+    startup_wait_secs: float = option(
+        10,
+        "How long a request waits when it comes while every worker is still starting.",
+        WORKERS,
+        unit="s",
+        check=at_least(0),
+    )
+
+    # -- listening
+    config: str | None = option(
+        None,
+        "YAML or TOML file with any of these options, named as here without the dashes in front. Flags win"
+        " over the environment, the environment over the file.",
+        LISTENING,
+        metavar="FILE",
+    )
+    shutdown_grace_period_secs: float = option(
+        180,
+        "How long running requests may take to finish after SIGTERM.",
+        LISTENING,
+        unit="s",
+        check=at_least(0),
+    )
+
+    # -- routing policy
+    policy: str = option(
+        "cache_aware", "How the worker of a request is chosen.", POLICY, choices=POLICY_NAMES
+    )
+    cache_threshold: float = option(
+        0.5,
+        "cache_aware: share of a prompt that a worker must have seen for the request to follow it.",
+        POLICY,
+        check=between(0, 1),
+    )
+    balance_abs_threshold: int = option(
+        32,
+        "cache_aware: the shortest queue is taken when the loads of the most and least loaded worker differ"
+        " by more than this, and by more than --balance-rel-threshold.",
+        POLICY,
+        unit="requests",
+        check=at_least(0),
+    )
+    balance_rel_threshold: float = option(
+        1.0001,
+        "cache_aware: the factor that belongs to --balance-abs-threshold.",
+        POLICY,
+        check=at_least(1),
+    )
+    eviction_interval_secs: float = option(
+        60,
+        "cache_aware: how often entries that rested too long are cleared.",
+        POLICY,
+        unit="s",
+        check=above(0),
+    )
+    max_tree_size: int = option(
+        16_777_216,
+        "cache_aware: most text remembered for one worker; the least recently used goes first.",
+        POLICY,
+        unit="bytes",
+        check=at_least(1),
+    )
+    max_idle_secs: float = option(
+        14400, "manual: a routing key unused for this long is forgotten.", POLICY, unit="s", check=above(0)
+    )
+    assignment_mode: str = option(
+        "random",
+        "manual: which worker a new routing key gets: any, the one with the fewest requests, or the one with"
+        " the fewest keys.",
+        POLICY,
+        choices=("random", "min_load", "min_group"),
+    )
+    prefix_hash_bytes: int = option(
+        1024,
+        "prefix_hash: how much of a prompt's beginning is hashed.",
+        POLICY,
+        unit="bytes",
+        check=at_least(1),
+    )
+    hash_load_factor: float = option(
+        1.25,
+        "prefix_hash: a worker loaded above this multiple of the average is passed over.",
+        POLICY,
+        check=at_least(1),
+    )
+
+    # -- requests and connections
+    max_payload_size: int = option(
+        536_870_912, "Largest body of a request; above it 413.", REQUESTS, unit="bytes", check=at_least(1)
+    )
+    max_head_bytes: int = option(
+        65536, "Largest head of a request; above it 431.", REQUESTS, unit="bytes", check=at_least(256)
+    )
+    max_header_count: int = option(
+        128, "Most headers of a request; above it 431.", REQUESTS, check=at_least(1)
+    )
+    head_timeout_secs: float = option(
+        30, "Time a client has to send a whole head; after it 408.", REQUESTS, unit="s", check=above(0)
+    )
+    body_timeout_secs: float = option(
+        60, "Longest silence of a client inside a body; after it 408.", REQUESTS, unit="s", check=above(0)
+    )
+    keepalive_timeout_secs: float = option(
+        75, "A client's connection that is idle for this long is closed.", REQUESTS, unit="s", check=above(0)
+    )
+    request_timeout_secs: float = option(
+        1800, "Longest time for a whole request; after it 504.", REQUESTS, unit="s", check=above(0)
+    )
+    connect_timeout_secs: float = option(
+        10, "Time a worker has to accept a connection.", REQUESTS, unit="s", check=above(0)
+    )
+    upstream_idle_timeout_secs: float = option(
+        50, "An unused connection to a worker is closed after this time.", REQUESTS, unit="s", check=above(0)
+    )
+    forward_headers: str = option(
+        "whitelist",
+        "Request headers that reach the worker: those that engines and tracing use, or every end-to-end one.",
+        REQUESTS,
+        choices=("whitelist", "all"),
+    )
+    request_id_headers: list[str] | None = option(
+        None,
+        "Headers looked through, in this order, for the id of a request.",
+        REQUESTS,
+        check=checks.header_names,
+        shown_default="the usual ones",
+    )
+
+    # -- retries
+    max_worker_retries: int = option(
+        3, "Most times a request is sent to one worker, the first time included.", RETRIES, check=at_least(1)
+    )
+    max_total_retries: int = option(
+        6, "Most times a request is sent again after it failed, all workers together.", RETRIES, check=at_least(0)
+    )
+    retry_max_retries: int | None = option(
+        None,
+        "The same limit as the Rust router counts it: most times a request is sent in all, the first time included.",
+        RETRIES,
+        check=at_least(1),
+        shown_default="one more than --max-total-retries",
+    )
+    disable_retries: bool = option(False, "Send each request once.", RETRIES)
+    retry_initial_backoff_ms: float = option(
+        50,
+        "Pause before a request returns to a worker that has failed it.",
+        RETRIES,
+        unit="ms",
+        check=above(0),
+    )
+    retry_max_backoff_ms: float = option(30000, "Longest such pause.", RETRIES, unit="ms", check=above(0))
+    retry_backoff_multiplier: float = option(
+        1.5, "Factor by which such pauses grow.", RETRIES, check=at_least(1)
+    )
+    retry_jitter_factor: float = option(
+        0.2, "Share by which chance makes such pauses longer or shorter.", RETRIES, check=between(0, 1)
+    )
+
+    # -- circuit breaker
+    cb_failure_threshold: int | None = option(
+        None,
+        "Failures in a row that open the breaker of a worker.",
+        BREAKER,
+        check=at_least(1),
+        shown_default="one more than --max-worker-retries",
+    )
+    cb_success_threshold: int = option(
+        1, "Successes in a row that close a half-open breaker.", BREAKER, check=at_least(1)
+    )
+    cb_timeout_duration_secs: float = option(
+        10,
+        "How long a breaker stays open before one request may try the worker.",
+        BREAKER,
+        unit="s",
+        check=above(0),
+    )
+    cb_max_timeout_duration_secs: float = option(
+        60,
+        "That time doubles with each failed try up to this (or to --cb-timeout-duration-secs, if longer).",
+        BREAKER,
+        unit="s",
+        check=above(0),
+    )
+    disable_circuit_breaker: bool = option(False, "Never hold a worker off for its failures.", BREAKER)
+
+    # -- health checks
+    health_check_interval_secs: float = option(
+        10, "Pause between checks of a worker.", HEALTH, unit="s", check=above(0)
+    )
+    health_check_timeout_secs: float = option(
+        5, "Time a worker has to answer a check.", HEALTH, unit="s", check=above(0)
+    )
+    health_failure_threshold: int = option(
+        3, "Failed checks in a row that make a worker unhealthy.", HEALTH, check=at_least(1)
+    )
+    health_success_threshold: int = option(
+        2, "Good checks in a row that make it healthy again.", HEALTH, check=at_least(1)
+    )
+    health_check_endpoint: str = option("/health", "Path that is checked.", HEALTH, check=checks.path)
+    disable_health_check: bool = option(False, "Believe that every worker is healthy.", HEALTH)
+
+    # -- metrics
+    prometheus_host: str = option(
+        "",
+        "Address of the listener for metrics (they are on /metrics of the router's own port as well).",
+        METRICS,
+        check=lambda host: host and checks.address(host),
+        shown_default="the value of --host",
+    )
+    prometheus_port: int = option(
+        29000,
+        "Port of the listener for metrics. If it is taken, a warning for the default, an error for a port you"
+        " give. 0 takes a free one.",
+        METRICS,
+        check=between(0, 65535),
+    )
+    prometheus_duration_buckets: list[float] | None = option(
+        None,
+        "Upper bounds of the histograms of durations, ascending.",
+        METRICS,
+        unit="s",
+        check=checks.buckets,
+        shown_default="from 1 ms to 240 s",
+    )
+
+    # -- logging
+    log_level: str = option(
+        "info", "Least severe messages to log.", LOGGING, choices=("debug", "info", "warn", "error")
+    )
+    log_format: str = option("text", "Shape of log lines.", LOGGING, choices=("text", "json"))
+    log_dir: str | None = option(
+        None, "Folder for log files, made if it is not there.", LOGGING, shown_default="standard error only"
+    )
+    disable_access_log: bool = option(False, "Do not log a line for each request.", LOGGING)
+
+    # -- other names
+    eviction_interval: float | None = alias("eviction_interval_secs")
+    verbose: bool | None = alias("log_level", means="debug")

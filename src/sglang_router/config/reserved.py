@@ -1,0 +1,154 @@
+"""The options of the reference router (0.3.2) whose features are not here: declared, so that each gets a
+clear answer.
+
+`later` ones are refused when used; `inert` ones concern nothing that an HTTP router does and are accepted
+with a warning. When a feature is built, its options move to `options.py`.
+"""
+
+# ruff: noqa: RUF009 - `option` declares a field, as `dataclasses.field` does
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sglang_router.config.checks import at_least, between
+from sglang_router.config.kinds import Keys, Pairs
+from sglang_router.config.option import option
+from sglang_router.config.options import POLICY_NAMES, HTTPOptions
+
+ADMISSION = "Admission"
+PREFILL_DECODE = "Prefill/decode disaggregation"
+DISCOVERY = "Kubernetes discovery"
+MODELS = "Models and ranks"
+SECURITY = "TLS and authentication"
+TRACING = "Tracing"
+NO_EFFECT = "Without effect"
+
+T = TypeVar("T")
+
+
+def _later(default: T, help: str, group: str, **more: Any) -> T:
+    return option(default, help, group, status="later", **more)
+
+
+def _inert(default: T, help: str, **more: Any) -> T:
+    return option(default, help, NO_EFFECT, status="inert", **more)
+
+
+@dataclass
+class ReservedOptions(HTTPOptions):
+    """What the reference router can be told and this one cannot yet, or need not be."""
+
+    # -- admission
+    max_concurrent_requests: int = _later(
+        -1, "Most requests served at once; -1 for no limit.", ADMISSION, check=at_least(-1)
+    )
+    queue_size: int = _later(100, "Most requests that wait for their turn.", ADMISSION, check=at_least(0))
+    queue_timeout_secs: float = _later(
+        60, "Longest wait in that queue.", ADMISSION, unit="s", check=at_least(0)
+    )
+    rate_limit_tokens_per_second: int | None = _later(
+        None, "Requests admitted per second.", ADMISSION, check=at_least(0)
+    )
+
+    # -- prefill/decode
+    pd_disaggregation: bool = _later(False, "Route to pairs of prefill and decode workers.", PREFILL_DECODE)
+    prefill_urls: Pairs = _later(
+        [],
+        "Base URL of a prefill worker and its bootstrap port, if any; may be given several times.",
+        PREFILL_DECODE,
+        flag="--prefill",
+        repeat=True,
+    )
+    decode_urls: list[str] = _later(
+        [],
+        "Base URL of a decode worker; may be given several times.",
+        PREFILL_DECODE,
+        flag="--decode",
+        repeat=True,
+    )
+    prefill_policy: str | None = _later(
+        None, "Policy among prefill workers.", PREFILL_DECODE, choices=(*POLICY_NAMES, "bucket")
+    )
+    decode_policy: str | None = _later(
+        None, "Policy among decode workers.", PREFILL_DECODE, choices=POLICY_NAMES
+    )
+    mini_lb: bool = _later(False, "Use the minimal load balancer.", PREFILL_DECODE)
+
+    # -- discovery
+    service_discovery: bool = _later(False, "Find workers among Kubernetes pods.", DISCOVERY)
+    selector: dict[str, str] = _later({}, "Labels of the workers' pods.", DISCOVERY)
+    service_discovery_port: int = _later(
+        80, "Port on which found workers listen.", DISCOVERY, check=between(1, 65535)
+    )
+    service_discovery_namespace: str | None = _later(
+        None, "Namespace to look in.", DISCOVERY, shown_default="all namespaces"
+    )
+    prefill_selector: dict[str, str] = _later({}, "Labels of the prefill workers' pods.", DISCOVERY)
+    decode_selector: dict[str, str] = _later({}, "Labels of the decode workers' pods.", DISCOVERY)
+    bootstrap_port_annotation: str = _later(
+        "sglang.ai/bootstrap-port", "Annotation of a pod that holds its bootstrap port.", DISCOVERY
+    )
+
+    # -- models and ranks
+    dp_aware: bool = _later(False, "Route to each data-parallel rank of a worker by itself.", MODELS)
+    enable_igw: bool = _later(False, "Serve several models, each with a policy of its own.", MODELS)
+    backend: str = _later("sglang", "What the workers are.", MODELS, choices=("sglang", "openai"))
+
+    # -- TLS and authentication
+    api_key: str | None = _later(
+        None, "Key that clients must show. (The key for workers is --worker-api-key.)", SECURITY, secret=True
+    )
+    control_plane_api_keys: Keys = _later([], "Keys for the control plane.", SECURITY, secret=True)
+    control_plane_audit_enabled: bool = _later(False, "Log what is done to the control plane.", SECURITY)
+    jwt_issuer: str | None = _later(None, "OIDC issuer of tokens for the control plane.", SECURITY)
+    jwt_audience: str | None = _later(None, "Audience those tokens must name.", SECURITY)
+    jwt_jwks_uri: str | None = _later(None, "Where the issuer's public keys are.", SECURITY)
+    jwt_role_mapping: dict[str, str] = _later({}, "Roles of the issuer and what they are here.", SECURITY)
+    server_cert_path: str | None = _later(
+        None, "Certificate of the router (PEM).", SECURITY, flag="--tls-cert-path"
+    )
+    server_key_path: str | None = _later(None, "Its private key (PEM).", SECURITY, flag="--tls-key-path")
+    client_cert_path: str | None = _later(None, "Certificate shown to workers (PEM).", SECURITY)
+    client_key_path: str | None = _later(None, "Its private key (PEM).", SECURITY)
+    ca_cert_paths: list[str] = _later([], "Certificates that vouch for workers (PEM).", SECURITY)
+    cors_allowed_origins: list[str] = _later([], "Origins of web pages that may call the router.", SECURITY)
+
+    # -- tracing
+    enable_trace: bool = _later(False, "Send OpenTelemetry traces.", TRACING)
+    otlp_traces_endpoint: str = _later("localhost:4317", "Where to send traces.", TRACING)
+
+    # -- without effect
+    cb_window_duration_secs: float = _inert(
+        120, "Window of failures; a breaker counts failures in a row, as the reference's does.", unit="s"
+    )
+    bucket_adjust_interval_secs: float = _inert(5, "Interval of the policy `bucket`.", unit="s")
+    model_path: str | None = _inert(None, "Model whose tokenizer to load; prompts are compared as text here.")
+    tokenizer_path: str | None = _inert(None, "Tokenizer to load.")
+    chat_template: str | None = _inert(None, "Chat template; the engine applies its own.")
+    tokenizer_cache_enable_l0: bool = _inert(False, "Tokenizer cache of whole texts.")
+    tokenizer_cache_l0_max_entries: int = _inert(10_000, "Its size.")
+    tokenizer_cache_enable_l1: bool = _inert(False, "Tokenizer cache of prefixes.")
+    tokenizer_cache_l1_max_memory: int = _inert(52_428_800, "Its size.", unit="bytes")
+    reasoning_parser: str | None = _inert(None, "Parser of reasoning; the engine's answer passes unchanged.")
+    tool_call_parser: str | None = _inert(None, "Parser of tool calls; the engine's answer passes unchanged.")
+    mcp_config_path: str | None = _inert(None, "Servers of tools (MCP).")
+    history_backend: str = _inert(
+        "memory",
+        "Where conversations are kept; the engine keeps them.",
+        choices=("memory", "none", "oracle", "postgres", "redis"),
+    )
+    oracle_wallet_path: str | None = _inert(None, "Oracle: wallet.")
+    oracle_tns_alias: str | None = _inert(None, "Oracle: alias.")
+    oracle_connect_descriptor: str | None = _inert(None, "Oracle: descriptor.", secret=True)
+    oracle_username: str | None = _inert(None, "Oracle: user.")
+    oracle_password: str | None = _inert(None, "Oracle: password.", secret=True)
+    oracle_pool_min: int = _inert(1, "Oracle: fewest connections.")
+    oracle_pool_max: int = _inert(16, "Oracle: most connections.")
+    oracle_pool_timeout_secs: float = _inert(30, "Oracle: longest wait for a connection.", unit="s")
+    postgres_db_url: str | None = _inert(None, "PostgreSQL: URL.", secret=True)
+    postgres_pool_max: int = _inert(16, "PostgreSQL: most connections.")
+    redis_url: str | None = _inert(None, "Redis: URL.", secret=True)
+    redis_pool_max: int = _inert(16, "Redis: most connections.")
+    redis_retention_days: int = _inert(30, "Redis: how long conversations are kept.", unit="days")

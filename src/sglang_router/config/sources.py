@@ -1,0 +1,106 @@
+"""Where values come from, and who wins: flag > environment > file > default.
+
+    --config FILE    --read_file-----> {name: value} --+
+    SGLANG_ROUTER_*  --read_environ--> {name: value} --+--merge--> values, and which were given at all
+    flags (see flags.py) ------------> {name: value} --+
+
+Aliases are resolved inside each source, so that a flag by its old name still wins over the environment by the
+new one. Every error says where the value stood.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sglang_router.config.option import ENVIRONMENT_PREFIX, did_you_mean
+from sglang_router.config.table import ALIASES, OPTIONS, accept, mirror_aliases, resolve_aliases
+from sglang_router.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
+# A Kubernetes service called `sglang-router` puts SGLANG_ROUTER_PORT=tcp://10.0.0.7:30000 into the
+# environment of every pod of its namespace: not meant for us.
+_SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
+
+# what may be written in a file or in the name of a variable -> the option or alias it means
+_KEYS: dict[str, str] = {
+    **{key: option.name for option in OPTIONS.values() for key in option.keys},
+    **{name: name for name in ALIASES},
+}
+
+
+def merge(flags: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[dict[str, Any], frozenset[str]]:
+    """The values from all sources, and the names of the options that were given.
+
+    Raises: ConfigError for whatever cannot be read.
+    """
+    variables = read_environ(environ)
+    path = flags.get("config") or variables.get("config")
+    values = {
+        **(read_file(Path(path)) if path else {}),
+        **variables,
+        **resolve_aliases(flags, "command line"),
+    }
+    mirror_aliases(values)
+    return values, frozenset(values.keys() & OPTIONS.keys())
+
+
+def read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The options in the environment. An empty variable is an unset one."""
+    values: dict[str, Any] = {}
+    for key, name in _KEYS.items():
+        variable = ENVIRONMENT_PREFIX + key.upper()
+        text = environ.get(variable, "")
+        if text.strip() and not text.startswith(_SERVICE_LINKS):
+            values[name] = accept(name, text, variable)
+    return resolve_aliases(values, "environment")
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The options in a YAML or TOML file: flat, `-` and `_` alike in its keys; null means not given."""
+    values: dict[str, Any] = {}
+    for key, value in _parse_file(path).items():
+        name = _KEYS.get(str(key).replace("-", "_"))
+        if name is None or name == "config":
+            why = "cannot be set in a file" if name else f"is not an option{did_you_mean(str(key), _KEYS)}"
+            raise ConfigError(f"{path}: {key!r} {why}")
+        if value is not None:
+            values[name] = accept(name, value, f"{path}: {key}")
+    return resolve_aliases(values, str(path))
+
+
+def _parse_file(path: Path) -> dict[object, Any]:
+    if path.suffix.lower() not in _PARSERS:
+        raise ConfigError(f"{path}: name it .yaml, .yml or .toml, so that its format is known")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text") from None
+    try:
+        content = _PARSERS[path.suffix.lower()](text)
+    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {_first_fault(error)}") from None
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{path} must be a mapping of options to values, as in `port: 30000`")
+    return content or {}
+
+
+def _first_fault(error: Exception) -> str:
+    """One line of a parser's complaint. YAML's says what and where on separate lines."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+    return str(error).splitlines()[0]
+
+
+_PARSERS = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads}

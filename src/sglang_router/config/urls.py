@@ -1,0 +1,65 @@
+"""The base URL of a worker: one reading of it for options, the control plane and discovery.
+
+    http://Host:8000/base/   ->   http://host:8000/base
+
+The normal form is what workers are told apart by, so scheme and host are in lower case and no slash ends it.
+Much is refused on purpose: credentials (they would show up in logs and metrics), a query or fragment (paths
+are appended), and whatever two parsers could read differently.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+from sglang_router.errors import ConfigError
+
+_ALLOWED = re.compile(r"[\x21-\x7e]+")
+_CREDENTIALS = re.compile(r"(^|//)[^/]*(@)|(?<=\?).+", re.DOTALL)
+_HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_.])?")
+_AUTHORITY = re.compile(r"(?P<host>\[[^\[\]]*\]|[^\[\]:]*)(:(?P<port>[0-9]+))?")
+
+
+def parse_worker_url(text: str) -> str:
+    """The normal form of a worker's base URL.
+
+    Raises: ConfigError, one sentence that says what to write instead. It never repeats credentials.
+    """
+    text = text.strip()
+    shown = repr(_CREDENTIALS.sub(lambda found: f"{found[1] or ''}***{found[2] or ''}", text))
+    if not _ALLOWED.fullmatch(text) or any(character in text for character in '\\"<>^`{|}'):
+        raise ConfigError(f"worker URL {shown} holds spaces or characters that do not belong in a URL")
+    scheme, separator, rest = text.partition("://")
+    scheme = scheme.lower()
+    if scheme == "grpc" and separator:
+        raise ConfigError(f"worker URL {shown}: only HTTP workers are supported; start the engine for HTTP")
+    if scheme not in ("http", "https") or not separator:
+        hint = "" if separator or "@" in text else f"; try http://{text.lstrip('/')}"
+        raise ConfigError(f"worker URL {shown} must begin with http:// or https://{hint}")
+    authority, slash, base = rest.partition("/")
+    if "@" in authority:
+        raise ConfigError(f"worker URL {shown} must not hold credentials; give the key with --worker-api-key")
+    if "?" in text or "#" in text:
+        raise ConfigError(f"worker URL {shown} must not have a query or a fragment")
+    return f"{scheme}://{_authority(authority.lower(), shown)}{slash}{base}".rstrip("/")
+
+
+def _authority(authority: str, shown: str) -> str:
+    """Host and port, checked."""
+    match = _AUTHORITY.fullmatch(authority)
+    if match is None:
+        hint = "; put an IPv6 address in brackets" if authority.count(":") > 1 else ""
+        raise ConfigError(f"worker URL {shown}: host and port cannot be read{hint}")
+    host, port = match["host"], match["port"]
+    if not (_is_ip6(host[1:-1]) if host.startswith("[") else _HOST_NAME.fullmatch(host)):
+        raise ConfigError(f"worker URL {shown} has no valid host")
+    if port is not None and not (len(port) <= 5 and 1 <= int(port) <= 65535):
+        raise ConfigError(f"worker URL {shown}: the port must be from 1 to 65535")
+    return authority
+
+
+def _is_ip6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == 6 and "%" not in text
+    except ValueError:
+        return False

@@ -1,0 +1,236 @@
+"""The fleet: the only owner of workers and of everything that changes on them.
+
+    add / remove / drain / resume    membership
+    candidates(now)                  who may take a request now
+    lease(worker)                    load + 1; Lease.close(outcome, now): load - 1 and the breaker hears
+    probed(worker, ...)              a health check's result
+
+`candidates` is computed when something changed, not per request: a state change marks it stale, and the passing of time
+matters only at `_reopen_at`, the next moment an open breaker may let a probe through.
+
+    in rotation, healthy, breaker lets pass             -> candidates
+    none of these, but some that only the health checks
+      call bad (their breakers let pass)                -> these: all sick at once means busy, or a broken check (panic rule)
+    none of these either                                -> `unavailable` says why, and when to come again
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from sglang_router.core.events import WorkerChanged
+from sglang_router.core.worker import Breaker, BreakerRules, Health, Hears, Lease, Outcome, Worker, WorkerSpec
+from sglang_router.errors import Conflict, NoWorkers, Unavailable, WorkersStarting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sglang_router.core.events import Listener
+
+
+class Fleet:
+    """All workers. `new_id` makes worker ids (the reference uses UUIDs); `startup_timeout` in seconds."""
+
+    def __init__(
+        self,
+        listener: Listener,
+        new_id: Callable[[], str],
+        breaker: BreakerRules | None = None,
+        startup_timeout: float = 1800.0,
+    ) -> None:
+        self.breaker_rules = breaker or BreakerRules()
+        self.startup_timeout = startup_timeout
+        self._listener = listener
+        self._new_id = new_id
+        self._workers: dict[str, Worker] = {}  # by URL, in order of registration
+        self._added = 0
+        self._candidates: tuple[Worker, ...] = ()
+        self._stale = False
+        self._reopen_at = math.inf
+
+    # -- membership --------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers.values())
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def by_url(self, url: str) -> Worker | None:
+        return self._workers.get(url)
+
+    def by_id(self, worker_id: str) -> Worker | None:
+        return next((worker for worker in self if worker.id == worker_id), None)
+
+    def add(self, spec: WorkerSpec, now: float) -> Worker:
+        """Registers a worker. It takes requests once a health check found it well.
+
+        Raises: Conflict when the URL is registered already.
+        """
+        if spec.url in self._workers:
+            raise Conflict(f"Worker {spec.url} already exists", param="url")
+        self._added += 1
+        worker = Worker(spec, self._new_id(), self._added, now)
+        self._workers[spec.url] = worker
+        self._changed(worker, "added", "", worker.health.value)
+        return worker
+
+    def remove(self, worker: Worker) -> None:
+        """Takes a worker out for good: no request goes there from now on; running ones end by themselves."""
+        if not worker.removed:
+            worker.removed = True
+            del self._workers[worker.url]
+            self._changed(worker, "removed", worker.health.value, "")
+
+    def set_draining(self, worker: Worker, draining: bool) -> None:
+        """Stops (or resumes) sending requests to a worker that stays registered and keeps its cached prefixes."""
+        if worker.draining != draining:
+            worker.draining = draining
+            names = ("active", "draining")
+            self._changed(worker, "draining", names[not draining], names[draining])
+
+    # -- who may take a request --------------------------------------------------------------------------------------
+
+    def candidates(self, now: float) -> tuple[Worker, ...]:
+        """The workers that may take a request now, in order of registration; the same tuple until something changes."""
+        if now >= self._reopen_at:
+            self._half_open(now)
+        if self._stale:
+            self._stale = False
+            able = [w for w in self if w.in_rotation and _lets_pass(w)]
+            well = [w for w in able if w.health is Health.HEALTHY]
+            self._candidates = tuple(well or [w for w in able if w.health is Health.UNHEALTHY])
+        return self._candidates
+
+    def unavailable(self, now: float) -> Unavailable:
+        """Why there are no candidates, and when it is worth asking again."""
+        rotation = [w for w in self if w.in_rotation]
+        if not rotation:
+            return NoWorkers(retry_after=5.0)
+        if all(w.health is Health.STARTING for w in rotation):
+            return WorkersStarting(retry_after=5.0)
+        waits = [max(0.0, w.reopen_at - now) for w in rotation if w.breaker is Breaker.OPEN]
+        return Unavailable(retry_after=min(waits, default=1.0))
+
+    def lease(self, worker: Worker) -> Lease:
+        """Takes one unit of load on a worker. The load counts from here on, whatever the policy."""
+        worker.load += 1
+        probe = worker.breaker is Breaker.HALF_OPEN
+        if probe:
+            worker.probing = True
+            self._stale = True
+        return Lease(worker, self._close, probe)
+
+    def _close(self, lease: Lease, outcome: Outcome, now: float) -> None:
+        worker = lease.worker
+        worker.load -= 1
+        hears = outcome.hears
+        if hears is Hears.SUCCESS:
+            worker.processed += 1
+            if worker.gone_silent:
+                self._came_back(worker)
+        elif outcome is Outcome.REFUSED:
+            worker.gone_silent = True
+        if lease.probe:
+            worker.probing = False
+            self._stale = True
+        if hears is not Hears.NOTHING and self.breaker_rules.enabled:
+            self._hear(worker, hears, lease.probe, now)
+
+    # -- the breaker -------------------------------------------------------------------------------------------------
+
+    def _hear(self, worker: Worker, hears: Hears, probe: bool, now: float) -> None:
+        if worker.breaker is Breaker.CLOSED:
+            if hears is Hears.SUCCESS:
+                worker.failures = 0
+                return
+            worker.failures += 1
+            worker.opened_by = hears
+            if worker.failures >= self.breaker_rules.threshold:
+                self._open(worker, self.breaker_rules.timeout, now)
+        elif probe and worker.breaker is Breaker.HALF_OPEN:
+            if hears is not Hears.SUCCESS:
+                worker.failures += 1
+                worker.opened_by = hears
+                self._open(worker, min(worker.open_for * 2, self.breaker_rules.max_timeout), now)
+            else:
+                worker.successes += 1
+                if worker.successes >= self.breaker_rules.successes:
+                    self._shut(worker)
+
+    def _open(self, worker: Worker, seconds: float, now: float) -> None:
+        worker.open_for = seconds
+        worker.reopen_at = now + seconds
+        worker.successes = 0
+        self._reopen_at = min(self._reopen_at, worker.reopen_at)
+        self._move(worker, Breaker.OPEN)
+
+    def _shut(self, worker: Worker) -> None:
+        worker.failures = worker.successes = 0
+        worker.opened_by = Hears.NOTHING
+        self._move(worker, Breaker.CLOSED)
+
+    def _half_open(self, now: float) -> None:
+        for worker in self:
+            if worker.breaker is Breaker.OPEN and worker.reopen_at <= now:
+                self._move(worker, Breaker.HALF_OPEN)
+        self._reopen_at = min((w.reopen_at for w in self if w.breaker is Breaker.OPEN), default=math.inf)
+
+    def _move(self, worker: Worker, state: Breaker) -> None:
+        old, worker.breaker = worker.breaker, state
+        self._changed(worker, "breaker", old.value, state.value)
+
+    # -- health ------------------------------------------------------------------------------------------------------
+
+    def probed(self, worker: Worker, error: str | None, now: float, *, refused: bool = False) -> None:
+        """Takes the result of one health check; `error` says what was wrong, None that it is well."""
+        if worker.removed:
+            return
+        if error is not None:
+            self._probe_failed(worker, error, now, refused)
+            return
+        worker.last_error = ""
+        worker.health_failures = 0
+        worker.health_successes += 1
+        if worker.gone_silent:
+            self._came_back(worker)
+        if worker.opened_by is Hears.CONTACT_FAILURE and worker.breaker is not Breaker.OPEN:
+            worker.failures = 0
+        if worker.opened_by is Hears.CONTACT_FAILURE and worker.breaker is not Breaker.CLOSED:
+            self._shut(worker)
+        enough = worker.health_successes >= worker.spec.health.success_threshold
+        if worker.health is Health.STARTING or (worker.health is Health.UNHEALTHY and enough):
+            self._set_health(worker, Health.HEALTHY)
+
+    def _probe_failed(self, worker: Worker, error: str, now: float, refused: bool) -> None:
+        worker.last_error = error
+        worker.health_successes = 0
+        worker.health_failures += 1
+        if refused and worker.health is not Health.STARTING:
+            worker.gone_silent = True
+        if worker.health is Health.STARTING:
+            if now - worker.since > self.startup_timeout:
+                self._set_health(worker, Health.UNHEALTHY)
+        elif worker.health_failures >= worker.spec.health.failure_threshold:
+            self._set_health(worker, Health.UNHEALTHY)
+
+    def _set_health(self, worker: Worker, health: Health) -> None:
+        if worker.health is not health:
+            old, worker.health = worker.health, health
+            self._changed(worker, "health", old.value, health.value)
+
+    def _came_back(self, worker: Worker) -> None:
+        """A listener that was gone is back: another process, with nothing in its cache."""
+        worker.gone_silent = False
+        self._changed(worker, "restarted", "", "")
+
+    def _changed(self, worker: Worker, what: str, old: str, new: str) -> None:
+        self._stale = True
+        self._listener.worker_changed(WorkerChanged(worker, what, old, new))
+
+
+def _lets_pass(worker: Worker) -> bool:
+    if worker.breaker is Breaker.HALF_OPEN:
+        return not worker.probing
+    return worker.breaker is Breaker.CLOSED

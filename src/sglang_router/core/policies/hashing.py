@@ -1,0 +1,104 @@
+"""Policies that need no memory of requests: consistent_hashing by a key in a header, prefix_hash by the prompt's beginning.
+
+Both place a digest on a ring (Karger et al. 1997): each worker has `_POINTS` points on it, a key belongs to the first point clockwise
+whose worker is a candidate. A worker that leaves gives only its own keys away, and gets the same ones back when it
+returns. The digest is BLAKE2b, so that several routers in front of the same workers agree without talking.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+from sglang_router.core.policies.base import Choice, Policy
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Iterator
+
+    from sglang_router.core.policies.base import PolicySettings
+    from sglang_router.core.request import Facts
+    from sglang_router.core.worker import Worker
+
+_POINTS = 150
+
+
+def _digest(data: bytes) -> int:
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
+
+
+class _Ring:
+    """Points of workers by URL, sorted. Walks visit each worker once."""
+
+    def __init__(self) -> None:
+        self._points: list[tuple[int, str]] = []
+        self._workers: dict[str, Worker] = {}
+
+    def add(self, worker: Worker) -> None:
+        self._workers[worker.url] = worker
+        for point in range(_POINTS):
+            insort(self._points, (_digest(f"{worker.url}#{point}".encode()), worker.url))
+
+    def remove(self, worker: Worker) -> None:
+        del self._workers[worker.url]
+        self._points = [point for point in self._points if point[1] != worker.url]
+
+    def walk(self, key: bytes) -> Iterator[Worker]:
+        """All workers, clockwise from the key's place."""
+        points, seen = self._points, set()
+        start = bisect_left(points, (_digest(key), ""))
+        for index in range(len(points)):
+            url = points[(start + index) % len(points)][1]
+            if url not in seen:
+                seen.add(url)
+                yield self._workers[url]
+
+
+class _OnRing(Policy):
+    def __init__(self, settings: PolicySettings, rng: random.Random) -> None:
+        super().__init__(settings, rng)
+        self._ring = _Ring()
+
+    def added(self, worker: Worker) -> None:
+        self._ring.add(worker)
+
+    def removed(self, worker: Worker) -> None:
+        self._ring.remove(worker)
+
+
+class ConsistentHashing(_OnRing):
+    """The worker that the header X-SMG-Routing-Key hashes to; without the header the least loaded."""
+
+    name = "consistent_hashing"
+
+    def choose(self, facts: Facts, candidates: tuple[Worker, ...], now: float) -> Choice:
+        if not facts.routing_key:
+            return Choice(self.least_loaded(candidates), "no_key")
+        among = set(candidates)
+        return Choice(next(w for w in self._ring.walk(facts.routing_key) if w in among), "key")
+
+
+class PrefixHash(_OnRing):
+    """The worker that the beginning of the prompt hashes to, with bounded load (Mirrokni et al. 2016).
+
+    A worker that already has more than `hash_load_factor` times its share of the running requests is passed over.
+    """
+
+    name = "prefix_hash"
+
+    def choose(self, facts: Facts, candidates: tuple[Worker, ...], now: float) -> Choice:
+        if len(facts.text) <= facts.scaffold:
+            return Choice(self.least_loaded(candidates), "no_text")
+        running = sum([worker.load for worker in candidates]) + 1
+        room = math.ceil(self.settings.hash_load_factor * running / len(candidates))
+        key = facts.namespace + b"\0" + facts.text[: self.settings.prefix_hash_bytes]
+        among = set(candidates)
+        branch = "prefix"
+        for worker in self._ring.walk(key):
+            if worker in among:
+                if worker.load < room:
+                    return Choice(worker, branch)
+                branch = "overflow"
+        return Choice(self.least_loaded(candidates), "overflow")

@@ -1,0 +1,157 @@
+"""A real engine for any machine: llama.cpp's own HTTP server, run in the foreground of this process.
+
+    python -m sglang_router.engine --backend llamacpp --model-path MODEL.gguf --port 8000
+
+The server comes in the wheel `xllamacpp` (the extra `sglang-router[llamacpp]`): C++ threads in this process,
+no compiler, no GPU. Python only reads options, starts it, says where it listens, and waits for a signal.
+
+    options ──> CommonParams ──> Server(params)  loads the model, listens  ──> "... on http://127.0.0.1:8000"
+                                     │
+               SIGTERM, SIGINT ──> wake-up socket ──> _exit(0)
+
+Two things about that library decide the shape of this file (version 2026.10):
+
+- Its constructor holds the interpreter's lock until the model is loaded, so no Python signal handler can run
+  meanwhile. While it loads, a signal therefore has its default effect and ends the process at once: there is
+  nothing to finish yet.
+- Its destructor waits for ever when a request is running. So the end is `os._exit`: the system closes the
+  sockets, and clients see a broken connection, as they do when any engine goes away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+from sglang_router.errors import ConfigError
+
+GGUF_MAGIC = b"GGUF"
+VERBOSITY = {"critical": 0, "error": 1, "warning": 2, "info": 3, "debug": 4}  # of llama.cpp; 0 is silence
+INSTALL = "the llama.cpp engine is not installed: pip install 'sglang-router[llamacpp]'"
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:  # the server would take it modulo 65536
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_router.engine --backend llamacpp",
+        description="Serve a GGUF model with llama.cpp's own HTTP server.",
+    )
+    add = parser.add_argument
+    add("--model-path", type=Path, required=True, metavar="FILE", help="the model, a .gguf file")
+    add("--port", type=_port, required=True, help="port to listen on; 0 takes a free one")
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--alias", metavar="NAME", help="model name in answers (the file's name)")
+    add("--parallel", type=int, default=4, metavar="N", help="requests that run together (%(default)s)")
+    add("--ctx-size", type=int, default=16384, metavar="N", help="tokens of all slots together (%(default)s)")
+    add("--threads", type=int, default=0, metavar="N", help="compute threads (0: llama.cpp chooses)")
+    add("--cache-ram", type=int, default=8192, metavar="MIB", help="cache beside the slots (%(default)s)")
+    add("--log-level", choices=VERBOSITY, default="critical", help="of llama.cpp, to stderr (%(default)s)")
+    return parser
+
+
+def _library() -> ModuleType:
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise ConfigError(INSTALL) from error
+    module: ModuleType = xllamacpp
+    return module
+
+
+def _check_model(path: Path) -> None:
+    """What can be known before llama.cpp tries: it reports every failure in the same words."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(GGUF_MAGIC))
+    except OSError as error:
+        raise ConfigError(f"cannot read the model {path}: {error.strerror}") from error
+    if magic != GGUF_MAGIC:
+        raise ConfigError(f"{path} is not a GGUF file (it does not begin with 'GGUF')")
+
+
+def _check_address(host: str, port: int) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def _serve(options: argparse.Namespace) -> object:
+    """The running server: loaded and listening. Keep a reference, its destructor stops it."""
+    library = _library()
+    _check_model(options.model_path)
+    _check_address(options.host, options.port)
+    params = library.CommonParams()
+    params.model.path = str(options.model_path)
+    params.model_alias = {options.alias or options.model_path.stem}
+    params.hostnames = [options.host]
+    params.port = options.port
+    params.n_parallel = options.parallel
+    params.n_ctx = options.ctx_size
+    params.cache_ram_mib = options.cache_ram
+    params.endpoint_metrics = True
+    params.offline = True
+    params.verbosity = VERBOSITY[options.log_level]
+    if options.threads > 0:
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
+    try:
+        return library.Server(params)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"llama.cpp could not load {options.model_path}: the file is broken, too large for this machine "
+            "or of a kind this build does not know; --log-level error shows its own words"
+        ) from error
+
+
+def _wait_for_signal() -> None:
+    """Return on SIGTERM or SIGINT. A socket and not `sigwait`: the signal may hit a thread of the server."""
+    woken, wake = socket.socketpair()
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    woken.recv(1)
+
+
+def _run(options: argparse.Namespace) -> NoReturn:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    server = _serve(options)
+    address = getattr(server, "listening_address", f"http://{options.host}:{options.port}")
+    sys.stdout.write(f"llama.cpp serves {options.model_path.name} on {address}\n")
+    sys.stdout.flush()
+    _wait_for_signal()
+    os._exit(0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT, which end the process with status 0.
+
+    `argv` is the command line after the program's name, without `--backend llamacpp`. What the user can mend
+    (no library, no model, port taken) is one line on standard error, and 2.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        _run(options)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

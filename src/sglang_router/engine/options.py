@@ -1,0 +1,80 @@
+"""The built-in engine's options: one line each, from which flags, defaults and help are derived."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from sglang_router.engine.kv import KVCache
+from sglang_router.engine.scheduler import CostModel, Limits, Scheduler
+
+
+def _option(default: Any, help: str, **more: Any) -> Any:  # typed as the field it declares
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What one engine is. Each field is the flag of the same name."""
+
+    host: str = _option("127.0.0.1", "address to listen on")
+    port: int = _option(30001, "port to listen on; 0 takes a free one, told on the first line of output")
+    model: str = _option("built-in", "name of the model in answers")
+    api_key: str = _option("", "ask for this key: `Authorization: Bearer KEY`")
+    capacity_tokens: int = _option(524_288, "slots of the KV cache, in tokens")
+    context_length: int = _option(131_072, "longest prompt and answer together, in tokens")
+    page_size: int = _option(1, "tokens in one page of the KV cache")
+    prefill_tokens_per_s: float = _option(8000.0, "prompt tokens computed in a second")
+    decode_base_ms: float = _option(6.0, "ms of a forward pass by itself")
+    decode_ms_per_request: float = _option(0.35, "ms a forward pass takes longer for each request it decodes")
+    chunked_prefill_size: int = _option(2048, "most prompt tokens computed in one forward pass")
+    max_running_requests: int = _option(256, "most requests in the batch")
+    enable_mixed_chunk: bool = _option(False, "decode in the passes that prefill, too")
+    speed: float = _option(
+        1.0, "time scale: 2 is twice as fast as the cost model says, 0 as fast as possible"
+    )
+    startup_delay: float = _option(0.0, "seconds after the start in which /health answers 503")
+    seed: int = _option(0, "another seed writes other answers; engines with equal seeds answer alike")
+    log_level: str = _option("warning", "what the HTTP server logs to standard error")
+
+    def scheduler(self) -> Scheduler:
+        """The engine's model, as these options describe it. ValueError if they cannot be."""
+        if min(self.prefill_tokens_per_s, self.chunked_prefill_size, self.max_running_requests) <= 0:
+            raise ValueError("prefill rate, chunk and batch must be positive")
+        if min(self.decode_base_ms, self.decode_ms_per_request, self.speed, self.startup_delay) < 0:
+            raise ValueError("times and speed cannot be negative")
+        return Scheduler(
+            KVCache(self.capacity_tokens, self.page_size),
+            CostModel(self.prefill_tokens_per_s, self.decode_base_ms / 1e3, self.decode_ms_per_request / 1e3),
+            Limits(self.chunked_prefill_size, self.max_running_requests, mixed=self.enable_mixed_chunk),
+        )
+
+    @property
+    def context(self) -> int:
+        """The longest prompt and answer that fit, in tokens."""
+        return min(self.context_length, self.capacity_tokens // self.page_size * self.page_size)
+
+
+def parse_options(argv: list[str]) -> EngineOptions:
+    """The options in `argv`. Wrong ones end the program with one line and status 2, --help with 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_router.engine",
+        description="A stand-in for an SGLang server: real KV cache, modelled time, invented text.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="--backend llamacpp --model-path FILE.gguf … starts a real llama.cpp server instead.",
+    )
+    for option in fields(EngineOptions):
+        flag = "--" + option.name.replace("_", "-")
+        if isinstance(option.default, bool):
+            parser.add_argument(flag, action="store_true", help=option.metadata["help"])
+        else:
+            parser.add_argument(
+                flag, type=type(option.default), default=option.default, help=option.metadata["help"]
+            )
+    options = EngineOptions(**vars(parser.parse_args(argv)))
+    try:
+        options.scheduler()
+    except ValueError as error:
+        parser.error(str(error))
+    return options

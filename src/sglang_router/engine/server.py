@@ -1,0 +1,182 @@
+"""The built-in engine as an HTTP server: assembly only. `docs/engine.md` lists the endpoints.
+
+options ─> Scheduler (pure) ─> Engine (one task) <─ routes: answers · vectors · control
+                                                    behind an API key and "starting" check
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import uvicorn
+import uvloop
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sglang_router.engine.answer import StreamedAnswer, answer_whole, error_response
+from sglang_router.engine.control import Control, Status
+from sglang_router.engine.dialects import Chat, Completion, Dialect, Generate
+from sglang_router.engine.events import Messages, Responses
+from sglang_router.engine.options import EngineOptions
+from sglang_router.engine.parse import Parser, read_object
+from sglang_router.engine.runner import Engine, EngineError, Latencies
+from sglang_router.engine.text import Tokenizer
+from sglang_router.engine.vectors import Vectors
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE = 5  # seconds; the default of uvicorn and so of SGLang and vLLM
+OPEN_PATHS = ("/health", "/metrics")  # need no key
+GENERATIVE: dict[str, tuple[str, type[Dialect]]] = {
+    "/generate": ("generate", Generate),
+    "/v1/chat/completions": ("chat", Chat),
+    "/v1/completions": ("completions", Completion),
+    "/v1/responses": ("responses", Responses),
+    "/v1/messages": ("messages", Messages),
+}
+
+
+def create_app(options: EngineOptions | None = None) -> Starlette:
+    """The engine as an ASGI application, at work during its lifespan; `app.state.engine` is its `Engine`."""
+    options = options or EngineOptions()
+    registry = CollectorRegistry()
+    latencies = Latencies(registry, options.model)
+    engine = Engine(options.scheduler(), latencies, options.speed, options.context, options.seed)
+    parser = Parser(Tokenizer(), options.context, options.model)
+    status = Status()
+    app = Starlette(
+        routes=[
+            *(
+                Route(path, _generative(engine, parser, kind, dialect), methods=["POST"])
+                for path, (kind, dialect) in GENERATIVE.items()
+            ),
+            *Control(engine, options, registry, status).routes(),
+            *Vectors(engine, parser).routes(),
+        ],
+        middleware=[Middleware(Gate, api_key=options.api_key, status=status)],
+        exception_handlers={EngineError: error_response},
+        lifespan=lambda _: _computing(engine, status, options.startup_delay),
+    )
+    app.state.engine = engine
+    return app
+
+
+def _generative(
+    engine: Engine, parser: Parser, kind: str, dialect: type[Dialect]
+) -> Callable[[Request], Awaitable[Response]]:
+    parse = parser.kinds[kind]
+
+    async def endpoint(request: Request) -> Response:
+        ask = parse(read_object(await request.body()))
+        if ask.stream:
+            return StreamedAnswer(engine, ask.jobs, dialect(ask))
+        return await answer_whole(engine, ask.jobs, dialect(ask), request)
+
+    return endpoint
+
+
+class Gate:
+    """Turns away requests without the API key (401), and computing requests while the engine starts (503)."""
+
+    def __init__(self, app: ASGIApp, api_key: str, status: Status) -> None:
+        self._app = app
+        self._wanted = f"Bearer {api_key}".encode() if api_key else None
+        self._status = status
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            refusal = self._refusal(scope)
+            if refusal is not None:
+                await error_response(Request(scope), refusal)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> EngineError | None:
+        path: str = scope["path"]
+        if self._wanted and not path.startswith(OPEN_PATHS):
+            given = [value for name, value in scope["headers"] if name == b"authorization"]
+            if given != [self._wanted]:
+                return EngineError(
+                    401, "A valid key is needed: `Authorization: Bearer KEY`.", "authentication_error"
+                )
+        if path in GENERATIVE and not self._status.ready:
+            return EngineError(503, "The engine is not ready.", "service_unavailable")
+        return None
+
+
+@contextlib.asynccontextmanager
+async def _computing(engine: Engine, status: Status, delay: float) -> AsyncIterator[None]:
+    def ended(task: asyncio.Task[None]) -> None:
+        # A fault in the model must not leave clients waiting for ever behind a server that looks well.
+        if not task.cancelled() and task.exception() is not None:
+            log.critical("the engine's driver failed", exc_info=task.exception())
+            status.failed = True
+            engine.abort_all()
+
+    driver = asyncio.create_task(engine.run())
+    driver.add_done_callback(ended)
+    status.ready_at = asyncio.get_running_loop().time() + delay
+    yield
+    driver.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await driver
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, but a signal ends running requests at once and the process with status 0."""
+
+    engine: Engine
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop, number)
+        yield
+
+    def _stop(self, number: signal.Signals) -> None:
+        self.handle_exit(number, None)
+        self.engine.abort_all()
+        asyncio.get_running_loop().call_later(0.5, self._hurry)
+
+    def _hurry(self) -> None:
+        self.force_exit = True
+
+
+def serve(options: EngineOptions) -> int:
+    """Serve until a signal comes; the exit status. The first line of output tells the URL."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
+    except OSError as error:
+        sys.stderr.write(f"cannot listen on {options.host} port {options.port}: {error.strerror}\n")
+        return 1
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    sys.stdout.write(f"engine {options.model!r} listens on http://{host}:{listener.getsockname()[1]}\n")
+    sys.stdout.flush()
+    app = create_app(options)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            timeout_keep_alive=KEEP_ALIVE,
+            access_log=False,
+            log_level=options.log_level,
+        )
+    )
+    server.engine = app.state.engine
+    with listener:
+        uvloop.run(server.serve(sockets=[listener]))
+    return 0

@@ -1,0 +1,211 @@
+"""One client connection: bytes in, requests in their order, one answer each, bytes out.
+
+    data_received -> wire.RequestParser -> queue -> Exchange (relay or control plane) -> answer -> next in the queue
+                                                        |
+                          the client leaves: exchange.gone()     it reads slowly: exchange.pause(), .resume()
+
+Only one exchange is under way at a time; pipelined requests wait parsed, and once more than `_AHEAD` bytes came early the
+socket is not read until the answer is out. `deadline` is the one timer of a connection; what it means follows from what
+the connection is doing: waiting for a request, for the rest of one, for the answer, or for the client to take its leave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from typing import TYPE_CHECKING, Protocol, cast
+
+from sglang_router.errors import RequestTimeout, RouterError
+from sglang_router.net.asgi import AppExchange
+from sglang_router.net.relay import Relay
+from sglang_router.wire.headers import error_answer
+from sglang_router.wire.request import Request, RequestParser
+
+if TYPE_CHECKING:
+    from sglang_router.net.service import Service
+
+_AHEAD = 65536
+_LINGER = 2.0
+"""Seconds the client gets to read a last answer while its own bytes are thrown away."""
+
+
+class Exchange(Protocol):
+    """A request under way, as its connection sees it. Exactly one of `Downstream.done` or `gone` ends it."""
+
+    def start(self) -> None: ...
+    def gone(self) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def overdue(self, now: float) -> None: ...
+
+
+class Downstream(asyncio.Protocol):
+    """See the module. `deadline` is in seconds of the service's clock."""
+
+    __slots__ = ("_early", "_exchange", "_in_head", "_lingering", "_parser", "_paused", "_queue", "_service", "deadline", "peer", "transport")
+
+    transport: asyncio.Transport
+
+    def __init__(self, service: Service) -> None:
+        # of the connection
+        self._service = service
+        self._parser = RequestParser(service.limits)
+        self._queue: deque[Request | RouterError] = deque()
+        self._lingering = False
+        self.deadline = math.inf
+        self.peer = ""
+        # of the exchange
+        self._exchange: Exchange | None = None
+        self._early = 0  # bytes that came while an exchange was under way
+        self._paused = False
+        # of the request that is coming in
+        self._in_head = False
+
+    # -- asyncio.Protocol --------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self._service.connections.add(self)
+        self.deadline = self._service.clock() + self._service.timeouts.head
+        peer = transport.get_extra_info("peername")
+        self.peer = peer[0] if isinstance(peer, tuple) else ""
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingering:
+            return
+        ready = self._parser.feed(data)
+        if ready:
+            self._queue.extend(ready)
+        if self._exchange is None:
+            self._next()
+        else:
+            self._early += len(data)
+            if self._early > _AHEAD and not self._paused:
+                self._paused = True
+                self.transport.pause_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._service.connections.discard(self)
+        self._parser.close()
+        self._queue.clear()
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            self._service.active -= 1
+            exchange.gone()
+
+    def pause_writing(self) -> None:
+        if self._exchange is not None:
+            self._exchange.pause()
+
+    def resume_writing(self) -> None:
+        if self._exchange is not None:
+            self._exchange.resume()
+
+    def write(self, data: bytes) -> None:
+        """Sends bytes of an answer."""
+        self._service.outbox.write(self.transport, data)
+
+    # -- one request after the other -----------------------------------------------------------------------------------
+
+    def _next(self) -> None:
+        """Starts the next request that is here, or waits for it within the time that fits."""
+        if self._queue:
+            item = self._queue.popleft()
+            if isinstance(item, RouterError):
+                self.refuse(item)
+                return
+            self._in_head = False
+            self.deadline = math.inf
+            self._service.active += 1
+            endpoint = self._service.endpoints.get(item.path) if item.method == b"POST" else None
+            exchange: Exchange
+            if endpoint is not None:
+                exchange = Relay(self._service, self, item, endpoint)
+            else:
+                exchange = AppExchange(self._service, self, item)
+            self._exchange = exchange
+            exchange.start()
+            return
+        parser, timeouts = self._parser, self._service.timeouts
+        if parser.wants_continue:
+            parser.wants_continue = False
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if parser.mid_body:
+            self.deadline = self._service.clock() + timeouts.body
+        elif parser.mid_head and not self._in_head:
+            # Counted from the first byte: one byte now and then buys no time.
+            self._in_head = True
+            self.deadline = self._service.clock() + timeouts.head
+
+    def done(self, keep_alive: bool) -> None:
+        """The answer to the request under way is written."""
+        self._exchange = None
+        self._service.active -= 1
+        if self.transport.is_closing():
+            return
+        if not keep_alive or self._service.draining:
+            self._leave()
+            return
+        self._early = 0
+        self.deadline = self._service.clock() + self._service.timeouts.idle
+        if self._paused:
+            self._paused = False
+            self.transport.resume_reading()
+        if self._queue or self._parser.mid_head or self._parser.mid_body:
+            # Not called directly: a pipeline of many refusals must not recurse.
+            self._service.loop.call_soon(self._continue)
+
+    def _continue(self) -> None:
+        if self._exchange is None and not self._lingering and not self.transport.is_closing():
+            self._next()
+
+    def refuse(self, error: RouterError) -> None:
+        """Answers what is not a request, or came too slowly, and leaves."""
+        request_id = self._service.request_id(b"req-")
+        self.write(error_answer(error, request_id, b"connection: close\r\n"))
+        self._linger()
+
+    def _leave(self) -> None:
+        """Closes after the last answer, so that it arrives: closing at once while the client still sends would reset the connection and
+        destroy the answer in its buffer (RFC 9112 9.6)."""
+        if self._parser.mid_body or self._parser.mid_head or self._early:
+            self._linger()
+        else:
+            self._service.outbox.flush()
+            self.transport.close()
+
+    def _linger(self) -> None:
+        self._lingering = True
+        self._queue.clear()
+        self._service.outbox.flush()
+        self.deadline = self._service.clock() + _LINGER
+        if self._paused:
+            self._paused = False
+            self.transport.resume_reading()
+        if self.transport.can_write_eof() and not self.transport.is_closing():
+            self.transport.write_eof()
+
+    def abort(self) -> None:
+        """Closes without a clean end, behind what was written: the answer could not be finished."""
+        self._exchange = None
+        self._service.active -= 1
+        self._service.outbox.flush()
+        self.transport.close()
+
+    def overdue(self, now: float) -> None:
+        """The deadline has passed."""
+        self.deadline = math.inf
+        if self._exchange is not None:
+            self._exchange.overdue(now)
+        elif self._lingering:
+            self.transport.abort()
+        elif self._parser.mid_head or self._parser.mid_body:
+            self.refuse(RequestTimeout())
+        else:
+            self.transport.close()
+
+    def close_if_idle(self) -> None:
+        """For the shutdown: ends a connection that has nothing under way."""
+        if self._exchange is None:
+            self.transport.close()

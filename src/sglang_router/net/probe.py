@@ -1,0 +1,187 @@
+"""Health checks: one small task per worker asks its health endpoint and tells the fleet what came of it.
+
+    start(worker) --> check --> pause --> check --> ...          until the worker is removed
+                        |         |
+                        |         '-- spec.health.interval while all is well, else `unhealthy_interval` if
+                        |             that is shorter; cut short by prod(worker)
+                        '-- GET spec.health.endpoint with the worker's key; all but 2xx is an error
+                            --> fleet.probed(worker, error, now), which knows what follows
+
+Relays call `prod` when a worker refuses or breaks a connection: the check comes at once then, not in ten
+seconds. A hundred relays that meet the same dead worker make one check, not a hundred.
+
+Once a worker is found well, it is asked for the name of its model, if nobody gave one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from sglang_router.core.worker import Health, Outcome, Worker
+from sglang_router.net.upstream import FetchError, fetch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sglang_router.core.fleet import Fleet
+    from sglang_router.net.upstream import Upstream
+
+log = logging.getLogger("sglang_router.health")
+
+_REST = 0.05
+"""Seconds between two checks, however often a worker is prodded: no tight loop on a dead one."""
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    """The part of an engine's GET /v1/models that matters here."""
+
+    data: list[_Model]
+
+
+class _Watch:
+    """What is kept for one worker: its task, and two flags others wait on or set."""
+
+    __slots__ = ("asked_model", "ended", "prodded", "settled", "task")
+
+    task: asyncio.Task[None]
+
+    def __init__(self) -> None:
+        self.prodded = asyncio.Event()
+        self.settled = asyncio.Event()  # found well, and asked for its model; or no longer watched
+        self.asked_model = False
+        self.ended = False
+
+    def end(self) -> None:
+        # The cancellation alone would not do: up to Python 3.11 wait_for loses one that comes together with its result.
+        self.ended = True
+        self.prodded.set()
+        self.task.cancel()
+
+
+class Prober:
+    """The health checks of all workers; see the module. `unhealthy_interval` in seconds."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        fleet: Fleet,
+        upstream: Upstream,
+        clock: Callable[[], float],
+        unhealthy_interval: float = 1.0,
+    ) -> None:
+        self._loop = loop
+        self._fleet = fleet
+        self._upstream = upstream
+        self._clock = clock
+        self._unhealthy_interval = unhealthy_interval
+        self._watches: dict[Worker, _Watch] = {}
+
+    def start(self, worker: Worker) -> None:
+        """Checks a worker from now on. Does nothing when that is so already."""
+        if worker in self._watches:
+            return
+        watch = self._watches[worker] = _Watch()
+        watch.task = self._loop.create_task(self._run(worker, watch))
+        watch.task.add_done_callback(lambda _: self._ended(worker, watch))
+
+    def stop(self, worker: Worker) -> None:
+        """Ends the checks of a worker at once; those of a removed one also end by themselves, but later."""
+        watch = self._watches.get(worker)
+        if watch is not None:
+            watch.end()
+
+    def prod(self, worker: Worker) -> None:
+        """Has a worker checked at once; many calls before the check make one."""
+        watch = self._watches.get(worker)
+        if watch is not None:
+            watch.prodded.set()
+
+    async def healthy(self, worker: Worker, timeout: float) -> bool:
+        """Waits until a worker was found well and asked for its model.
+
+        False when that takes over `timeout` seconds, or the worker was removed meanwhile.
+        """
+        watch = self._watches.get(worker)
+        if watch is not None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(watch.settled.wait(), timeout)
+        return worker.health is Health.HEALTHY and not worker.removed
+
+    async def close(self) -> None:
+        """Ends all checks."""
+        watches = list(self._watches.values())
+        for watch in watches:
+            watch.end()
+        await asyncio.gather(*(watch.task for watch in watches), return_exceptions=True)
+
+    def _ended(self, worker: Worker, watch: _Watch) -> None:
+        watch.settled.set()
+        if self._watches.get(worker) is watch:
+            del self._watches[worker]
+
+    async def _run(self, worker: Worker, watch: _Watch) -> None:
+        while not worker.removed and not watch.ended:
+            watch.prodded.clear()
+            well = True
+            if worker.spec.health.enabled:
+                well = await self._check(worker)
+            if worker.health is Health.HEALTHY and well and not watch.asked_model:
+                watch.asked_model = True
+                await self._learn_model(worker)
+            elif not well:
+                watch.asked_model = False  # what comes back may serve something else
+            if worker.health is Health.HEALTHY:
+                watch.settled.set()
+            if not worker.spec.health.enabled:
+                return
+            await self._pause(worker, watch, well)
+
+    async def _pause(self, worker: Worker, watch: _Watch, well: bool) -> None:
+        pause = worker.spec.health.interval
+        if not well or worker.health is not Health.HEALTHY:
+            pause = min(pause, self._unhealthy_interval)
+        rest = min(_REST, pause)
+        await asyncio.sleep(rest)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(watch.prodded.wait(), pause - rest)
+
+    async def _check(self, worker: Worker) -> bool:
+        rules = worker.spec.health
+        error: str | None = None
+        refused = False
+        try:
+            answer = await fetch(
+                self._upstream, worker, b"GET", rules.endpoint.encode(), timeout=rules.timeout, most=1 << 20
+            )
+            if not answer.ok:
+                error = f"GET {rules.endpoint} answered {answer.status}"
+        except FetchError as exc:
+            error = str(exc)
+            refused = exc.outcome is Outcome.REFUSED
+        except (
+            Exception
+        ) as exc:  # a fault here must not end the checks: the worker would keep its state for ever
+            log.exception("the health check of %s failed in the router", worker.url)
+            error = f"The health check failed in the router: {exc.__class__.__name__}."
+        self._fleet.probed(worker, error, self._clock(), refused=refused)
+        return error is None
+
+    async def _learn_model(self, worker: Worker) -> None:
+        """The name of the first model it serves. Not to know it is no fault: not every engine tells."""
+        if worker.spec.model_id is not None:
+            return
+        with contextlib.suppress(FetchError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            limit = worker.spec.health.timeout
+            answer = await fetch(self._upstream, worker, b"GET", b"/v1/models", timeout=limit, most=1 << 20)
+            models = msgspec.json.decode(answer.body, type=_Models)
+            if answer.ok and models.data and worker.spec.model_id is None:
+                worker.spec.model_id = models.data[0].id

@@ -1,0 +1,363 @@
+"""One inference request on its way: from the client's whole request to the last byte of its one answer.
+
+    start -> route -> send -> begin -> data ... data(done) -> finished          the good way
+                ^        |
+                |        '-- broken or refused answer before the first byte: retry, at once or after plan.delay
+                '-- every worker is starting: wait until one is there or the time is up
+
+Whatever happens ends in `_end`, exactly once: the lease is closed, the client's connection goes on or closes, and one
+`Finished` is emitted. After the head of an answer has gone to the client nothing is retried; if the worker breaks then, the
+client gets an error event (when it reads a stream of events) and a connection that ends without a clean end.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from sglang_router.core.events import Finished
+from sglang_router.core.request import Endpoint, Facts, read
+from sglang_router.core.worker import Outcome, outcome_of_status
+from sglang_router.errors import (
+    InternalError,
+    RouterError,
+    StreamBroken,
+    UnsupportedMediaType,
+    WorkerBroken,
+    WorkerInvalid,
+    WorkersStarting,
+    WorkerTimeout,
+    WorkerUnreachable,
+)
+from sglang_router.net.service import CONTENT_ENCODING, ROUTING_KEY
+from sglang_router.wire.headers import error_answer, request_head, response_head
+from sglang_router.wire.response import Framing, ResponseHead, Sized, UntilClose
+from sglang_router.wire.sse import error_event, farewell
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from sglang_router.core.router import Plan
+    from sglang_router.net.downstream import Downstream
+    from sglang_router.net.service import Service
+    from sglang_router.net.upstream import Connection, Opening
+    from sglang_router.wire.request import Request
+
+_ERRORS: dict[Outcome, type[RouterError]] = {
+    Outcome.REFUSED: WorkerUnreachable,
+    Outcome.UNREACHABLE: WorkerUnreachable,
+    Outcome.BROKEN: WorkerBroken,
+    Outcome.INVALID: WorkerInvalid,
+    Outcome.CUT: StreamBroken,
+    Outcome.TIMEOUT: WorkerTimeout,
+}
+
+
+class Relay:
+    """See the module. It is the Exchange of its client connection and the Sink of its leg."""
+
+    __slots__ = (
+        "_chunked",
+        "_client",
+        "_endpoint",
+        "_ended",
+        "_facts",
+        "_first_byte",
+        "_framing",
+        "_keep_alive",
+        "_leg",
+        "_outcome",
+        "_paused",
+        "_plan",
+        "_request",
+        "_request_id",
+        "_sent",
+        "_service",
+        "_sse",
+        "_started_at",
+        "_status",
+        "_timer",
+        "decoding",
+    )
+
+    def __init__(self, service: Service, client: Downstream, request: Request, endpoint: Endpoint) -> None:
+        # of the request
+        self._service = service
+        self._client = client
+        self._request = request
+        self._endpoint = endpoint
+        self._started_at = service.clock()
+        self._request_id = b""
+        self._facts: Facts | None = None
+        self._keep_alive = request.keep_alive
+        self._timer: asyncio.TimerHandle | None = None
+        self._paused = False
+        self._ended = False
+        self.decoding = request.http10
+        # of the leg
+        self._plan: Plan | None = None
+        self._leg: Connection | Opening | None = None
+        # of the answer
+        self._outcome = Outcome.SERVED
+        self._framing: Framing | None = None
+        self._status = 0
+        self._sent = 0
+        self._first_byte = -1.0
+        self._sse = False
+        self._chunked = False
+
+    # -- the client's side (Exchange) ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        request, service = self._request, self._service
+        request_id = routing_key = b""
+        best = len(service.watched)
+        coded = False
+        for name, value in request.headers:
+            place = service.watched.get(name)
+            if place is None:
+                continue
+            if place == ROUTING_KEY:
+                routing_key = value
+            elif place == CONTENT_ENCODING:
+                coded = value.lower() != b"identity"
+            elif place < best and service.usable_id(value):
+                best, request_id = place, value
+        self._request_id = request_id or service.request_id(self._endpoint.id)
+        try:
+            if coded:
+                raise UnsupportedMediaType
+            self._facts = read(self._endpoint, request.body, routing_key)
+        except RouterError as exc:
+            self._refuse(exc)
+            return
+        self._client.deadline = self._started_at + service.timeouts.request
+        self._route()
+
+    def gone(self) -> None:
+        self._give_up_leg()
+        self._end(Outcome.GONE)
+
+    def pause(self) -> None:
+        self._paused = True
+        if self._leg is not None:
+            self._leg.pause()
+
+    def resume(self) -> None:
+        self._paused = False
+        if self._leg is not None:
+            self._leg.resume()
+
+    def overdue(self, now: float) -> None:
+        if self in self._service.waiting:
+            self._service.waiting.discard(self)
+            self._refuse(self._service.router.fleet.unavailable(now))
+            return
+        self._give_up_leg()
+        seconds = self._service.timeouts.request
+        self._failed(Outcome.TIMEOUT, f"No whole answer within {seconds:g} s.")
+
+    # -- the decision -----------------------------------------------------------------------------------------------------
+
+    def _route(self) -> None:
+        assert self._facts is not None
+        service = self._service
+        try:
+            plan = service.router.route(self._facts, service.clock())
+        except WorkersStarting as exc:
+            self._wait(exc)
+            return
+        except RouterError as exc:
+            self._refuse(exc)
+            return
+        self._plan = plan
+        self._send()
+
+    def _wait(self, error: WorkersStarting) -> None:
+        until = self._started_at + self._service.timeouts.starting
+        if self._service.clock() >= until:
+            self._refuse(error)
+            return
+        self._client.deadline = until
+        self._service.waiting.add(self)
+
+    def woken(self) -> None:
+        """A worker changed while this request waited for one."""
+        self._client.deadline = self._started_at + self._service.timeouts.request
+        self._route()
+
+    def _send(self, fresh: bool = False) -> None:
+        plan, service, request = self._plan, self._service, self._request
+        assert plan is not None
+        self._timer = None
+        worker = plan.worker
+        head = request_head(
+            request,
+            service.upstream.origin(worker).start(b"POST", request.target),
+            self._request_id,
+            key=worker.key,
+            everything=service.forward_everything,
+        )
+        self._leg = service.upstream.send(worker, self, head, request.body, fresh=fresh)
+
+    def sent_on(self, connection: Connection) -> None:
+        self._leg = connection
+
+    def _retried(self, outcome: Outcome) -> bool:
+        """Asks for another leg, and sends it. False: what there is, is the answer."""
+        service, plan = self._service, self._plan
+        assert plan is not None
+        following = service.router.retry(plan, outcome, service.clock())
+        if following is None:
+            return False
+        self._plan = following
+        if following.delay:
+            self._timer = service.loop.call_later(following.delay, self._send)
+        else:
+            self._send()
+        return True
+
+    # -- the worker's side (Sink) ------------------------------------------------------------------------------------------
+
+    def begin(self, head: ResponseHead, framing: Framing, data: bytes, done: bool) -> None:
+        leg = self._leg
+        if done:
+            self._leg = None
+        status = head.status
+        if status >= 429:
+            self._outcome = outcome_of_status(status, head.header(b"retry-after") is not None)
+            if self._outcome is not Outcome.SERVED:
+                self._leg = None
+                if self._retried(self._outcome):
+                    if not done and leg is not None:
+                        leg.abort()
+                    return
+                self._leg = None if done else leg
+        self._framing = framing
+        self._status = status
+        self._first_byte = self._service.clock() - self._started_at
+        bytes_out = self._head(head, framing) + data
+        self._sent = len(data)
+        self._client.write(bytes_out)
+        if done:
+            self._finish()
+        elif self._paused and leg is not None:
+            leg.pause()
+
+    def _head(self, head: ResponseHead, framing: Framing) -> bytes:
+        """The client's head, and what it says of the framing; in HTTP/1.0 the closing ends what has no length."""
+        http10 = self._request.http10
+        field = b""
+        if isinstance(framing, Sized):
+            if head.status != 204:
+                field = b"content-length: %d\r\n" % (head.content_length or 0)
+        elif isinstance(framing, UntilClose) or http10:
+            self._keep_alive = False
+        else:
+            self._chunked = True
+            field = b"transfer-encoding: chunked\r\n"
+        if self._service.draining:
+            self._keep_alive = False
+        connection = b""
+        if not self._keep_alive:
+            connection = b"connection: close\r\n"
+        elif http10:
+            connection = b"connection: keep-alive\r\n"
+        if not isinstance(framing, Sized):
+            content_type = head.header(b"content-type")
+            self._sse = content_type is not None and content_type.startswith(b"text/event-stream")
+        return response_head(head, self._request_id, framing=field, connection=connection)
+
+    def data(self, data: bytes, done: bool) -> None:
+        self._sent += len(data)
+        if done:
+            self._leg = None
+        self._client.write(data)
+        if done:
+            self._finish()
+
+    def broken(self, outcome: Outcome, detail: str) -> None:
+        self._leg = None
+        if outcome is Outcome.STALE:
+            self._send(fresh=True)
+            return
+        plan = self._plan
+        assert plan is not None
+        self._service.prod(plan.worker)
+        if self._framing is None and self._retried(outcome):
+            return
+        self._failed(outcome, detail)
+
+    # -- the end ----------------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        keep_alive = self._keep_alive
+        self._end(self._outcome)
+        self._client.done(keep_alive)
+
+    def _failed(self, outcome: Outcome, detail: str) -> None:
+        """No retry is left. Before the first byte the error is the answer; after it there can only be a broken end."""
+        error = _ERRORS.get(outcome, InternalError)(detail)
+        if self._framing is None:
+            self._refuse(error, outcome)
+            return
+        if self._sse:
+            last = farewell(error_event(self._request.path, error), self._framing, self._chunked)
+            if last is not None:
+                self._client.write(last)
+        self._end(outcome, error.code)
+        self._client.abort()
+
+    def _refuse(self, error: RouterError, outcome: Outcome | None = None) -> None:
+        self._status = error.status
+        keep_alive = self._keep_alive and not error.close and not self._service.draining
+        connection = b"" if keep_alive else b"connection: close\r\n"
+        if keep_alive and self._request.http10:
+            connection = b"connection: keep-alive\r\n"
+        self._client.write(error_answer(error, self._request_id, connection))
+        self._end(outcome, error.code)
+        self._client.done(keep_alive)
+
+    def _give_up_leg(self) -> None:
+        leg, self._leg = self._leg, None
+        if leg is not None:
+            leg.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._service.waiting.discard(self)
+
+    def _end(self, outcome: Outcome | None, code: str = "") -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self._client.deadline = math.inf
+        service, plan, facts, request = self._service, self._plan, self._facts, self._request
+        now = service.clock()
+        if plan is not None:
+            plan.lease.close(outcome or Outcome.ABANDONED, now)
+        service.listener.finished(
+            Finished(
+                "POST",
+                request.path.decode("latin-1"),
+                self._endpoint.name,
+                self._request_id.decode("latin-1"),
+                self._client.peer,
+                facts is not None and facts.streaming,
+                facts.model.decode("utf-8", "replace") if facts is not None else "",
+                plan.worker if plan is not None else None,
+                plan.branch if plan is not None else "",
+                plan.matched if plan is not None else 0,
+                plan.total if plan is not None else 0,
+                self._status,
+                code,
+                outcome,
+                now - self._started_at,
+                self._first_byte,
+                len(request.body),
+                self._sent,
+                plan.retries if plan is not None else 0,
+            )
+        )
+
+

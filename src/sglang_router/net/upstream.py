@@ -1,0 +1,454 @@
+"""Connections to workers: opening, pooling, sending a leg, and walking along its answer.
+
+    Upstream.send(worker, sink, head, body)
+         |  idle connection?  -> Connection.send            (no await, no task)
+         |  none              -> Opening: a task that connects, then Connection.send
+         v
+    Connection.data_received -> wire.response: head, framing -> sink.begin(...), sink.data(..., done)
+                                                                 sink.broken(outcome, detail)
+
+A Sink is whoever reads the answer: `net.relay.Relay` hands the bytes on, `Collector` gathers them for the control plane and the
+health checks. Nothing is awaited and nothing is created per chunk.
+
+A connection goes back to the pool only after a whole, well-framed answer to a wholly sent request, with no byte behind it. One
+that dies unused before any byte of an answer was merely stale (engines close idle connections after 5 s, or after a
+streamed reply without saying so): the leg is sent again on a fresh one, and nobody is blamed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from typing import TYPE_CHECKING, Protocol, cast
+from urllib.parse import urlsplit
+
+import msgspec
+
+from sglang_router.core.worker import Outcome
+from sglang_router.errors import WorkerInvalid
+from sglang_router.net.outbox import Outbox
+from sglang_router.wire.response import Framing, ResponseHead, framing_of, parse_head
+
+if TYPE_CHECKING:
+    from sglang_router.core.worker import Worker
+
+_COPY_BELOW = 65536
+"""Bytes of a body that are cheaper to join with the head than to send in a second write."""
+_MOST_INTERIM = 8
+"""Interim responses (1xx) a worker may send before its answer."""
+
+
+class Sink(Protocol):
+    """Whoever reads an answer. `decoding`: it wants the content without the chunked coding."""
+
+    decoding: bool
+
+    def begin(self, head: ResponseHead, framing: Framing, data: bytes, done: bool) -> None:
+        """The head came, with the part of the body that came along; `done` when that was all."""
+
+    def data(self, data: bytes, done: bool) -> None:
+        """More of the body."""
+
+    def broken(self, outcome: Outcome, detail: str) -> None:
+        """There will be no more."""
+
+    def sent_on(self, connection: Connection) -> None:
+        """The connection that was being opened is there and carries the leg."""
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """Where a worker listens, and the start of each request to it."""
+
+    host: str
+    port: int
+    tls: ssl.SSLContext | None
+    prefix: bytes
+    host_field: bytes
+    starts: dict[bytes, bytes]
+
+    def start(self, method: bytes, target: bytes) -> bytes:
+        """Request line and Host field; kept for targets without a query, of which there are few."""
+        key = method + target
+        start = self.starts.get(key)
+        if start is None:
+            start = b"%s %s%s HTTP/1.1\r\nhost: %s\r\n" % (method, self.prefix, target, self.host_field)
+            if b"?" not in target and len(self.starts) < 256:
+                self.starts[key] = start
+        return start
+
+
+def origin_of(url: str) -> Origin:
+    """Splits a worker's base URL, which `config.parse_worker_url` has checked."""
+    parts = urlsplit(url)
+    secure = parts.scheme == "https"
+    tls = ssl.create_default_context() if secure else None
+    port = parts.port or (443 if secure else 80)
+    prefix = parts.path.rstrip("/").encode()
+    return Origin(parts.hostname or "", port, tls, prefix, parts.netloc.encode(), {})
+
+
+class Connection(asyncio.Protocol):
+    """One connection to one worker; idle, or busy with one leg."""
+
+    __slots__ = ("_buffer", "_framing", "_interim", "_reusable", "_sink", "_upstream", "idle_since", "transport", "used", "worker")
+
+    transport: asyncio.Transport
+
+    def __init__(self, upstream: Upstream, worker: Worker) -> None:
+        # of the connection
+        self._upstream = upstream
+        self.worker = worker
+        self.used = False  # it has carried a whole exchange before
+        self.idle_since = 0.0
+        # of the leg
+        self._sink: Sink | None = None
+        self._framing: Framing | None = None
+        self._buffer = b""
+        self._interim = 0
+        self._reusable = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self._upstream.open += 1
+
+    def send(self, sink: Sink, head: bytes, body: bytes) -> None:
+        """Sends a leg; its answer goes to `sink`."""
+        self._sink = sink
+        self._framing = None
+        self._interim = 0
+        self.idle_since = 0.0
+        if len(body) < _COPY_BELOW:
+            self._upstream.outbox.write(self.transport, head + body)
+        else:
+            self._upstream.outbox.write(self.transport, head)
+            self._upstream.outbox.write(self.transport, body)
+
+    def abort(self) -> None:
+        """Gives the leg up: the worker sees the connection close, the sink hears nothing more."""
+        self._sink = None
+        self.transport.abort()
+
+    def pause(self) -> None:
+        self.transport.pause_reading()
+
+    def resume(self) -> None:
+        self.transport.resume_reading()
+
+    # -- asyncio.Protocol --------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        sink, framing = self._sink, self._framing
+        if sink is None:
+            self._upstream.discard(self)  # bytes nobody asked for: out of step
+            self.transport.abort()
+            return
+        try:
+            if framing is None:
+                self._begin(data)
+                return
+            if sink.decoding:
+                payload: list[bytes] = []
+                end = framing.feed(data, payload)
+                sent = b"".join(payload)
+            else:
+                end = framing.feed(data)
+                sent = data if end < 0 else data[:end]
+        except WorkerInvalid as exc:
+            self._fail(Outcome.INVALID if framing is None else Outcome.CUT, str(exc))
+            return
+        if end < 0:
+            sink.data(sent, False)
+        else:
+            self._finish(end == len(data))
+            sink.data(sent, True)
+
+    def _begin(self, data: bytes) -> None:
+        if self._buffer:
+            data = self._buffer + data
+            self._buffer = b""
+        head = parse_head(data)
+        while head is not None and head.status < 200:
+            self._interim += 1
+            if self._interim > _MOST_INTERIM:
+                raise WorkerInvalid("The worker sends interim responses without end.")
+            data = data[head.end :]
+            head = parse_head(data)
+        if head is None:
+            self._buffer = data
+            return
+        sink = self._sink
+        assert sink is not None
+        framing = framing_of(head)
+        rest = data[head.end :]
+        if sink.decoding:
+            payload: list[bytes] = []
+            end = framing.feed(rest, payload)
+            sent = b"".join(payload)
+        else:
+            end = framing.feed(rest)
+            sent = rest if end < 0 else rest[:end]
+        self._framing = framing
+        self._reusable = head.keep_alive
+        if end >= 0:
+            self._finish(end == len(rest))
+        sink.begin(head, framing, sent, end >= 0)
+
+    def _finish(self, exact: bool) -> None:
+        """The answer is whole: back into the pool before the sink goes on, which may need a connection at once."""
+        self._sink = None
+        self._framing = None
+        self.used = True
+        if exact and self._reusable and not self.transport.get_write_buffer_size():
+            self._upstream.release(self)
+        else:
+            self.transport.close()
+
+    def _fail(self, outcome: Outcome, detail: str) -> None:
+        sink = self._sink
+        self.abort()
+        if sink is not None:
+            sink.broken(outcome, detail)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        sink, framing = self._sink, self._framing
+        self._sink = self._framing = None
+        self._upstream.open -= 1
+        if sink is None:
+            self._upstream.discard(self)
+        elif framing is not None:
+            if framing.ends_at_close and exc is None:
+                sink.data(b"", True)
+            else:
+                sink.broken(Outcome.CUT, "The worker broke off in the middle of its answer.")
+        elif self._buffer or not self.used:
+            sink.broken(Outcome.BROKEN, "The worker closed the connection without an answer.")
+        else:
+            sink.broken(Outcome.STALE, "A kept connection had been closed by the worker.")
+
+
+class Opening:
+    """A connection that is being made for a leg; can be given up like one that is there."""
+
+    __slots__ = ("given_up", "task")
+
+    task: asyncio.Task[None]
+
+    def __init__(self) -> None:
+        self.given_up = False
+
+    def abort(self) -> None:
+        self.given_up = True
+        self.task.cancel()
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+
+class Upstream:
+    """All connections to all workers. Times in seconds; `max_idle` connections are kept per worker."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        connect_timeout: float = 10.0,
+        idle_timeout: float = 50.0,
+        max_idle: int = 512,
+    ) -> None:
+        self.outbox = Outbox(loop)
+        self.open = 0  # connections there are, idle or busy
+        self._loop = loop
+        self._connect_timeout = connect_timeout
+        self._idle_timeout = idle_timeout
+        self._max_idle = max_idle
+        self._idle: dict[Worker, deque[Connection]] = {}
+        self._origins: dict[Worker, Origin] = {}
+        self._opening: set[asyncio.Task[None]] = set()
+
+    def origin(self, worker: Worker) -> Origin:
+        origin = self._origins.get(worker)
+        if origin is None:
+            origin = self._origins[worker] = origin_of(worker.url)
+        return origin
+
+    def send(
+        self, worker: Worker, sink: Sink, head: bytes, body: bytes, *, fresh: bool = False
+    ) -> Connection | Opening:
+        """Sends a leg on an idle connection, or on a new one (`fresh`: on a new one in any case)."""
+        idle = self._idle.get(worker)
+        while idle and not fresh:
+            connection = idle.pop()
+            if not connection.transport.is_closing():
+                connection.send(sink, head, body)
+                return connection
+        opening = Opening()
+        opening.task = self._loop.create_task(self._open(worker, sink, head, body, opening))
+        self._opening.add(opening.task)
+        opening.task.add_done_callback(self._opening.discard)
+        return opening
+
+    async def _open(self, worker: Worker, sink: Sink, head: bytes, body: bytes, opening: Opening) -> None:
+        origin = self.origin(worker)
+        connecting = self._loop.create_connection(
+            lambda: Connection(self, worker),
+            origin.host,
+            origin.port,
+            ssl=origin.tls,
+            server_hostname=origin.host if origin.tls else None,
+        )
+        try:
+            _, connection = await asyncio.wait_for(connecting, self._connect_timeout)
+        except (TimeoutError, asyncio.TimeoutError):
+            sink.broken(Outcome.UNREACHABLE, f"No connection to the worker within {self._connect_timeout:g} s.")
+            return
+        except ConnectionRefusedError:
+            sink.broken(Outcome.REFUSED, "The worker refuses connections.")
+            return
+        except (OSError, UnicodeError) as exc:
+            sink.broken(Outcome.UNREACHABLE, f"The worker could not be reached: {exc.__class__.__name__}.")
+            return
+        if opening.given_up:  # the cancellation came too late to stop the connection
+            connection.transport.abort()
+            return
+        sink.sent_on(connection)
+        connection.send(sink, head, body)
+
+    def release(self, connection: Connection) -> None:
+        """Takes a connection back that is ready for another leg."""
+        idle = self._idle.get(connection.worker)
+        if idle is None:
+            if connection.worker.removed:
+                connection.transport.close()
+                return
+            idle = self._idle[connection.worker] = deque()
+        if len(idle) >= self._max_idle:
+            connection.transport.close()
+            return
+        connection.idle_since = self._loop.time()
+        idle.append(connection)
+
+    def discard(self, connection: Connection) -> None:
+        """Forgets an idle connection that is gone."""
+        idle = self._idle.get(connection.worker)
+        if connection.idle_since and idle and connection in idle:
+            idle.remove(connection)
+
+    def forget(self, worker: Worker) -> None:
+        """Closes the idle connections to a worker that was removed."""
+        for connection in self._idle.pop(worker, ()):
+            connection.transport.close()
+        self._origins.pop(worker, None)
+
+    def trim(self) -> None:
+        """Closes connections that were idle for too long; the oldest stand at the left."""
+        before = self._loop.time() - self._idle_timeout
+        for idle in self._idle.values():
+            while idle and idle[0].idle_since < before:
+                idle.popleft().transport.close()
+
+    async def close(self) -> None:
+        """Closes everything; legs under way are cut."""
+        for worker in list(self._idle):
+            self.forget(worker)
+        opening = list(self._opening)
+        for task in opening:
+            task.cancel()
+        await asyncio.gather(*opening, return_exceptions=True)
+
+
+class Answer(msgspec.Struct):
+    """A whole answer of a worker."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300
+
+
+class FetchError(Exception):
+    """A worker gave no answer; `outcome` says how."""
+
+    def __init__(self, outcome: Outcome, detail: str) -> None:
+        super().__init__(detail)
+        self.outcome = outcome
+
+
+class Collector:
+    """A Sink that gathers one answer, for the control plane and the health checks."""
+
+    decoding = True
+
+    def __init__(self, answer: asyncio.Future[Answer], most: int) -> None:
+        self.answer = answer
+        self._most = most
+        self._head: ResponseHead | None = None
+        self._parts: list[bytes] = []
+        self._size = 0
+        self.leg: Connection | Opening | None = None
+
+    def sent_on(self, connection: Connection) -> None:
+        self.leg = connection
+
+    def begin(self, head: ResponseHead, framing: Framing, data: bytes, done: bool) -> None:
+        self._head = head
+        self.data(data, done)
+
+    def data(self, data: bytes, done: bool) -> None:
+        self._parts.append(data)
+        self._size += len(data)
+        if self.answer.done():
+            return
+        if done:
+            assert self._head is not None
+            self.answer.set_result(Answer(self._head.status, self._head.headers, b"".join(self._parts)))
+        elif self._size > self._most and self.leg is not None:
+            self.leg.abort()
+            self.broken(Outcome.INVALID, f"The worker's answer is larger than {self._most} bytes.")
+
+    def broken(self, outcome: Outcome, detail: str) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(FetchError(outcome, detail))
+
+
+async def fetch(
+    upstream: Upstream,
+    worker: Worker,
+    method: bytes,
+    target: bytes,
+    *,
+    body: bytes = b"",
+    content_type: bytes = b"application/json",
+    timeout: float,
+    most: int = 64 << 20,
+) -> Answer:
+    """Asks one worker, with its own key, and returns the whole answer.
+
+    Raises: FetchError when there is none within `timeout` seconds.
+    """
+    lines = [upstream.origin(worker).start(method, target), b"content-length: %d\r\n" % len(body)]
+    if body:
+        lines += (b"content-type: ", content_type, b"\r\n")
+    if worker.key is not None:
+        lines += (b"authorization: Bearer ", worker.key, b"\r\n")
+    head = b"".join((*lines, b"\r\n"))
+    loop = asyncio.get_running_loop()
+    for fresh in (False, True):
+        collector = Collector(loop.create_future(), most)
+        collector.leg = upstream.send(worker, collector, head, body, fresh=fresh)
+        try:
+            return await asyncio.wait_for(collector.answer, timeout)
+        except FetchError as exc:
+            if exc.outcome is not Outcome.STALE or fresh:
+                raise
+        except (TimeoutError, asyncio.TimeoutError):
+            collector.leg.abort()
+            raise FetchError(Outcome.TIMEOUT, f"No answer within {timeout:g} s.") from None
+        except asyncio.CancelledError:
+            collector.leg.abort()
+            raise
+    raise AssertionError("a fresh connection is never stale")

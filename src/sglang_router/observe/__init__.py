@@ -1,0 +1,1 @@
+"""Listeners of `core.events`: metrics, logs, the access line."""

@@ -1,0 +1,321 @@
+"""Assembly and life cycle: build everything once from the options, listen, serve, drain, stop.
+
+    serve(args)                     the whole life of one router process, on a uvloop event loop
+      Gateway.__init__              builds: fleet, policy, router, upstream, listeners, control plane, service
+      Gateway.start                 listens; workers are registered at once and checked concurrently
+      ... until SIGTERM or SIGINT
+      Gateway.stop                  no new connections, idle ones closed, running requests finished within the grace period
+
+This is the only module that knows all the others. The cyclic garbage collector is taken out of the way here as well: what exists after
+the start is frozen, young garbage is collected in small bites (`_COLLECT_EVERY`), and the prefix tree is invisible to it by
+construction (see `core.tree`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import logging
+import random
+import resource
+import signal
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+import uvloop
+
+from sglang_router.admin.app import Context, create_app, create_metrics_app
+from sglang_router.core.events import Listener, Listeners, WorkerChanged
+from sglang_router.core.fleet import Fleet
+from sglang_router.core.policies import POLICIES, PolicySettings
+from sglang_router.core.request import ENDPOINTS
+from sglang_router.core.router import PolicyListener, RetryRules, Router
+from sglang_router.core.worker import BreakerRules, HealthRules, WorkerSpec
+from sglang_router.errors import ConfigError
+from sglang_router.net.downstream import Downstream
+from sglang_router.net.probe import Prober
+from sglang_router.net.service import REQUEST_ID_HEADERS, Service, Timeouts
+from sglang_router.net.upstream import Upstream
+from sglang_router.observe import logs
+from sglang_router.observe.access import AccessLog, WorkerLog
+from sglang_router.observe.metrics import Metrics
+from sglang_router.wire.request import Limits
+
+if TYPE_CHECKING:
+    from sglang_router.config import RouterArgs
+
+log = logging.getLogger("sglang_router")
+
+_CLOCK = time.monotonic
+_SWEEP_EVERY = 0.25
+_COLLECT_EVERY = 1.0
+_TIDY_STEPS = 512
+_BACKLOG = 4096
+
+
+class _Membership(Listener):
+    """Hears of workers on behalf of the network: checks those that come, lets go of those that leave, wakes who waits."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def worker_changed(self, event: WorkerChanged) -> None:
+        gateway = self._gateway
+        if event.what == "added":
+            gateway.prober.start(event.worker)
+        elif event.what == "removed":
+            gateway.upstream.forget(event.worker)
+        if gateway.service.waiting:
+            gateway.loop.call_soon(gateway.service.wake)
+
+
+class Gateway:
+    """One router: see the module."""
+
+    def __init__(self, args: RouterArgs, loop: asyncio.AbstractEventLoop, writer: logs.LogWriter) -> None:
+        self.args = args
+        self.loop = loop
+        rng = random.Random()
+        self.policy = POLICIES[args.policy](_policy_settings(args), rng)
+        self._servers: list[asyncio.Server] = []
+        self._timers: list[asyncio.TimerHandle] = []
+        listeners = Listeners()
+        self.fleet = Fleet(listeners, lambda: str(uuid.uuid4()), _breaker_rules(args), args.worker_startup_timeout_secs)
+        self.router = Router(self.fleet, self.policy, listeners, rng, _retry_rules(args))
+        self.upstream = Upstream(
+            loop, connect_timeout=args.connect_timeout_secs, idle_timeout=args.upstream_idle_timeout_secs
+        )
+        self.prober = Prober(
+            loop, self.fleet, self.upstream, _CLOCK, unhealthy_interval=args.worker_startup_check_interval
+        )
+        metrics = Metrics(
+            self.fleet,
+            self.policy,
+            connections=lambda: len(self.service.connections),
+            active=lambda: self.service.active,
+            upstream_connections=lambda: self.upstream.open,
+            lost_lines=lambda: writer.lost,
+            duration_buckets=args.prometheus_duration_buckets,
+        )
+        context = Context(
+            fleet=self.fleet,
+            router=self.router,
+            upstream=self.upstream,
+            prober=self.prober,
+            clock=_CLOCK,
+            startup_timeout=args.worker_startup_timeout_secs,
+            health=health_rules(args),
+            worker_api_key=args.worker_api_key,
+            metrics_render=metrics.render,
+        )
+        self.service = Service(
+            loop,
+            self.router,
+            self.upstream,
+            listeners,
+            create_app(context),
+            rng,
+            endpoints=ENDPOINTS,
+            prod=self.prober.prod,
+            limits=_limits(args),
+            timeouts=_timeouts(args),
+            request_id_headers=tuple(args.request_id_headers or REQUEST_ID_HEADERS),
+            forward_everything=args.forward_headers == "all",
+        )
+        self._metrics_service = Service(
+            loop,
+            self.router,
+            self.upstream,
+            Listeners(),
+            create_metrics_app(metrics.render),
+            rng,
+            endpoints={},
+            prod=self.prober.prod,
+            timeouts=_timeouts(args),
+        )
+        listeners.add(PolicyListener(self.policy))
+        listeners.add(_Membership(self))
+        listeners.add(metrics)
+        listeners.add(WorkerLog())
+        if args.access_log:
+            listeners.add(AccessLog(writer))
+
+    async def start(self) -> None:
+        """Listens and registers the workers given at start.
+
+        Raises: ConfigError when an address cannot be had.
+        """
+        args = self.args
+        await self._listen(self.service, args.host, args.port, "--port")
+        await self._listen_for_metrics()
+        for url in args.worker_urls:
+            self.fleet.add(WorkerSpec(url=url, api_key=args.worker_api_key, health=health_rules(args)), _CLOCK())
+        self._sweep()
+        self._tidy()
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        log.info(
+            "listening on http://%s:%d, policy %s, %d workers", args.host, args.port, args.policy, len(self.fleet)
+        )
+
+    async def _listen(self, service: Service, host: str, port: int, option: str) -> None:
+        try:
+            server = await self.loop.create_server(
+                lambda: Downstream(service), host.strip("[]"), port, backlog=_BACKLOG, reuse_address=True
+            )
+        except OSError as exc:
+            why = "is in use" if exc.errno == errno.EADDRINUSE else f"cannot be had: {exc.strerror or exc}"
+            raise ConfigError(f"{host}:{port} {why}; choose another {option}") from None
+        self._servers.append(server)
+
+    async def _listen_for_metrics(self) -> None:
+        """The second door to the metrics. Its default port is a convenience, so losing it is only worth a warning."""
+        args = self.args
+        try:
+            await self._listen(
+                self._metrics_service, args.prometheus_host, args.prometheus_port, "--prometheus-port"
+            )
+        except ConfigError as exc:
+            if "prometheus_port" in args.given:
+                raise
+            log.warning("%s; metrics are served on http://%s:%d/metrics only", exc, args.host, args.port)
+
+    def _sweep(self) -> None:
+        self.service.sweep()
+        self._metrics_service.sweep()
+        self._timers = [t for t in self._timers if not t.cancelled() and t.when() > self.loop.time()]
+        self._timers.append(self.loop.call_later(_SWEEP_EVERY, self._sweep))
+
+    def _tidy(self) -> None:
+        """Upkeep in small bites: what removed workers left in the tree, entries that rested too long, young garbage."""
+        more = self.policy.tidy(_CLOCK(), _TIDY_STEPS)
+        gc.collect(0)
+        self._timers.append(self.loop.call_later(0.01 if more else _COLLECT_EVERY, self._tidy))
+
+    async def stop(self) -> None:
+        """Finishes what is under way, within the grace period, and closes everything."""
+        for server in self._servers:
+            server.close()
+        self.service.draining = self._metrics_service.draining = True
+        for connection in [*self.service.connections, *self._metrics_service.connections]:
+            connection.close_if_idle()
+        deadline = self.loop.time() + self.args.shutdown_grace_period_secs
+        if self.service.active:
+            log.info("finishing %d running requests", self.service.active)
+        while self.service.active and self.loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        if self.service.active:
+            log.warning("the grace period is over: %d requests are cut", self.service.active)
+        for connection in list(self.service.connections):
+            connection.transport.abort() if self.service.active else connection.transport.close()
+        for timer in self._timers:
+            timer.cancel()
+        await self.prober.close()
+        await self.upstream.close()
+        log.info("stopped")
+
+
+def serve(args: RouterArgs) -> int:
+    """Runs a router until SIGTERM or SIGINT; returns the exit status."""
+    writer = logs.configure(args.log_level, args.log_format, args.log_dir)
+    _raise_fd_limit()
+    try:
+        with contextlib.closing(uvloop.new_event_loop()) as loop:
+            asyncio.set_event_loop(loop)
+            return int(loop.run_until_complete(_run(args, loop, writer)))
+    finally:
+        asyncio.set_event_loop(None)
+        writer.close()
+
+
+async def _run(args: RouterArgs, loop: asyncio.AbstractEventLoop, writer: logs.LogWriter) -> int:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, stop, number)
+    gateway = Gateway(args, loop, writer)
+    await gateway.start()
+    await stop.wait()
+    await gateway.stop()
+    return 0
+
+
+def _on_signal(stop: asyncio.Event, number: int) -> None:
+    if stop.is_set():
+        log.warning("second signal: leaving at once")
+        raise SystemExit(128 + number)
+    stop.set()
+
+
+def _raise_fd_limit() -> None:
+    """Each request may need two descriptors; the soft limit is often 1,024 though the hard one is far above."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# -- what the options mean for each part -------------------------------------------------------------------------------
+
+
+def _policy_settings(args: RouterArgs) -> PolicySettings:
+    return PolicySettings(
+        cache_threshold=args.cache_threshold,
+        balance_abs_threshold=args.balance_abs_threshold,
+        balance_rel_threshold=args.balance_rel_threshold,
+        max_tree_size=args.max_tree_size,
+        max_idle=args.max_idle_secs,
+        assignment_mode=args.assignment_mode,
+        prefix_hash_bytes=args.prefix_hash_bytes,
+        hash_load_factor=args.hash_load_factor,
+    )
+
+
+def _breaker_rules(args: RouterArgs) -> BreakerRules:
+    return BreakerRules(
+        threshold=args.cb_failure_threshold or args.max_worker_retries + 1,
+        successes=args.cb_success_threshold,
+        timeout=args.cb_timeout_duration_secs,
+        max_timeout=max(args.cb_timeout_duration_secs, args.cb_max_timeout_duration_secs),
+        enabled=not args.disable_circuit_breaker,
+    )
+
+
+def _retry_rules(args: RouterArgs) -> RetryRules:
+    return RetryRules(
+        per_worker=args.max_worker_retries,
+        total=args.max_total_retries,
+        initial_backoff=args.retry_initial_backoff_ms / 1000,
+        max_backoff=args.retry_max_backoff_ms / 1000,
+        multiplier=args.retry_backoff_multiplier,
+        jitter=args.retry_jitter_factor,
+    )
+
+
+def health_rules(args: RouterArgs) -> HealthRules:
+    """The health checks of workers that name none of their own."""
+    return HealthRules(
+        failure_threshold=args.health_failure_threshold,
+        success_threshold=args.health_success_threshold,
+        interval=args.health_check_interval_secs,
+        timeout=args.health_check_timeout_secs,
+        endpoint=args.health_check_endpoint,
+        enabled=not args.disable_health_check,
+    )
+
+
+def _limits(args: RouterArgs) -> Limits:
+    return Limits(args.max_head_bytes, args.max_header_count, args.max_payload_size)
+
+
+def _timeouts(args: RouterArgs) -> Timeouts:
+    return Timeouts(
+        head=args.head_timeout_secs,
+        body=args.body_timeout_secs,
+        idle=args.keepalive_timeout_secs,
+        request=args.request_timeout_secs,
+        starting=args.startup_wait_secs,
+    )

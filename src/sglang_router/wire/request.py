@@ -1,0 +1,223 @@
+"""Reads HTTP/1.1 requests (RFC 9112) out of the bytes of one client connection, in any split, pipelined or not.
+
+    bytes --feed()--> [Request, Request, RouterError]
+
+llhttp (by httptools) does the grammar and is strict: no bare LF, no obs-fold, no Content-Length beside Transfer-Encoding, no
+`+5`. Added here is what a proxy must refuse besides, because the next hop could read it in another way: Transfer-Encoding
+on HTTP/1.0, a missing or doubled Host, versions other than 1.0 and 1.1, upgrades, and whatever exceeds the limits.
+
+A mistake is not raised but returned, behind the good requests that came before it in the pipeline: each gets its answer
+in order. After a mistake the parser is done: where the next message would begin is not known any more.
+"""
+
+from __future__ import annotations
+
+import httptools
+import msgspec
+
+from sglang_router.errors import (
+    BadHTTP,
+    HeadTooLarge,
+    PayloadTooLarge,
+    RouterError,
+    UpgradeRefused,
+    URITooLong,
+    VersionNotSupported,
+)
+
+_WATCHED = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
+
+Headers = list[tuple[bytes, bytes]]
+"""Fields in the order they came; names in lower case."""
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What one request may cost. All in bytes but the count."""
+
+    head_bytes: int = 65536
+    header_count: int = 128
+    body_bytes: int = 512 << 20
+
+
+class Request(msgspec.Struct, gc=False):
+    """One whole request. `body` has its transfer coding removed and is otherwise what the client sent."""
+
+    method: bytes
+    target: bytes
+    path: bytes
+    headers: Headers
+    body: bytes = b""
+    http10: bool = False
+    keep_alive: bool = True
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first value of a field, by its name in lower case."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
+
+
+class RequestParser:
+    """The parser of one connection."""
+
+    __slots__ = (
+        "_error",
+        "_head_bytes",
+        "_headers",
+        "_limits",
+        "_parser",
+        "_pieces",
+        "_ready",
+        "_request",
+        "_size",
+        "_url",
+        "mid_body",
+        "mid_head",
+        "wants_continue",
+    )
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._error: RouterError | None = None
+        self._ready: list[Request | RouterError] = []
+        self.mid_head = False
+        """Some bytes of a head are here, not all."""
+        self.mid_body = False
+        """A head is here, its body is not, or not wholly."""
+        self.wants_continue = False
+        """The client waits for `100 Continue` before it sends the body; the owner clears it when sent."""
+        self.on_message_begin()
+        self.mid_head = False
+        self._parser = httptools.HttpRequestParser(self)
+
+    def feed(self, data: bytes) -> list[Request | RouterError]:
+        """Takes the next bytes; returns what they completed, in order. Nothing follows an error."""
+        if self._error is not None:
+            return []
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as exc:
+            self._error = self._error or _verdict(exc)
+        if self.mid_head:
+            # A field that never ends makes no callback. The read in which the head began is not counted, for other messages
+            # may have come along with it; the head itself is measured when it is whole.
+            self._head_bytes = 0 if self._head_bytes < 0 else self._head_bytes + len(data)
+            if self._head_bytes > self._limits.head_bytes:
+                self._error = self._error or HeadTooLarge()
+        ready = self._ready
+        if self._error is not None:
+            ready.append(self._error)
+            self.mid_head = self.mid_body = self.wants_continue = False
+        if ready:
+            self._ready = []
+        return ready
+
+    def close(self) -> None:
+        """Lets go of the parser, which holds this object: no cycle stays behind for the collector."""
+        self._error = self._error or BadHTTP()
+        self._parser = None
+
+    # -- llhttp's callbacks ------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._url = b""
+        self._headers: Headers = []
+        self._head_bytes = -1
+        self._size = 0
+        self._pieces: list[bytes] = []
+        self._request: Request | None = None
+        self.mid_head = True
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+        if len(self._url) > self._limits.head_bytes:
+            self._fail(URITooLong())
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        headers = self._headers
+        headers.append((name.lower(), value))
+        if len(headers) > self._limits.header_count:
+            self._fail(HeadTooLarge())
+
+    def on_headers_complete(self) -> None:
+        parser, headers = self._parser, self._headers
+        self._headers = []  # what follows is trailers: a proxy that does not need them may drop them (RFC 9110 6.5.1)
+        self.mid_head = False
+        self.mid_body = True
+        version = parser.get_http_version()
+        http10 = version == "1.0"
+        if not http10 and version != "1.1":
+            self._fail(VersionNotSupported())
+        if parser.should_upgrade():
+            self._fail(UpgradeRefused())
+        self._check(headers, http10)
+        url = self._url
+        self._request = Request(
+            parser.get_method(), url, _path(url), headers, b"", http10, parser.should_keep_alive()
+        )
+
+    def _check(self, headers: Headers, http10: bool) -> None:
+        """What llhttp leaves to its user."""
+        size = len(self._url)
+        hosts = length = 0
+        coded = expects = False
+        for name, value in headers:
+            size += len(name) + len(value) + 4
+            if name not in _WATCHED:
+                continue
+            if name == b"host":
+                hosts += 1
+            elif name == b"content-length":
+                length = int(value)  # llhttp lets only digits through
+            elif name == b"transfer-encoding":
+                coded = True
+            else:
+                expects = value.lower() == b"100-continue"
+        if size > self._limits.head_bytes:
+            self._fail(HeadTooLarge())
+        if hosts > 1 or (not hosts and not http10):
+            self._fail(BadHTTP("An HTTP/1.1 request has exactly one Host header."))
+        if coded and http10:
+            self._fail(BadHTTP("HTTP/1.0 has no Transfer-Encoding."))
+        if length > self._limits.body_bytes:
+            self._fail(PayloadTooLarge())
+        self.wants_continue = expects and not http10 and (length > 0 or coded)
+
+    def on_body(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+        self._size += len(piece)
+        self.wants_continue = False
+        if self._size > self._limits.body_bytes:
+            self._fail(PayloadTooLarge())
+
+    def on_message_complete(self) -> None:
+        request, pieces = self._request, self._pieces
+        assert request is not None
+        request.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self._request = None
+        self._pieces = []
+        self.mid_body = self.wants_continue = False
+        self._ready.append(request)
+
+    def _fail(self, error: RouterError) -> None:
+        self._error = error
+        raise error
+
+
+def _path(target: bytes) -> bytes:
+    """The path of a request target (RFC 9112 3.2): origin form as a rule, absolute form from clients of a proxy."""
+    path = target.partition(b"?")[0]
+    if path.startswith(b"/"):
+        return path
+    rest = path.partition(b"://")[2]
+    return b"/" + rest.partition(b"/")[2] if rest else path
+
+
+def _verdict(exc: httptools.HttpParserError) -> RouterError:
+    text = str(exc)
+    if "PRI" in text:
+        return VersionNotSupported()
+    if isinstance(exc, httptools.HttpParserInvalidMethodError):
+        return BadHTTP("The request line does not begin with a method.")
+    return BadHTTP(f"This is not a well-formed HTTP/1.1 request: {text}.")

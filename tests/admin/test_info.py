@@ -1,0 +1,214 @@
+"""Health and information: what the router says of itself, and what it passes on of its workers."""
+
+from __future__ import annotations
+
+import pytest
+from engines import engine_processes
+from fake_worker import CLOSE, HANG, answer
+from stack import Reply, stack
+
+from sglang_router.core.worker import Outcome
+
+MODELS = "GET /v1/models"
+
+
+def error(reply: Reply) -> tuple[int, str]:
+    """Status and code of an error of the router, whose shape and headers are checked."""
+    body = reply.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "code", "param"}
+    assert reply.headers["content-type"] == "application/json"
+    assert reply.headers["x-smg-error-code"] == body["error"]["code"]
+    assert reply.headers["x-request-id"]
+    return reply.status, body["error"]["code"]
+
+
+# -- in front of real engines ----------------------------------------------------------------------------------
+
+
+def test_real_engines_answer_through_the_router() -> None:
+    with engine_processes(2, "--speed", "0", "--model", "tiny") as urls, stack(*urls) as router:
+        assert router.get("/health_generate").text == "OK"
+        (model,) = router.get(MODELS.split()[1]).json()["data"]
+        assert (model["id"], model["owned_by"]) == ("tiny", "sglang")
+        assert router.get("/v1/models/tiny").json() == model
+        assert router.get("/get_model_info").json()["model_path"] == "tiny"
+        assert router.get("/server_info").json()["served_model_name"] == "tiny"
+        rows = router.get("/get_loads").json()["workers"]
+        assert rows == [{"worker": url, "load": 0, "running": 0, "source": "engine"} for url in urls]
+        assert all(worker["model_id"] == "tiny" for worker in router.get("/workers").json()["workers"])
+
+
+# -- the router alone --------------------------------------------------------------------------------------------
+
+
+def test_without_workers_the_router_is_up_but_not_ready() -> None:
+    with stack() as router:
+        for path in ("/health", "/liveness"):
+            reply = router.get(path)
+            assert (reply.status, reply.text) == (200, "OK")
+            assert reply.headers["content-type"].startswith("text/plain")
+        reply = router.get("/readiness")
+        assert reply.status == 503
+        assert reply.json()["status"] == "not ready"
+        assert reply.json()["reason"] == "insufficient healthy workers"
+        for path in ("/health_generate", "/get_model_info", "/get_server_info", "/v1/models", "/engine_metrics"):
+            reply = router.get(path)
+            assert error(reply) == (503, "no_workers"), path
+            assert int(reply.headers["retry-after"]) >= 1
+
+
+def test_ready_means_that_a_healthy_worker_can_take_a_request() -> None:
+    with stack() as router:
+        (fake,) = router.fakes({})
+        assert router.get("/readiness").json() == {"status": "ready", "healthy_workers": 1, "total_workers": 1}
+        worker = router.worker(fake.url)
+
+        def fail() -> None:
+            router.fleet.lease(worker).close(Outcome.FAILED, router.loop.time())
+
+        for _ in range(router.fleet.breaker_rules.threshold):
+            router.call(fail)
+        assert router.get("/readiness").status == 503  # healthy, but its breaker is open
+
+
+def test_metrics_are_rendered_as_the_client_accepts_them() -> None:
+    with stack() as router:
+        reply = router.get("/metrics", accept="application/openmetrics-text")
+        assert reply.text == "for application/openmetrics-text\n"
+        assert reply.headers["content-type"] == "text/plain; version=0.0.4"
+
+
+# -- health_generate -----------------------------------------------------------------------------------------------
+
+
+def test_health_generate_goes_on_to_the_next_worker() -> None:
+    with stack(generate_timeout=0.1) as router:
+        bad = [{"GET /health_generate": answer(503)}, {"GET /health_generate": HANG}]
+        fakes = router.fakes(*bad, {"GET /health_generate": answer(200)})
+        assert router.get("/health_generate").status == 200
+        assert [fake.count("GET /health_generate") for fake in fakes] == [1, 1, 1]
+
+
+def test_an_engine_without_health_generate_gets_a_real_prompt() -> None:
+    done = {"POST /v1/completions": answer(200, {}), MODELS: answer(200, {"data": [{"id": "m"}]})}
+    with stack() as router:
+        (fake,) = router.fakes(done)
+        assert router.get("/health_generate").status == 200
+        (seen,) = [seen for seen in fake.seen if seen.route == "POST /v1/completions"]
+        assert b'"max_tokens":1' in seen.body
+        assert b'"model":"m"' in seen.body
+
+
+def test_health_generate_fails_when_no_worker_can() -> None:
+    with stack() as router:
+        router.fakes({"GET /health_generate": answer(500)}, {})
+        reply = router.get("/health_generate")
+        assert error(reply) == (503, "no_available_workers")
+        assert "HTTP 500" in reply.text
+        assert "HTTP 404" in reply.text
+
+
+# -- what workers say of themselves ----------------------------------------------------------------------------------
+
+
+def test_a_workers_answer_passes_as_it_is() -> None:
+    body = b'{"model_path" :  "x", "n": 1.0}'
+    with stack() as router:
+        router.fakes({"GET /get_model_info": answer(200, body, "application/json; charset=x")})
+        reply = router.get("/get_model_info")
+        assert reply.body == body
+        assert reply.headers["content-type"] == "application/json; charset=x"
+
+
+@pytest.mark.parametrize(("asked", "known"), [("/get_model_info", "/model_info"), ("/server_info", "/get_server_info")])
+def test_engines_are_asked_by_the_name_they_know(asked: str, known: str) -> None:
+    with stack() as router:
+        router.fakes({f"GET {known}": answer(200, {"by": known})})
+        assert router.get(asked).json() == {"by": known}
+
+
+def test_another_worker_is_asked_when_the_first_one_breaks() -> None:
+    info = "GET /get_server_info"
+    with stack() as router:
+        router.fakes({info: CLOSE}, {info: answer(500)}, {info: answer(200, {"third": True})})
+        assert router.get("/get_server_info").json() == {"third": True}
+
+
+def test_an_error_is_answered_when_no_worker_can_tell() -> None:
+    with stack() as router:
+        router.fakes({"GET /get_model_info": CLOSE})
+        assert error(router.get("/get_model_info")) == (502, "worker_unreachable")
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def test_models_are_united_by_id_and_keep_their_fields() -> None:
+    one = {"id": "a", "object": "model", "max_model_len": 8192, "owned_by": "sglang"}
+    two = {"id": "b/lora", "object": "model", "parent": "a"}
+    with stack() as router:
+        router.fakes(
+            {MODELS: answer(200, {"object": "list", "data": [one]})},
+            {MODELS: answer(200, {"object": "list", "data": [{**one, "owned_by": "other"}, two]})},
+        )
+        reply = router.get("/v1/models")
+        assert reply.json() == {"object": "list", "data": [one, two]}
+        assert reply.headers["content-type"] == "application/json"
+        assert router.get("/v1/models/b/lora").json() == two
+        assert error(router.get("/v1/models/c")) == (404, "not_found")
+
+
+def test_models_are_not_asked_for_at_every_request_but_again_when_workers_change() -> None:
+    with stack() as router:
+        (fake,) = router.fakes({MODELS: answer(200, {"data": [{"id": "a"}]})})
+        before = fake.count(MODELS)
+        for _ in range(3):
+            router.get("/v1/models")
+        assert fake.count(MODELS) == before + 1
+        router.fakes({MODELS: answer(200, {"data": [{"id": "b"}]})})
+        assert [model["id"] for model in router.get("/v1/models").json()["data"]] == ["a", "b"]
+
+
+def test_a_model_that_was_learnt_is_listed_while_the_worker_cannot_tell() -> None:
+    with stack() as router:
+        (fake,) = router.fakes({MODELS: answer(200, {"data": [{"id": "a"}]})})
+        for broken in (answer(500), answer(200, b"no json"), answer(200, [1, 2]), answer(200, {"data": [{"id": 3}, 4]})):
+            fake.script[MODELS] = broken
+            router.call(lambda: setattr(router.context.models, "until", 0.0))
+            listed = router.get("/v1/models")
+            if broken == answer(200, {"data": [{"id": 3}, 4]}):  # it tells, but nothing that is a model
+                assert error(listed) == (503, "no_available_workers")
+            else:
+                assert listed.json()["data"] == [{"id": "a", "object": "model", "owned_by": "local"}]
+
+
+# -- loads ---------------------------------------------------------------------------------------------------------------
+
+
+def test_loads_are_the_engines_own_reports_else_the_routers_count() -> None:
+    ranks = [{"dp_rank": 0, "num_tokens": 10}, {"dp_rank": 1, "num_tokens": 4}]
+    newer = {"loads": [{"num_used_tokens": 5, "num_total_tokens": 7}]}
+    older = {"loads": [{"num_used_tokens": 5}]}
+    scripts = [
+        {"GET /get_load": answer(200, ranks)},
+        {"GET /v1/loads": answer(200, newer)},
+        {"GET /v1/loads": answer(200, older)},
+        {"GET /get_load": answer(500)},
+        {"GET /get_load": answer(200, [{"num_tokens": -1}])},
+        {},
+    ]
+    with stack(ask_timeout=5.0) as router:
+        fakes = router.fakes(*scripts)
+        lease = router.call(lambda: router.fleet.lease(router.fleet.by_url(fakes[-1].url) or pytest.fail("gone")))
+        rows = router.get("/get_loads").json()["workers"]
+        assert [row["worker"] for row in rows] == [fake.url for fake in fakes]
+        assert [row["load"] for row in rows] == [14, 7, 5, 0, 0, 1]
+        assert [row["running"] for row in rows] == [0, 0, 0, 0, 0, 1]
+        assert [row["source"] for row in rows] == ["engine"] * 3 + ["router"] * 3
+        router.call(lambda: lease.close(Outcome.SERVED, router.loop.time()))
+
+
+def test_there_are_no_loads_without_workers() -> None:
+    with stack() as router:
+        assert router.get("/get_loads").json() == {"workers": []}
