@@ -71,7 +71,7 @@ LLAMA = Scene(
     flags=("--threads", "1", "--parallel", "2", "--ctx-size", "2048", "--cache-ram", "0"),
     groups=4,
     rounds=6,
-    rules=14,
+    rules=12,
     answer_tokens=8,
     concurrency=2,
 )
@@ -80,7 +80,7 @@ SIMULATED = Scene(
     engines=4,
     flags=("--prefill-tokens-per-s", "4000", "--capacity-tokens", "6000"),
     groups=8,
-    rounds=16,
+    rounds=12,
     rules=100,
     answer_tokens=16,
     concurrency=8,
@@ -153,6 +153,7 @@ def _read_stream(response: http.client.HTTPResponse, began: float) -> Reply:
     if not ended:
         return Reply(error="the stream broke off")
     details = usage.get("prompt_tokens_details") or {}
+    first = first or time.monotonic() - began  # an empty answer
     return Reply(text, "", first, usage.get("prompt_tokens", 0), details.get("cached_tokens", 0))
 
 
@@ -248,9 +249,7 @@ def start_engines(processes: Processes, scene: Scene, model: Sequence[str]) -> l
     """Start the scene's engines at the same time; their URLs when all are healthy."""
     flags = (*model, "--port", "0", *scene.flags)
     started = [processes.start(f"engine{n}", "sglang_router.engine", *flags) for n in range(scene.engines)]
-    return [
-        until(partial(healthy_engine, log), process, log, f"engine {n}") for n, (process, log) in enumerate(started)
-    ]
+    return [until(partial(healthy_engine, log), process, log, "an engine") for process, log in started]
 
 
 def free_port() -> int:
@@ -304,41 +303,28 @@ class Result:
     seconds: float
     per_engine: Sequence[int]
 
-    def cells(self) -> list[str]:
+    def cells(self) -> dict[str, str]:
         good = [reply for reply in self.replies if not reply.error]
         prompt = sum(reply.prompt_tokens for reply in good)
         cached = sum(reply.cached_tokens for reply in good)
         first = sorted(reply.first_token for reply in good) or [0.0]
-        return [
-            f"{len(self.replies)}",
-            f"{len(self.replies) - len(good)}",
-            f"{prompt:,}",
-            f"{cached:,}",
-            f"{cached / max(prompt, 1):.0%}",
-            f"{statistics.median(first) * 1e3:,.0f} ms",
-            f"{first[min(len(first) - 1, int(len(first) * 0.95))] * 1e3:,.0f} ms",
-            f"{self.seconds:.1f} s",
-            " ".join(str(count) for count in self.per_engine),
-        ]
-
-
-ROWS = (
-    "requests",
-    "errors",
-    "prompt tokens",
-    "of these cached, say the engines",
-    "",
-    "time to first token, p50",
-    "time to first token, p95",
-    "all requests took",
-    "requests per engine",
-)
+        return {
+            "requests": f"{len(self.replies)}",
+            "errors": f"{len(self.replies) - len(good)}",
+            "prompt tokens": f"{prompt:,}",
+            "of these cached, say the engines": f"{cached:,}",
+            "": f"{cached / max(prompt, 1):.0%}",
+            "time to first token, p50": f"{statistics.median(first) * 1e3:,.0f} ms",
+            "time to first token, p95": f"{first[int((len(first) - 1) * 0.95)] * 1e3:,.0f} ms",
+            "all requests took": f"{self.seconds:.1f} s",
+            "requests per engine": " ".join(str(count) for count in self.per_engine),
+        }
 
 
 def table(results: dict[str, Result]) -> str:
-    columns = [list(ROWS), *(result.cells() for result in results.values())]
-    lines = [["", *results], *(list(row) for row in zip(*columns, strict=True))]
-    return "\n".join(f"  {first:<34}" + "".join(f"{cell:>16}" for cell in rest) for first, *rest in lines)
+    columns = [result.cells() for result in results.values()]
+    rows = [["", *results], *([label, *(cells[label] for cells in columns)] for label in columns[0])]
+    return "\n".join(f"  {first:<34}" + "".join(f"{cell:>16}" for cell in rest) for first, *rest in rows)
 
 
 def requests_per_engine(metrics_url: str, urls: Sequence[str]) -> list[int]:
@@ -377,10 +363,7 @@ def show(processes: Processes, simulated: bool) -> bool:
     model: list[str] = []
     if not simulated:
         model = ["--backend", "llamacpp", "--model-path", str(fetch_smollm2(Bar("model", "MB", 10**6)))]
-    print(
-        f"{scene.groups} groups of {scene.rounds} chats; the chats of a group begin alike\n",
-        flush=True,
-    )
+    print(f"{scene.groups} groups of {scene.rounds} chats; those of a group begin alike\n", flush=True)
     results, answer = {}, Reply()
     for policy in POLICIES:
         results[policy], answer = run(processes, scene, model, policy)
@@ -395,18 +378,16 @@ def main() -> int:
     parser.add_argument("--simulated", action="store_true", help="built-in engines instead of llama.cpp's")
     parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # all of them end as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # also where SIGINT was ignored before us
     with tempfile.TemporaryDirectory(prefix="sglang-router-demo-") as folder:
-        processes = Processes(Path(folder))
+        processes, complete = Processes(Path(folder)), False
         try:
             complete = show(processes, options.simulated)
         except (DemoError, ConfigError, OSError) as error:
             print(f"\ndemo: {error}", file=sys.stderr)
-            complete = False
         except KeyboardInterrupt:
             print("\ndemo: interrupted", file=sys.stderr)
-            complete = False
         finally:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)  # nothing may interrupt the ending

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 HANG = b"HANG"
@@ -42,14 +43,15 @@ def answer(status: int, body: Any = b"", content_type: str = "") -> bytes:
     """A whole HTTP response. A body that is not bytes goes as JSON."""
     if not isinstance(body, bytes):
         body, content_type = json.dumps(body).encode(), content_type or "application/json"
-    fields = f"content-type: {content_type or 'text/plain'}\r\ncontent-length: {len(body)}\r\n"
-    return f"HTTP/1.1 {status} X\r\n{fields}\r\n".encode() + body
+    content: bytes = body
+    fields = f"content-type: {content_type or 'text/plain'}\r\ncontent-length: {len(content)}\r\n"
+    return f"HTTP/1.1 {status} X\r\n{fields}\r\n".encode() + content
 
 
 class FakeWorker:
     """See the module. Healthy unless the script says otherwise."""
 
-    def __init__(self, script: dict[str, bytes | Gate] | None = None) -> None:
+    def __init__(self, script: Mapping[str, bytes | Gate] | None = None) -> None:
         self.script: dict[str, bytes | Gate] = {"GET /health": answer(200), **(script or {})}
         self.seen: list[Seen] = []
         self.port = 0
@@ -75,6 +77,15 @@ class FakeWorker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def hung_up(self) -> None:
+        """Waits until nobody is connected."""
+
+        async def none_left() -> None:
+            while self._tasks:
+                await self._next()
+
+        await asyncio.wait_for(none_left(), 10.0)
+
     def count(self, route: str) -> int:
         return sum(seen.route == route for seen in self.seen)
 
@@ -96,12 +107,14 @@ class FakeWorker:
         assert task is not None
         self._tasks.add(task)
         try:
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            # asyncio's streams report a cancelled handler as a fault, so it ends quietly instead.
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
                 while await self._exchange(reader, writer):
                     pass
         finally:
             writer.transport.abort()
             self._tasks.discard(task)
+            self._news.set()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")

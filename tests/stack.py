@@ -18,13 +18,13 @@ import json
 import random
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
 import uvloop
-from fake_worker import FakeWorker, Gate
 
+from fake_worker import FakeWorker, Gate
 from sglang_router.admin.app import Context, create_app
 from sglang_router.core.events import Listener, Listeners, WorkerChanged
 from sglang_router.core.fleet import Fleet
@@ -79,7 +79,7 @@ class Stack:
     """One router. Made by `stack`; its parts may be touched through `call` only."""
 
     def __init__(self, policy: str, settings: dict[str, Any]) -> None:
-        self.loop = uvloop.new_event_loop()
+        self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self.news = asyncio.Event()
         rng = random.Random(7)
         listeners = Listeners()
@@ -94,7 +94,6 @@ class Stack:
             upstream=self.upstream,
             prober=self.prober,
             clock=self.loop.time,
-            metrics_render=lambda accept: (f"for {accept}\n".encode(), "text/plain; version=0.0.4"),
             **settings,
         )
         self.service = Service(
@@ -111,10 +110,10 @@ class Stack:
         listeners.add(_News(self))
         self.port = 0
         self._fakes: list[FakeWorker] = []
-        self._server: asyncio.AbstractServer | None = None
+        self._server: asyncio.Server | None = None
         self._thread = threading.Thread(target=self._live, daemon=True)
 
-    # -- its life ------------------------------------------------------------------------------------------------
+    # -- its life ----------------------------------------------------------------------------------------
 
     def _live(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -151,7 +150,7 @@ class Stack:
             await fake.stop()
         await asyncio.sleep(0)
 
-    # -- its loop ------------------------------------------------------------------------------------------------
+    # -- its loop ----------------------------------------------------------------------------------------
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine on the router's loop."""
@@ -175,9 +174,9 @@ class Stack:
 
         self.run(holds())
 
-    # -- its workers ---------------------------------------------------------------------------------------------
+    # -- its workers -------------------------------------------------------------------------------------
 
-    def fake(self, script: dict[str, bytes | Gate] | None = None) -> FakeWorker:
+    def fake(self, script: Mapping[str, bytes | Gate] | None = None) -> FakeWorker:
         """A fake worker that listens; not registered."""
         fake = FakeWorker(script)
         self.run(fake.start())
@@ -193,7 +192,7 @@ class Stack:
         self.run(self.prober.healthy(self.worker(url), WITHIN))
         assert self.worker(url).health is Health.HEALTHY, self.worker(url).last_error
 
-    def fakes(self, *scripts: dict[str, bytes | Gate]) -> list[FakeWorker]:
+    def fakes(self, *scripts: Mapping[str, bytes | Gate]) -> list[FakeWorker]:
         """Fake workers, registered and healthy, in this order."""
         made = [self.fake(script) for script in scripts]
         for fake in made:
@@ -207,7 +206,7 @@ class Stack:
         assert worker is not None, url
         return worker
 
-    # -- its door ------------------------------------------------------------------------------------------------
+    # -- its door ----------------------------------------------------------------------------------------
 
     def ask(self, method: str, target: str, body: bytes | None = None, **headers: str) -> Reply:
         """One request on a connection of its own."""
@@ -219,7 +218,7 @@ class Stack:
             return Reply(got.status, fields, got.read())
 
     def get(self, target: str, **headers: str) -> Reply:
-        return self.ask("GET", target, **headers)
+        return self.ask("GET", target, None, **headers)
 
     def post(self, path: str, value: Any = None, **query: str) -> Reply:
         """POSTs a value as JSON (bytes as they are), with a query."""
@@ -234,6 +233,7 @@ class Stack:
 def stack(*urls: str, policy: str = "cache_aware", **settings: Any) -> Iterator[Stack]:
     """A router in front of workers that are healthy when the block begins. `settings` are those of Context."""
     settings.setdefault("health", HealthRules(interval=3600.0, failure_threshold=1, success_threshold=1))
+    settings.setdefault("metrics_render", lambda accept: (f"for {accept}\n".encode(), "text/plain"))
     router = Stack(policy, settings)
     try:
         router.start(urls)

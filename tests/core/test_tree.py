@@ -276,6 +276,30 @@ def test_one_insertion_never_evicts_more_than_its_share_but_loses_its_end() -> N
     check(tree)
 
 
+def test_a_text_that_found_no_room_counts_as_used_where_it_is_known() -> None:
+    """Its end is given back whole, but the part that others share was used, and outlives what was not."""
+    tree = Tree(5, evictions_per_insert=1)
+    slot = tree.add_slot()
+    for now, text in enumerate((b"Pq", b"P", b"Pq", b"Ka", b"b")):
+        put(tree, slot, text, now)
+    assert put(tree, slot, b"Kz", 5) == 0  # the one eviction it may make is of the mark at P, and frees nothing
+    assert shape(tree) == [(b"K", 1), (b"Ka", 1), (b"Pq", 1), (b"b", 1)]
+    for now, text in enumerate((b"f", b"gg", b"h"), 6):
+        put(tree, slot, text, now)
+    assert shape(tree) == [(b"K", 1), (b"f", 1), (b"gg", 1), (b"h", 1)]
+    check(tree)
+
+
+def test_a_shared_text_that_one_slot_continues_is_one_entry_of_it() -> None:
+    tree = Tree(100)
+    a, b = tree.add_slot(), tree.add_slot()
+    put(tree, a, b"turn one", 1)
+    put(tree, b, b"turn one", 2)
+    put(tree, a, b"turn one, turn two", 3)
+    assert (tree.entries(a), tree.entries(b)) == (1, 1)
+    check(tree)
+
+
 def test_a_stale_match_refuses_to_answer_and_is_inserted_all_the_same() -> None:
     tree = Tree(100)
     a, b = tree.add_slot(), tree.add_slot()
@@ -309,6 +333,29 @@ def test_a_retired_slot_is_gone_at_once_and_its_number_comes_back_when_it_is_rec
     assert tree.add_slot() == a
     assert shape(tree) == [(b"abc", 1 << b)]
     check(tree)
+
+
+def test_matching_looks_past_several_levels_that_only_the_dead_hold() -> None:
+    tree = Tree(100)
+    a, b = tree.add_slot(), tree.add_slot()
+    put(tree, b, b"ab")
+    for text in (b"abcde", b"abcdefg", b"abcdx", b"abcdefghi"):
+        put(tree, a, text)
+    tree.retire(a)
+    match = tree.match(b"m", b"abcdefghi!")
+    assert (match.matched, match.owners, match.best(-1)) == (2, 1 << b, (2, 1 << b))
+
+
+def test_a_slot_whose_number_comes_back_starts_from_nothing() -> None:
+    tree = Tree(3)
+    slot = tree.add_slot()
+    put(tree, slot, b"abc")
+    put(tree, slot, b"xyz")
+    assert tree.evictions(slot) == 1
+    tree.retire(slot)
+    tree.reclaim(BIG)
+    assert tree.add_slot() == slot
+    assert (tree.size(slot), tree.evictions(slot), tree.evicted_bytes(slot)) == (0, 0, 0)
 
 
 def test_insertions_reclaim_without_a_timer() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import pytest
-from fake_worker import CLOSE, HANG, FakeWorker, answer
 
-from sglang_router.core.events import WorkerChanged
+from fake_worker import CLOSE, HANG, FakeWorker, answer
+from sglang_router.core.events import Listener, WorkerChanged
 from sglang_router.core.fleet import Fleet
 from sglang_router.core.worker import Breaker, Health, HealthRules, Outcome, Worker, WorkerSpec
 from sglang_router.net.probe import Prober
@@ -18,16 +18,12 @@ HEALTH = "GET /health"
 NEVER = 3600.0  # an interval that no test lives to see the end of
 
 
-class Changes:
+class Changes(Listener):
     """A listener that lets a test wait for what becomes of a worker."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
         self._news = asyncio.Event()
-
-    def routed(self, event: object) -> None: ...
-
-    def finished(self, event: object) -> None: ...
 
     def worker_changed(self, event: WorkerChanged) -> None:
         self.seen.append(f"{event.what} {event.new}".rstrip())
@@ -67,13 +63,13 @@ class Bench:
 
 def run(
     test: Callable[[Bench], Awaitable[None]],
-    script: dict[str, bytes] | None = None,
+    script: Mapping[str, bytes] | None = None,
     unhealthy_interval: float = 0.01,
 ) -> None:
     """Runs a test on a loop of its own, against a fake worker that is up."""
 
     async def scene() -> None:
-        fake = FakeWorker(dict(script or {}))
+        fake = FakeWorker(script)
         await fake.start()
         bench = Bench(fake, unhealthy_interval)
         try:
@@ -218,7 +214,13 @@ def test_the_name_of_the_model_is_learnt_once() -> None:
 
 @pytest.mark.parametrize(
     "reply",
-    [CLOSE, answer(500, {"data": [{"id": "x"}]}), answer(200, b"\xff\xfe{"), answer(200, {"data": []}), answer(200, [1])],
+    [
+        CLOSE,
+        answer(500, {"data": [{"id": "x"}]}),
+        answer(200, b"\xff\xfe{"),
+        answer(200, {"data": []}),
+        answer(200, [1]),
+    ],
 )
 def test_a_worker_that_does_not_tell_its_model_is_healthy_all_the_same(reply: bytes) -> None:
     async def test(bench: Bench) -> None:

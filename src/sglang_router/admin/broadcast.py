@@ -96,14 +96,10 @@ async def _tell_all(context: Context, request: Request) -> list[tuple[Worker, Re
     return list(zip(workers, await asyncio.gather(*told), strict=True))
 
 
-async def _tell(
-    context: Context, worker: Worker, path: bytes, query: bytes, body: bytes, content_type: bytes
-) -> Reply:
+async def _tell(context: Context, worker: Worker, path: bytes, query: bytes, body: bytes, content_type: bytes) -> Reply:
     suffix = b"?" + query if query else b""
     limit = context.broadcast_timeout
-    reply = await ask(
-        context, worker, b"POST", path + suffix, body=body, content_type=content_type, timeout=limit
-    )
+    reply = await ask(context, worker, b"POST", path + suffix, body=body, content_type=content_type, timeout=limit)
     if path == b"/flush_cache" and isinstance(reply, Answer) and reply.status == 404:
         # vLLM's name for it, where its development endpoints are switched on.
         reply = await ask(context, worker, b"POST", b"/reset_prefix_cache", timeout=limit)

@@ -112,9 +112,7 @@ async def ask(
         return exc
 
 
-async def get_from_all(
-    context: Context, workers: Iterable[Worker], target: bytes
-) -> list[tuple[Worker, Reply]]:
+async def get_from_all(context: Context, workers: Iterable[Worker], target: bytes) -> list[tuple[Worker, Reply]]:
     """Asks several workers at the same time."""
     asked = tuple(workers)
     replies = await asyncio.gather(*(ask(context, worker, b"GET", target) for worker in asked))

@@ -6,8 +6,8 @@
     from 10.0.0.2:8000 ...                sglang_token_usage{worker_addr="10.0.0.2:8000",model="m"} 0.1
 
 Line by line and not through a parser: the samples of a metric must stand together, so lines are grouped by
-metric, but nothing in a line is looked at beyond its name. It happens on the event loop that also relays
-tokens, and costs 1 us a line, where the parser of prometheus-client takes 22 us.
+metric, and lines that Prometheus could not read are dropped, but nothing else in a line is looked at. It happens on
+the event loop that also relays tokens: 1.4 us a line, where the parser of prometheus-client alone takes 16 us.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ from sglang_router.net.upstream import Answer
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _COMMENT = re.compile(r"#[ \t]+(HELP|TYPE)[ \t]+([a-zA-Z_:][a-zA-Z0-9_:]*)(.*)", re.DOTALL)
-_SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(\{|[ \t]+)(.*)", re.DOTALL)
+_SAMPLE = re.compile(
+    r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:[ \t]*\{(.*)\}[ \t]*|[ \t]+)"
+    r"([-+]?(?:[0-9.][-+.0-9eE]*|inf|nan)(?:[ \t]+-?[0-9]+)?)[ \t\r]*",
+    re.DOTALL | re.IGNORECASE,
+)
+"""Name, labels, value with or without time. One line that Prometheus cannot read would cost it all of them."""
 _SUFFIXES = frozenset(("", "_bucket", "_sum", "_count", "_total", "_created"))
 """What a sample's name may add to the name of its metric."""
 
@@ -54,11 +59,11 @@ class Merged:
             sample = _SAMPLE.fullmatch(line)
             if sample is None:
                 continue
-            name, opening, rest = sample.groups()
+            name, labels, value = sample.groups()
             name = name.replace(":", "_")
             metric = current if name.startswith(current) and name[len(current) :] in _SUFFIXES else name
-            labelled = f"{{{label},{rest}\n" if opening == "{" else f"{{{label}}} {rest}\n"
-            self._samples.setdefault(metric, []).append(name + labelled)
+            more = f",{labels}" if labels else ""
+            self._samples.setdefault(metric, []).append(f"{name}{{{label}{more}}} {value}\n")
 
     def exposition(self) -> str:
         """Everything, metric by metric."""

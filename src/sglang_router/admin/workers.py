@@ -92,9 +92,7 @@ async def add(context: Context, request: Request) -> Response:
     if not healthy:
         reason = f" ({worker.last_error})" if worker.last_error else ""
         limit = f"Timeout {context.startup_timeout:g}s"
-        raise InvalidRequest(
-            f"{limit} waiting for worker {worker.url} to become healthy{reason}", param="url"
-        )
+        raise InvalidRequest(f"{limit} waiting for worker {worker.url} to become healthy{reason}", param="url")
     return PlainTextResponse(f"Successfully added worker: {worker.url}")
 
 
@@ -218,9 +216,7 @@ async def _read(request: Request, shape: type[Any]) -> Any:
 
 def _changed(spec: WorkerSpec, wanted: Change) -> WorkerSpec:
     said = {name: value for name, value in msgspec.structs.asdict(wanted).items() if value is not None}
-    plain: dict[str, Any] = {
-        name: said[name] for name in ("model_id", "priority", "cost", "labels") if name in said
-    }
+    plain: dict[str, Any] = {name: said[name] for name in ("model_id", "priority", "cost", "labels") if name in said}
     if "api_key" in said:
         plain["api_key"] = said["api_key"] or None
     names = {

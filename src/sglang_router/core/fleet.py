@@ -105,38 +105,42 @@ class Fleet:
 
     def unavailable(self, now: float) -> Unavailable:
         """Why there are no candidates, and when it is worth asking again."""
-        rotation = [w for w in self if w.in_rotation]
-        if not rotation:
+        if not self._workers:
             return NoWorkers(retry_after=5.0)
-        if all(w.health is Health.STARTING for w in rotation):
+        rotation = [w for w in self if w.in_rotation]
+        if rotation and all(w.health is Health.STARTING for w in rotation):
             return WorkersStarting(retry_after=5.0)
         waits = [max(0.0, w.reopen_at - now) for w in rotation if w.breaker is Breaker.OPEN]
-        return Unavailable(retry_after=min(waits, default=1.0))
+        waits += [1.0 for w in rotation if w.breaker is Breaker.HALF_OPEN]  # its probe may be back by then
+        return Unavailable(retry_after=min(waits, default=5.0))
 
     def lease(self, worker: Worker) -> Lease:
         """Takes one unit of load on a worker. The load counts from here on, whatever the policy."""
         worker.load += 1
-        probe = worker.breaker is Breaker.HALF_OPEN
-        if probe:
-            worker.probing = True
+        lease = Lease(worker, self._close)
+        if worker.breaker is Breaker.HALF_OPEN:
+            worker.probing = lease
             self._stale = True
-        return Lease(worker, self._close, probe)
+        return lease
 
     def _close(self, lease: Lease, outcome: Outcome, now: float) -> None:
         worker = lease.worker
         worker.load -= 1
         hears = outcome.hears
+        probe = worker.probing is lease
+        if probe:
+            worker.probing = None
+            self._stale = True
         if hears is Hears.SUCCESS:
             worker.processed += 1
-            if worker.gone_silent:
-                self._came_back(worker)
-        elif outcome is Outcome.REFUSED:
+        if worker.removed:  # nobody knows it any more: no state to keep, nothing to tell
+            return
+        if outcome is Outcome.REFUSED:
             worker.gone_silent = True
-        if lease.probe:
-            worker.probing = False
-            self._stale = True
+        elif hears is Hears.SUCCESS and worker.gone_silent and lease.silent:
+            self._came_back(worker)
         if hears is not Hears.NOTHING and self.breaker_rules.enabled:
-            self._hear(worker, hears, lease.probe, now)
+            self._hear(worker, hears, probe, now)
 
     # -- the breaker -------------------------------------------------------------------------------------------------
 
@@ -179,6 +183,7 @@ class Fleet:
 
     def _move(self, worker: Worker, state: Breaker) -> None:
         old, worker.breaker = worker.breaker, state
+        worker.probing = None  # one still under way is a request like any other from here on
         self._changed(worker, "breaker", old.value, state.value)
 
     # -- health ------------------------------------------------------------------------------------------------------
@@ -232,5 +237,5 @@ class Fleet:
 
 def _lets_pass(worker: Worker) -> bool:
     if worker.breaker is Breaker.HALF_OPEN:
-        return not worker.probing
+        return worker.probing is None
     return worker.breaker is Breaker.CLOSED

@@ -64,6 +64,10 @@ NAMESPACE = ("model", "lora_path", "lora_id", "cache_salt")
 """Fields that divide the engines' caches: a prefix cached for one value is worth nothing for another."""
 
 
+_NOTHING = frozenset((b"", b"null", b"[]", b'""'))
+"""Values that say no more than a missing field: some clients send every field they know."""
+
+
 class Facts(msgspec.Struct, gc=False):
     """A request as the core sees it.
 
@@ -109,15 +113,24 @@ def read(endpoint: Endpoint, body: bytes, routing_key: bytes = b"") -> Facts:
         fields = _DECODERS[endpoint].decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
         raise InvalidJSON(f"The body is not a JSON object: {exc}.") from None
-    model = bytes(fields.model)
-    facts.model = model = b"" if model == b"null" else model
+    facts.model = model = _given(fields.model)
     lora, adapter, salt = fields.lora_path, fields.lora_id, fields.cache_salt
-    facts.namespace = model if not (lora or adapter or salt) else b"\0".join((model, lora, adapter, salt))
+    if lora or adapter or salt:
+        divided = (model, _given(lora), _given(adapter), _given(salt))
+        facts.namespace = b"\0".join(divided) if any(divided[1:]) else model
+    else:
+        facts.namespace = model
     facts.streaming = bytes(fields.stream) == b"true"
     names = endpoint.text
-    parts = [part for name in names if (part := getattr(fields, name))]
+    # The length comes first: a prompt is long, and to compare it would copy it.
+    parts = [p for name in names if len(p := getattr(fields, name)) > 4 or bytes(p) not in _NOTHING]
     if parts:
         facts.text = bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
         if match := _SCAFFOLD.match(facts.text):
             facts.scaffold = match.end()
     return facts
+
+
+def _given(field: msgspec.Raw) -> bytes:
+    value = bytes(field)
+    return b"" if value in _NOTHING else value

@@ -88,11 +88,12 @@ class Router:
         rules, tries = self.retries, plan.tries
         if not outcome.retryable or plan.retries >= rules.total:
             return None
-        tries[plan.worker] = tries.get(plan.worker, 0) + 1
+        busy = outcome is Outcome.BUSY
+        tries[plan.worker] = rules.per_worker if busy else tries.get(plan.worker, 0) + 1
         candidates = self.fleet.candidates(now)
         fresh = tuple(w for w in candidates if w not in tries)
-        again = ()
-        if not fresh and outcome is not Outcome.BUSY:
+        again: tuple[Worker, ...] = ()
+        if not fresh and not busy:
             again = tuple(w for w in candidates if tries[w] < rules.per_worker)
         if not fresh and not again:
             return None

@@ -345,8 +345,6 @@ class Tree:
         if not node.owners:
             self._remove(node, parent)
             node = parent
-        if hand_on:
-            slot.forget(parent)
         if parent.parent is None or (
             not hand_on and (find_use(parent, slot.number) is not None or owned_below(parent, bit))
         ):
@@ -394,7 +392,6 @@ class Tree:
         children = parent.children
         assert children is not None
         del children[node.edge[0]]
-        node.parent = None
         self.nodes -= 1
         self.held -= len(node.edge)
         if not children:

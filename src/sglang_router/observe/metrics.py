@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from sglang_router.core.events import Listener
 from sglang_router.core.request import ENDPOINTS
 from sglang_router.core.tree import Tree
 from sglang_router.core.worker import Outcome
@@ -48,7 +49,7 @@ _MOST_KINDS = 20_000
 _SERVED = Outcome.SERVED  # looking up a member of an enumeration costs more than the rest of that line
 
 
-class Metrics(Collector):
+class Metrics(Listener, Collector):
     """See the module. Give `render` to whoever serves /metrics.
 
     fleet                 the workers there are

@@ -82,6 +82,13 @@ class Daily:
             self._fd = -1
 
 
+class _Notice(str):
+    """A line that stands in the place of lines that are missing."""
+
+    __slots__ = ("missing",)
+    missing: int
+
+
 class Drain:
     """One place, its buffer and its thread. `notice(n)` makes the line that says n lines are missing."""
 
@@ -106,20 +113,28 @@ class Drain:
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
-    def put(self, line: str, urgent: bool) -> None:
+    def put(self, line: str, urgent: bool = False) -> None:
         """Accepts a line that ends in a newline, or counts it as lost."""
         with self._lock:
             if self._size + len(line) > self._capacity or self._closing:
                 self._missing += 1
                 self.lost += 1
                 return
+            first = not self._lines
+            if self._missing:
+                self._tell()
             self._size += len(line)
             self._lines.append(line)
-            first = len(self._lines) == 1
         if first:
             self._work.set()
         if urgent:
             self._hurry.set()
+
+    def _tell(self) -> None:
+        notice = _Notice(self._notice(self._missing))
+        notice.missing, self._missing = self._missing, 0
+        self._size += len(notice)
+        self._lines.append(notice)
 
     def flush(self, timeout: float) -> bool:
         """Waits until all that was accepted is written or lost; False when the time was not enough."""
@@ -147,22 +162,26 @@ class Drain:
             with self._lock:
                 self._work.clear()
                 self._hurry.clear()
-                lines, self._lines = self._lines, []
-                missing, self._missing = self._missing, 0
                 self._busy, closing = True, self._closing
-            told, lost = self._write(lines, missing)
+                if closing and self._missing:
+                    self._tell()
+                lines, self._lines = self._lines, []
+            unwritten = self._write(lines) if lines else []
             with self._lock:
                 # Only now, for what was in hand counts against the capacity as well.
                 self._size -= sum(map(len, lines))
-                self._missing += lost + (0 if told else missing)
-                self.lost += lost
+                for line in unwritten:
+                    if isinstance(line, _Notice):
+                        self._missing += line.missing
+                    else:
+                        self._missing += 1
+                        self.lost += 1
                 self._busy = False
                 self._idle.notify_all()
 
-    def _write(self, lines: list[str], missing: int) -> tuple[bool, int]:
-        """Writes the lines, behind a notice if some are missing; was it written, and how many lines were not."""
-        notice = [self._notice(missing)] if missing else []
-        texts = ["\n"] * self._torn + notice + lines
+    def _write(self, lines: list[str]) -> list[str]:
+        """Writes the lines; returns those of which at least the end could not be written."""
+        texts = ["\n", *lines] if self._torn else lines
         data = "".join(texts).encode("utf-8", "backslashreplace")
         done = 0
         try:
@@ -174,11 +193,10 @@ class Drain:
         if done:
             self._torn = data[done - 1 : done] != b"\n"
         if done == len(data):
-            return True, 0
-        ends = list(accumulate(len(text.encode("utf-8", "backslashreplace")) for text in texts))
-        lost = sum(end > done for end in ends[len(texts) - len(lines) :])
-        told = done >= ends[len(texts) - len(lines) - 1] if notice else True
-        return told, lost
+            return []
+        ends = accumulate(len(text.encode("utf-8", "backslashreplace")) for text in texts)
+        unwritten = [text for text, end in zip(texts, ends, strict=True) if end > done]
+        return unwritten[-len(lines) :]
 
 
 def _write_some(fd: int, data: bytes, start: int) -> int:

@@ -95,14 +95,15 @@ class RequestParser:
         """Takes the next bytes; returns what they completed, in order. Nothing follows an error."""
         if self._error is not None:
             return []
+        between = not (self.mid_head or self.mid_body)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as exc:
             self._error = self._error or _verdict(exc)
         if self.mid_head:
-            # A field that never ends makes no callback. The read in which the head began is not counted, for other messages
-            # may have come along with it; the head itself is measured when it is whole.
-            self._head_bytes = 0 if self._head_bytes < 0 else self._head_bytes + len(data)
+            # A field that never ends makes no callback. A read in which the head began behind other messages is not counted;
+            # the head itself is measured when it is whole.
+            self._head_bytes += len(data) if self._head_bytes or (between and not self._ready) else 1
             if self._head_bytes > self._limits.head_bytes:
                 self._error = self._error or HeadTooLarge()
         ready = self._ready
@@ -123,7 +124,7 @@ class RequestParser:
     def on_message_begin(self) -> None:
         self._url = b""
         self._headers: Headers = []
-        self._head_bytes = -1
+        self._head_bytes = 0
         self._size = 0
         self._pieces: list[bytes] = []
         self._request: Request | None = None

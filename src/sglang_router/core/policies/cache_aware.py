@@ -2,7 +2,7 @@
 
     imbalanced?   max_load - min_load > abs  and  max_load > rel * min_load
                       -> the shortest queue; among equals the longest prefix, then in turn         branch "imbalance"
-    matched / total > cache_threshold
+    matched / total > cache_threshold, in more than a few bytes
                       -> the owner of the longest match; of several the least loaded, then in turn  branch "hit"
     else          -> the smallest tree; among equals the least loaded, then in turn                branch "miss"
     no text       -> the least loaded, in turn                                                     branch "no_text"
@@ -10,6 +10,9 @@
 What the workers hold is not asked but remembered: `core.tree` keeps every text that was sent to each, within
 `max_tree_size` bytes a worker, the least recently used forgotten first, as the engines do. A worker that is away for a while
 keeps its entries, for its cache is still there; one that restarted or was flushed loses them.
+
+A match of fewer than `_WORTH` bytes that is not the whole text saves the engine a few tokens and is no reason to leave the
+balance: else all short prompts that begin with the same word ("Question 1", "Question 2") would go to one worker.
 
 The rule for strangers (smallest tree) fills the caches evenly when requests come one at a time and every load is 0.
 """
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from sglang_router.core.request import Facts
     from sglang_router.core.tree import Match
     from sglang_router.core.worker import Worker
+
+
+_WORTH = 16
 
 
 class CacheAware(Policy):
@@ -61,7 +67,7 @@ class CacheAware(Policy):
         else:
             length, owners = match.best(self._mask_of(candidates))
             matched = length - facts.scaffold
-            if matched > self._threshold * total:
+            if matched > self._threshold * total and (matched >= _WORTH or matched == total):
                 worker, branch = self._owner(owners), "hit"
             else:
                 worker, branch = self._smallest(candidates), "miss"

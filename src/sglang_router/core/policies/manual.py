@@ -26,7 +26,8 @@ _HOMES = 2
 
 
 class _Entry(msgspec.Struct):
-    homes: list[Worker]
+    homes: list[Worker]  # the oldest first
+    at: Worker  # the one that served it last
     used: float
 
 
@@ -38,7 +39,7 @@ class Manual(Policy):
     def __init__(self, settings: PolicySettings, rng: random.Random) -> None:
         super().__init__(settings, rng)
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # least recently used first
-        self._keys: Counter[Worker] = Counter()  # keys whose present home a worker is
+        self._keys: Counter[Worker] = Counter()  # keys that a worker served last
         self._assign = {"random": self._random, "min_load": self.least_loaded, "min_group": self._fewest_keys}[
             settings.assignment_mode
         ]
@@ -50,7 +51,7 @@ class Manual(Policy):
         entry = self._entries.get(key)
         if entry is None:
             worker, branch = self._assign(candidates), "vacant"
-            self._entries[key] = _Entry([worker], now)
+            self._entries[key] = _Entry([worker], worker, now)
             self._keys[worker] += 1
             if len(self._entries) > _MOST_KEYS:
                 self._forget_oldest()
@@ -58,13 +59,14 @@ class Manual(Policy):
         entry.used = now
         self._entries.move_to_end(key)
         home = next((w for w in entry.homes if w in candidates), None)
-        if home is not None:
-            return Choice(home, "occupied_hit")
-        worker = self._assign(candidates)
-        self._leave(entry.homes[0])
-        self._keys[worker] += 1
-        entry.homes = [worker, *entry.homes][:_HOMES]
-        return Choice(worker, "occupied_miss")
+        worker, branch = (home, "occupied_hit") if home else (self._assign(candidates), "occupied_miss")
+        if home is None:
+            entry.homes = [*entry.homes, worker][-_HOMES:]
+        if worker is not entry.at:
+            self._leave(entry.at)
+            self._keys[worker] += 1
+            entry.at = worker
+        return Choice(worker, branch)
 
     def _random(self, candidates: tuple[Worker, ...]) -> Worker:
         return self.rng.choice(candidates)
@@ -75,7 +77,7 @@ class Manual(Policy):
 
     def _forget_oldest(self) -> None:
         _, entry = self._entries.popitem(last=False)
-        self._leave(entry.homes[0])
+        self._leave(entry.at)
 
     def _leave(self, worker: Worker) -> None:
         if worker in self._keys:  # not if it was removed meanwhile

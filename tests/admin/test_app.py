@@ -1,0 +1,104 @@
+"""The table of paths: what is served, what is refused and how, and that the page about it is true."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from sglang_router.admin.app import ROUTES, Row, create_metrics_app, markdown
+from sglang_router.core.request import ENDPOINTS
+from stack import stack
+
+PAGE = Path(__file__).parents[2] / "docs" / "endpoints.md"
+
+ROWS = [row for rows in ROUTES.values() for row in rows]
+
+
+def test_the_page_of_endpoints_is_made_of_the_tables() -> None:
+    assert PAGE.read_text() == markdown(), "run: python -m sglang_router.admin.app --markdown > docs/endpoints.md"
+
+
+def test_a_path_and_method_stand_in_the_table_once() -> None:
+    pairs = [(method, row.path) for row in ROWS for method in row.methods]
+    assert len(pairs) == len(set(pairs))
+    assert not {row.path.encode() for row in ROWS} & set(ENDPOINTS)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.route)
+def test_every_row_is_served(row: Row) -> None:
+    """Without workers: whatever the answer, it is neither "no such path" nor a fault."""
+    path = row.path.replace("{id:path}", "x").replace("{model:path}", "x")
+    with stack() as router:
+        for method in row.methods:
+            reply = router.ask(method, path, b"{}" if method != "GET" else None)
+            assert reply.status in (200, 206, 400, 404, 422, 503)
+            assert reply.headers.get("x-smg-error-code") != "not_found"
+
+
+@pytest.mark.parametrize("path", ["/", "/nothing", "/health/", "/workers/", "/v1/models/", "//health", "/%ff"])
+def test_unknown_paths(path: str) -> None:
+    with stack() as router:
+        reply = router.get(path)
+        if path in ("/workers/", "/v1/models/"):  # an empty name is a name nobody has
+            assert reply.status in (404, 503)
+            return
+        assert reply.status == 404
+        assert reply.json()["error"]["code"] == "not_found"
+        assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/health", {"GET", "HEAD"}),
+        ("GET", "/add_worker", {"POST"}),
+        ("DELETE", "/workers", {"GET", "HEAD", "POST"}),
+        ("POST", "/workers/x", {"GET", "HEAD", "PUT", "DELETE"}),
+        ("GET", "/workers/x/drain", {"POST"}),
+        ("PUT", "/flush_cache", {"GET", "HEAD", "POST"}),
+        ("GET", "/v1/chat/completions", {"POST"}),
+        ("OPTIONS", "/generate", {"POST"}),
+    ],
+)
+def test_wrong_methods(method: str, path: str, allowed: set[str]) -> None:
+    with stack() as router:
+        reply = router.ask(method, path)
+        assert reply.status == 405
+        assert set(reply.headers["allow"].split(", ")) == allowed
+        assert reply.json()["error"]["code"] == "method_not_allowed"
+
+
+def test_head_is_get_without_the_body() -> None:
+    with stack() as router:
+        reply = router.ask("HEAD", "/health")
+        assert (reply.status, reply.body, reply.headers["content-length"]) == (200, b"", "2")
+        assert router.ask("HEAD", "/readiness").status == 503
+
+
+def test_a_fault_of_the_router_is_answered_as_one_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(accept: str) -> tuple[bytes, str]:
+        raise ZeroDivisionError("a fault")
+
+    with stack(metrics_render=broken) as router, caplog.at_level(logging.ERROR, "sglang_router"):
+        reply = router.get("/metrics")
+        assert reply.status == 500
+        assert reply.json()["error"]["code"] == "internal_error"
+        assert "a fault" not in reply.text
+        assert router.get("/health").status == 200
+    assert "a fault" in caplog.text
+
+
+def test_the_clients_request_id_comes_back() -> None:
+    with stack() as router:
+        assert router.get("/nothing", x_request_id="mine").headers["x-request-id"] == "mine"
+
+
+def test_the_metrics_app_serves_metrics_and_nothing_else() -> None:
+    with stack() as router:
+        router.service.app = create_metrics_app(lambda accept: (b"up 1\n", "text/plain"))
+        assert router.get("/metrics").text == "up 1\n"
+        assert router.ask("HEAD", "/metrics").headers["content-length"] == "5"
+        assert router.post("/metrics").status == 405
+        assert router.get("/health").status == 404

@@ -1,0 +1,103 @@
+"""The engines' metrics as one exposition that Prometheus reads."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from engines import engine_processes
+from fake_worker import answer
+from sglang_router.admin.engine_metrics import Merged
+from stack import stack
+
+METRICS = "GET /metrics"
+
+ONE = """\
+# HELP sglang:num_running_reqs Requests in the batch.
+# TYPE sglang:num_running_reqs gauge
+sglang:num_running_reqs{model_name="m} \\"x\\""} 3.0
+# TYPE sglang:ttft histogram
+sglang:ttft_bucket{le="0.1"} 1
+sglang:ttft_bucket{le="+Inf"} 2
+sglang:ttft_sum 0.25
+sglang:ttft_count 2
+# TYPE sglang:reqs_total counter
+sglang:reqs_total{} 12
+bare 1.5 1700000000000
+"""
+TWO = """\
+# TYPE sglang:reqs_total counter
+# HELP sglang:reqs_total Requests.
+sglang:reqs_total 5
+
+# TYPE sglang:num_running_reqs gauge
+sglang:num_running_reqs{model_name="m"} 1.0
+this is { not a sample
+# a comment
+# EOF
+"""
+
+
+def merged() -> str:
+    union = Merged()
+    union.add(ONE, "10.0.0.1:8000")
+    union.add(TWO, "[::1]:8000")
+    return union.exposition()
+
+
+def test_samples_keep_their_values_and_get_the_workers_address() -> None:
+    first, second = {"worker_addr": "10.0.0.1:8000"}, {"worker_addr": "[::1]:8000"}
+    got = {
+        family.name: [(sample.name, sample.labels, sample.value) for sample in family.samples]
+        for family in text_string_to_metric_families(merged())
+    }
+    assert got == {
+        "sglang_num_running_reqs": [
+            ("sglang_num_running_reqs", {**first, "model_name": 'm} "x"'}, 3.0),
+            ("sglang_num_running_reqs", {**second, "model_name": "m"}, 1.0),
+        ],
+        "sglang_ttft": [
+            ("sglang_ttft_bucket", {**first, "le": "0.1"}, 1.0),
+            ("sglang_ttft_bucket", {**first, "le": "+Inf"}, 2.0),
+            ("sglang_ttft_sum", first, 0.25),
+            ("sglang_ttft_count", first, 2.0),
+        ],
+        "sglang_reqs": [("sglang_reqs_total", first, 12.0), ("sglang_reqs_total", second, 5.0)],
+        "bare": [("bare", first, 1.5)],
+    }
+
+
+def test_each_metric_is_described_once_before_its_samples() -> None:
+    lines = merged().splitlines()
+    assert lines.count("# TYPE sglang_reqs_total counter") == 1
+    assert lines.index("# HELP sglang_reqs_total Requests.") < lines.index("# TYPE sglang_reqs_total counter")
+    assert not [line for line in lines if "not a sample" in line or "EOF" in line]
+
+
+def test_nothing_is_merged_to_nothing() -> None:
+    assert Merged().exposition() == ""
+
+
+def test_workers_without_metrics_are_left_out() -> None:
+    with stack() as router:
+        fakes = router.fakes({METRICS: answer(200, b"up 1\n")}, {}, {METRICS: answer(200, b"up 0\n")})
+        reply = router.get("/engine_metrics")
+        addresses = [fake.url.removeprefix("http://") for fake in (fakes[0], fakes[2])]
+        assert reply.text == f'up{{worker_addr="{addresses[0]}"}} 1\nup{{worker_addr="{addresses[1]}"}} 0\n'
+        assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+def test_it_is_an_error_when_no_worker_has_metrics() -> None:
+    with stack() as router:
+        router.fakes({})
+        reply = router.get("/engine_metrics")
+        assert (reply.status, reply.headers["x-smg-error-code"]) == (502, "worker_unreachable")
+
+
+def test_real_engines_metrics_are_merged() -> None:
+    with engine_processes(1) as urls, stack(*urls) as router:
+        families = {
+            family.name: family for family in text_string_to_metric_families(router.get("/engine_metrics").text)
+        }
+        (sample,) = families["sglang_max_total_num_tokens"].samples
+        assert sample.labels["worker_addr"] == urls[0].removeprefix("http://")
+        assert sample.value > 0

@@ -1,0 +1,544 @@
+"""The fleet: plain examples, and a state machine beside a model.
+
+The model is the prose of core/worker.py and core/fleet.py written down once more, without anything kept for speed: who may
+take a request is worked out from scratch after each step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fleets import Log, spec
+from sglang_router.core.fleet import Fleet
+from sglang_router.core.worker import BreakerRules, Health, Hears, Lease, Outcome, Worker
+from sglang_router.errors import Conflict, NoWorkers, Unavailable, WorkersStarting
+
+
+def a_fleet(count: int, *, checked: bool = False, **rules: Any) -> tuple[Fleet, Log, list[Worker]]:
+    log, ids = Log(), itertools.count()
+    fleet = Fleet(log, lambda: f"id{next(ids)}", BreakerRules(**rules), startup_timeout=100.0)
+    return fleet, log, [fleet.add(spec(f"w{n}", checked=checked), 0.0) for n in range(count)]
+
+
+def end(fleet: Fleet, worker: Worker, *outcomes: Outcome, now: float = 0.0) -> None:
+    """Legs on one worker, one after the other."""
+    for outcome in outcomes:
+        fleet.lease(worker).close(outcome, now)
+
+
+# -- membership --------------------------------------------------------------------------------------------------------
+
+
+def test_workers_are_found_by_url_and_by_id_in_the_order_they_came() -> None:
+    fleet, log, workers = a_fleet(3)
+    assert list(fleet) == workers
+    assert len(fleet) == 3
+    assert fleet.by_url("http://w1:1") is workers[1]
+    assert fleet.by_id("id2") is workers[2]
+    assert (fleet.by_url("http://w9:1"), fleet.by_id("id9")) == (None, None)
+    assert [worker.order for worker in workers] == [1, 2, 3]
+    assert log.whats() == ["added"] * 3
+
+
+def test_a_url_is_registered_once() -> None:
+    fleet, log, _ = a_fleet(1)
+    with pytest.raises(Conflict, match="http://w0:1 already exists"):
+        fleet.add(spec("w0"), 1.0)
+    assert len(fleet) == len(log.changes) == 1
+
+
+def test_a_removed_worker_is_gone_at_once_and_its_requests_end_by_themselves() -> None:
+    fleet, log, (one, other) = a_fleet(2)
+    lease = fleet.lease(one)
+    fleet.remove(one)
+    fleet.remove(one)
+    assert fleet.candidates(0.0) == (other,)
+    assert one.load == 1
+    lease.close(Outcome.SERVED, 1.0)
+    assert (one.load, one.processed) == (0, 1)
+    assert log.whats(one) == ["added", "removed"]
+
+
+def test_a_url_that_comes_again_is_another_worker() -> None:
+    fleet, _, (one,) = a_fleet(1)
+    end(fleet, one, *[Outcome.FAILED] * 4)
+    fleet.remove(one)
+    again = fleet.add(spec("w0"), 1.0)
+    assert again is not one
+    assert again.order > one.order
+    assert fleet.candidates(1.0) == (again,)
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_nothing_is_told_of_a_removed_worker(outcome: Outcome) -> None:
+    fleet, log, (one, _) = a_fleet(2, threshold=1, timeout=1.0)
+    leases = [fleet.lease(one) for _ in range(3)]
+    leases[0].close(Outcome.REFUSED, 0.0)
+    fleet.remove(one)
+    log.changes.clear()
+    for lease in leases:
+        lease.close(outcome, 0.5)
+    fleet.probed(one, None, 0.6)
+    fleet.probed(one, "down", 0.6, refused=True)
+    fleet.candidates(50.0)
+    assert log.changes == []
+    assert one.load == 0
+
+
+def test_draining_stops_new_requests_and_resuming_brings_them_back() -> None:
+    fleet, log, (one, other) = a_fleet(2)
+    fleet.lease(one)
+    fleet.set_draining(one, True)
+    fleet.set_draining(one, True)
+    assert fleet.candidates(0.0) == (other,)
+    assert (one.load, one.in_rotation) == (1, False)
+    fleet.set_draining(one, False)
+    assert fleet.candidates(0.0) == (one, other)
+    assert log.moves("draining") == [("active", "draining"), ("draining", "active")]
+
+
+# -- health ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_worker_takes_requests_after_its_first_good_check() -> None:
+    fleet, log, (one,) = a_fleet(1, checked=True)
+    assert fleet.candidates(0.0) == ()
+    fleet.probed(one, "refused", 1.0, refused=True)
+    fleet.probed(one, None, 2.0)
+    assert fleet.candidates(2.0) == (one,)
+    assert log.moves("health") == [("starting", "healthy")]
+    assert "restarted" not in log.whats(), "it had nothing to lose"
+
+
+def test_health_changes_after_as_many_checks_in_a_row_as_the_rules_say() -> None:
+    fleet, log, (one, other) = a_fleet(2, checked=True)
+    for worker in (one, other):
+        fleet.probed(worker, None, 0.0)
+    for error in ("a", "b", None, "c", "d"):
+        fleet.probed(one, error, 1.0)
+    assert (one.health, one.last_error) == (Health.HEALTHY, "d")
+    fleet.probed(one, "e", 1.0)
+    assert fleet.candidates(1.0) == (other,)
+    for error in (None, "f", None):
+        fleet.probed(one, error, 2.0)
+    assert (one.health, one.last_error) == (Health.UNHEALTHY, "")
+    fleet.probed(one, None, 2.0)
+    assert fleet.candidates(2.0) == (one, other)
+    assert log.moves("health")[2:] == [("healthy", "unhealthy"), ("unhealthy", "healthy")]
+
+
+def test_a_start_that_takes_too_long_is_a_failure_until_a_check_is_good() -> None:
+    fleet, _, (one,) = a_fleet(1, checked=True)
+    fleet.probed(one, "loading", 100.0)
+    assert one.health is Health.STARTING
+    fleet.probed(one, "loading", 100.1)
+    assert one.health.value == "unhealthy"
+    for _ in range(2):
+        fleet.probed(one, None, 101.0)
+    assert one.health.value == "healthy"
+
+
+def test_when_all_are_unhealthy_all_are_tried() -> None:
+    fleet, _, (one, other, third) = a_fleet(3, checked=True)
+    for worker in (one, other, third):
+        fleet.probed(worker, None, 0.0)
+    for worker in (one, other):
+        for _ in range(3):
+            fleet.probed(worker, "down", 1.0)
+    assert fleet.candidates(1.0) == (third,)
+    end(fleet, third, *[Outcome.FAILED] * 4, now=1.0)
+    assert fleet.candidates(1.0) == (one, other), "the checks say no, the breakers do not"
+    end(fleet, one, *[Outcome.FAILED] * 4, now=1.0)
+    assert fleet.candidates(1.0) == (other,)
+    fleet.set_draining(other, True)
+    assert fleet.candidates(1.0) == ()
+
+
+def test_a_worker_that_never_started_is_not_tried_in_panic() -> None:
+    fleet, _, (one, _) = a_fleet(2, checked=True)
+    fleet.probed(one, None, 0.0)
+    for _ in range(3):
+        fleet.probed(one, "down", 1.0)
+    assert fleet.candidates(1.0) == (one,)
+
+
+# -- restarts ----------------------------------------------------------------------------------------------------------
+
+
+def test_refused_and_back_is_a_restart_told_once() -> None:
+    fleet, log, (one,) = a_fleet(1, checked=True)
+    fleet.probed(one, None, 0.0)
+    end(fleet, one, Outcome.REFUSED, Outcome.REFUSED)
+    for _ in range(5):
+        fleet.probed(one, "refused", 1.0, refused=True)
+    assert "restarted" not in log.whats()
+    for _ in range(3):
+        fleet.probed(one, None, 2.0)
+        end(fleet, one, Outcome.SERVED)
+    assert log.whats().count("restarted") == 1
+
+
+def test_a_refused_check_alone_tells_it_too() -> None:
+    fleet, log, (one,) = a_fleet(1, checked=True)
+    for error in (None, "refused", None, None):
+        fleet.probed(one, error, 1.0, refused=error is not None)
+    assert log.whats().count("restarted") == 1
+
+
+def test_without_checks_a_served_request_tells_it() -> None:
+    fleet, log, (one,) = a_fleet(1)
+    end(fleet, one, Outcome.REFUSED, Outcome.BUSY, Outcome.FAILED)
+    assert "restarted" not in log.whats()
+    end(fleet, one, Outcome.SERVED, Outcome.SERVED)
+    assert log.whats().count("restarted") == 1
+
+
+@pytest.mark.parametrize("outcome", [o for o in Outcome if o not in (Outcome.REFUSED, Outcome.SERVED)])
+def test_no_other_end_means_that_nobody_listens(outcome: Outcome) -> None:
+    fleet, log, (one,) = a_fleet(1, checked=True)
+    fleet.probed(one, None, 0.0)
+    end(fleet, one, outcome)
+    fleet.probed(one, "timed out", 1.0)
+    fleet.probed(one, None, 2.0)
+    end(fleet, one, Outcome.SERVED)
+    assert "restarted" not in log.whats()
+
+
+def test_the_last_answers_of_a_server_that_leaves_are_no_restart() -> None:
+    fleet, log, (one,) = a_fleet(1, checked=True)
+    fleet.probed(one, None, 0.0)
+    running = fleet.lease(one)
+    end(fleet, one, Outcome.REFUSED)
+    running.close(Outcome.SERVED, 1.0)
+    assert "restarted" not in log.whats(), "it closed its door and finishes what it has"
+    fleet.probed(one, None, 2.0)
+    assert log.whats().count("restarted") == 1
+
+
+# -- nobody ------------------------------------------------------------------------------------------------------------
+
+
+def unavailable(fleet: Fleet, now: float) -> tuple[type[Unavailable], float | None]:
+    assert fleet.candidates(now) == ()
+    error = fleet.unavailable(now)
+    return type(error), error.retry_after
+
+
+def test_why_nobody_takes_a_request() -> None:
+    fleet, _, workers = a_fleet(2, checked=True, timeout=30.0)
+    assert unavailable(Fleet(Log(), lambda: ""), 0.0) == (NoWorkers, 5.0)
+    assert unavailable(fleet, 0.0) == (WorkersStarting, 5.0)
+    for worker, now in zip(workers, (1.0, 4.0), strict=True):
+        fleet.probed(worker, None, 0.0)
+        end(fleet, worker, *[Outcome.FAILED] * 4, now=now)
+    assert unavailable(fleet, 11.0) == (Unavailable, 20.0)
+    fleet.set_draining(workers[0], True)
+    assert unavailable(fleet, 11.0) == (Unavailable, 23.0)
+    fleet.set_draining(workers[1], True)
+    assert unavailable(fleet, 11.0) == (Unavailable, 5.0)
+    for worker in workers:
+        fleet.remove(worker)
+    assert unavailable(fleet, 11.0) == (NoWorkers, 5.0)
+
+
+def test_a_half_open_probe_under_way_is_soon_over() -> None:
+    fleet, _, (one, other) = a_fleet(2, timeout=30.0)
+    end(fleet, one, *[Outcome.FAILED] * 4)
+    end(fleet, other, *[Outcome.FAILED] * 4, now=20.0)
+    (probing,) = fleet.candidates(30.0)
+    fleet.lease(probing)
+    assert unavailable(fleet, 30.0) == (Unavailable, 1.0)
+
+
+def test_one_that_starts_beside_one_that_is_held_off_is_not_all_starting() -> None:
+    fleet, _, (one, _) = a_fleet(2, checked=True, timeout=30.0)
+    fleet.probed(one, None, 0.0)
+    end(fleet, one, *[Outcome.FAILED] * 4)
+    assert unavailable(fleet, 10.0) == (Unavailable, 20.0)
+
+
+# -- candidates are remembered -----------------------------------------------------------------------------------------
+
+
+def test_candidates_are_the_same_object_until_something_changes() -> None:
+    fleet, _, (one, other) = a_fleet(2)
+    first = fleet.candidates(0.0)
+    end(fleet, one, Outcome.SERVED, Outcome.FAILED, Outcome.GONE)
+    assert fleet.candidates(1000.0) is first
+    fleet.set_draining(other, True)
+    assert fleet.candidates(1000.0) == (one,)
+
+
+# -- beside a model ----------------------------------------------------------------------------------------------------
+
+RULES = BreakerRules(threshold=2, successes=2, timeout=10.0, max_timeout=35.0)
+STARTUP = 50.0
+BAD, GOOD = 3, 2
+NAMES = st.sampled_from(["a", "b", "c", "d"])
+OUTCOMES = st.sampled_from(Outcome)
+PICK = st.integers(0, 1 << 20)
+
+
+class Model:
+    """What one worker should be."""
+
+    def __init__(self, now: float) -> None:
+        self.health, self.bad, self.good = "starting", 0, 0
+        self.since = now
+        self.draining = self.removed = False
+        self.breaker, self.failures, self.served = "closed", 0, 0
+        self.opened_by = Hears.NOTHING
+        self.open_for = self.until = 0.0
+        self.probe: Lease | None = None
+        self.leases: dict[Lease, bool] = {}  # running: whether it was taken while nobody listened
+        self.silent = False
+        self.restarts = self.processed = 0
+
+    @property
+    def passes(self) -> bool:
+        return self.breaker == "closed" or (self.breaker == "half_open" and self.probe is None)
+
+    @property
+    def able(self) -> bool:
+        return not self.removed and not self.draining and self.passes
+
+    def time(self, now: float) -> None:
+        if self.breaker == "open" and self.until <= now:
+            self.breaker, self.probe = "half_open", None
+
+    def take(self, lease: Lease) -> None:
+        self.leases[lease] = self.silent
+        if self.breaker == "half_open":
+            self.probe = lease
+
+    def close(self, lease: Lease, outcome: Outcome, now: float) -> None:
+        in_silence = self.leases.pop(lease)
+        probing = self.probe is lease
+        if probing:
+            self.probe = None
+        self.processed += outcome is Outcome.SERVED
+        if self.removed:
+            return
+        if outcome is Outcome.REFUSED:
+            self.silent = True
+        elif outcome is Outcome.SERVED and self.silent and in_silence:
+            self.back()
+        if outcome.hears is Hears.SUCCESS:
+            self.success(probing)
+        elif outcome.hears is not Hears.NOTHING:
+            self.failure(outcome.hears, probing, now)
+
+    def success(self, probing: bool) -> None:
+        if self.breaker == "closed":
+            self.failures = 0
+        elif self.breaker == "half_open" and probing:
+            self.served += 1
+            if self.served == RULES.successes:
+                self.shut()
+
+    def failure(self, kind: Hears, probing: bool, now: float) -> None:
+        if self.breaker == "closed":
+            self.failures += 1
+            self.opened_by = kind
+            if self.failures == RULES.threshold:
+                self.open(RULES.timeout, now)
+        elif self.breaker == "half_open" and probing:
+            self.opened_by = kind
+            self.open(min(2 * self.open_for, RULES.max_timeout), now)
+
+    def open(self, seconds: float, now: float) -> None:
+        self.breaker, self.open_for, self.until, self.served = "open", seconds, now + seconds, 0
+
+    def shut(self) -> None:
+        self.breaker, self.failures, self.served, self.probe = "closed", 0, 0, None
+        self.opened_by = Hears.NOTHING
+
+    def back(self) -> None:
+        self.silent = False
+        self.restarts += 1
+
+    def well(self) -> None:
+        self.good, self.bad = self.good + 1, 0
+        if self.silent:
+            self.back()
+        if self.opened_by is Hears.CONTACT_FAILURE:
+            if self.breaker == "closed":
+                self.failures = 0
+            else:
+                self.shut()
+        if self.health == "starting" or self.good >= GOOD:
+            self.health = "healthy"
+
+    def ill(self, refused: bool, now: float) -> None:
+        self.good, self.bad = 0, self.bad + 1
+        self.silent |= refused and self.health != "starting"
+        if self.health == "starting":
+            if now - self.since > STARTUP:
+                self.health = "unhealthy"
+        elif self.bad >= BAD:
+            self.health = "unhealthy"
+
+
+class FleetBesideModel(RuleBasedStateMachine):
+    @initialize()
+    def begin(self) -> None:
+        self.log, ids = Log(), itertools.count()
+        self.fleet = Fleet(self.log, lambda: f"id{next(ids)}", RULES, STARTUP)
+        self.now = 0.0
+        self.models: dict[Worker, Model] = {}  # removed ones too: their requests go on
+        self.running: list[Lease] = []
+        self.closed: list[Lease] = []
+        for name in ("a", "b"):
+            self.add(name)
+            self.well(0 if name == "a" else 1)
+
+    def member(self, pick: int) -> Worker | None:
+        members = list(self.fleet)
+        return members[pick % len(members)] if members else None
+
+    @rule(name=NAMES)
+    def add(self, name: str) -> None:
+        url = f"http://{name}:1"
+        health = {"failure_threshold": BAD, "success_threshold": GOOD}
+        if any(not m.removed and w.url == url for w, m in self.models.items()):
+            with pytest.raises(Conflict):
+                self.fleet.add(spec(name, checked=True, **health), self.now)
+        else:
+            worker = self.fleet.add(spec(name, checked=True, **health), self.now)
+            self.models[worker] = Model(self.now)
+
+    @rule(pick=PICK)
+    def remove(self, pick: int) -> None:
+        if worker := self.member(pick):
+            self.fleet.remove(worker)
+            self.models[worker].removed = True
+
+    @rule(pick=PICK, draining=st.booleans())
+    def drain_or_resume(self, pick: int, draining: bool) -> None:
+        if worker := self.member(pick):
+            self.fleet.set_draining(worker, draining)
+            self.models[worker].draining = draining
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 5.0, 10.0, 20.0, 35.0, 60.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        for model in self.models.values():
+            if not model.removed:
+                model.time(self.now)
+
+    @rule(pick=PICK, again=st.integers(1, 3))
+    def well(self, pick: int, again: int = 1) -> None:
+        if worker := self.member(pick):
+            for _ in range(again):
+                self.fleet.probed(worker, None, self.now)
+                self.models[worker].well()
+
+    @rule(pick=PICK, again=st.integers(1, 3), refused=st.booleans())
+    def ill(self, pick: int, again: int, refused: bool) -> None:
+        if worker := self.member(pick):
+            for _ in range(again):
+                self.fleet.probed(worker, "down", self.now, refused=refused)
+                self.models[worker].ill(refused, self.now)
+
+    @precondition(lambda self: any(model.removed for model in self.models.values()))
+    @rule(error=st.sampled_from([None, "down"]))
+    def late_check(self, error: str | None) -> None:
+        for worker, model in self.models.items():
+            if model.removed:
+                self.fleet.probed(worker, error, self.now, refused=error is not None)
+
+    @rule(pick=PICK)
+    def take(self, pick: int) -> None:
+        candidates = self.fleet.candidates(self.now)
+        if candidates:
+            worker = candidates[pick % len(candidates)]
+            lease = self.fleet.lease(worker)
+            self.models[worker].take(lease)
+            self.running.append(lease)
+
+    @precondition(lambda self: self.running)
+    @rule(pick=PICK, outcome=OUTCOMES)
+    def close(self, pick: int, outcome: Outcome) -> None:
+        lease = self.running.pop(pick % len(self.running))
+        lease.close(outcome, self.now)
+        self.models[lease.worker].close(lease, outcome, self.now)
+        self.closed.append(lease)
+
+    @rule(pick=PICK, outcome=OUTCOMES, times=st.integers(1, 4))
+    def take_and_close(self, pick: int, outcome: Outcome, times: int) -> None:
+        for _ in range(times):
+            running = len(self.running)
+            self.take(pick)
+            if len(self.running) > running:
+                self.close(running, outcome)
+
+    @precondition(lambda self: self.closed)
+    @rule(pick=PICK, outcome=OUTCOMES)
+    def close_again(self, pick: int, outcome: Outcome) -> None:
+        events = len(self.log.changes)
+        self.closed[pick % len(self.closed)].close(outcome, self.now)
+        assert len(self.log.changes) == events
+
+    @invariant()
+    def candidates_are_those_of_the_definition(self) -> None:
+        able = [worker for worker, model in self.models.items() if model.able]
+        well = [worker for worker in able if self.models[worker].health == "healthy"]
+        ill = [worker for worker in able if self.models[worker].health == "unhealthy"]
+        assert list(self.fleet.candidates(self.now)) == (well or ill)
+        if not well and not ill:
+            self.check_refusal()
+
+    def check_refusal(self) -> None:
+        members = [model for model in self.models.values() if not model.removed]
+        rotation = [model for model in members if not model.draining]
+        error = self.fleet.unavailable(self.now)
+        assert error.retry_after is not None
+        assert error.retry_after > 0
+        if not members:
+            assert type(error) is NoWorkers
+        elif rotation and all(model.health == "starting" for model in rotation):
+            assert type(error) is WorkersStarting
+        else:
+            assert type(error) is Unavailable
+            ends = [model.until - self.now for model in rotation if model.breaker == "open"]
+            assert error.retry_after <= min(ends, default=5.0)
+
+    @invariant()
+    def workers_are_as_the_model_says(self) -> None:
+        for worker, model in self.models.items():
+            assert (worker.load, worker.processed) == (len(model.leases), model.processed)
+            assert self.log.whats(worker).count("restarted") == model.restarts
+            if model.removed:
+                assert self.log.whats(worker)[-1] == "removed"
+            else:
+                assert (worker.breaker.value, worker.health.value) == (model.breaker, model.health)
+        assert list(self.fleet) == [worker for worker, model in self.models.items() if not model.removed]
+
+    @invariant()
+    def events_tell_every_step(self) -> None:
+        for worker, model in self.models.items():
+            if not model.removed:
+                for what, first, last in (
+                    ("breaker", "closed", model.breaker),
+                    ("health", "starting", model.health),
+                    ("draining", "active", "draining" if model.draining else "active"),
+                ):
+                    steps = [(c.old, c.new) for c in self.log.changes if c.worker is worker and c.what == what]
+                    assert [old for old, _ in steps] == [first, *(new for _, new in steps[:-1])][: len(steps)]
+                    assert (steps[-1][1] if steps else first) == last
+
+    def teardown(self) -> None:
+        if hasattr(self, "fleet"):
+            while self.running:
+                self.close(0, Outcome.ABANDONED)
+            assert all(worker.load == 0 for worker in self.models)
+
+
+TestFleetBesideModel = FleetBesideModel.TestCase
+TestFleetBesideModel.settings = settings(max_examples=120, stateful_step_count=40, deadline=None, derandomize=True)

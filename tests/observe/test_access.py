@@ -1,0 +1,227 @@
+"""The access line tells all it should, nothing it must not, and nobody can write one but the router."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from sglang_router.core.events import Finished, WorkerChanged
+from sglang_router.core.fleet import Fleet
+from sglang_router.core.worker import BreakerRules, HealthRules, Outcome, Worker, WorkerSpec
+from sglang_router.observe import logs
+from sglang_router.observe.access import AccessLog, WorkerLog
+
+WORKER = Worker(WorkerSpec(url="http://w:1", api_key="s3cret"), "id", 1, 0.0)
+SERVED = Finished(
+    method="POST",
+    path="/v1/chat/completions",
+    endpoint="chat",
+    request_id="chatcmpl-1",
+    peer="10.0.0.9",
+    streaming=True,
+    model='"m"',
+    worker=WORKER,
+    branch="hit",
+    matched=870,
+    total=1000,
+    status=200,
+    code="",
+    outcome=Outcome.SERVED,
+    duration=0.8124,
+    first_byte=0.0951,
+    received=5120,
+    sent=20480,
+    retries=0,
+)
+PLAIN = Finished("GET", "/health", "", "req-2", "", False, "", None, "", 0, 0, 200, "", None, 0.0004, 0.0004, 0, 2, 0)
+REFUSED = msgspec.structs.replace(
+    SERVED, worker=None, branch="", matched=0, total=0, status=503, code="no_workers", outcome=None, first_byte=-1.0
+)
+
+Lines = Callable[[], list[str]]
+
+
+@contextlib.contextmanager
+def log_at(level: str, form: str) -> Iterator[tuple[logs.LogWriter, Lines]]:
+    """A writer into a pipe, and a function that ends it and gives what it wrote."""
+    reading, writing = os.pipe()
+    writer = logs.configure(level, form, None, stderr=writing)
+
+    def lines() -> list[str]:
+        writer.close(10)
+        os.close(writing)
+        with open(reading, encoding="utf-8", newline="") as written:
+            return written.read().splitlines()
+
+    try:
+        yield writer, lines
+    finally:
+        writer.close()
+        for fd in (reading, writing):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def access_lines(*events: Finished, level: str = "info", form: str = "text") -> list[str]:
+    with log_at(level, form) as (writer, lines):
+        log = AccessLog(writer, lambda: 1761393600.25)
+        for event in events:
+            log.finished(event)
+        return lines()
+
+
+def test_text() -> None:
+    start = "2025-10-25T12:00:00.250Z INFO  sglang_router.access: "
+    assert access_lines(SERVED, PLAIN, REFUSED) == [
+        start + "POST /v1/chat/completions 200 id=chatcmpl-1 peer=10.0.0.9 worker=http://w:1 branch=hit matched=87%"
+        " retries=0 duration_ms=812.4 first_byte_ms=95.1 in=5120 out=20480 stream=1",
+        start + "GET /health 200 id=req-2 peer=- worker=- branch=- matched=-"
+        " retries=0 duration_ms=0.4 first_byte_ms=0.4 in=0 out=2 stream=0",
+        start + "POST /v1/chat/completions 503 id=chatcmpl-1 peer=10.0.0.9 worker=- branch=- matched=-"
+        " retries=0 duration_ms=812.4 first_byte_ms=- in=5120 out=20480 stream=1 code=no_workers outcome=-",
+    ]
+
+
+def test_a_client_that_left_and_a_broken_worker_are_told() -> None:
+    gone = msgspec.structs.replace(SERVED, outcome=Outcome.GONE)
+    cut = msgspec.structs.replace(SERVED, outcome=Outcome.CUT, code="stream_broken", retries=2)
+    one, other = access_lines(gone, cut)
+    assert one.endswith(" stream=1 code=- outcome=gone")
+    assert " retries=2 " in other
+    assert other.endswith(" stream=1 code=stream_broken outcome=cut")
+
+
+def test_json() -> None:
+    served, plain, refused = map(json.loads, access_lines(SERVED, PLAIN, REFUSED, form="json"))
+    assert served == {
+        "time": "2025-10-25T12:00:00.250Z",
+        "level": "info",
+        "logger": "sglang_router.access",
+        "message": "request",
+        "id": "chatcmpl-1",
+        "peer": "10.0.0.9",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "status": 200,
+        "code": "",
+        "outcome": "served",
+        "worker": "http://w:1",
+        "branch": "hit",
+        "matched": 87,
+        "retries": 0,
+        "duration_ms": 812.4,
+        "first_byte_ms": 95.1,
+        "in": 5120,
+        "out": 20480,
+        "stream": True,
+    }
+    assert (plain["worker"], plain["outcome"], plain["matched"]) == (None, None, None)
+    assert (refused["code"], refused["first_byte_ms"]) == ("no_workers", None)
+
+
+@pytest.mark.parametrize("level", ["warn", "error"])
+def test_silence_above_info(level: str) -> None:
+    assert access_lines(SERVED, level=level) == []
+
+
+FORGERIES = [
+    "x\n2025-10-25T12:00:00.250Z INFO  sglang_router.access: GET /health 200",
+    "x\r",
+    "x\x1b[2K\x1b[1A",
+    "x\x00",
+    "x\x7f",
+    "x\x85y",
+    "x\x9b2K",
+    "x\u2028y",
+    "x status=200 worker=http://evil",
+    'x" code="',
+    "",
+]
+
+
+@pytest.mark.parametrize("field", ["request_id", "path"])
+@pytest.mark.parametrize("text", FORGERIES, ids=ascii)
+def test_clients_cannot_break_or_forge_a_text_line(field: str, text: str) -> None:
+    (line,) = access_lines(msgspec.structs.replace(SERVED, **{field: text}))
+    assert line.isprintable()
+    quoted = json.dumps(text)
+    expected = {
+        "path": f"POST {quoted} 200 id=chatcmpl-1 peer=",
+        "request_id": f"POST /v1/chat/completions 200 id={quoted} peer=",
+    }
+    assert expected[field] in line.replace('"/v1/chat/completions"', "/v1/chat/completions").replace(
+        '"chatcmpl-1"', "chatcmpl-1"
+    )
+
+
+@pytest.mark.parametrize("field", ["request_id", "path"])
+@pytest.mark.parametrize("text", FORGERIES, ids=ascii)
+def test_clients_cannot_break_or_forge_a_json_line(field: str, text: str) -> None:
+    (line,) = access_lines(msgspec.structs.replace(SERVED, **{field: text}), form="json")
+    assert line.isprintable()
+    parsed: dict[str, Any] = json.loads(line)
+    assert parsed[{"request_id": "id", "path": "path"}[field]] == text
+    assert len(parsed) == 20
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_long_paths_are_cut(form: str) -> None:
+    (line,) = access_lines(msgspec.structs.replace(SERVED, path="/" + "x" * 60000), form=form)
+    assert len(line) < 1600
+
+
+# -- changes of workers ---------------------------------------------------------------------------------
+
+
+def worker_lines(level: str = "info") -> list[str]:
+    """The life of a worker as its fleet tells it."""
+    with log_at(level, "text") as (_, lines):
+        fleet = Fleet(WorkerLog(), lambda: "id", BreakerRules(threshold=1))
+        health = HealthRules(failure_threshold=1, success_threshold=1)
+        worker = fleet.add(WorkerSpec(url="http://w:1", api_key="s3cret", health=health), 0.0)
+        fleet.probed(worker, None, 1.0)
+        fleet.probed(worker, "401 for\ns3cret", 2.0, refused=True)
+        fleet.probed(worker, None, 3.0)
+        fleet.lease(worker).close(Outcome.FAILED, 4.0)
+        fleet.candidates(100.0)
+        fleet.lease(worker).close(Outcome.SERVED, 101.0)
+        fleet.set_draining(worker, True)
+        fleet.set_draining(worker, False)
+        fleet.remove(worker)
+        return [line[25:] for line in lines()]
+
+
+def test_each_change_of_a_worker_is_a_line() -> None:
+    start = "sglang_router.workers: "
+    assert worker_lines() == [
+        f"INFO  {start}worker added worker=http://w:1 health=starting",
+        f"INFO  {start}worker is healthy worker=http://w:1 was=starting",
+        f'WARN  {start}worker is unhealthy worker=http://w:1 was=healthy error="401 for\\n***"',
+        f"WARN  {start}worker was restarted: what it had cached is forgotten worker=http://w:1",
+        f"INFO  {start}worker is healthy worker=http://w:1 was=unhealthy",
+        f"WARN  {start}circuit breaker is open: no requests for the worker"
+        " worker=http://w:1 was=closed failures=1 open_seconds=10.0",
+        f"INFO  {start}circuit breaker is half open: one request may try the worker"
+        " worker=http://w:1 was=open failures=1",
+        f"INFO  {start}circuit breaker is closed: the worker serves again"
+        " worker=http://w:1 was=half_open failures=0",
+        f"INFO  {start}worker is draining: it gets no new requests worker=http://w:1 was=active",
+        f"INFO  {start}worker takes requests again worker=http://w:1 was=draining",
+        f"INFO  {start}worker removed worker=http://w:1 was=healthy",
+    ]
+
+
+def test_only_troubles_above_info() -> None:
+    assert [line.split(":", 1)[0] for line in worker_lines("warn")] == ["WARN  sglang_router.workers"] * 3
+
+
+def test_a_change_that_is_new_to_the_log_is_told_all_the_same() -> None:
+    with log_at("info", "text") as (_, lines):
+        WorkerLog().worker_changed(WorkerChanged(WORKER, "promoted", "a", "b"))
+        assert lines()[0].endswith("worker changed: promoted worker=http://w:1 was=a")

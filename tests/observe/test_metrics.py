@@ -1,0 +1,475 @@
+"""Metrics count what happened, exactly; what clients choose cannot make them grow; the docs page tells all of them."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from prometheus_client import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from sglang_router.core.events import Finished, Listeners, Routed, WorkerChanged
+from sglang_router.core.fleet import Fleet
+from sglang_router.core.policies import POLICIES, PolicySettings
+from sglang_router.core.request import ENDPOINTS, Facts, read
+from sglang_router.core.router import PolicyListener, RetryRules, Router
+from sglang_router.core.worker import BreakerRules, HealthRules, Outcome, Worker, WorkerSpec
+from sglang_router.observe.catalogue import METRICS, markdown
+from sglang_router.observe.metrics import DURATION_BUCKETS, Metrics
+from sglang_router.observe.tallies import Labels
+
+ROOT = Path(__file__).parents[2]
+CHAT = ENDPOINTS[b"/v1/chat/completions"]
+W1, W2 = "http://w1:1", "http://w2:1"
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def families(metrics: Metrics, accept: str = "") -> dict[str, Metric]:
+    body, content_type = metrics.render(accept)
+    parse = parse_openmetrics if "openmetrics" in content_type else parse_text
+    return {family.name: family for family in parse(body.decode())}
+
+
+class Rig:
+    """A fleet of two workers whose requests take no time, and its metrics."""
+
+    def __init__(self, policy: str = "cache_aware", buckets: list[float] | None = None, tree: int = 1 << 20) -> None:
+        listeners = Listeners()
+        rng = random.Random(1)
+        self.fleet = Fleet(listeners, lambda: "id", BreakerRules(threshold=2))
+        self.policy = POLICIES[policy](PolicySettings(max_tree_size=tree), rng)
+        self.router = Router(self.fleet, self.policy, listeners, rng, RetryRules())
+        self.metrics = Metrics(
+            self.fleet,
+            self.policy,
+            connections=lambda: 7,
+            active=lambda: 3,
+            upstream_connections=lambda: 5,
+            lost_lines=lambda: 2,
+            duration_buckets=buckets,
+            paths=["/health", "/workers/{worker_id}/drain"],
+        )
+        listeners.add(PolicyListener(self.policy))
+        listeners.add(self.metrics)
+        for url in (W1, W2):
+            self.fleet.add(WorkerSpec(url=url, health=HealthRules(enabled=False)), 0.0)
+
+    def worker(self, url: str) -> Worker:
+        worker = self.fleet.by_url(url)
+        assert worker is not None
+        return worker
+
+    def request(self, text: str, *outcomes: Outcome, now: float = 0.0, key: bytes = b"") -> Finished:
+        """A chat request whose legs end as given, reported as the relay does."""
+        body = b'{"model":"m","messages":%s}' % msgspec.json.encode([{"role": "user", "content": text}])
+        plan = self.router.route(read(CHAT, body, key), now)
+        legs = list(outcomes or [Outcome.SERVED])
+        while len(legs) > 1:
+            following = self.router.retry(plan, legs.pop(0), now)
+            assert following is not None
+            plan = following
+        plan.lease.close(legs[0], now)
+        event = finished(
+            worker=plan.worker,
+            branch=plan.branch,
+            matched=plan.matched,
+            total=plan.total,
+            outcome=legs[0],
+            retries=plan.retries,
+        )
+        self.metrics.finished(event)
+        return event
+
+    def samples(self, prefix: str = "") -> Samples:
+        """All samples of families whose name starts so, by name and labels."""
+        return {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in families(self.metrics).values()
+            for sample in family.samples
+            if sample.name.startswith(prefix)
+        }
+
+    def get(self, name: str, **labels: str) -> float:
+        labels = {key.rstrip("_"): label for key, label in labels.items()}
+        return self.samples(name)[name, frozenset(labels.items())]
+
+
+def finished(**fields: object) -> Finished:
+    event = Finished(
+        method="POST",
+        path="/v1/chat/completions",
+        endpoint="chat",
+        request_id="chatcmpl-1",
+        peer="10.0.0.9",
+        streaming=False,
+        model='"m"',
+        worker=None,
+        branch="",
+        matched=0,
+        total=0,
+        status=200,
+        code="",
+        outcome=Outcome.SERVED,
+        duration=0.3,
+        first_byte=0.05,
+        received=100,
+        sent=1000,
+        retries=0,
+    )
+    return msgspec.structs.replace(event, **fields)
+
+
+# -- requests -------------------------------------------------------------------------------------------
+
+KIND = {
+    "router_type": "http",
+    "backend_type": "regular",
+    "connection_mode": "http",
+    "model": "m",
+    "endpoint": "chat",
+}
+ROUTE = {"route": "/v1/chat/completions"}
+POOL = {"worker_type": "regular", "connection_mode": "http"}
+
+
+def test_requests_are_counted_by_every_name() -> None:
+    rig = Rig()
+    for _ in range(3):
+        rig.metrics.finished(finished())
+    rig.metrics.finished(finished(streaming=True))
+    rig.metrics.finished(finished(method="GET", path="/health", endpoint="", model="", outcome=None))
+    assert rig.get("sgl_router_requests_total", **ROUTE) == 4
+    assert rig.get("smg_http_requests_total", method="POST", path="/v1/chat/completions") == 4
+    assert rig.get("smg_http_requests_total", method="GET", path="/health") == 1
+    assert rig.get("smg_http_responses_total", status_code="200", error_code="") == 5
+    assert rig.get("sgl_router_http_responses_total", status_code="200", error_code="") == 5
+    assert rig.get("smg_router_requests_total", **KIND, streaming="false") == 3
+    assert rig.get("smg_router_requests_total", **KIND, streaming="true") == 1
+    assert rig.get("smg_router_upstream_responses_total", router_type="http", status_code="200", error_code="") == 4
+    assert rig.get("sgl_router_request_bytes_total", **ROUTE) == 400
+    assert rig.get("sgl_router_response_bytes_total", **ROUTE) == 4000
+
+
+def test_histograms() -> None:
+    rig = Rig(buckets=[1.0, 0.1, 0.5])
+    for duration, first in ((0.1, 0.05), (0.1000001, 0.1), (0.7, -1.0), (9.0, 2.0)):
+        rig.metrics.finished(finished(duration=duration, first_byte=first))
+    for name, expected, total in (
+        ("sgl_router_request_duration_seconds", [1, 2, 3, 4], 9.9000001),
+        ("sgl_router_time_to_first_byte_seconds", [2, 2, 2, 3], 2.15),
+    ):
+        assert [rig.get(f"{name}_bucket", **ROUTE, le=le) for le in ("0.1", "0.5", "1.0", "+Inf")] == expected
+        assert rig.get(f"{name}_sum", **ROUTE) == pytest.approx(total)
+        assert rig.get(f"{name}_count", **ROUTE) == expected[-1]
+
+
+def test_the_bounds_are_those_of_the_reference() -> None:
+    rig = Rig()
+    rig.metrics.finished(finished())
+    bounds = [dict(labels)["le"] for _, labels in rig.samples("smg_http_request_duration_seconds_bucket")]
+    assert sorted(map(float, bounds)) == [*DURATION_BUCKETS, float("inf")]
+    assert len(DURATION_BUCKETS) == 20
+
+
+@pytest.mark.parametrize(
+    ("event", "code", "kind"),
+    [
+        ({"status": 503, "code": "no_workers", "outcome": None}, "no_workers", "no_workers"),
+        ({"status": 504, "code": "worker_timeout", "outcome": Outcome.TIMEOUT}, "worker_timeout", "timeout"),
+        ({"status": 502, "code": "worker_broken", "outcome": Outcome.BROKEN}, "worker_broken", "backend_error"),
+        ({"status": 200, "code": "stream_broken", "outcome": Outcome.CUT}, "stream_broken", "backend_error"),
+        ({"status": 400, "code": "json_parse_error", "outcome": None}, "json_parse_error", "validation_error"),
+        ({"status": 500, "code": "internal_error", "outcome": None}, "internal_error", "internal_error"),
+        ({"status": 404}, "http_404", "validation_error"),
+        ({"status": 500, "outcome": Outcome.FAILED}, "http_500", "backend_error"),
+    ],
+)
+def test_errors_by_code(event: dict[str, object], code: str, kind: str) -> None:
+    rig = Rig()
+    rig.metrics.finished(finished())  # makes the model known
+    rig.metrics.finished(finished(**event))
+    assert rig.get("sgl_router_request_errors_total", **ROUTE, error_type=code) == 1
+    assert rig.get("smg_router_request_errors_total", **KIND, error_type=kind) == 1
+    assert rig.get("smg_router_request_duration_seconds_count", **KIND) == 1
+    labels = {"status_code": str(event["status"]), "error_code": str(event.get("code", ""))}
+    assert rig.get("smg_http_responses_total", **labels) == 1
+    assert sum(rig.samples("smg_router_request_errors_total").values()) == 1
+
+
+def test_a_client_that_leaves_is_no_error() -> None:
+    rig = Rig()
+    rig.metrics.finished(finished(status=0, outcome=Outcome.GONE, worker=rig.worker(W1), first_byte=-1.0))
+    rig.metrics.finished(finished(outcome=Outcome.GONE, worker=rig.worker(W1)))
+    assert rig.get("sgl_router_client_disconnects_total", **ROUTE) == 2
+    assert rig.get("smg_http_responses_total", status_code="499", error_code="") == 1
+    assert rig.samples("sgl_router_request_errors_total") == {}
+    assert rig.get("sgl_router_worker_outcomes_total", worker=W1, outcome="gone") == 2
+    assert rig.samples("smg_worker_errors_total") == {}
+
+
+def test_retries() -> None:
+    rig = Rig()
+    rig.request("a", Outcome.REFUSED, Outcome.SERVED)
+    rig.request("b", Outcome.BUSY, Outcome.BUSY)
+    assert rig.get("sgl_router_retries_total", **ROUTE) == 2
+    assert rig.get("sgl_router_retries_exhausted_total", **ROUTE) == 1
+    assert rig.get("smg_worker_retries_total", worker_type="regular", endpoint="chat") == 2
+    assert rig.get("smg_worker_retries_exhausted_total", worker_type="regular", endpoint="chat") == 1
+    assert rig.get("smg_worker_selection_total", **POOL, model="m", policy="cache_aware") == 4
+    assert sum(rig.samples("sgl_router_policy_decisions_total").values()) == 4
+
+
+# -- decisions and the tree -----------------------------------------------------------------------------
+
+
+def test_cache_hits_and_prefix_bytes() -> None:
+    rig = Rig()
+    events = [rig.request("s" * 1000 + "one"), rig.request("s" * 1000 + "two"), rig.request("else")]
+    assert [event.branch for event in events] == ["miss", "hit", "miss"]
+    assert rig.get("sgl_router_cache_hits_total") == 1
+    assert rig.get("sgl_router_cache_misses_total") == 2
+    assert rig.get("sgl_router_load_balancing_events_total") == 0
+    for event in events:
+        assert event.worker is not None
+        labels = {"worker": event.worker.url, "policy": "cache_aware", "branch": event.branch}
+        assert rig.get("sgl_router_policy_decisions_total", **labels) == 1
+    assert sum(rig.samples("sgl_router_prefix_matched_bytes_total").values()) == events[1].matched >= 1000
+    assert sum(rig.samples("sgl_router_prefix_bytes_total").values()) == sum(event.total for event in events)
+
+
+def test_the_tree() -> None:
+    rig = Rig(tree=3000)
+    tree = rig.metrics.tree
+    assert tree is not None
+    for number in range(40):
+        rig.request(f"{number} " * 100)
+    for url in (W1, W2):
+        slot = rig.worker(url).slot
+        assert 0 < rig.get("sgl_router_tree_size", worker=url) == tree.size(slot) <= 3000
+        assert rig.get("sgl_router_tree_entries", worker=url) == tree.entries(slot)
+        assert 0 < rig.get("sgl_router_tree_evictions_total", worker=url) == tree.evictions(slot)
+        assert 0 < rig.get("sgl_router_tree_evicted_bytes_total", worker=url) == tree.evicted_bytes(slot)
+    assert rig.get("sgl_router_tree_nodes") == tree.nodes
+    assert rig.get("sgl_router_tree_held_bytes") == tree.held
+
+
+# -- workers --------------------------------------------------------------------------------------------
+
+
+def test_load_health_and_breaker_are_read_at_the_scrape() -> None:
+    rig = Rig()
+    one, two = rig.worker(W1), rig.worker(W2)
+    leases = [rig.fleet.lease(one) for _ in range(3)]
+    for name in ("sgl_router_running_requests", "sgl_router_worker_load", "smg_worker_requests_active"):
+        assert rig.samples(name) == {(name, frozenset({("worker", W1)})): 3, (name, frozenset({("worker", W2)})): 0}
+    assert (rig.get("sgl_router_max_load"), rig.get("sgl_router_min_load")) == (3, 0)
+    for lease in leases:
+        lease.close(Outcome.SERVED, 1.0)
+    assert rig.get("sgl_router_processed_requests_total", worker=W1) == 3
+    for _ in range(2):
+        rig.fleet.lease(two).close(Outcome.FAILED, 2.0)
+    rig.fleet.set_draining(one, True)
+    for name in ("sgl_router_cb_state", "smg_worker_cb_state"):
+        assert (rig.get(name, worker=W1), rig.get(name, worker=W2)) == (0, 1)
+    assert rig.get("smg_worker_cb_consecutive_failures", worker=W2) == 2
+    assert rig.get("sgl_router_active_workers") == 1
+    assert rig.get("sgl_router_worker_draining", worker=W1) == 1
+    assert rig.get("smg_worker_health", worker=W2) == 1
+    rig.fleet.candidates(100.0)
+    for name in ("sgl_router_cb_state_transitions_total", "smg_worker_cb_transitions_total"):
+        assert rig.get(name, worker=W2, from_="closed", to="open") == 1
+        assert rig.get(name, worker=W2, from_="open", to="half_open") == 1
+    assert rig.get("sgl_router_cb_state", worker=W2) == 2
+    assert rig.get("sgl_router_worker_changes_total", what="breaker", state="open") == 1
+    assert rig.get("smg_worker_pool_size", **POOL, model="unknown") == 2
+
+
+def test_what_the_breakers_hear() -> None:
+    rig = Rig()
+    one = rig.worker(W1)
+    for outcome in (Outcome.SERVED, Outcome.SERVED, Outcome.FAILED, Outcome.CUT, Outcome.BUSY, Outcome.GONE):
+        rig.metrics.finished(finished(worker=one, outcome=outcome))
+    for name in ("sgl_router_cb_outcomes_total", "smg_worker_cb_outcomes_total"):
+        assert rig.get(name, worker=W1, outcome="success") == 2
+        assert rig.get(name, worker=W1, outcome="failure") == 2
+        assert rig.get(name, worker=W2, outcome="failure") == 0
+    errors = {dict(key[1])["error_type"]: n for key, n in rig.samples("smg_worker_errors_total").items()}
+    assert errors == {"failed": 1, "cut": 1, "busy": 1}
+
+
+def test_the_series_of_a_removed_worker_disappear_and_totals_stay() -> None:
+    rig = Rig()
+    one = rig.worker(W1)
+    routed = Routed(Facts(CHAT), one, "cache_aware", "hit", 10, 20, 0)
+    rig.metrics.routed(routed)
+    rig.metrics.finished(finished(worker=one, outcome=Outcome.FAILED))
+    assert any(("worker", W1) in labels for _, labels in rig.samples())
+    rig.fleet.remove(one)
+    rig.metrics.routed(routed)  # requests that outlive their worker
+    rig.metrics.finished(finished(worker=one, outcome=Outcome.FAILED))
+    samples = rig.samples()
+    assert not any(("worker", W1) in labels for _, labels in samples)
+    assert any(("worker", W2) in labels for _, labels in samples)
+    assert rig.get("sgl_router_cache_hits_total") == 2
+    assert rig.get("smg_worker_errors_total", **POOL, error_type="failed") == 2
+    rig.fleet.add(WorkerSpec(url=W1), 1.0)
+    assert rig.get("sgl_router_prefix_bytes_total", worker=W1) == 0
+    assert rig.get("sgl_router_cache_hits_total") == 2
+
+
+# -- bounds ---------------------------------------------------------------------------------------------
+
+
+def values_of(rig: Rig, label: str) -> set[str]:
+    return {dict(labels)[label] for _, labels in rig.samples() if label in dict(labels)}
+
+
+def test_paths_and_methods_are_bounded() -> None:
+    rig = Rig()
+    for number in range(300):
+        rig.metrics.finished(finished(method=f"M{number}", path=f"/{number}", endpoint="", status=404))
+    rig.metrics.finished(finished(method="POST", path="/workers/a%20b/drain", endpoint=""))
+    rig.metrics.finished(finished(method="POST", path="/workers/a/b/drain", endpoint=""))
+    assert values_of(rig, "path") == {"other", "/workers/{worker_id}/drain"}
+    assert values_of(rig, "method") == {"other", "POST"}
+    assert rig.get("smg_http_requests_total", method="other", path="other") == 300
+    assert len(rig.metrics.series) == 3
+
+
+def test_models_are_bounded() -> None:
+    rig = Rig()
+    for _ in range(2):
+        for number in range(300):
+            rig.metrics.finished(finished(model=f'"model-{number}"'))
+    models = values_of(rig, "model")
+    assert len(models) == 102  # a hundred, "other", and the "unknown" of the pool
+    assert {"model-0", "model-99", "other"} <= models
+    assert rig.get("smg_router_requests_total", **{**KIND, "model": "other"}, streaming="false") == 400
+    assert rig.get("smg_router_requests_total", **{**KIND, "model": "model-7"}, streaming="false") == 2
+
+
+def test_models_that_only_ever_failed_have_no_series() -> None:
+    rig = Rig()
+    for number in range(300):
+        rig.metrics.finished(finished(model=f'"typo-{number}"', status=404))
+    rig.metrics.finished(finished(model=""))
+    assert values_of(rig, "model") == {"other", "unknown"}
+
+
+@pytest.mark.parametrize(
+    ("model", "label"),
+    [
+        ('"Qwen/Qwen3"', "Qwen/Qwen3"),
+        ('"q\\u0077en"', "qwen"),
+        ("17", "other"),
+        ('"\\n# HELP x"', "other"),
+        ('"\\ud800"', "other"),
+        ('"' + "x" * 129 + '"', "other"),
+        ('"a\\"b\\\\"', 'a"b\\'),
+    ],
+    ids=ascii,
+)
+def test_model_labels(model: str, label: str) -> None:
+    rig = Rig()
+    rig.metrics.finished(finished(model=model))
+    assert rig.get("smg_router_requests_total", **{**KIND, "model": label}, streaming="false") == 1
+
+
+def test_path_parameters() -> None:
+    labels = Labels(["/a", "/w/{id}", "/files/{path:path}"])
+    paths = ["/a", "/a/", "/w/1", "/w/", "/w/1/2", "/files/x/y", "/b"]
+    assert [labels.path(path) for path in paths] == [
+        "/a", "other", "/w/{id}", "other", "other", "/files/{path:path}", "other",
+    ]  # fmt: skip
+
+
+# -- the exposition -------------------------------------------------------------------------------------
+
+
+def busy(policy: str) -> Rig:
+    """A rig on which everything happened that a metric tells of."""
+    rig = Rig(policy)
+    rig.request("a", Outcome.REFUSED, Outcome.SERVED)
+    rig.request("a", key=b"key")
+    rig.metrics.finished(finished(status=503, code="no_workers", outcome=None))
+    one = rig.worker(W1)
+    for state in ("open", "half_open"):
+        rig.metrics.worker_changed(WorkerChanged(one, "breaker", "closed", state))
+    rig.metrics.finished(finished(worker=one, outcome=Outcome.FAILED))
+    return rig
+
+
+OWN_POLICY = {
+    "smg_manual_policy_branch_total": "manual",
+    "smg_consistent_hashing_policy_branch_total": "consistent_hashing",
+    "smg_prefix_hash_policy_branch_total": "prefix_hash",
+}
+
+
+@pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])
+@pytest.mark.parametrize("policy", ["cache_aware", *OWN_POLICY.values()])
+def test_every_row_is_exported_as_declared(policy: str, accept: str) -> None:
+    found = families(busy(policy).metrics, accept)
+    for row in METRICS:
+        family = found[row.name.removesuffix("_total")]
+        assert (family.type, family.documentation) == (row.kind, row.help)
+        wanted = OWN_POLICY.get(row.name, "cache_aware" if "_tree_" in row.name else policy) == policy
+        assert bool(family.samples) == wanted, row.name
+        for sample in family.samples:
+            assert set(sample.labels) - {"le"} == set(row.labels)
+    assert {"process_resident_memory_bytes", "python_info", "python_gc_collections"} <= set(found)
+
+
+def test_rows_have_unique_names_of_the_two_families() -> None:
+    names = [row.name for row in METRICS]
+    assert len(set(names)) == len(names)
+    for row in METRICS:
+        assert row.name.startswith(("sgl_router_", "smg_"))
+        assert row.name.endswith("_total") == (row.kind == "counter")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smg_http_connections_active", 7),
+        ("sgl_router_active_requests", 3),
+        ("sgl_router_log_lines_lost_total", 2),
+    ],
+)
+def test_what_others_know(name: str, expected: int) -> None:
+    assert Rig().get(name) == expected
+
+
+def test_what_nobody_told_is_left_out() -> None:
+    rig = Rig()
+    bare = Metrics(rig.fleet, rig.policy)
+    assert families(bare)["smg_http_connections_active"].samples == []
+
+
+def test_content_types() -> None:
+    render: Callable[[str], tuple[bytes, str]] = Rig().metrics.render
+    assert render("")[1] == "text/plain; version=0.0.4; charset=utf-8"
+    assert render("application/openmetrics-text; version=1.0.0")[1].startswith("application/openmetrics-text")
+    assert render("application/openmetrics-text; version=1.0.0")[0].endswith(b"# EOF\n")
+
+
+# -- the docs page --------------------------------------------------------------------------------------
+
+
+def test_the_docs_page_is_what_the_code_says() -> None:
+    assert (ROOT / "docs" / "metrics.md").read_text() == markdown()
+
+
+def test_the_page_is_printed_by_the_module() -> None:
+    command = [sys.executable, "-m", "sglang_router.observe.metrics"]
+    done = subprocess.run([*command, "--markdown"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, markdown())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
