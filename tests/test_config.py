@@ -160,9 +160,7 @@ def sample(option: Option) -> tuple[str, Any]:
         if option.kind.nargs == "*":
             return "1 2.5", [1, 2.5]
         bounds = option.check if isinstance(option.check, Range) else Range(1)
-        number = next(
-            n for n in (bounds.low + 1, bounds.low + 2, 0.75) if n != option.default and fits(bounds, n)
-        )
+        number = next(n for n in (bounds.low + 1, bounds.low + 2, 0.75) if n != option.default and fits(bounds, n))
         return f"{number:g}", number
     return SAMPLES[option.name] if option.name in SAMPLES else TEXTS[option.kind.metavar]
 
@@ -234,13 +232,7 @@ def _toml(value: object) -> str:
         return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml(item) for item in value if item is not None) + "]"
-    return (
-        str(value).lower()
-        if isinstance(value, bool)
-        else f'"{value}"'
-        if isinstance(value, str)
-        else str(value)
-    )
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
 
 
 @pytest.mark.parametrize("option", options())
@@ -249,9 +241,7 @@ def test_default_is_a_value_and_never_shared(option: Option) -> None:
     assert not isinstance(option.default, (list, dict)) or option.fresh_default() is not option.default
 
 
-@pytest.mark.parametrize(
-    "option", [o for o in OPTIONS.values() if isinstance(o.check, Range)], ids=lambda o: o.name
-)
+@pytest.mark.parametrize("option", [o for o in OPTIONS.values() if isinstance(o.check, Range)], ids=lambda o: o.name)
 def test_range(option: Option) -> None:
     bounds = option.check
     assert isinstance(bounds, Range)
@@ -265,9 +255,7 @@ def test_range(option: Option) -> None:
         assert option.accept(edge) == edge
 
 
-@pytest.mark.parametrize(
-    "option", [o for o in OPTIONS.values() if o.kind.metavar in ("N", "X")], ids=lambda o: o.name
-)
+@pytest.mark.parametrize("option", [o for o in OPTIONS.values() if o.kind.metavar in ("N", "X")], ids=lambda o: o.name)
 def test_not_a_number(option: Option) -> None:
     texts: tuple[object, ...] = ("x", "nan", "inf", "1e999", "1 x", True, [[1]], {})
     for text in texts:
@@ -328,9 +316,7 @@ def test_flag_beats_environment_beats_file(tmp_path: Path) -> None:
 
 def test_toml_file(tmp_path: Path) -> None:
     file = tmp_path / "router.toml"
-    file.write_text(
-        f'worker_urls = ["{A}"]\ncache-threshold = 1\ndisable-retries = true\nlog_level = "warn"\n'
-    )
+    file.write_text(f'worker_urls = ["{A}"]\ncache-threshold = 1\ndisable-retries = true\nlog_level = "warn"\n')
     args = read(f"--config {file}")
     assert (args.worker_urls, args.cache_threshold, args.disable_retries, args.log_level) == (
         [A],
@@ -632,9 +618,7 @@ def test_error_inside_another_parser(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_plain_object_is_taken_at_its_word() -> None:
-    given = SimpleNamespace(
-        worker_urls=[A], eviction_interval=9, verbose=False, log_level=None, prometheus_port=None
-    )
+    given = SimpleNamespace(worker_urls=[A], eviction_interval=9, verbose=False, log_level=None, prometheus_port=None)
     args = RouterArgs.from_cli_args(given, environ={"SGLANG_ROUTER_PORT": "1"}).checked()
     assert (args.port, args.eviction_interval_secs, args.log_level, args.prometheus_port) == (
         30000,

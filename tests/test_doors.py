@@ -210,9 +210,7 @@ def raising(error: BaseException) -> int:
     ("error", "status", "line"),
     [(ConfigError("two\nlines"), 2, "error: two lines\n"), (KeyboardInterrupt(), 130, "")],
 )
-def test_exit_status(
-    error: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exit_status(error: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(lambda: raising(error)) == status
     assert capsys.readouterr() == ("", line)
 

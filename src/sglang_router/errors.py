@@ -110,6 +110,13 @@ class UnsupportedMediaType(InvalidRequest):
     message = "The body must be sent without Content-Encoding."
 
 
+class Unprocessable(InvalidRequest):
+    """Well-formed JSON that does not say what it must."""
+
+    status = 422
+    code = "unprocessable"
+
+
 class HeadTooLarge(InvalidRequest):
     status = 431
     code = "head_too_large"
@@ -145,7 +152,9 @@ class Unavailable(RouterError):
 
 class NoWorkers(Unavailable):
     code = "no_workers"
-    message = "No workers are registered. Start the router with --worker-urls, or POST /add_worker?url=http://host:port."
+    message = (
+        "No workers are registered. Start the router with --worker-urls, or POST /add_worker?url=http://host:port."
+    )
 
 
 class WorkersStarting(Unavailable):
@@ -181,6 +190,11 @@ class WorkerTimeout(RouterError):
     code = "worker_timeout"
     type = "timeout_error"
     message = "The worker did not answer in time."
+
+
+class Overdue(WorkerTimeout):
+    code = "request_overdue"
+    message = "The request took longer than --request-timeout-secs allows."
 
 
 class StreamBroken(WorkerBroken):

@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from sglang_router.admin.app import Context, create_app, create_metrics_app
+from sglang_router.admin.app import ROUTES, Context, create_app, create_metrics_app
 from sglang_router.core.events import Listener, Listeners, WorkerChanged
 from sglang_router.core.fleet import Fleet
 from sglang_router.core.policies import POLICIES, PolicySettings
 from sglang_router.core.request import ENDPOINTS
 from sglang_router.core.router import PolicyListener, RetryRules, Router
 from sglang_router.core.worker import BreakerRules, HealthRules, WorkerSpec
-from sglang_router.errors import ConfigError
+from sglang_router.errors import ConfigError, ShuttingDown
 from sglang_router.net.downstream import Downstream
 from sglang_router.net.probe import Prober
 from sglang_router.net.service import REQUEST_ID_HEADERS, Service, Timeouts
@@ -67,6 +67,7 @@ class _Membership(Listener):
         if event.what == "added":
             gateway.prober.start(event.worker)
         elif event.what == "removed":
+            gateway.prober.stop(event.worker)
             gateway.upstream.forget(event.worker)
         if gateway.service.waiting:
             gateway.loop.call_soon(gateway.service.wake)
@@ -99,6 +100,7 @@ class Gateway:
             upstream_connections=lambda: self.upstream.open,
             lost_lines=lambda: writer.lost,
             duration_buckets=args.prometheus_duration_buckets,
+            paths=[row.path for rows in ROUTES.values() for row in rows],
         )
         context = Context(
             fleet=self.fleet,
@@ -158,9 +160,12 @@ class Gateway:
         gc.collect()
         gc.freeze()
         gc.disable()
-        log.info(
-            "listening on http://%s:%d, policy %s, %d workers", args.host, args.port, args.policy, len(self.fleet)
-        )
+        log.info("listening on %s, policy %s, %d workers", self.url, args.policy, len(self.fleet))
+
+    @property
+    def url(self) -> str:
+        """Where clients reach the router."""
+        return f"http://{self.args.host}:{self._servers[0].sockets[0].getsockname()[1]}"
 
     async def _listen(self, service: Service, host: str, port: int, option: str) -> None:
         try:
@@ -176,9 +181,7 @@ class Gateway:
         """The second door to the metrics. Its default port is a convenience, so losing it is only worth a warning."""
         args = self.args
         try:
-            await self._listen(
-                self._metrics_service, args.prometheus_host, args.prometheus_port, "--prometheus-port"
-            )
+            await self._listen(self._metrics_service, args.prometheus_host, args.prometheus_port, "--prometheus-port")
         except ConfigError as exc:
             if "prometheus_port" in args.given:
                 raise
@@ -203,6 +206,8 @@ class Gateway:
         self.service.draining = self._metrics_service.draining = True
         for connection in [*self.service.connections, *self._metrics_service.connections]:
             connection.close_if_idle()
+        for relay in list(self.service.waiting):
+            relay.refuse(ShuttingDown())
         deadline = self.loop.time() + self.args.shutdown_grace_period_secs
         if self.service.active:
             log.info("finishing %d running requests", self.service.active)

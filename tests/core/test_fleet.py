@@ -1,7 +1,7 @@
 """The fleet: plain examples, and a state machine beside a model.
 
-The model is the prose of core/worker.py and core/fleet.py written down once more, without anything kept for speed: who may
-take a request is worked out from scratch after each step.
+The model is the prose of core/worker.py and core/fleet.py written down once more, without anything kept for speed: who
+may take a request is worked out from scratch after each step.
 """
 
 from __future__ import annotations

@@ -55,11 +55,7 @@ class Oracle:
     def parent_length(self, place: Place) -> int:
         space, tokens = place
         return max(
-            (
-                len(end)
-                for s, end in self.ends
-                if s == space and len(end) < len(tokens) and tokens[: len(end)] == end
-            ),
+            (len(end) for s, end in self.ends if s == space and len(end) < len(tokens) and tokens[: len(end)] == end),
             default=0,
         )
 

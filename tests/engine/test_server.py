@@ -230,9 +230,7 @@ def test_completions_of_texts_and_tokens(client: OpenAI, fast: str) -> None:
 
 
 def test_a_streamed_completion_with_a_stop_string(client: OpenAI) -> None:
-    free = client.completions.create(
-        model="m", prompt="Stop me", max_tokens=20, extra_body={"ignore_eos": True}
-    )
+    free = client.completions.create(model="m", prompt="Stop me", max_tokens=20, extra_body={"ignore_eos": True})
     stop = free.choices[0].text[30:38]
     stream = client.completions.create(model="m", prompt="Stop me", max_tokens=20, stop=stop, stream=True)
     chunks = list(stream)
@@ -274,9 +272,7 @@ def test_vectors(client: OpenAI, fast: str) -> None:
     near, same, far = client.embeddings.create(model="m", input=["a b c", "a b c", "x y z"]).data
     assert near.embedding == same.embedding != far.embedding
     assert sum(part * part for part in near.embedding) == pytest.approx(1, abs=1e-5)
-    ranked = post(
-        fast, "/v1/rerank", {"query": "a red fox", "documents": ["blue sea", "one red fox"], "top_n": 1}
-    )
+    ranked = post(fast, "/v1/rerank", {"query": "a red fox", "documents": ["blue sea", "one red fox"], "top_n": 1})
     assert [(one["index"], one["document"]) for one in ranked] == [(1, "one red fox")]
     scored = post(
         fast,
@@ -360,13 +356,9 @@ def test_a_client_that_leaves_frees_the_engine(slow: str) -> None:
 
 
 def test_a_client_that_leaves_before_its_answer_frees_the_engine_too(slow: str) -> None:
-    raw = json.dumps(
-        {"text": "x", "sampling_params": {"max_new_tokens": 50_000, "ignore_eos": True}}
-    ).encode()
+    raw = json.dumps({"text": "x", "sampling_params": {"max_new_tokens": 50_000, "ignore_eos": True}}).encode()
     with socket.create_connection(address(slow), timeout=20) as connection:
-        connection.sendall(
-            b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(raw) + raw
-        )
+        connection.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(raw) + raw)
         eventually(lambda: load(slow)["num_reqs"] == 1)
     eventually(lambda: load(slow)["num_reqs"] == 0)
 
@@ -469,12 +461,10 @@ def test_engines_write_alike_unless_their_seeds_differ(fast: str) -> None:
 
 
 def test_the_cost_model_is_kept_in_real_time() -> None:
-    with engine_processes(1, "--decode-base-ms", "20", "--decode-ms-per-request", "0", "--speed", "2") as (
-        url,
-    ):
-        meta = post(
-            url, "/generate", {"text": "time", "sampling_params": {"max_new_tokens": 51, "ignore_eos": True}}
-        )["meta_info"]
+    with engine_processes(1, "--decode-base-ms", "20", "--decode-ms-per-request", "0", "--speed", "2") as (url,):
+        meta = post(url, "/generate", {"text": "time", "sampling_params": {"max_new_tokens": 51, "ignore_eos": True}})[
+            "meta_info"
+        ]
     assert 0.5 <= meta["e2e_latency"] < 1.0  # 51 passes of 20 ms at twice the speed
 
 

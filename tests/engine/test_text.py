@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from sglang_router.engine.kv import pack
 from sglang_router.engine.text import Tokenizer, Writer, content_text, render_chat, token_id
 
-prompts = st.text(max_size=80) | st.lists(
-    st.sampled_from(["The tree", ".", ", ", "\n", " ", "<|im_end|>"])
-).map("".join)
+prompts = st.text(max_size=80) | st.lists(st.sampled_from(["The tree", ".", ", ", "\n", " ", "<|im_end|>"])).map(
+    "".join
+)
 
 
 def written(prompt: str, limit: int = 60, **how: object) -> Writer:
@@ -32,9 +32,7 @@ def test_more_text_changes_at_most_the_last_tokens(text: str, more: str) -> None
     tokenizer = Tokenizer()
     before, after = tokenizer.encode(text), tokenizer.encode(text + more)
     kept = next((at for at, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
-    assert (
-        kept >= len(before) - 6
-    )  # the last piece is split anew: a word, some blanks, at most a <|special|> one
+    assert kept >= len(before) - 6  # the last piece is split anew: a word, some blanks, at most a <|special|> one
 
 
 @settings(max_examples=50)
@@ -95,9 +93,7 @@ def test_stop_tokens() -> None:
 
 
 def test_a_conversation_has_tools_first_and_ends_in_the_assistants_turn() -> None:
-    text = render_chat(
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], [{"name": "f"}]
-    )
+    text = render_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], [{"name": "f"}])
     assert text == (
         "<|im_start|>tools\n[{name: f}]<|im_end|>\n"
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -105,9 +101,7 @@ def test_a_conversation_has_tools_first_and_ends_in_the_assistants_turn() -> Non
 
 
 def test_an_open_turn_is_continued() -> None:
-    text = render_chat(
-        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}], go_on=True
-    )
+    text = render_chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}], go_on=True)
     assert text.endswith("<|im_start|>assistant\nWell")
 
 

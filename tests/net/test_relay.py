@@ -8,8 +8,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from played import Client, Leg, Play, post, run
 
+from played import Client, Leg, Play, post, run
 from sglang_router.core.router import RetryRules
 from sglang_router.core.worker import Breaker, BreakerRules, Outcome
 from sglang_router.net.service import Timeouts
@@ -100,7 +100,9 @@ async def test_headers_by_whitelist_and_authorization_once() -> None:
 async def test_forward_all_sends_every_end_to_end_header() -> None:
     async with Play(everything=True) as play:
         client = await play.client()
-        leg = await exchange(play, client, CHAT, BODY, "X-Custom: 1", "X-Hop: 2", "Connection: keep-alive, X-Hop", "TE: x")
+        leg = await exchange(
+            play, client, CHAT, BODY, "X-Custom: 1", "X-Hop: 2", "Connection: keep-alive, X-Hop", "TE: x"
+        )
         assert leg.headers["x-custom"] == "1"
         assert not {"x-hop", "te", "connection"} & set(leg.headers)
         await leg.answer(200)
@@ -268,7 +270,11 @@ async def test_interim_responses_are_not_the_answer() -> None:
         (post(CHAT, b'{"a":' + b"[" * 100_000), 400, "json_parse_error"),
         (post(CHAT, b"{}", "Content-Encoding: gzip"), 415, "unsupported_media_type"),
         (post(CHAT, b"x" * 2000), 413, "payload_too_large"),
-        (b"POST /generate HTTP/1.1\r\nHost: r\r\nTransfer-Encoding: chunked\r\n\r\n7d0\r\n" + b"x" * 2000, 413, "payload_too_large"),
+        (
+            b"POST /generate HTTP/1.1\r\nHost: r\r\nTransfer-Encoding: chunked\r\n\r\n7d0\r\n" + b"x" * 2000,
+            413,
+            "payload_too_large",
+        ),
         (b"GET / HTTP/1.1\r\nHost: r\r\nX: " + b"y" * 5000, 431, "head_too_large"),
         (b"GET /" + b"y" * 5000 + b" HTTP/1.1\r\nHost: r\r\n\r\n", 414, "uri_too_long"),
         (b"GET / HTTP/1.1\r\nHost: r\r\n" + b"a: b\r\n" * 200 + b"\r\n", 431, "head_too_large"),
@@ -280,7 +286,9 @@ async def test_interim_responses_are_not_the_answer() -> None:
 )
 def test_bad_requests_are_refused_and_reach_no_worker(request_bytes: bytes, status: int, expected: str) -> None:
     async def test() -> None:
-        async with Play(limits=Limits(head_bytes=4096, header_count=100, body_bytes=1000_000 if b"[[" in request_bytes else 1000)) as play:
+        async with Play(
+            limits=Limits(head_bytes=4096, header_count=100, body_bytes=1000_000 if b"[[" in request_bytes else 1000)
+        ) as play:
             client = await play.client()
             await client.send(request_bytes)
             response = await client.response()
@@ -447,7 +455,9 @@ async def test_bytes_behind_the_answer_reach_nobody_and_end_the_connection() -> 
     async with Play() as play:
         client = await play.client()
         leg = await exchange(play, client)
-        await leg.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil")
+        await leg.send(
+            b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil"
+        )
         assert (await client.response()).body == b"ok"
         await leg.closed()
         leg = await exchange(play, client)

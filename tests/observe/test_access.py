@@ -209,8 +209,7 @@ def test_each_change_of_a_worker_is_a_line() -> None:
         " worker=http://w:1 was=closed failures=1 open_seconds=10.0",
         f"INFO  {start}circuit breaker is half open: one request may try the worker"
         " worker=http://w:1 was=open failures=1",
-        f"INFO  {start}circuit breaker is closed: the worker serves again"
-        " worker=http://w:1 was=half_open failures=0",
+        f"INFO  {start}circuit breaker is closed: the worker serves again worker=http://w:1 was=half_open failures=0",
         f"INFO  {start}worker is draining: it gets no new requests worker=http://w:1 was=active",
         f"INFO  {start}worker takes requests again worker=http://w:1 was=draining",
         f"INFO  {start}worker removed worker=http://w:1 was=healthy",

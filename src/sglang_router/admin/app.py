@@ -127,7 +127,7 @@ def create_app(context: Context) -> Starlette:
 
 
 def create_metrics_app(render: Callable[[str], tuple[bytes, str]]) -> Starlette:
-    """An app that serves nothing but GET /metrics, for the port that Prometheus asks."""
+    """An app that answers every path with the metrics, for the port that Prometheus asks."""
 
     async def metrics(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
@@ -136,7 +136,7 @@ def create_metrics_app(render: Callable[[str], tuple[bytes, str]]) -> Starlette:
             response = info.exposition(render, Request(scope))
         await response(scope, receive, send)
 
-    return _starlette([("/metrics", _Asgi(metrics))])
+    return _starlette([("/{path:path}", _Asgi(metrics))])
 
 
 class _Asgi:

@@ -25,19 +25,12 @@ from starlette.responses import PlainTextResponse, Response
 from sglang_router.admin.context import JSON, Context
 from sglang_router.config import parse_worker_url
 from sglang_router.core.worker import Health, HealthRules, Worker, WorkerSpec
-from sglang_router.errors import ConfigError, Conflict, InvalidJSON, InvalidRequest, WorkerNotFound
+from sglang_router.errors import ConfigError, Conflict, InvalidJSON, InvalidRequest, Unprocessable, WorkerNotFound
 
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 _Key = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]*$")]
 """What may stand in a header; an empty one means no key."""
-
-
-class Unprocessable(InvalidRequest):
-    """Well-formed JSON that does not say what it must."""
-
-    status = 422
-    code = "unprocessable"
 
 
 class Change(msgspec.Struct, kw_only=True):
@@ -233,8 +226,7 @@ def _changed(spec: WorkerSpec, wanted: Change) -> WorkerSpec:
 
 
 def _apply(context: Context, worker: Worker, spec: WorkerSpec) -> None:
-    worker.spec = spec
-    worker.key = spec.api_key.encode() if spec.api_key else None
+    context.fleet.amend(worker, spec)
     if spec.health.enabled:
         context.prober.start(worker)
         context.prober.prod(worker)  # the new interval counts from now on

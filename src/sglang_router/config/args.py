@@ -93,9 +93,7 @@ class RouterArgs(ReservedOptions):
         return self._used("inert")
 
     def _used(self, status: str) -> list[str]:
-        return [
-            option.flag for name, option in OPTIONS.items() if option.status == status and self._differs(name)
-        ]
+        return [option.flag for name, option in OPTIONS.items() if option.status == status and self._differs(name)]
 
     def _differs(self, name: str) -> bool:
         return bool(getattr(self, name) != OPTIONS[name].default)

@@ -146,8 +146,6 @@ KINDS: dict[object, Kind] = {
     list[str]: Kind("a list of texts", _texts, "TEXT", "*"),
     list[float]: Kind("a list of numbers", _numbers, "X", "*"),
     dict[str, str]: Kind("a list of key=value", _mapping, "KEY=VALUE", "*"),
-    Pairs: Kind(
-        "a URL with an optional port number or 'none'", _pairs, "URL", "+", words=lambda words: [words]
-    ),
+    Pairs: Kind("a URL with an optional port number or 'none'", _pairs, "URL", "+", words=lambda words: [words]),
     Keys: Kind("a list of id:name:role:key with the role admin or user", _keys, "ID:NAME:ROLE:KEY", "*"),
 }

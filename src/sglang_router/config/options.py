@@ -50,9 +50,7 @@ class HTTPOptions:
         metavar="URL",
         check=checks.worker_urls,
     )
-    host: str = option(
-        "127.0.0.1", "Address to listen on; 0.0.0.0 or :: for all.", LISTENING, check=checks.address
-    )
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 or :: for all.", LISTENING, check=checks.address)
     port: int = option(30000, "Port to listen on.", LISTENING, check=between(1, 65535))
     worker_api_key: str | None = option(
         None,
@@ -98,9 +96,7 @@ class HTTPOptions:
     )
 
     # -- routing policy
-    policy: str = option(
-        "cache_aware", "How the worker of a request is chosen.", POLICY, choices=POLICY_NAMES
-    )
+    policy: str = option("cache_aware", "How the worker of a request is chosen.", POLICY, choices=POLICY_NAMES)
     cache_threshold: float = option(
         0.5,
         "cache_aware: share of a prompt that a worker must have seen for the request to follow it.",
@@ -166,9 +162,7 @@ class HTTPOptions:
     max_head_bytes: int = option(
         65536, "Largest head of a request; above it 431.", REQUESTS, unit="bytes", check=at_least(256)
     )
-    max_header_count: int = option(
-        128, "Most headers of a request; above it 431.", REQUESTS, check=at_least(1)
-    )
+    max_header_count: int = option(128, "Most headers of a request; above it 431.", REQUESTS, check=at_least(1))
     head_timeout_secs: float = option(
         30, "Time a client has to send a whole head; after it 408.", REQUESTS, unit="s", check=above(0)
     )
@@ -224,9 +218,7 @@ class HTTPOptions:
         check=above(0),
     )
     retry_max_backoff_ms: float = option(30000, "Longest such pause.", RETRIES, unit="ms", check=above(0))
-    retry_backoff_multiplier: float = option(
-        1.5, "Factor by which such pauses grow.", RETRIES, check=at_least(1)
-    )
+    retry_backoff_multiplier: float = option(1.5, "Factor by which such pauses grow.", RETRIES, check=at_least(1))
     retry_jitter_factor: float = option(
         0.2, "Share by which chance makes such pauses longer or shorter.", RETRIES, check=between(0, 1)
     )

@@ -45,9 +45,7 @@ class ReservedOptions(HTTPOptions):
         -1, "Most requests served at once; -1 for no limit.", ADMISSION, check=at_least(-1)
     )
     queue_size: int = _later(100, "Most requests that wait for their turn.", ADMISSION, check=at_least(0))
-    queue_timeout_secs: float = _later(
-        60, "Longest wait in that queue.", ADMISSION, unit="s", check=at_least(0)
-    )
+    queue_timeout_secs: float = _later(60, "Longest wait in that queue.", ADMISSION, unit="s", check=at_least(0))
     rate_limit_tokens_per_second: int | None = _later(
         None, "Requests admitted per second.", ADMISSION, check=at_least(0)
     )
@@ -71,17 +69,13 @@ class ReservedOptions(HTTPOptions):
     prefill_policy: str | None = _later(
         None, "Policy among prefill workers.", PREFILL_DECODE, choices=(*POLICY_NAMES, "bucket")
     )
-    decode_policy: str | None = _later(
-        None, "Policy among decode workers.", PREFILL_DECODE, choices=POLICY_NAMES
-    )
+    decode_policy: str | None = _later(None, "Policy among decode workers.", PREFILL_DECODE, choices=POLICY_NAMES)
     mini_lb: bool = _later(False, "Use the minimal load balancer.", PREFILL_DECODE)
 
     # -- discovery
     service_discovery: bool = _later(False, "Find workers among Kubernetes pods.", DISCOVERY)
     selector: dict[str, str] = _later({}, "Labels of the workers' pods.", DISCOVERY)
-    service_discovery_port: int = _later(
-        80, "Port on which found workers listen.", DISCOVERY, check=between(1, 65535)
-    )
+    service_discovery_port: int = _later(80, "Port on which found workers listen.", DISCOVERY, check=between(1, 65535))
     service_discovery_namespace: str | None = _later(
         None, "Namespace to look in.", DISCOVERY, shown_default="all namespaces"
     )
@@ -106,9 +100,7 @@ class ReservedOptions(HTTPOptions):
     jwt_audience: str | None = _later(None, "Audience those tokens must name.", SECURITY)
     jwt_jwks_uri: str | None = _later(None, "Where the issuer's public keys are.", SECURITY)
     jwt_role_mapping: dict[str, str] = _later({}, "Roles of the issuer and what they are here.", SECURITY)
-    server_cert_path: str | None = _later(
-        None, "Certificate of the router (PEM).", SECURITY, flag="--tls-cert-path"
-    )
+    server_cert_path: str | None = _later(None, "Certificate of the router (PEM).", SECURITY, flag="--tls-cert-path")
     server_key_path: str | None = _later(None, "Its private key (PEM).", SECURITY, flag="--tls-key-path")
     client_cert_path: str | None = _later(None, "Certificate shown to workers (PEM).", SECURITY)
     client_key_path: str | None = _later(None, "Its private key (PEM).", SECURITY)

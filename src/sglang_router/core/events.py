@@ -1,6 +1,7 @@
 """What happened, as records. The core makes them, listeners hear them; the core knows no listener.
 
     Routed          a request got a worker (also for each retry)
+    Retried         a leg failed and another one follows; where none follows, Finished tells how the last leg ended
     Finished        a request ended, however it ended: exactly one for every request that was accepted
     WorkerChanged   a worker was added, removed, or changed its health, breaker or draining
 
@@ -32,8 +33,16 @@ class Routed(msgspec.Struct, frozen=True, gc=False):
     retry: int
 
 
+class Retried(msgspec.Struct, frozen=True, gc=False):
+    """A leg failed on this worker and another one follows after `delay` seconds (0: at once)."""
+
+    worker: Worker
+    outcome: Outcome
+    delay: float
+
+
 class Finished(msgspec.Struct, frozen=True, gc=False):
-    """The end of a request.
+    """The end of a request. Bytes that were no request (bad HTTP, too slow) end with an empty method and path.
 
     worker      the worker of the last leg; None when none was ever found
     branch      the policy's reason for that worker
@@ -81,6 +90,7 @@ class Listener:
     """Hears events, on the event loop's thread: it must be quick and must not raise. Subclasses define what they care about."""
 
     def routed(self, event: Routed) -> None: ...
+    def retried(self, event: Retried) -> None: ...
     def finished(self, event: Finished) -> None: ...
     def worker_changed(self, event: WorkerChanged) -> None: ...
 
@@ -90,6 +100,7 @@ class Listeners(Listener):
 
     def __init__(self) -> None:
         self._routed: list[Callable[[Routed], None]] = []
+        self._retried: list[Callable[[Retried], None]] = []
         self._finished: list[Callable[[Finished], None]] = []
         self._worker_changed: list[Callable[[WorkerChanged], None]] = []
 
@@ -97,6 +108,8 @@ class Listeners(Listener):
         kind = type(listener)
         if kind.routed is not Listener.routed:
             self._routed.append(listener.routed)
+        if kind.retried is not Listener.retried:
+            self._retried.append(listener.retried)
         if kind.finished is not Listener.finished:
             self._finished.append(listener.finished)
         if kind.worker_changed is not Listener.worker_changed:
@@ -104,6 +117,10 @@ class Listeners(Listener):
 
     def routed(self, event: Routed) -> None:
         for hear in self._routed:
+            hear(event)
+
+    def retried(self, event: Retried) -> None:
+        for hear in self._retried:
             hear(event)
 
     def finished(self, event: Finished) -> None:

@@ -19,6 +19,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from sglang_router.core.events import WorkerChanged
 from sglang_router.core.worker import Breaker, BreakerRules, Health, Hears, Lease, Outcome, Worker, WorkerSpec
 from sglang_router.errors import Conflict, NoWorkers, Unavailable, WorkersStarting
@@ -82,6 +84,11 @@ class Fleet:
             worker.removed = True
             del self._workers[worker.url]
             self._changed(worker, "removed", worker.health.value, "")
+
+    def amend(self, worker: Worker, spec: WorkerSpec) -> None:
+        """Changes what is said of a worker: key, name, weights, health checks. Its URL stays."""
+        worker.spec = msgspec.structs.replace(spec, url=worker.url)
+        worker.key = spec.api_key.encode() if spec.api_key else None
 
     def set_draining(self, worker: Worker, draining: bool) -> None:
         """Stops (or resumes) sending requests to a worker that stays registered and keeps its cached prefixes."""

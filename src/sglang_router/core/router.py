@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from sglang_router.core.events import Listener, Routed, WorkerChanged
+from sglang_router.core.events import Listener, Retried, Routed, WorkerChanged
 from sglang_router.core.worker import Lease, Outcome, Worker
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class Router:
         if again:
             following.delay = self._backoff(plan.returns)
             following.returns += 1
+        self._listener.retried(Retried(plan.worker, outcome, following.delay))
         return following
 
     def _lease(self, facts: Facts, candidates: tuple[Worker, ...], now: float, retries: int) -> Plan:

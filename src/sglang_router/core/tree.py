@@ -16,7 +16,7 @@ have evicted more, or less) and bounded: per worker in bytes and in entries, at 
 *Slot*: a small integer for one life of one worker. Sets of workers are bit masks of slots, so a node owned by
 a thousand costs no more than a node owned by one, and "which candidates hold this" is a single `&`.
 
-What always holds, and tests/core/test_tree.py checks after each step:
+What always holds, and tests/core/test_tree_model.py checks after each step:
 
 1. A child's owners are a subset of its parent's, and no node is without owners. A root is owned by nobody.
 2. A node and its single child with the same owners are one node, unless somebody's text ends between them.
@@ -96,9 +96,7 @@ class Tree:
     insertion. Namespaces are kept as given, one copy each, and not counted: digest long ones.
     """
 
-    def __init__(
-        self, max_size: int, *, max_entries: int | None = None, evictions_per_insert: int = 64
-    ) -> None:
+    def __init__(self, max_size: int, *, max_entries: int | None = None, evictions_per_insert: int = 64) -> None:
         if max_size < 1 or evictions_per_insert < 1 or (max_entries is not None and max_entries < 1):
             raise ValueError("max_size, max_entries and evictions_per_insert must be positive")
         self.max_size = max_size
@@ -122,7 +120,7 @@ class Tree:
             f" namespaces={len(self._roots)} retired_size={self.retired_size}>"
         )
 
-    # -- slots -----------------------------------------------------------------------------------------------
+    # -- slots ---------------------------------------------------------------------------------------------------------
 
     def add_slot(self) -> int:
         """A slot that holds nothing, the lowest number that is free."""
@@ -175,7 +173,7 @@ class Tree:
     def _living(self) -> Iterator[Slot]:
         return (slot for slot in self._slots if slot.bit & self.alive)
 
-    # -- matching and inserting ------------------------------------------------------------------------------
+    # -- matching and inserting ----------------------------------------------------------------------------------------
 
     def match(self, namespace: bytes, text: bytes) -> Match:
         """Walks down as far as the text is known. Changes nothing, not even the order of use."""
@@ -273,7 +271,7 @@ class Tree:
             children[rest[0]] = leaf
         return leaf
 
-    # -- giving up -------------------------------------------------------------------------------------------
+    # -- giving up -----------------------------------------------------------------------------------------------------
 
     def expire(self, before: float, budget: int) -> int:
         """Evicts what was last used before a time, at most `budget` entries; returns how many."""
@@ -355,7 +353,7 @@ class Tree:
         self._merge(node)
         return freed
 
-    # -- the shape -------------------------------------------------------------------------------------------
+    # -- the shape -----------------------------------------------------------------------------------------------------
 
     def _split(self, node: Node, at: int) -> Node:
         """Cuts an edge, returns the new upper part. The lower stays the same object: uses refer to it."""

@@ -82,9 +82,7 @@ class EngineCollector(Collector):
 class Control:
     """The handlers."""
 
-    def __init__(
-        self, engine: Engine, options: EngineOptions, registry: CollectorRegistry, status: Status
-    ) -> None:
+    def __init__(self, engine: Engine, options: EngineOptions, registry: CollectorRegistry, status: Status) -> None:
         self._engine = engine
         self._options = options
         self._registry = registry

@@ -196,6 +196,4 @@ class Completion(_OpenAI):
         return {"index": generation.index, "text": text or "", "logprobs": None, "finish_reason": finish}
 
     def _choice(self, generation: Generation) -> dict[str, Any]:
-        return self._part(generation, generation.text, generation.finish) | {
-            "matched_stop": generation.writer.matched
-        }
+        return self._part(generation, generation.text, generation.finish) | {"matched_stop": generation.writer.matched}

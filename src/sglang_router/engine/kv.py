@@ -132,9 +132,7 @@ class KVCache:
         self._ties = count()
 
     def __repr__(self) -> str:
-        return (
-            f"<KVCache {self.tree} cached ({self.locked} locked), {self.private} private, of {self.capacity}>"
-        )
+        return f"<KVCache {self.tree} cached ({self.locked} locked), {self.private} private, of {self.capacity}>"
 
     @property
     def available(self) -> int:

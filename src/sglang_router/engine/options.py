@@ -31,9 +31,7 @@ class EngineOptions:
     chunked_prefill_size: int = _option(2048, "most prompt tokens computed in one forward pass")
     max_running_requests: int = _option(256, "most requests in the batch")
     enable_mixed_chunk: bool = _option(False, "decode in the passes that prefill, too")
-    speed: float = _option(
-        1.0, "time scale: 2 is twice as fast as the cost model says, 0 as fast as possible"
-    )
+    speed: float = _option(1.0, "time scale: 2 is twice as fast as the cost model says, 0 as fast as possible")
     startup_delay: float = _option(0.0, "seconds after the start in which /health answers 503")
     seed: int = _option(0, "another seed writes other answers; engines with equal seeds answer alike")
     log_level: str = _option("warning", "what the HTTP server logs to standard error")
@@ -69,9 +67,7 @@ def parse_options(argv: list[str]) -> EngineOptions:
         if isinstance(option.default, bool):
             parser.add_argument(flag, action="store_true", help=option.metadata["help"])
         else:
-            parser.add_argument(
-                flag, type=type(option.default), default=option.default, help=option.metadata["help"]
-            )
+            parser.add_argument(flag, type=type(option.default), default=option.default, help=option.metadata["help"])
     options = EngineOptions(**vars(parser.parse_args(argv)))
     try:
         options.scheduler()

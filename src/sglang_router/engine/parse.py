@@ -103,11 +103,7 @@ class Parser:
         go_on = bool(body.get("continue_final_message"))
         text = render_chat(messages, body.get("tools"), go_on=go_on)
         prompt = self.tokenizer.encode(text)
-        limit = (
-            _whole(body, "max_completion_tokens", None)
-            or _whole(body, "max_tokens", None)
-            or self._room(prompt)
-        )
+        limit = _whole(body, "max_completion_tokens", None) or _whole(body, "max_tokens", None) or self._room(prompt)
         return self._choices(body, [prompt], limit)
 
     def completions(self, body: Body) -> Ask:
@@ -150,9 +146,7 @@ class Parser:
                 return [given], False
             if all(isinstance(item, list) and item and _token_ids(item) for item in given):
                 return given, True
-        raise EngineError(
-            400, f"The field {field!r} must be a text, token ids, or a list of either, and not empty."
-        )
+        raise EngineError(400, f"The field {field!r} must be a text, token ids, or a list of either, and not empty.")
 
     def _choices(
         self,
@@ -181,18 +175,12 @@ class Parser:
         model = str(body.get("model") or self.model)
         return Ask(jobs, bool(body.get("stream")), model, body, include_usage=usage, **more)
 
-    def _job(
-        self, prompt: list[int], sampling: Body, limit: int, namespace: str, seed: int, *, rid: str
-    ) -> Job:
+    def _job(self, prompt: list[int], sampling: Body, limit: int, namespace: str, seed: int, *, rid: str) -> Job:
         stop = sampling.get("stop") or ()
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         stop_tokens = tuple(sampling.get("stop_token_ids") or ())
-        if not all(isinstance(one, str) for one in stops) or not all(
-            isinstance(one, int) for one in stop_tokens
-        ):
-            raise EngineError(
-                400, "'stop' must be a text or a list of texts, and 'stop_token_ids' a list of numbers."
-            )
+        if not all(isinstance(one, str) for one in stops) or not all(isinstance(one, int) for one in stop_tokens):
+            raise EngineError(400, "'stop' must be a text or a list of texts, and 'stop_token_ids' a list of numbers.")
         temperature = sampling.get("temperature")
         if temperature is not None and (not isinstance(temperature, (int, float)) or temperature < 0):
             raise EngineError(400, "'temperature' must be a number, 0 or more.")

@@ -63,9 +63,7 @@ class Generation:
         "writer",
     )
 
-    def __init__(
-        self, index: int, request: Request, writer: Writer, wake: asyncio.Event, streamed: bool
-    ) -> None:
+    def __init__(self, index: int, request: Request, writer: Writer, wake: asyncio.Event, streamed: bool) -> None:
         self.index = index
         self.request = request
         self.writer = writer
@@ -101,25 +99,19 @@ class Latencies:
 
     def __init__(self, registry: CollectorRegistry, model: str) -> None:
         def histogram(name: str, about: str, top: float) -> Histogram:
-            buckets = [
-                top * share for share in (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
-            ]
+            buckets = [top * share for share in (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)]
             family = Histogram(name, about, ["model_name"], registry=registry, buckets=buckets)
             return family.labels(model)
 
         self.first_token = histogram("sglang:time_to_first_token_seconds", "Time to first token.", 20)
-        self.per_token = histogram(
-            "sglang:time_per_output_token_seconds", "Time per output token after the first.", 2
-        )
+        self.per_token = histogram("sglang:time_per_output_token_seconds", "Time per output token after the first.", 2)
         self.whole = histogram("sglang:e2e_request_latency_seconds", "Time of a whole request.", 200)
 
 
 class Engine:
     """Owns the scheduler and the running answers. `speed` divides every duration; 0 waits for nothing."""
 
-    def __init__(
-        self, scheduler: Scheduler, latencies: Latencies, speed: float, context: int, seed: int = 0
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, latencies: Latencies, speed: float, context: int, seed: int = 0) -> None:
         self.scheduler = scheduler
         self.context = context
         self._latencies = latencies

@@ -104,9 +104,7 @@ class Request:
 
     def __repr__(self) -> str:
         state = self.finish or ("waiting" if self.handle is None else "running")
-        return (
-            f"<Request {self.rid} {state}: {self.computed} of {self.prompt} + {self.output} tokens computed>"
-        )
+        return f"<Request {self.rid} {state}: {self.computed} of {self.prompt} + {self.output} tokens computed>"
 
     @property
     def left(self) -> int:

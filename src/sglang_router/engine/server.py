@@ -107,9 +107,7 @@ class Gate:
         if self._wanted and not path.startswith(OPEN_PATHS):
             given = [value for name, value in scope["headers"] if name == b"authorization"]
             if given != [self._wanted]:
-                return EngineError(
-                    401, "A valid key is needed: `Authorization: Bearer KEY`.", "authentication_error"
-                )
+                return EngineError(401, "A valid key is needed: `Authorization: Bearer KEY`.", "authentication_error")
         if path in GENERATIVE and not self._status.ready:
             return EngineError(503, "The engine is not ready.", "service_unavailable")
         return None

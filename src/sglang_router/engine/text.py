@@ -81,9 +81,7 @@ class Tokenizer:
         self._pieces = {}
 
 
-def render_chat(
-    messages: Sequence[object], tools: object = None, *, generate: bool = True, go_on: bool = False
-) -> str:
+def render_chat(messages: Sequence[object], tools: object = None, *, generate: bool = True, go_on: bool = False) -> str:
     """A conversation as one text, in the manner of ChatML: tools first, then a turn per message.
 
     `generate` opens the assistant's turn; `go_on` leaves the last message open instead, so that the answer

@@ -73,9 +73,7 @@ class Vectors:
         routes = [Route(path, self._endpoint(handler), methods=["POST"]) for path, handler in table.items()]
         return [*routes, Route("/v1/audio/transcriptions", self.transcriptions, methods=["POST"])]
 
-    def _endpoint(
-        self, handler: Callable[[Request, Body], Awaitable[object]]
-    ) -> Callable[..., Awaitable[Response]]:
+    def _endpoint(self, handler: Callable[[Request, Body], Awaitable[object]]) -> Callable[..., Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             return json_response(await handler(request, read_object(await request.body())))
 
@@ -105,9 +103,7 @@ class Vectors:
         for index, prompt in enumerate(prompts):
             second = 0.5 + embed(prompt)[0] / 2
             label = LABELS[second > 0.5]
-            items.append(
-                {"index": index, "label": label, "probs": [1 - second, second], "num_classes": len(LABELS)}
-            )
+            items.append({"index": index, "label": label, "probs": [1 - second, second], "num_classes": len(LABELS)})
         frame = {"id": "classify-" + uuid.uuid4().hex, "object": "list", "created": int(time.time())}
         return frame | {"model": self._model(body), "data": items, "usage": _usage(done)}
 
@@ -136,9 +132,7 @@ class Vectors:
         encode = self._parser.tokenizer.encode
         query = encode(need(body, "query", str))
         items = need(body, "items", (str, list))
-        prompts = [
-            [*query, *encode(content_text(item))] for item in ([items] if isinstance(items, str) else items)
-        ]
+        prompts = [[*query, *encode(content_text(item))] for item in ([items] if isinstance(items, str) else items)]
         labels = need(body, "label_token_ids", list)
         done = await self._compute(request, prompts)
         scores = [[math.exp(4 * likeness(prompt, [label])) for label in labels] for prompt in prompts]
@@ -153,9 +147,7 @@ class Vectors:
             body = {"prompt": render_chat(need(body, "messages", list), body.get("tools"))}
         prompt = need(body, "prompt", (str, list))
         tokens = encode(prompt) if isinstance(prompt, str) else [encode(content_text(one)) for one in prompt]
-        sizes = (
-            len(tokens) if isinstance(prompt, str) else [len(one) for one in tokens if isinstance(one, list)]
-        )
+        sizes = len(tokens) if isinstance(prompt, str) else [len(one) for one in tokens if isinstance(one, list)]
         return {"tokens": tokens, "count": sizes, "max_model_len": self._engine.context}
 
     async def detokenize(self, request: Request, body: Body) -> object:
@@ -178,9 +170,7 @@ class Vectors:
         text = generation.text.strip()
         if fields.get("response_format") == b"text":
             return PlainTextResponse(text)
-        return json_response(
-            {"text": text, "usage": {"type": "tokens", **_usage([generation], written=True)}}
-        )
+        return json_response({"text": text, "usage": {"type": "tokens", **_usage([generation], written=True)}})
 
     async def _compute(self, request: Request, prompts: Sequence[Tokens]) -> list[Generation]:
         if not prompts:
@@ -206,9 +196,7 @@ def _meta(done: Sequence[Generation], index: float) -> dict[str, object]:
 
 def _multipart(content_type: str, body: bytes) -> dict[str, bytes]:
     """The parts of a multipart/form-data body by name, read by the standard library's mail parser."""
-    message = BytesParser(policy=HTTP).parsebytes(
-        b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body
-    )
+    message = BytesParser(policy=HTTP).parsebytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
     if not message.is_multipart():
         raise EngineError(400, "The body is not multipart/form-data.")
     fields = {}

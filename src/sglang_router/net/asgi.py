@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
 from sglang_router.core.events import Finished
-from sglang_router.errors import InternalError
+from sglang_router.errors import InternalError, Overdue, RouterError
 from sglang_router.wire.headers import REASONS, error_answer
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ class AppExchange:
     def overdue(self, now: float) -> None:
         if self._task is not None:
             self._task.cancel()
-        self._end()
-        self._client.abort()
+        self._broke_off(Overdue())
 
     # -- the app -----------------------------------------------------------------------------------------------------
 
@@ -83,18 +82,19 @@ class AppExchange:
         if self._ended:
             return
         if not self._complete:
-            self._broke_off()
+            self._broke_off(InternalError())
             return
         self._end()
         self._client.done(self._keep_alive)
 
-    def _broke_off(self) -> None:
+    def _broke_off(self, error: RouterError) -> None:
+        """The app gave no whole answer: the error is one, unless a head has gone out already."""
         if self._status:
             self._end()
             self._client.abort()
             return
-        self._status = InternalError.status
-        self._client.write(error_answer(InternalError(), self._request_id, b"connection: close\r\n"))
+        self._status = error.status
+        self._client.write(error_answer(error, self._request_id, b"connection: close\r\n"))
         self._end()
         self._client.done(False)
 

@@ -16,6 +16,7 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING, Protocol, cast
 
+from sglang_router.core.events import Finished
 from sglang_router.errors import RequestTimeout, RouterError
 from sglang_router.net.asgi import AppExchange
 from sglang_router.net.relay import Relay
@@ -43,7 +44,19 @@ class Exchange(Protocol):
 class Downstream(asyncio.Protocol):
     """See the module. `deadline` is in seconds of the service's clock."""
 
-    __slots__ = ("_early", "_exchange", "_in_head", "_lingering", "_parser", "_paused", "_queue", "_service", "deadline", "peer", "transport")
+    __slots__ = (
+        "_early",
+        "_exchange",
+        "_in_head",
+        "_lingering",
+        "_parser",
+        "_paused",
+        "_queue",
+        "_service",
+        "deadline",
+        "peer",
+        "transport",
+    )
 
     transport: asyncio.Transport
 
@@ -164,6 +177,29 @@ class Downstream(asyncio.Protocol):
         """Answers what is not a request, or came too slowly, and leaves."""
         request_id = self._service.request_id(b"req-")
         self.write(error_answer(error, request_id, b"connection: close\r\n"))
+        self._service.listener.finished(
+            Finished(
+                method="",
+                path="",
+                endpoint="",
+                request_id=request_id.decode(),
+                peer=self.peer,
+                streaming=False,
+                model="",
+                worker=None,
+                branch="",
+                matched=0,
+                total=0,
+                status=error.status,
+                code=error.code,
+                outcome=None,
+                duration=0.0,
+                first_byte=0.0,
+                received=0,
+                sent=0,
+                retries=0,
+            )
+        )
         self._linger()
 
     def _leave(self) -> None:

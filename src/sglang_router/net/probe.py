@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from sglang_router.core.worker import Health, Outcome, Worker
+from sglang_router.core.worker import Health, Outcome, Worker, WorkerSpec
 from sglang_router.net.upstream import FetchError, fetch
 
 if TYPE_CHECKING:
@@ -182,4 +182,5 @@ class Prober:
             answer = await fetch(self._upstream, worker, b"GET", b"/v1/models", timeout=limit, most=1 << 20)
             models = msgspec.json.decode(answer.body, type=_Models)
             if answer.ok and models.data and worker.spec.model_id is None:
-                worker.spec.model_id = models.data[0].id
+                spec: WorkerSpec = msgspec.structs.replace(worker.spec, model_id=models.data[0].id)
+                self._fleet.amend(worker, spec)

@@ -59,13 +59,14 @@ class Relay:
     __slots__ = (
         "_chunked",
         "_client",
-        "_endpoint",
         "_ended",
+        "_endpoint",
         "_facts",
         "_first_byte",
         "_framing",
         "_keep_alive",
         "_leg",
+        "_outbox",
         "_outcome",
         "_paused",
         "_plan",
@@ -77,6 +78,7 @@ class Relay:
         "_started_at",
         "_status",
         "_timer",
+        "_transport",
         "decoding",
     )
 
@@ -84,6 +86,8 @@ class Relay:
         # of the request
         self._service = service
         self._client = client
+        self._outbox = service.outbox
+        self._transport = client.transport
         self._request = request
         self._endpoint = endpoint
         self._started_at = service.clock()
@@ -129,7 +133,7 @@ class Relay:
                 raise UnsupportedMediaType
             self._facts = read(self._endpoint, request.body, routing_key)
         except RouterError as exc:
-            self._refuse(exc)
+            self.refuse(exc)
             return
         self._client.deadline = self._started_at + service.timeouts.request
         self._route()
@@ -150,8 +154,7 @@ class Relay:
 
     def overdue(self, now: float) -> None:
         if self in self._service.waiting:
-            self._service.waiting.discard(self)
-            self._refuse(self._service.router.fleet.unavailable(now))
+            self.refuse(self._service.router.fleet.unavailable(now))
             return
         self._give_up_leg()
         seconds = self._service.timeouts.request
@@ -168,7 +171,7 @@ class Relay:
             self._wait(exc)
             return
         except RouterError as exc:
-            self._refuse(exc)
+            self.refuse(exc)
             return
         self._plan = plan
         self._send()
@@ -176,7 +179,7 @@ class Relay:
     def _wait(self, error: WorkersStarting) -> None:
         until = self._started_at + self._service.timeouts.starting
         if self._service.clock() >= until:
-            self._refuse(error)
+            self.refuse(error)
             return
         self._client.deadline = until
         self._service.waiting.add(self)
@@ -238,7 +241,7 @@ class Relay:
         self._first_byte = self._service.clock() - self._started_at
         bytes_out = self._head(head, framing) + data
         self._sent = len(data)
-        self._client.write(bytes_out)
+        self._outbox.write(self._transport, bytes_out)
         if done:
             self._finish()
         elif self._paused and leg is not None:
@@ -270,11 +273,12 @@ class Relay:
 
     def data(self, data: bytes, done: bool) -> None:
         self._sent += len(data)
-        if done:
-            self._leg = None
-        self._client.write(data)
-        if done:
-            self._finish()
+        if not done:
+            self._outbox.write(self._transport, data)
+            return
+        self._leg = None
+        self._outbox.write(self._transport, data)
+        self._finish()
 
     def broken(self, outcome: Outcome, detail: str) -> None:
         self._leg = None
@@ -299,22 +303,24 @@ class Relay:
         """No retry is left. Before the first byte the error is the answer; after it there can only be a broken end."""
         error = _ERRORS.get(outcome, InternalError)(detail)
         if self._framing is None:
-            self._refuse(error, outcome)
+            self.refuse(error, outcome)
             return
         if self._sse:
             last = farewell(error_event(self._request.path, error), self._framing, self._chunked)
             if last is not None:
-                self._client.write(last)
+                self._outbox.write(self._transport, last)
         self._end(outcome, error.code)
         self._client.abort()
 
-    def _refuse(self, error: RouterError, outcome: Outcome | None = None) -> None:
+    def refuse(self, error: RouterError, outcome: Outcome | None = None) -> None:
+        """Answers with an error of the router; nothing has been sent to the client yet."""
+        self._service.waiting.discard(self)
         self._status = error.status
         keep_alive = self._keep_alive and not error.close and not self._service.draining
         connection = b"" if keep_alive else b"connection: close\r\n"
         if keep_alive and self._request.http10:
             connection = b"connection: keep-alive\r\n"
-        self._client.write(error_answer(error, self._request_id, connection))
+        self._outbox.write(self._transport, error_answer(error, self._request_id, connection))
         self._end(outcome, error.code)
         self._client.done(keep_alive)
 
@@ -359,5 +365,3 @@ class Relay:
                 plan.retries if plan is not None else 0,
             )
         )
-
-

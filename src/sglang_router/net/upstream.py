@@ -91,7 +91,18 @@ def origin_of(url: str) -> Origin:
 class Connection(asyncio.Protocol):
     """One connection to one worker; idle, or busy with one leg."""
 
-    __slots__ = ("_buffer", "_framing", "_interim", "_reusable", "_sink", "_upstream", "idle_since", "transport", "used", "worker")
+    __slots__ = (
+        "_buffer",
+        "_framing",
+        "_interim",
+        "_reusable",
+        "_sink",
+        "_upstream",
+        "idle_since",
+        "transport",
+        "used",
+        "worker",
+    )
 
     transport: asyncio.Transport
 

@@ -76,18 +76,14 @@ def cut(text: str, longest: int = _LONGEST_VALUE) -> str:
     return text if len(text) <= longest else text[:longest] + "..."
 
 
-def text_line(
-    stamp: str, level: int, logger: str, message: str, fields: Mapping[str, object], trace: str
-) -> str:
+def text_line(stamp: str, level: int, logger: str, message: str, fields: Mapping[str, object], trace: str) -> str:
     """One record as text, with the newline."""
     pairs = "".join([f" {key}={value(item)}" for key, item in fields.items()])
     lines = "".join([f"    | {escaped(line)}\n" for line in trace.splitlines()])
     return f"{stamp} {_name(level):<5} {escaped(logger)}: {escaped(message)}{pairs}\n{lines}"
 
 
-def json_line(
-    stamp: str, level: int, logger: str, message: str, fields: Mapping[str, object], trace: str
-) -> str:
+def json_line(stamp: str, level: int, logger: str, message: str, fields: Mapping[str, object], trace: str) -> str:
     """One record as a JSON object, with the newline."""
     record: dict[str, object] = {"time": stamp, "level": _name(level).lower(), "logger": logger}
     record["message"] = cut(message, _LONGEST_MESSAGE)
@@ -176,9 +172,7 @@ class _Handler(logging.Handler):
         trace = ""
         if record.exc_info and record.exc_info[1] is not None:
             trace = "".join(traceback.format_exception(record.exc_info[1]))
-        line = self._writer.line(
-            self._stamp(record.created), record.levelno, record.name, message, fields, trace
-        )
+        line = self._writer.line(self._stamp(record.created), record.levelno, record.name, message, fields, trace)
         self._writer.write(line, record.levelno >= logging.WARNING)
 
     def flush(self) -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import Metric
 
-    from sglang_router.core.events import Finished, Routed, WorkerChanged
+    from sglang_router.core.events import Finished, Retried, Routed, WorkerChanged
     from sglang_router.core.policies import Policy
     from sglang_router.core.worker import Worker
 
@@ -129,6 +129,9 @@ class Metrics(Listener, Collector):
             series.retries += event.retries
             series.exhausted += outcome is not None and outcome.retryable
             series.gone += outcome is Outcome.GONE or event.status == 0
+
+    def retried(self, event: Retried) -> None:
+        self._leg_ended(event.worker, event.outcome)
 
     def _leg_ended(self, worker: Worker, outcome: Outcome) -> None:
         tally = self.tallies.get(worker) or self._tally(worker)

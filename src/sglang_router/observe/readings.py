@@ -80,9 +80,7 @@ def per_tally(value: Callable[[Tally], float]) -> Reader:
 def per_tally_items(items: Callable[[Tally], Iterable[Sample]]) -> Reader:
     """Several samples of each worker; what `items` gives stands behind the worker's URL."""
     return lambda metrics: [
-        ((worker.url, *values), number)
-        for worker, tally in metrics.tallies.items()
-        for values, number in items(tally)
+        ((worker.url, *values), number) for worker, tally in metrics.tallies.items() for values, number in items(tally)
     ]
 
 
@@ -117,9 +115,7 @@ def totals(items: Callable[[str, Tally], Iterable[Sample]]) -> Reader:
 
 def branches_of(policy: str) -> Reader:
     """Decisions of one policy by branch; nothing while another is in use."""
-    return totals(
-        lambda _, tally: [((branch,), n) for (name, branch), n in tally.decisions.items() if name == policy]
-    )
+    return totals(lambda _, tally: [((branch,), n) for (name, branch), n in tally.decisions.items() if name == policy])
 
 
 def cache_branch(wanted: str) -> Reader:

@@ -154,9 +154,7 @@ class RequestParser:
             self._fail(UpgradeRefused())
         self._check(headers, http10)
         url = self._url
-        self._request = Request(
-            parser.get_method(), url, _path(url), headers, b"", http10, parser.should_keep_alive()
-        )
+        self._request = Request(parser.get_method(), url, _path(url), headers, b"", http10, parser.should_keep_alive())
 
     def _check(self, headers: Headers, http10: bool) -> None:
         """What llhttp leaves to its user."""

@@ -99,9 +99,7 @@ def parse_head(data: bytes) -> ResponseHead | None:
 
 def _has_stray_bytes(data: bytes, end: int, breaks: int) -> bool:
     """Whether a CR, LF or NUL stands anywhere in the head but in its line ends."""
-    return (
-        data.count(b"\r", 0, end) != breaks or data.count(b"\n", 0, end) != breaks or data.find(b"\0", 0, end) >= 0
-    )
+    return data.count(b"\r", 0, end) != breaks or data.count(b"\n", 0, end) != breaks or data.find(b"\0", 0, end) >= 0
 
 
 def _may_begin(data: bytes) -> bool:
@@ -202,6 +200,13 @@ class Chunked(Framing):
 
     def feed(self, data: bytes, payload: list[bytes] | None = None) -> int:
         kept = len(self._line)
+        if self._state == _SIZE and not kept and payload is None:
+            # As a rule a read holds one whole chunk, and nothing changes.
+            match = _SIZE_LINE.match(data)
+            if match is not None:
+                left = int(match.group(1), 16)
+                if left and match.end() + left + 2 == len(data) and data.endswith(b"\r\n") and match.end() <= _MAX_LINE:
+                    return -1
         if kept:
             data = self._line + data
             self._line = b""
