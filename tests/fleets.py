@@ -100,9 +100,9 @@ class Bench:
         return self.policy.choose(facts(text, key=key), workers, 0.0)
 
     def load(self, *loads: int) -> None:
-        """Brings each worker to a load, in order."""
+        """Brings each worker up to a load, in order."""
         for worker, load in zip(self.workers, loads, strict=True):
-            for _ in range(load):
+            for _ in range(load - worker.load):
                 self.fleet.lease(worker)
             assert worker.load == load
 

@@ -41,6 +41,7 @@ from sglang_router.net.service import REQUEST_ID_HEADERS, Service, Timeouts
 from sglang_router.net.upstream import Upstream
 from sglang_router.observe import logs
 from sglang_router.observe.access import AccessLog, WorkerLog
+from sglang_router.observe.deferred import Deferred
 from sglang_router.observe.metrics import Metrics
 from sglang_router.wire.request import Limits
 
@@ -84,6 +85,7 @@ class Gateway:
         self._servers: list[asyncio.Server] = []
         self._timers: list[asyncio.TimerHandle] = []
         listeners = Listeners()
+        self.deferred = Deferred(loop.call_later)
         self.fleet = Fleet(listeners, lambda: str(uuid.uuid4()), _breaker_rules(args), args.worker_startup_timeout_secs)
         self.router = Router(self.fleet, self.policy, listeners, rng, _retry_rules(args))
         self.upstream = Upstream(
@@ -102,6 +104,11 @@ class Gateway:
             duration_buckets=args.prometheus_duration_buckets,
             paths=[row.path for rows in ROUTES.values() for row in rows],
         )
+
+        def render(accept: str) -> tuple[bytes, str]:
+            self.deferred.flush()
+            return metrics.render(accept)
+
         context = Context(
             fleet=self.fleet,
             router=self.router,
@@ -111,7 +118,7 @@ class Gateway:
             startup_timeout=args.worker_startup_timeout_secs,
             health=health_rules(args),
             worker_api_key=args.worker_api_key,
-            metrics_render=metrics.render,
+            metrics_render=render,
         )
         self.service = Service(
             loop,
@@ -132,7 +139,7 @@ class Gateway:
             self.router,
             self.upstream,
             Listeners(),
-            create_metrics_app(metrics.render),
+            create_metrics_app(render),
             rng,
             endpoints={},
             prod=self.prober.prod,
@@ -140,10 +147,11 @@ class Gateway:
         )
         listeners.add(PolicyListener(self.policy))
         listeners.add(_Membership(self))
-        listeners.add(metrics)
         listeners.add(WorkerLog())
+        listeners.add(self.deferred)
+        self.deferred.add(metrics)
         if args.access_log:
-            listeners.add(AccessLog(writer))
+            self.deferred.add(AccessLog(writer))
 
     async def start(self) -> None:
         """Listens and registers the workers given at start.
@@ -221,6 +229,7 @@ class Gateway:
             timer.cancel()
         await self.prober.close()
         await self.upstream.close()
+        self.deferred.flush()
         log.info("stopped")
 
 

@@ -77,9 +77,9 @@ def test_a_url_that_comes_again_is_another_worker() -> None:
 
 @pytest.mark.parametrize("outcome", Outcome)
 def test_nothing_is_told_of_a_removed_worker(outcome: Outcome) -> None:
-    fleet, log, (one, _) = a_fleet(2, threshold=1, timeout=1.0)
+    fleet, log, (one, _) = a_fleet(2, threshold=2, timeout=1.0)
+    end(fleet, one, Outcome.REFUSED)
     leases = [fleet.lease(one) for _ in range(3)]
-    leases[0].close(Outcome.REFUSED, 0.0)
     fleet.remove(one)
     log.changes.clear()
     for lease in leases:
@@ -477,6 +477,15 @@ class FleetBesideModel(RuleBasedStateMachine):
             self.take(pick)
             if len(self.running) > running:
                 self.close(running, outcome)
+
+    @rule(pick=PICK, outcome=st.sampled_from([Outcome.FAILED, Outcome.REFUSED]))
+    def wreck(self, pick: int, outcome: Outcome) -> None:
+        candidates = self.fleet.candidates(self.now)
+        if candidates:
+            worker = candidates[pick % len(candidates)]
+            while worker in self.fleet.candidates(self.now):
+                self.take(self.fleet.candidates(self.now).index(worker))
+                self.close(len(self.running) - 1, outcome)
 
     @precondition(lambda self: self.closed)
     @rule(pick=PICK, outcome=OUTCOMES)

@@ -223,7 +223,7 @@ def test_after_a_plain_answer_the_connection_lives(url: str) -> None:
 
 def test_idle_connections_do_not_hold_up_others(url: str) -> None:
     """A pool of idle connections must not use up its threads: it would look unhealthy to the router."""
-    pool = [connect(url) for _ in range(32)]
+    pool = [connect(url) for _ in range(64)]
     try:
         wait_until_healthy(url, within=3.0)
     finally:

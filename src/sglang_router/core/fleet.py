@@ -10,7 +10,7 @@ matters only at `_reopen_at`, the next moment an open breaker may let a probe th
 
     in rotation, healthy, breaker lets pass             -> candidates
     none of these, but some that only the health checks
-      call bad (their breakers let pass)                -> these: all sick at once means busy, or a broken check (panic rule)
+      call bad (their breakers let pass)                -> these: all sick at once means busy, or a broken check (panic)
     none of these either                                -> `unavailable` says why, and when to come again
 """
 

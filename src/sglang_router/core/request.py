@@ -1,7 +1,7 @@
 """What routing needs of a request, read once.
 
-`ENDPOINTS` is the table of what the router relays: for each path, the fields of the body that make up its routing text, in
-the order in which the engine's template puts them before the model. The raw bytes of these fields are the routing text:
+`ENDPOINTS` is the table of what the router relays: for each path, the fields of the body that make up its routing text,
+in the order in which the engine's template puts them before the model. The raw bytes of these fields are the routing text:
 exact in order, roles and images, nothing decoded, compared at the speed of memory. What must never be matched across
 (model, adapter, cache salt) is not text but *namespace*: each has a tree of its own.
 
@@ -16,12 +16,17 @@ but a match of nothing more counts as none.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from hashlib import blake2b
+from operator import attrgetter
 from typing import Any
 
 import msgspec
 
 from sglang_router.errors import InvalidJSON
 
+_CLOSERS = b']"'
+_LONG_NAMESPACE = 128
 _SCAFFOLD = re.compile(
     rb'\s*\[\s*\{\s*(?:"(?:role|type)"\s*:\s*"[a-z_]{1,16}"\s*,\s*)*"(?:content|text)"\s*:\s*'
     rb'(?:\[\s*\{\s*"type"\s*:\s*"[a-z_]{1,16}"\s*,\s*"text"\s*:\s*)?'
@@ -29,7 +34,7 @@ _SCAFFOLD = re.compile(
 """The constant beginning of a list of messages, up to the first content."""
 
 
-class Endpoint(msgspec.Struct, frozen=True):
+class Endpoint(msgspec.Struct, frozen=True, eq=False):
     """One relayed path.
 
     name    short name, the `endpoint` label of metrics
@@ -91,14 +96,23 @@ class Facts(msgspec.Struct, gc=False):
     size: int = 0
 
 
-def _decoder(endpoint: Endpoint) -> msgspec.json.Decoder[Any]:
-    fields = dict.fromkeys((*NAMESPACE, "stream", *endpoint.text))
+class _Reader(msgspec.Struct):
+    """How the body of one endpoint is read: a decoder for the fields that matter, and the way to the text among them."""
+
+    decode: Callable[[bytes], Any]
+    text: Callable[[Any], tuple[msgspec.Raw, ...]]
+
+
+def _reader(endpoint: Endpoint) -> _Reader:
+    names = dict.fromkeys((*NAMESPACE, "stream", *endpoint.text))
     raw = msgspec.Raw(b"")
-    struct = msgspec.defstruct(f"{endpoint.name}_body", [(f, msgspec.Raw, raw) for f in fields], gc=False)
-    return msgspec.json.Decoder(struct)
+    struct = msgspec.defstruct(f"{endpoint.name}_body", [(name, msgspec.Raw, raw) for name in names], gc=False)
+    # Two names more, cut off again by the reader: with fewer than two, attrgetter gives no tuple.
+    text = attrgetter(*endpoint.text, "stream", "stream")
+    return _Reader(msgspec.json.Decoder(struct).decode, text)
 
 
-_DECODERS = {endpoint: _decoder(endpoint) for endpoint in ENDPOINTS.values() if endpoint.json}
+_READERS = {endpoint: _reader(endpoint) for endpoint in ENDPOINTS.values() if endpoint.json}
 
 
 def read(endpoint: Endpoint, body: bytes, routing_key: bytes = b"") -> Facts:
@@ -106,29 +120,35 @@ def read(endpoint: Endpoint, body: bytes, routing_key: bytes = b"") -> Facts:
 
     Raises: InvalidJSON when the body is not a JSON object; what is inside is the engine's to judge.
     """
-    facts = Facts(endpoint, routing_key=routing_key, size=len(body))
+    size = len(body)
     if not endpoint.json:
-        return facts
+        return Facts(endpoint, routing_key=routing_key, size=size)
+    reader = _READERS[endpoint]
     try:
-        fields = _DECODERS[endpoint].decode(body)
+        fields = reader.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
         raise InvalidJSON(f"The body is not a JSON object: {exc}.") from None
-    facts.model = model = _given(fields.model)
+    model = _given(fields.model)
+    # The length comes first: a prompt is long, and to compare it would copy it.
+    text = b"".join([p for p in reader.text(fields)[:-2] if len(p) > 4 or bytes(p) not in _NOTHING])
+    scaffold = 0
+    if text:
+        # A chat's next turn goes on where this bracket stands: without it the turns are one text.
+        if text[-1] in _CLOSERS:
+            text = text[:-1]
+        if match := _SCAFFOLD.match(text):
+            scaffold = match.end()
+    streaming = bytes(fields.stream) == b"true"
+    return Facts(endpoint, _namespace(model, fields), text, scaffold, streaming, model, routing_key, size)
+
+
+def _namespace(model: bytes, fields: Any) -> bytes:
+    """Model, adapter and salt in one; clients choose them, so a long one is kept as its digest."""
     lora, adapter, salt = fields.lora_path, fields.lora_id, fields.cache_salt
     if lora or adapter or salt:
-        divided = (model, _given(lora), _given(adapter), _given(salt))
-        facts.namespace = b"\0".join(divided) if any(divided[1:]) else model
-    else:
-        facts.namespace = model
-    facts.streaming = bytes(fields.stream) == b"true"
-    names = endpoint.text
-    # The length comes first: a prompt is long, and to compare it would copy it.
-    parts = [p for name in names if len(p := getattr(fields, name)) > 4 or bytes(p) not in _NOTHING]
-    if parts:
-        facts.text = bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
-        if match := _SCAFFOLD.match(facts.text):
-            facts.scaffold = match.end()
-    return facts
+        divided = (_given(lora), _given(adapter), _given(salt))
+        model = b"\0".join((model, *divided)) if any(divided) else model
+    return model if len(model) <= _LONG_NAMESPACE else blake2b(model, digest_size=32).digest()
 
 
 def _given(field: msgspec.Raw) -> bytes:

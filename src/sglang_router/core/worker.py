@@ -7,7 +7,7 @@ How a leg ended is an `Outcome`; one table says for each what follows from it:
     FAILED           yes                failure (answer)     status 500, 502, 504, or 503 without Retry-After
     BUSY             yes                nothing              429, or 503 with Retry-After: back-pressure, not a fault
     REFUSED          yes                failure (contact)    nobody listens: the engine is gone
-    UNREACHABLE      yes                failure (contact)    no connection within the time, no route, no name, TLS failed
+    UNREACHABLE      yes                failure (contact)    no connection in time, no route, no name, TLS failed
     BROKEN           yes                failure (contact)    the connection broke before a byte of the answer came
     INVALID          yes                failure (answer)     the answer is not HTTP
     CUT              no                 failure (contact)    the connection broke inside the answer
@@ -18,15 +18,15 @@ How a leg ended is an `Outcome`; one table says for each what follows from it:
 
 The breaker is a table too (h11's way): rows are states, columns what is heard.
 
-                 success           failure                          time is up         healthy probe
-    CLOSED       count = 0         count + 1; at threshold OPEN     -                  count = 0 if contact failures
-    OPEN         - (late answer)   - (late failure)                 HALF_OPEN          CLOSED if opened by contact failures
-    HALF_OPEN    CLOSED *          OPEN, for twice as long          -                  CLOSED if opened by contact failures
+                 success           failure                        time is up    healthy probe
+    CLOSED       count = 0         count + 1; at threshold OPEN   -             count = 0 if contact failures
+    OPEN         - (late answer)   - (late failure)               HALF_OPEN     CLOSED if opened by contact failures
+    HALF_OPEN    CLOSED *          OPEN, for twice as long        -             CLOSED if opened by contact failures
 
     * after `successes` probes in a row. In HALF_OPEN one request at a time may pass.
 
-What an answer failure opened, only served requests close: an engine whose /health is fine while every generation fails is
-no use. A probe of /health does prove that a lost listener is back, so it closes what refused connections opened.
+What an answer failure opened, only served requests close: an engine whose /health is fine while every generation fails
+is no use. A probe of /health does prove that a lost listener is back, so it closes what refused connections opened.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def outcome_of_status(status: int, retry_after: bool) -> Outcome:
 
 
 class BreakerRules(msgspec.Struct, frozen=True):
-    """threshold: consecutive failures that open; successes: served probes that close; timeout, max_timeout: seconds open."""
+    """threshold: consecutive failures that open; successes: served probes that close; the timeouts are seconds open."""
 
     threshold: int = 4
     successes: int = 1
@@ -205,7 +205,7 @@ class Worker:
 
 
 class Lease:
-    """One unit of load on one worker. Taking it is the load change; closing it happens exactly once, however often asked."""
+    """One unit of load on one worker. Taking it is the load change; it is closed exactly once, however often asked."""
 
     __slots__ = ("_close", "closed", "silent", "worker")
 

@@ -34,6 +34,7 @@ from sglang_router.errors import ConfigError
 
 GGUF_MAGIC = b"GGUF"
 VERBOSITY = {"critical": 0, "error": 1, "warning": 2, "info": 3, "debug": 4}  # of llama.cpp; 0 is silence
+HTTP_THREADS = 128  # each open connection holds one; its default of about 5 lets a burst starve /health for 5 s
 INSTALL = "the llama.cpp engine is not installed: pip install 'sglang-router[llamacpp]'"
 
 
@@ -104,6 +105,7 @@ def _serve(options: argparse.Namespace) -> object:
     params.n_parallel = options.parallel
     params.n_ctx = options.ctx_size
     params.cache_ram_mib = options.cache_ram
+    params.n_threads_http = HTTP_THREADS
     params.endpoint_metrics = True
     params.offline = True
     params.verbosity = VERBOSITY[options.log_level]

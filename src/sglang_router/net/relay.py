@@ -252,7 +252,7 @@ class Relay:
         http10 = self._request.http10
         field = b""
         if isinstance(framing, Sized):
-            if head.status != 204:
+            if not head.plain and head.status != 204:
                 field = b"content-length: %d\r\n" % (head.content_length or 0)
         elif isinstance(framing, UntilClose) or http10:
             self._keep_alive = False

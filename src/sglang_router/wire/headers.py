@@ -1,12 +1,15 @@
 """Builds the heads that leave the router: what is forwarded, what is dropped, what is added (RFC 9110 7.6.1).
 
-Bodies are never touched; heads are always built anew, so nothing that is meant for one hop gets to the next one, and the
-framing that is announced is the framing that is sent.
+Bodies are never touched; heads are always built anew, so nothing that is meant for one hop gets to the next one, and
+the framing that is announced is the framing that is sent.
 """
 
 from __future__ import annotations
 
+import math
 from http import HTTPStatus
+
+import msgspec
 
 from sglang_router.errors import RouterError
 from sglang_router.wire.request import Headers, Request
@@ -44,6 +47,10 @@ WHITELIST = frozenset(
 )
 """Request fields that reach the worker by default, besides authorization, x-request-id and x-request-id-*."""
 
+_PLAIN = frozenset((b"close", b"keep-alive"))
+"""Values of Connection that name no other field."""
+
+_NEVER_SENT = HOP_BY_HOP | _REBUILT
 _RESPONSE_DROPPED = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
@@ -66,22 +73,29 @@ def request_head(
     """
     lines = [start, b"x-request-id: ", request_id, b"\r\ncontent-length: %d\r\n" % len(request.body)]
     authorized = False
-    dropped = _named_by_connection(request.headers) if everything else None
     for name, value in request.headers:
         if name == b"authorization":
             if authorized:
                 continue
             authorized = True
-        elif dropped is not None:
-            if name in dropped or name in _REBUILT:
-                continue
-        elif name not in WHITELIST and not name.startswith(b"x-request-id-"):
+        elif (
+            name in _NEVER_SENT if everything else name not in WHITELIST and not name.startswith(b"x-request-id-")
+        ):
+            if name == b"connection" and value.strip().lower() not in _PLAIN:  # it may name fields that stand before it
+                request = _end_to_end(request)
+                return request_head(request, start, request_id, key=key, everything=everything)
             continue
         lines += (name, b": ", value, b"\r\n")
     if key is not None and not authorized:
         lines += (b"authorization: Bearer ", key, b"\r\n")
     lines.append(b"\r\n")
     return b"".join(lines)
+
+
+def _end_to_end(request: Request) -> Request:
+    dropped = _named_by_connection(request.headers)
+    headers = [(name, value) for name, value in request.headers if name not in dropped]
+    return msgspec.structs.replace(request, headers=headers)
 
 
 def _named_by_connection(headers: Headers) -> frozenset[bytes]:
@@ -98,25 +112,16 @@ def response_head(head: ResponseHead, request_id: bytes, *, framing: bytes, conn
     framing     the field that tells how the body ends, with CRLF; empty when the closing tells it
     connection  the Connection field with CRLF, or empty
     """
-    dropped = _RESPONSE_DROPPED
-    lines = [b"HTTP/1.1 %d " % head.status, head.reason or REASONS.get(head.status, b""), b"\r\n"]
+    start = b"HTTP/1.1 %d %s" % (head.status, head.reason or REASONS.get(head.status, b""))
+    if head.plain:  # as a rule: the fields go on as they came, their Content-Length among them
+        return b"".join((start, head.fields, b"\r\nx-request-id: ", request_id, b"\r\n", connection, b"\r\n"))
+    dropped = _RESPONSE_DROPPED | _named_by_connection(head.headers)
+    lines = [start, b"\r\n"]
     for name, value in head.headers:
-        if name in dropped:
-            if name == b"connection" and value.lower() not in (b"close", b"keep-alive"):
-                dropped = dropped | _named_by_connection([(name, value)])
-            continue
-        lines += (name, b": ", value, b"\r\n")
-    if dropped is not _RESPONSE_DROPPED:
-        return _without(head, dropped, request_id, framing, connection)
+        if name not in dropped:
+            lines += (name, b": ", value, b"\r\n")
     lines += (b"x-request-id: ", request_id, b"\r\n", framing, connection, b"\r\n")
     return b"".join(lines)
-
-
-def _without(head: ResponseHead, dropped: frozenset[bytes], rid: bytes, framing: bytes, connection: bytes) -> bytes:
-    """The rare answer whose Connection field names other fields, which may stand before it."""
-    kept = [(name, value) for name, value in head.headers if name not in dropped]
-    plain = ResponseHead(head.status, head.reason, kept, False, False, None, 0)
-    return response_head(plain, rid, framing=framing, connection=connection)
 
 
 def answer(
@@ -142,5 +147,5 @@ def error_answer(error: RouterError, request_id: bytes, connection: bytes) -> by
     """The response that carries an error of the router."""
     extra = [(b"x-request-id", request_id), (b"x-smg-error-code", error.code.encode())]
     if error.retry_after is not None:
-        extra.append((b"retry-after", b"%d" % max(1, round(error.retry_after + 0.5))))
+        extra.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
     return answer(error.status, error.body(), extra=extra, connection=connection)

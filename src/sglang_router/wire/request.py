@@ -2,9 +2,10 @@
 
     bytes --feed()--> [Request, Request, RouterError]
 
-llhttp (by httptools) does the grammar and is strict: no bare LF, no obs-fold, no Content-Length beside Transfer-Encoding, no
-`+5`. Added here is what a proxy must refuse besides, because the next hop could read it in another way: Transfer-Encoding
-on HTTP/1.0, a missing or doubled Host, versions other than 1.0 and 1.1, upgrades, and whatever exceeds the limits.
+llhttp (by httptools) does the grammar and is strict: no bare LF, no obs-fold, no Content-Length beside
+Transfer-Encoding, no `+5`. Added here is what a proxy must refuse besides, because the next hop could read it in another
+way: Transfer-Encoding on HTTP/1.0 or other than `chunked` alone, a missing or doubled Host, versions other than 1.0 and
+1.1, upgrades, and whatever exceeds the limits.
 
 A mistake is not raised but returned, behind the good requests that came before it in the pipeline: each gets its answer
 in order. After a mistake the parser is done: where the next message would begin is not known any more.
@@ -25,6 +26,9 @@ from sglang_router.errors import (
     VersionNotSupported,
 )
 
+_FRAMING_PER_BYTE = 16
+"""Bytes of chunk framing that one byte of content may cost for long; a chunk of one byte costs six."""
+
 _WATCHED = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
 Headers = list[tuple[bytes, bytes]]
@@ -40,7 +44,11 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Request(msgspec.Struct, gc=False):
-    """One whole request. `body` has its transfer coding removed and is otherwise what the client sent."""
+    """One whole request.
+
+    `body` has its transfer coding removed and is otherwise what the client sent; `target` is path and query, also when it
+    came in absolute form.
+    """
 
     method: bytes
     target: bytes
@@ -66,6 +74,7 @@ class RequestParser:
         "_head_bytes",
         "_headers",
         "_limits",
+        "_long",
         "_parser",
         "_pieces",
         "_ready",
@@ -79,6 +88,7 @@ class RequestParser:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
+        self._long = False  # a head that ends in this read may be over the limit
         self._error: RouterError | None = None
         self._ready: list[Request | RouterError] = []
         self.mid_head = False
@@ -95,20 +105,27 @@ class RequestParser:
         """Takes the next bytes; returns what they completed, in order. Nothing follows an error."""
         if self._error is not None:
             return []
-        between = not (self.mid_head or self.mid_body)
+        in_body, size = self.mid_body, self._size
+        between = not (self.mid_head or in_body)
+        self._long = len(data) > self._limits.head_bytes or self.mid_head
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as exc:
             self._error = self._error or _verdict(exc)
         if self.mid_head:
-            # A field that never ends makes no callback. A read in which the head began behind other messages is not counted;
-            # the head itself is measured when it is whole.
+            # A field that never ends makes no callback. A read in which the head began behind other messages is not
+            # counted; the head itself is measured when it is whole.
             self._head_bytes += len(data) if self._head_bytes or (between and not self._ready) else 1
             if self._head_bytes > self._limits.head_bytes:
-                self._error = self._error or HeadTooLarge()
+                self._error = self._error or self._too_large()
+        elif in_body and self.mid_body and not self._ready:
+            # Nor do chunk extensions and trailers that never end. A byte of content pays for some that are not content.
+            self._head_bytes = max(0, self._head_bytes + len(data) - _FRAMING_PER_BYTE * (self._size - size))
+            if self._head_bytes > self._limits.head_bytes:
+                self._error = self._error or HeadTooLarge("The chunked body is mostly chunk extensions or trailers.")
         ready = self._ready
         if self._error is not None:
-            ready.append(self._error)
+            ready.append(self._error.with_traceback(None))  # its frames hold this object: a cycle for the collector
             self.mid_head = self.mid_body = self.wants_continue = False
         if ready:
             self._ready = []
@@ -146,6 +163,7 @@ class RequestParser:
         self._headers = []  # what follows is trailers: a proxy that does not need them may drop them (RFC 9110 6.5.1)
         self.mid_head = False
         self.mid_body = True
+        self._head_bytes = 0
         version = parser.get_http_version()
         http10 = version == "1.0"
         if not http10 and version != "1.1":
@@ -154,15 +172,16 @@ class RequestParser:
             self._fail(UpgradeRefused())
         self._check(headers, http10)
         url = self._url
-        self._request = Request(parser.get_method(), url, _path(url), headers, b"", http10, parser.should_keep_alive())
+        if not url.startswith(b"/"):
+            url = _origin_form(url)
+        path = url.partition(b"?")[0]
+        self._request = Request(parser.get_method(), url, path, headers, b"", http10, parser.should_keep_alive())
 
     def _check(self, headers: Headers, http10: bool) -> None:
         """What llhttp leaves to its user."""
-        size = len(self._url)
         hosts = length = 0
         coded = expects = False
         for name, value in headers:
-            size += len(name) + len(value) + 4
             if name not in _WATCHED:
                 continue
             if name == b"host":
@@ -171,10 +190,14 @@ class RequestParser:
                 length = int(value)  # llhttp lets only digits through
             elif name == b"transfer-encoding":
                 coded = True
+                if value.lower() != b"chunked":
+                    self._fail(BadHTTP("The only transfer coding the router takes is chunked."))
             else:
-                expects = value.lower() == b"100-continue"
-        if size > self._limits.head_bytes:
-            self._fail(HeadTooLarge())
+                expects = value.rstrip().lower() == b"100-continue"  # llhttp leaves the white space behind a value
+        if self._long:
+            size = len(self._url) + sum(len(name) + len(value) + 4 for name, value in headers)
+            if size > self._limits.head_bytes:
+                self._fail(self._too_large())
         if hosts > 1 or (not hosts and not http10):
             self._fail(BadHTTP("An HTTP/1.1 request has exactly one Host header."))
         if coded and http10:
@@ -199,23 +222,24 @@ class RequestParser:
         self.mid_body = self.wants_continue = False
         self._ready.append(request)
 
+    def _too_large(self) -> RouterError:
+        return URITooLong() if len(self._url) * 2 > self._limits.head_bytes else HeadTooLarge()
+
     def _fail(self, error: RouterError) -> None:
         self._error = error
         raise error
 
 
-def _path(target: bytes) -> bytes:
-    """The path of a request target (RFC 9112 3.2): origin form as a rule, absolute form from clients of a proxy."""
-    path = target.partition(b"?")[0]
-    if path.startswith(b"/"):
-        return path
-    rest = path.partition(b"://")[2]
-    return b"/" + rest.partition(b"/")[2] if rest else path
+def _origin_form(target: bytes) -> bytes:
+    """Path and query of a target in absolute form (RFC 9112 3.2.2), as clients of a proxy send it; `*` stays `*`."""
+    whole, mark, query = target.partition(b"?")
+    rest = whole.partition(b"://")[2]
+    return b"/" + rest.partition(b"/")[2] + mark + query if rest else target
 
 
 def _verdict(exc: httptools.HttpParserError) -> RouterError:
     text = str(exc)
-    if "PRI" in text:
+    if "PRI" in text or "HTTP version" in text:
         return VersionNotSupported()
     if isinstance(exc, httptools.HttpParserInvalidMethodError):
         return BadHTTP("The request line does not begin with a method.")

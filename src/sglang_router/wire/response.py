@@ -1,14 +1,14 @@
 """Reads a worker's HTTP/1.1 response (RFC 9112): the head into facts, the body only as far as its end must be known.
 
-A router hands the worker's bytes to the client as they are, so it needs of a body just three things, for each read: is it
-still well-formed, where exactly does the message end, and, should the worker break off here, how many bytes would
+A router hands the worker's bytes to the client as they are, so it needs of a body just three things, for each read: is
+it still well-formed, where exactly does the message end, and, should the worker break off here, how many bytes would
 complete the chunk the client is in the middle of. llhttp tells none of the last two, so the framing is walked here:
 
     head  --parse_head()-->  ResponseHead  --framing_of()-->  Sized | Chunked | UntilClose
     body  --framing.feed(data)--> index in `data` just behind the message, or -1 while it goes on
 
-The grammar is strict (no bare LF, no folding, no second length). What does not fit it raises WorkerInvalid: a worker that is
-not understood is not guessed at.
+The grammar is strict (no bare LF, no folding, no second length). What does not fit it raises WorkerInvalid: a worker
+that is not understood is not guessed at.
 """
 
 from __future__ import annotations
@@ -25,31 +25,54 @@ MAX_HEAD = 65536
 _MAX_LINE = 4096
 """Bytes of a chunk's size line with its extensions, and of one trailer field."""
 
-_TOKEN_CHARS = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_VALUE = rb"[\t\x20-\x7e\x80-\xff]*"
+_HEAD = re.compile(
+    rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: (" + _VALUE + rb"))?"
+    rb"((?:\r\n" + _TOKEN + rb":" + _VALUE + rb")*)\r\n\r\n"
+)
+_FIELD = re.compile(rb"\n(" + _TOKEN + rb"):[ \t]*([^\r\n]*)")
+# Looked for in lower case: what tells the framing, and what is not passed on.
+_NOTABLE = re.compile(
+    rb"\n(content-length|connection|transfer-encoding|keep-alive|proxy-[a-z-]+|te|trailer|upgrade|x-request-id)"
+    rb":[ \t]*([^\r\n]*)"
+)
+_BODYLESS = frozenset((204, 304))
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e]*)?\r\n")
-_TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*\r\n")
-_HOP_FACTS = frozenset((b"content-length", b"transfer-encoding", b"connection"))
+_SIZE_LINE_CUT = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:;[\t\x20-\x7e]*)?\r?)?")
+_TRAILER = re.compile(_TOKEN + rb":" + _VALUE + rb"\r\n")
+_TRAILER_CUT = re.compile(rb"\r|(?:" + _TOKEN + rb"(?::" + _VALUE + rb"\r?)?)?")
 
 
 class ResponseHead(msgspec.Struct, gc=False):
-    """A response head. `content_length` is None when the head names none; `end` is where the head ends in the bytes read."""
+    """A response head.
+
+    fields          the fields as they came, each with the CRLF before it
+    plain           nothing among them concerns this connection only, and Content-Length tells the framing
+    content_length  None when the head names none
+    end             where the head ends in the bytes read
+    """
 
     status: int
     reason: bytes
-    headers: Headers
+    fields: bytes
+    plain: bool
     keep_alive: bool
     chunked: bool
     content_length: int | None
     end: int
 
+    @property
+    def headers(self) -> Headers:
+        """The fields one by one, names in lower case."""
+        return [(name.lower(), value.rstrip(b" \t")) for name, value in _FIELD.findall(self.fields)]
+
     def header(self, name: bytes) -> bytes | None:
         """The first value of a field, by its name in lower case."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
+        if name not in self.fields.lower():
+            return None
+        return next((value for key, value in self.headers if key == name), None)
 
 
 def parse_head(data: bytes) -> ResponseHead | None:
@@ -57,57 +80,49 @@ def parse_head(data: bytes) -> ResponseHead | None:
 
     Interim responses (1xx) come back like any other; the caller drops `data[:head.end]` and asks again.
 
-    Raises: WorkerInvalid for what is not HTTP/1.x, two lengths, an unknown transfer coding, 101, or a head over MAX_HEAD.
+    Raises: WorkerInvalid for what is not HTTP/1.x, two lengths, an unknown transfer coding, 101, or a head over
+    MAX_HEAD.
     """
-    end = data.find(b"\r\n\r\n")
-    if end < 0:
-        if len(data) > MAX_HEAD or not _may_begin(data):
+    match = _HEAD.match(data)
+    if match is None:
+        if len(data) > MAX_HEAD or b"\r\n\r\n" in data or not _may_begin(data):
             raise WorkerInvalid
         return None
-    first, *lines = data[:end].split(b"\r\n")
-    start = _STATUS_LINE.fullmatch(first)
-    if start is None or end > MAX_HEAD or _has_stray_bytes(data, end, len(lines)):
-        raise WorkerInvalid
-    minor, status, reason = start.groups(b"")
-    headers: Headers = []
+    minor, status, reason, fields = match.groups(b"")
     length: int | None = None
-    chunked = False
-    keep_alive = minor == b"1"
-    for line in lines:
-        name, colon, value = line.partition(b":")
-        if not colon or not name or name.translate(None, _TOKEN_CHARS):
-            raise WorkerInvalid
-        name, value = name.lower(), value.strip(b" \t")
-        headers.append((name, value))
-        if name not in _HOP_FACTS:
-            continue
+    plain, chunked, connection = True, False, b""
+    for name, value in _NOTABLE.findall(fields.lower()):
         if name == b"content-length":
+            value = value.rstrip(b" \t")
             if length is not None or not _DIGITS.fullmatch(value):
                 raise WorkerInvalid
             length = int(value)
-        elif name == b"connection":
-            keep_alive = _persists(value.lower(), keep_alive)
-        elif chunked or value.lower() != b"chunked" or minor == b"0":
-            raise WorkerInvalid
-        else:
+            continue
+        plain = False
+        if name == b"connection":
+            connection += value + b","
+        elif name == b"transfer-encoding":
+            if chunked or value.rstrip(b" \t") != b"chunked" or minor == b"0":
+                raise WorkerInvalid
             chunked = True
-    code = int(status)
-    if (chunked and length is not None) or code == 101:
+    code, end = int(status), match.end()
+    if (chunked and length is not None) or code == 101 or end > MAX_HEAD:
         raise WorkerInvalid
-    return ResponseHead(code, reason, headers, keep_alive, chunked, length, end + 4)
-
-
-def _has_stray_bytes(data: bytes, end: int, breaks: int) -> bool:
-    """Whether a CR, LF or NUL stands anywhere in the head but in its line ends."""
-    return data.count(b"\r", 0, end) != breaks or data.count(b"\n", 0, end) != breaks or data.find(b"\0", 0, end) >= 0
+    keep_alive = _persists(connection, minor == b"1")
+    plain = plain and length is not None and code not in _BODYLESS
+    return ResponseHead(code, reason, fields, plain, keep_alive, chunked, length, end)
 
 
 def _may_begin(data: bytes) -> bool:
+    """Whether a head may begin so. Tells a bare LF: a head of such lines would be waited for until the time is up."""
     start = b"HTTP/1."
-    return data.startswith(start) or start.startswith(data)
+    return (data.startswith(start) or start.startswith(data)) and data.count(b"\n") == data.count(b"\r\n")
 
 
 def _persists(connection: bytes, default: bool) -> bool:
+    """RFC 9112 9.3, for all Connection fields in one list: `close` wins over `keep-alive`."""
+    if not connection:
+        return default
     options = {option.strip() for option in connection.split(b",")}
     if b"close" in options:
         return False
@@ -187,7 +202,8 @@ class Chunked(Framing):
         SIZE --n--> DATA --> CRLF --> SIZE ...            each chunk
         SIZE --0--> TRAILERS --empty line--> DONE         the end
 
-    A line cut by the end of a read is kept and put before the next one; everything else is only counted.
+    A line cut by the end of a read is kept and put before the next one; everything else is only counted. A read that
+    breaks the framing changes nothing: `gap` then speaks of the reads before it, which are what the client was sent.
     """
 
     __slots__ = ("_left", "_line", "_state", "_trailer_bytes")
@@ -209,14 +225,14 @@ class Chunked(Framing):
                     return -1
         if kept:
             data = self._line + data
-            self._line = b""
+        cut = b""
         pos, size = 0, len(data)
         state, left = self._state, self._left
         while pos < size:
             if state == _SIZE:
                 match = _SIZE_LINE.match(data, pos)
                 if match is None or match.end() - pos > _MAX_LINE:
-                    self._keep(data, pos)
+                    cut = _cut_line(_SIZE_LINE_CUT, data, pos)
                     break
                 pos = match.end()
                 left = int(match.group(1), 16)
@@ -231,7 +247,9 @@ class Chunked(Framing):
                     state = _CRLF
             elif state == _CRLF:
                 if not data.startswith(b"\r\n", pos):
-                    self._keep_crlf(data, pos)
+                    cut = data[pos:]
+                    if cut != b"\r":
+                        raise WorkerInvalid
                     break
                 pos += 2
                 state = _SIZE
@@ -240,26 +258,15 @@ class Chunked(Framing):
                 return pos + 2 - kept
             else:
                 match = _TRAILER.match(data, pos)
-                if match is None:
-                    self._keep(data, pos)
+                if match is None or match.end() - pos > _MAX_LINE:
+                    cut = _cut_line(_TRAILER_CUT, data, pos)
                     break
                 self._trailer_bytes += match.end() - pos
                 if self._trailer_bytes > MAX_HEAD:
                     raise WorkerInvalid
                 pos = match.end()
-        self._state, self._left = state, left
+        self._state, self._left, self._line = state, left, cut
         return -1
-
-    def _keep(self, data: bytes, pos: int) -> None:
-        line = data[pos:]
-        if b"\n" in line or len(line) > _MAX_LINE:
-            raise WorkerInvalid
-        self._line = line
-
-    def _keep_crlf(self, data: bytes, pos: int) -> None:
-        if data[pos:] != b"\r":
-            raise WorkerInvalid
-        self._line = b"\r"
 
     @property
     def gap(self) -> int | None:
@@ -272,9 +279,17 @@ class Chunked(Framing):
         return None
 
 
+def _cut_line(beginning: re.Pattern[bytes], data: bytes, pos: int) -> bytes:
+    """The rest of a read, which must be the beginning of a line."""
+    line = data[pos:]
+    if len(line) > _MAX_LINE or not beginning.fullmatch(line):
+        raise WorkerInvalid
+    return line
+
+
 def framing_of(head: ResponseHead) -> Framing:
     """How the body behind `head` ends, for an answer to anything but HEAD."""
-    if head.status in (204, 304) or head.status < 200:
+    if head.status in _BODYLESS or head.status < 200:
         return Sized(0)
     if head.chunked:
         return Chunked()

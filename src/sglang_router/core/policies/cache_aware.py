@@ -1,4 +1,4 @@
-"""cache_aware: a request goes to the worker whose KV cache holds the longest part of its prompt, unless that would overload it.
+"""cache_aware: a request goes to the worker whose KV cache holds the most of its prompt, unless that would overload it.
 
     imbalanced?   max_load - min_load > abs  and  max_load > rel * min_load
                       -> the shortest queue; among equals the longest prefix, then in turn         branch "imbalance"
@@ -8,11 +8,11 @@
     no text       -> the least loaded, in turn                                                     branch "no_text"
 
 What the workers hold is not asked but remembered: `core.tree` keeps every text that was sent to each, within
-`max_tree_size` bytes a worker, the least recently used forgotten first, as the engines do. A worker that is away for a while
-keeps its entries, for its cache is still there; one that restarted or was flushed loses them.
+`max_tree_size` bytes a worker, the least recently used forgotten first, as the engines do. A worker that is away for a
+while keeps its entries, for its cache is still there; one that restarted or was flushed loses them.
 
-A match of fewer than `_WORTH` bytes that is not the whole text saves the engine a few tokens and is no reason to leave the
-balance: else all short prompts that begin with the same word ("Question 1", "Question 2") would go to one worker.
+A match of fewer than `_WORTH` bytes that is not the whole text saves the engine a few tokens and is no reason to leave
+the balance: else all short prompts that begin with the same word ("Question 1", "Question 2") would go to one worker.
 
 The rule for strangers (smallest tree) fills the caches evenly when requests come one at a time and every load is 0.
 """
@@ -65,7 +65,8 @@ class CacheAware(Policy):
             worker, branch = self._longest(shortest, match), "imbalance"
             matched = match.length(worker.slot) - facts.scaffold
         else:
-            length, owners = match.best(self._mask_of(candidates))
+            mask = self._mask if candidates is self._masked else self._mask_of(candidates)
+            length, owners = match.best(mask)
             matched = length - facts.scaffold
             if matched > self._threshold * total and (matched >= _WORTH or matched == total):
                 worker, branch = self._owner(owners), "hit"
@@ -76,9 +77,8 @@ class CacheAware(Policy):
         return Choice(worker, branch, max(0, matched), total)
 
     def _mask_of(self, candidates: tuple[Worker, ...]) -> int:
-        if candidates is not self._masked:
-            self._masked = candidates
-            self._mask = sum(1 << worker.slot for worker in candidates)
+        self._masked = candidates
+        self._mask = sum(1 << worker.slot for worker in candidates)
         return self._mask
 
     def _owner(self, owners: int) -> Worker:

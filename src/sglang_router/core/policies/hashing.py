@@ -1,14 +1,14 @@
-"""Policies that need no memory of requests: consistent_hashing by a key in a header, prefix_hash by the prompt's beginning.
+"""Policies without memory of requests: consistent_hashing by a key in a header, prefix_hash by the prompt's beginning.
 
-Both place a digest on a ring (Karger et al. 1997): each worker has `_POINTS` points on it, a key belongs to the first point clockwise
-whose worker is a candidate. A worker that leaves gives only its own keys away, and gets the same ones back when it
-returns. The digest is BLAKE2b, so that several routers in front of the same workers agree without talking.
+Both place a digest on a ring (Karger et al. 1997): each worker has `_POINTS` points on it, a key belongs to the first
+point clockwise whose worker is a candidate. A worker that leaves gives only its own keys away, and gets the same ones
+back when it returns. The digest is BLAKE2b, so that several routers in front of the same workers agree without talking.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -30,16 +30,21 @@ def _digest(data: bytes) -> int:
 
 
 class _Ring:
-    """Points of workers by URL, sorted. Walks visit each worker once."""
+    """Points of workers by URL. Walks visit each worker once.
+
+    The points are sorted when the next walk begins: a thousand workers that come at once are sorted once.
+    """
 
     def __init__(self) -> None:
         self._points: list[tuple[int, str]] = []
+        self._sorted = True
         self._workers: dict[str, Worker] = {}
 
     def add(self, worker: Worker) -> None:
         self._workers[worker.url] = worker
-        for point in range(_POINTS):
-            insort(self._points, (_digest(f"{worker.url}#{point}".encode()), worker.url))
+        url = worker.url
+        self._points += [(_digest(f"{url}#{point}".encode()), url) for point in range(_POINTS)]
+        self._sorted = False
 
     def remove(self, worker: Worker) -> None:
         del self._workers[worker.url]
@@ -47,6 +52,9 @@ class _Ring:
 
     def walk(self, key: bytes) -> Iterator[Worker]:
         """All workers, clockwise from the key's place."""
+        if not self._sorted:
+            self._points.sort()
+            self._sorted = True
         points, seen = self._points, set()
         start = bisect_left(points, (_digest(key), ""))
         for index in range(len(points)):
