@@ -151,6 +151,13 @@ def test_a_batch_of_adapters_is_a_namespace_too() -> None:
     assert one.namespace != facts(b"/generate", b'{"lora_path":["b","a"],"text":["t","u"]}').namespace
 
 
+def test_long_names_are_kept_short_and_apart() -> None:
+    bodies = [b'{"lora_path":"%s%d","text":"t"}' % (b"long" * 1000, n) for n in range(1000)]
+    namespaces = {facts(b"/generate", body).namespace for body in bodies}
+    assert len(namespaces) == 1000
+    assert max(map(len, namespaces)) <= 128
+
+
 def test_the_same_text_is_never_matched_across_namespaces() -> None:
     bench = Bench(2, "cache_aware")
     body = '{"text":"the very same long prompt, sent again and again"%s}'

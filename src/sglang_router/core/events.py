@@ -78,7 +78,7 @@ class Finished(msgspec.Struct, frozen=True, gc=False):
 
 
 class WorkerChanged(msgspec.Struct, frozen=True, gc=False):
-    """A worker's state changed, from `old` to `new`; `what` is added, removed, health, breaker, draining or restarted."""
+    """A worker changed, from `old` to `new`; `what` is added, removed, health, breaker, draining or restarted."""
 
     worker: Worker
     what: str
@@ -87,7 +87,7 @@ class WorkerChanged(msgspec.Struct, frozen=True, gc=False):
 
 
 class Listener:
-    """Hears events, on the event loop's thread: it must be quick and must not raise. Subclasses define what they hear."""
+    """Hears events, on the event loop's thread: must be quick and must not raise. Subclasses define what they hear."""
 
     def routed(self, event: Routed) -> None: ...
     def retried(self, event: Retried) -> None: ...

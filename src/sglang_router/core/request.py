@@ -1,9 +1,9 @@
 """What routing needs of a request, read once.
 
 `ENDPOINTS` is the table of what the router relays: for each path, the fields of the body that make up its routing text,
-in the order in which the engine's template puts them before the model. The raw bytes of these fields are the routing text:
-exact in order, roles and images, nothing decoded, compared at the speed of memory. What must never be matched across
-(model, adapter, cache salt) is not text but *namespace*: each has a tree of its own.
+in the order in which the engine's template puts them before the model. The raw bytes of these fields are the routing
+text: exact in order, roles and images, nothing decoded, compared at the speed of memory. What must never be matched
+across (model, adapter, cache salt) is not text but *namespace*: each has a tree of its own.
 
     {"model":"m","tools":[...],"messages":[{"role":"system","content":"You ..."}, ...],"stream":true}
        |            |             '--- scaffold ----------------'  |                       |
@@ -97,7 +97,7 @@ class Facts(msgspec.Struct, gc=False):
 
 
 class _Reader(msgspec.Struct):
-    """How the body of one endpoint is read: a decoder for the fields that matter, and the way to the text among them."""
+    """How the body of one endpoint is read: a decoder for the fields that matter, a getter of the text among them."""
 
     decode: Callable[[bytes], Any]
     text: Callable[[Any], tuple[msgspec.Raw, ...]]

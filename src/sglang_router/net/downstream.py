@@ -88,11 +88,14 @@ class Downstream(asyncio.Protocol):
         if self._lingering:
             return
         ready = self._parser.feed(data)
-        if ready:
-            self._queue.extend(ready)
         if self._exchange is None:
-            self._next()
+            if ready:
+                self._queue.extend(ready)
+                self._service.ready(self)
+            elif not self._queue:
+                self._next()
         else:
+            self._queue.extend(ready)
             self._early += len(data)
             if self._early > _AHEAD and not self._paused:
                 self._paused = True
@@ -167,9 +170,10 @@ class Downstream(asyncio.Protocol):
             self.transport.resume_reading()
         if self._queue or self._parser.mid_head or self._parser.mid_body:
             # Not called directly: a pipeline of many refusals must not recurse.
-            self._service.loop.call_soon(self._continue)
+            self._service.ready(self)
 
-    def _continue(self) -> None:
+    def proceed(self) -> None:
+        """Goes on with what is here; the service calls it, in turn with other connections."""
         if self._exchange is None and not self._lingering and not self.transport.is_closing():
             self._next()
 

@@ -51,6 +51,7 @@ _PLAIN = frozenset((b"close", b"keep-alive"))
 """Values of Connection that name no other field."""
 
 _NEVER_SENT = HOP_BY_HOP | _REBUILT
+_LOOKED_AT = WHITELIST | {b"authorization", b"connection"}
 _RESPONSE_DROPPED = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
@@ -74,14 +75,15 @@ def request_head(
     lines = [start, b"x-request-id: ", request_id, b"\r\ncontent-length: %d\r\n" % len(request.body)]
     authorized = False
     for name, value in request.headers:
-        if name == b"authorization":
+        if name not in _LOOKED_AT:
+            if name in _NEVER_SENT if everything else not name.startswith(b"x-request-id-"):
+                continue
+        elif name == b"authorization":
             if authorized:
                 continue
             authorized = True
-        elif (
-            name in _NEVER_SENT if everything else name not in WHITELIST and not name.startswith(b"x-request-id-")
-        ):
-            if name == b"connection" and value.strip().lower() not in _PLAIN:  # it may name fields that stand before it
+        elif name == b"connection":
+            if value.strip().lower() not in _PLAIN:  # it may name fields that stand before it
                 request = _end_to_end(request)
                 return request_head(request, start, request_id, key=key, everything=everything)
             continue

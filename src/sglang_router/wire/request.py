@@ -3,9 +3,9 @@
     bytes --feed()--> [Request, Request, RouterError]
 
 llhttp (by httptools) does the grammar and is strict: no bare LF, no obs-fold, no Content-Length beside
-Transfer-Encoding, no `+5`. Added here is what a proxy must refuse besides, because the next hop could read it in another
-way: Transfer-Encoding on HTTP/1.0 or other than `chunked` alone, a missing or doubled Host, versions other than 1.0 and
-1.1, upgrades, and whatever exceeds the limits.
+Transfer-Encoding, no `+5`. Added here is what a proxy must refuse besides, because the next hop could read it in
+another way: Transfer-Encoding on HTTP/1.0 or other than `chunked` alone, a missing or doubled Host, versions other than
+1.0 and 1.1, upgrades, and whatever exceeds the limits.
 
 A mistake is not raised but returned, behind the good requests that came before it in the pipeline: each gets its answer
 in order. After a mistake the parser is done: where the next message would begin is not known any more.
@@ -46,8 +46,8 @@ class Limits(msgspec.Struct, frozen=True):
 class Request(msgspec.Struct, gc=False):
     """One whole request.
 
-    `body` has its transfer coding removed and is otherwise what the client sent; `target` is path and query, also when it
-    came in absolute form.
+    `body` has its transfer coding removed and is otherwise what the client sent; `target` is path and query, also when
+    it came in absolute form.
     """
 
     method: bytes
@@ -86,6 +86,10 @@ class RequestParser:
         "wants_continue",
     )
 
+    _head_bytes: int
+    _parser: httptools.HttpRequestParser | None
+    _size: int
+
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._long = False  # a head that ends in this read may be over the limit
@@ -103,13 +107,14 @@ class RequestParser:
 
     def feed(self, data: bytes) -> list[Request | RouterError]:
         """Takes the next bytes; returns what they completed, in order. Nothing follows an error."""
-        if self._error is not None:
+        parser = self._parser
+        if parser is None or self._error is not None:
             return []
         in_body, size = self.mid_body, self._size
         between = not (self.mid_head or in_body)
         self._long = len(data) > self._limits.head_bytes or self.mid_head
         try:
-            self._parser.feed_data(data)
+            parser.feed_data(data)
         except httptools.HttpParserError as exc:
             self._error = self._error or _verdict(exc)
         if self.mid_head:
@@ -160,6 +165,7 @@ class RequestParser:
 
     def on_headers_complete(self) -> None:
         parser, headers = self._parser, self._headers
+        assert parser is not None
         self._headers = []  # what follows is trailers: a proxy that does not need them may drop them (RFC 9110 6.5.1)
         self.mid_head = False
         self.mid_body = True

@@ -1,8 +1,8 @@
 """What a policy is: one verb, `choose`, and three notices it may ignore.
 
-A policy is one file here and one line in `POLICIES`. It sees the facts of the request and the candidates, decides at once,
-and says why in one word (`branch`), which appears in metrics and the access log. Load need not be counted: `worker.load`
-is right for every policy, because taking a lease is the counting.
+A policy is one file here and one line in `POLICIES`. It sees the facts of the request and the candidates, decides at
+once, and says why in one word (`branch`), which appears in metrics and the access log. Load need not be counted:
+`worker.load` is right for every policy, because taking a lease is the counting.
 """
 
 from __future__ import annotations

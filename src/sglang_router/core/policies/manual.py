@@ -1,8 +1,8 @@
 """manual: whoever sends the same X-SMG-Routing-Key stays on the same worker.
 
 A key that is new, or whose workers are all away, is assigned by `--assignment-mode`: random, min_load (fewest running
-requests) or min_group (fewest keys). A key remembers its last two workers and prefers the older, so that it returns home
-after an outage. Keys that rest for `--max-idle-secs` are forgotten; beyond `_MOST_KEYS` the one that rested longest is.
+requests) or min_group (fewest keys). A key remembers its last two workers and prefers the older, so that it returns
+home after an outage. Keys that rest for `--max-idle-secs` are forgotten; beyond `_MOST_KEYS` the least recent one is.
 """
 
 from __future__ import annotations
