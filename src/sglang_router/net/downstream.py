@@ -91,7 +91,7 @@ class Downstream(asyncio.Protocol):
         if self._exchange is None:
             if ready:
                 self._queue.extend(ready)
-                self._service.ready(self)
+                self._service.turn.request(self)
             elif not self._queue:
                 self._next()
         else:
@@ -120,7 +120,7 @@ class Downstream(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Sends bytes of an answer."""
-        self._service.outbox.write(self.transport, data)
+        self._service.turn.write(self.transport, data)
 
     # -- one request after the other -----------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Downstream(asyncio.Protocol):
             self.transport.resume_reading()
         if self._queue or self._parser.mid_head or self._parser.mid_body:
             # Not called directly: a pipeline of many refusals must not recurse.
-            self._service.ready(self)
+            self._service.turn.request(self)
 
     def proceed(self) -> None:
         """Goes on with what is here; the service calls it, in turn with other connections."""
@@ -212,13 +212,13 @@ class Downstream(asyncio.Protocol):
         if self._parser.mid_body or self._parser.mid_head or self._early:
             self._linger()
         else:
-            self._service.outbox.flush()
+            self._service.turn.flush()
             self.transport.close()
 
     def _linger(self) -> None:
         self._lingering = True
         self._queue.clear()
-        self._service.outbox.flush()
+        self._service.turn.flush()
         self.deadline = self._service.clock() + _LINGER
         if self._paused:
             self._paused = False
@@ -230,7 +230,7 @@ class Downstream(asyncio.Protocol):
         """Closes without a clean end, behind what was written: the answer could not be finished."""
         self._exchange = None
         self._service.active -= 1
-        self._service.outbox.flush()
+        self._service.turn.flush()
         self.transport.close()
 
     def overdue(self, now: float) -> None:

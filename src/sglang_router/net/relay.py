@@ -66,7 +66,7 @@ class Relay:
         "_framing",
         "_keep_alive",
         "_leg",
-        "_outbox",
+        "_turn",
         "_outcome",
         "_paused",
         "_plan",
@@ -86,7 +86,7 @@ class Relay:
         # of the request
         self._service = service
         self._client = client
-        self._outbox = service.outbox
+        self._turn = service.turn
         self._transport = client.transport
         self._request = request
         self._endpoint = endpoint
@@ -174,7 +174,7 @@ class Relay:
             self.refuse(exc)
             return
         self._plan = plan
-        self._send()
+        self._turn.leg(self)
 
     def _wait(self, error: WorkersStarting) -> None:
         until = self._started_at + self._service.timeouts.starting
@@ -189,7 +189,10 @@ class Relay:
         self._client.deadline = self._started_at + self._service.timeouts.request
         self._route()
 
-    def _send(self, fresh: bool = False) -> None:
+    def send(self, fresh: bool = False) -> None:
+        """Sends the leg of the present plan; `fresh`: on a new connection."""
+        if self._ended:
+            return
         plan, service, request = self._plan, self._service, self._request
         assert plan is not None
         self._timer = None
@@ -215,9 +218,9 @@ class Relay:
             return False
         self._plan = following
         if following.delay:
-            self._timer = service.loop.call_later(following.delay, self._send)
+            self._timer = service.loop.call_later(following.delay, self.send)
         else:
-            self._send()
+            self.send()
         return True
 
     # -- the worker's side (Sink) ------------------------------------------------------------------------------------------
@@ -241,7 +244,7 @@ class Relay:
         self._first_byte = self._service.clock() - self._started_at
         bytes_out = self._head(head, framing) + data
         self._sent = len(data)
-        self._outbox.write(self._transport, bytes_out)
+        self._turn.write(self._transport, bytes_out)
         if done:
             self._finish()
         elif self._paused and leg is not None:
@@ -274,16 +277,16 @@ class Relay:
     def data(self, data: bytes, done: bool) -> None:
         self._sent += len(data)
         if not done:
-            self._outbox.write(self._transport, data)
+            self._turn.write(self._transport, data)
             return
         self._leg = None
-        self._outbox.write(self._transport, data)
+        self._turn.write(self._transport, data)
         self._finish()
 
     def broken(self, outcome: Outcome, detail: str) -> None:
         self._leg = None
         if outcome is Outcome.STALE:
-            self._send(fresh=True)
+            self.send(fresh=True)
             return
         plan = self._plan
         assert plan is not None
@@ -308,7 +311,7 @@ class Relay:
         if self._sse:
             last = farewell(error_event(self._request.path, error), self._framing, self._chunked)
             if last is not None:
-                self._outbox.write(self._transport, last)
+                self._turn.write(self._transport, last)
         self._end(outcome, error.code)
         self._client.abort()
 
@@ -320,7 +323,7 @@ class Relay:
         connection = b"" if keep_alive else b"connection: close\r\n"
         if keep_alive and self._request.http10:
             connection = b"connection: keep-alive\r\n"
-        self._outbox.write(self._transport, error_answer(error, self._request_id, connection))
+        self._turn.write(self._transport, error_answer(error, self._request_id, connection))
         self._end(outcome, error.code)
         self._client.done(keep_alive)
 

@@ -27,7 +27,7 @@ import msgspec
 
 from sglang_router.core.worker import Outcome
 from sglang_router.errors import WorkerInvalid
-from sglang_router.net.outbox import Outbox
+from sglang_router.net.turn import Turn
 from sglang_router.wire.response import Framing, ResponseHead, framing_of, parse_head
 
 if TYPE_CHECKING:
@@ -130,10 +130,10 @@ class Connection(asyncio.Protocol):
         self._interim = 0
         self.idle_since = 0.0
         if len(body) < _COPY_BELOW:
-            self._upstream.outbox.write(self.transport, head + body)
+            self._upstream.turn.write(self.transport, head + body)
         else:
-            self._upstream.outbox.write(self.transport, head)
-            self._upstream.outbox.write(self.transport, body)
+            self._upstream.turn.write(self.transport, head)
+            self._upstream.turn.write(self.transport, body)
 
     def abort(self) -> None:
         """Gives the leg up: the worker sees the connection close, the sink hears nothing more."""
@@ -268,7 +268,7 @@ class Upstream:
         idle_timeout: float = 50.0,
         max_idle: int = 512,
     ) -> None:
-        self.outbox = Outbox(loop)
+        self.turn = Turn(loop)
         self.open = 0  # connections there are, idle or busy
         self._loop = loop
         self._connect_timeout = connect_timeout

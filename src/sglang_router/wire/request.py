@@ -196,10 +196,10 @@ class RequestParser:
                 length = int(value)  # llhttp lets only digits through
             elif name == b"transfer-encoding":
                 coded = True
-                if value.lower() != b"chunked":
+                if value.rstrip().lower() != b"chunked":  # llhttp leaves the white space behind a value
                     self._fail(BadHTTP("The only transfer coding the router takes is chunked."))
             else:
-                expects = value.rstrip().lower() == b"100-continue"  # llhttp leaves the white space behind a value
+                expects = value.rstrip().lower() == b"100-continue"
         if self._long:
             size = len(self._url) + sum(len(name) + len(value) + 4 for name, value in headers)
             if size > self._limits.head_bytes:

@@ -1,0 +1,275 @@
+"""Requests: a corpus of what must be served and what refused, in every split; the limits; the memory."""
+
+from __future__ import annotations
+
+import gc
+import random
+import weakref
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_router.errors import BadHTTP, HeadTooLarge, PayloadTooLarge, RouterError, URITooLong
+from sglang_router.wire.request import Limits, Request, RequestParser
+from wire_corpus import Case, each_case, pieces, read_requests, splits
+
+HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+SMALL = Limits(head_bytes=1000, header_count=10, body_bytes=100)
+
+
+# -- what is served and what is refused --------------------------------------------------------------------------------
+
+
+@each_case("requests.txt")
+def test_verdict_in_every_split(case: Case) -> None:
+    whole = read_requests([case.raw])
+    assert (whole.verdict, whole.understood) == (case.verdict, case.understood)
+    for reads in splits(case.raw):
+        asked = read_requests(reads)
+        assert asked.requests == whole.requests, reads
+        assert (asked.verdict, type(asked.error), asked.state) == (whole.verdict, type(whole.error), whole.state), reads
+
+
+def test_refusals_close_the_connection_and_say_why() -> None:
+    error = read_requests([HEAD + b"Content-Length: +5\r\n\r\n"]).error
+    assert isinstance(error, BadHTTP)
+    assert error.close
+    assert "Invalid character in Content-Length" in str(error)
+
+
+def test_a_request_is_told_whole() -> None:
+    (request,) = read_requests(
+        [b"POST /generate?a=1 HTTP/1.1\r\nHost: x\r\nX-Two: 1\r\nX-TWO:2\r\nContent-Length: 2\r\n\r\nhi"]
+    ).requests
+    fields = [(b"host", b"x"), (b"x-two", b"1"), (b"x-two", b"2"), (b"content-length", b"2")]
+    assert request == Request(b"POST", b"/generate?a=1", b"/generate", fields, b"hi", False, True)
+    assert request.header(b"x-two") == b"1"
+    assert request.header(b"x-three") is None
+
+
+@pytest.mark.parametrize(
+    ("target", "origin_form"),
+    [
+        (b"http://other/generate?a=/b", b"/generate?a=/b"),
+        (b"http://other:80//generate", b"//generate"),
+        (b"http://other?a=b", b"/?a=b"),
+        (b"http://other", b"/"),
+        (b"/http://other/generate", b"/http://other/generate"),
+        (b"/?a=http://other/b", b"/?a=http://other/b"),
+        (b"*", b"*"),
+    ],
+)
+def test_targets_are_brought_into_origin_form(target: bytes, origin_form: bytes) -> None:
+    (request,) = read_requests([b"OPTIONS %s HTTP/1.1\r\nHost: x\r\n\r\n" % target]).requests
+    assert (request.target, request.path) == (origin_form, origin_form.partition(b"?")[0])
+
+
+def test_trailers_are_dropped() -> None:
+    (request,) = read_requests([CHUNKED + b"2\r\nhi\r\n0\r\nAuthorization: Bearer stolen\r\n\r\n"]).requests
+    assert request.headers == [(b"host", b"x"), (b"transfer-encoding", b"chunked")]
+
+
+@pytest.mark.parametrize(
+    ("version", "connection", "stays"),
+    [
+        (b"1.1", b"", True),
+        (b"1.1", b"Connection: close\r\n", False),
+        (b"1.1", b"Connection: keep-alive, Close\r\n", False),
+        (b"1.1", b"Connection: close\r\nConnection: keep-alive\r\n", False),
+        (b"1.0", b"", False),
+        (b"1.0", b"Connection: keep-alive\r\n", True),
+        (b"1.0", b"Connection: Keep-Alive\r\n", True),
+        (b"1.0", b"Connection: close\r\n", False),
+    ],
+)
+def test_whether_the_client_stays(version: bytes, connection: bytes, stays: bool) -> None:
+    (request,) = read_requests([b"GET / HTTP/%s\r\nHost: x\r\n%s\r\n" % (version, connection)]).requests
+    assert (request.keep_alive, request.http10) == (stays, version == b"1.0")
+
+
+@given(st.lists(st.binary(max_size=40), max_size=5), st.booleans(), st.randoms(use_true_random=False))
+def test_bodies_arrive_as_they_were_sent(bodies: list[bytes], chunked: bool, chance: random.Random) -> None:
+    raw = b"".join(_request(body, chunked, chance) for body in bodies)
+    asked = read_requests(pieces(raw, (chance.randint(0, len(raw)) for _ in range(4))))
+    assert [request.body for request in asked.requests] == bodies
+    assert (asked.error, asked.state) == (None, "")
+
+
+def _request(body: bytes, chunked: bool, chance: random.Random) -> bytes:
+    if not chunked:
+        return HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    parts = [part for part in pieces(body, (chance.randint(0, len(body)) for _ in range(3))) if part]
+    return CHUNKED + b"".join(b"%x;a=b\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+@given(st.lists(st.binary(max_size=60), max_size=6))
+def test_no_bytes_make_it_raise(reads: list[bytes]) -> None:
+    read_requests(reads)
+    read_requests([HEAD, *reads])
+    read_requests([CHUNKED, *reads])
+
+
+# -- Expect ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head", "waits"),
+    [
+        (HEAD + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n", True),
+        (HEAD + b"Expect: 100-Continue \t\r\nContent-Length: 2\r\n\r\n", True),
+        (HEAD + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n", True),
+        (HEAD + b"Expect: something-else\r\nContent-Length: 2\r\n\r\n", False),
+        (HEAD + b"Content-Length: 2\r\n\r\n", False),
+        (b"POST / HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n", False),
+    ],
+)
+def test_who_waits_for_100_continue(head: bytes, waits: bool) -> None:
+    for reads in splits(head):
+        assert read_requests(reads).state == ("body continue" if waits else "body")
+
+
+def test_without_a_body_nobody_waits_for_100_continue() -> None:
+    assert read_requests([HEAD + b"Expect: 100-continue\r\n\r\n"]).verdict == "ok"
+    assert read_requests([HEAD + b"Expect: 100-continue\r\nContent-Length: 0\r\n\r\n"]).verdict == "ok"
+
+
+def test_a_client_that_sends_its_body_waits_no_longer() -> None:
+    assert read_requests([HEAD + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\nh"]).state == "body"
+    assert read_requests([HEAD + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n", b"hi"]).state == ""
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_sent() -> None:
+    asked = read_requests([HEAD + b"Expect: 100-continue\r\nContent-Length: 101\r\n\r\n"], SMALL)
+    assert (asked.verdict, asked.state) == ("413", "")
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "error"),
+    [
+        (b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n" % (b"a" * 1001), URITooLong),
+        (b"GET /%s" % (b"a" * 1100), URITooLong),
+        (HEAD + b"A: %s\r\n\r\n" % (b"b" * 1001), HeadTooLarge),
+        (HEAD + b"A: %s" % (b"b" * 1100), HeadTooLarge),
+        (HEAD + b"%s: b\r\n\r\n" % (b"a" * 1001), HeadTooLarge),
+        (HEAD + b"%s" % (b"a" * 1100), HeadTooLarge),
+        (HEAD + b"A: %s\r\n" % (b"b" * 200) * 6 + b"\r\n", HeadTooLarge),
+        (HEAD + b"A: b\r\n" * 10 + b"\r\n", HeadTooLarge),
+        (HEAD + b"Content-Length: 101\r\n\r\n", PayloadTooLarge),
+        (CHUNKED + b"32\r\n%s\r\n" % (b"x" * 50) * 2 + b"1\r\nx\r\n0\r\n\r\n", PayloadTooLarge),
+        (CHUNKED + b"fff\r\n%s\r\n0\r\n\r\n" % (b"x" * 0xFFF), PayloadTooLarge),
+        (CHUNKED + b"0\r\n" + b"A: b\r\n" * 11 + b"\r\n", HeadTooLarge),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else repr(value[:60]),
+)
+def test_over_a_limit_in_every_split(raw: bytes, error: type[RouterError]) -> None:
+    for reads in [[raw], pieces(raw, range(1, len(raw))), *([raw[:cut], raw[cut:]] for cut in range(1, len(raw), 37))]:
+        assert type(read_requests(reads, SMALL).error) is error, [len(data) for data in reads]
+
+
+def test_at_a_limit_in_every_split() -> None:
+    fields = b"A: b\r\n" * 8 + b"B: %s\r\n" % (b"c" * 800)
+    raw = b"POST /aaaa HTTP/1.1\r\nHost: x\r\n" + fields.replace(b"A: b\r\n", b"", 1)
+    raw += b"Content-Length: 100\r\n\r\n" + b"x" * 100
+    for reads in [[raw * 3], pieces(raw * 2, range(1, 2 * len(raw)))]:
+        asked = read_requests(reads, SMALL)
+        assert (asked.verdict, {len(request.headers) for request in asked.requests}) == ("ok", {10})
+
+
+def test_a_pipeline_may_be_longer_than_one_head() -> None:
+    asked = read_requests([(HEAD + b"\r\n") * 200], SMALL)
+    assert (len(asked.requests), asked.verdict) == (200, "ok")
+
+
+def _forever(start: bytes, more: bytes) -> Iterator[bytes]:
+    yield start
+    while True:
+        yield more
+
+
+@pytest.mark.parametrize(
+    ("start", "more", "most"),
+    [
+        (b"GET /", b"a", 1000),
+        (HEAD + b"A: ", b"b", 1000),
+        (HEAD, b"a", 1000),
+        (HEAD + b"\r\n" + HEAD + b"A: ", b"b", 1000),
+        (CHUNKED + b"5;", b"a", 1000),
+        (CHUNKED + b"5\r\nhello\r\n0;", b"a", 1000),
+        (CHUNKED + b"0\r\nA: ", b"b", 1000),
+        (CHUNKED + b"0\r\n", b"a", 1000),
+        (CHUNKED, b"0", 1000),
+        (CHUNKED, b"1;%s\r\nx\r\n" % (b"a" * 200), 2000),
+    ],
+    ids=repr,
+)
+def test_what_never_ends_is_refused(start: bytes, more: bytes, most: int) -> None:
+    """Neither a field nor a chunk extension nor a trailer is gathered without bound: the memory is the limit's."""
+    parser, size = RequestParser(SMALL), 0
+    for data in _forever(start, more):
+        if any(isinstance(item, RouterError) for item in parser.feed(data)):
+            break
+        size += len(data)
+        assert size <= len(start) + most
+    parser.close()
+
+
+def test_a_body_in_tiny_chunks_is_no_abuse() -> None:
+    limits = Limits(head_bytes=1000, body_bytes=5000)
+    chunk = b"1;a=b\r\nx\r\n"
+    asked = read_requests([CHUNKED, *[chunk] * 4000, b"0\r\n\r\n"], limits)
+    assert [request.body for request in asked.requests] == [b"x" * 4000]
+    asked = read_requests(pieces(CHUNKED + chunk * 4000 + b"0\r\n\r\n", range(1, 40_000, 3)), limits)
+    assert [request.body for request in asked.requests] == [b"x" * 4000]
+
+
+# -- its own life ------------------------------------------------------------------------------------------------------
+
+
+def test_after_an_error_nothing_is_read() -> None:
+    parser = RequestParser(Limits())
+    (error,) = parser.feed(b"nonsense\r\n\r\n")
+    assert isinstance(error, BadHTTP)
+    assert parser.feed(HEAD + b"\r\n") == []
+    assert not (parser.mid_head or parser.mid_body)
+    parser.close()
+    assert parser.feed(HEAD + b"\r\n") == []
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        HEAD,
+        HEAD + b"\r\n",
+        HEAD + b"Content-Length: 5\r\n\r\nhel",
+        CHUNKED + b"5\r\nhello\r\n",
+        HEAD + b"Content-Length: +5\r\n\r\n",  # an error of llhttp's
+        b"GET / HTTP/1.1\r\n\r\n",  # an error of ours, raised in a callback
+        HEAD + b"Content-Length: %s\r\n\r\n" % (b"0" * 5000),  # more digits than int() reads
+    ],
+    ids=lambda raw: repr(raw[-30:]),
+)
+def test_close_leaves_no_cycle(raw: bytes) -> None:
+    """The collector does not run while the router serves: what is done with must go by itself."""
+
+    class Weak(RequestParser):
+        __slots__ = ("__weakref__",)
+
+    gc.disable()
+    try:
+        parser = Weak(Limits())
+        items = parser.feed(raw)
+        watch = weakref.ref(parser)
+        parser.close()
+        parser.close()
+        del parser
+        assert watch() is None
+        assert all(item.__traceback__ is None for item in items if isinstance(item, RouterError))
+    finally:
+        gc.enable()
