@@ -7,8 +7,8 @@
         await leg.answer(200, b"{}")
         assert (await client.response()).status == 200
 
-Sockets are real (loopback); only the peers' minds are the test's. On the way out everything is checked to be back at rest: no load,
-no request under way, each accepted request finished exactly once.
+Sockets are real (loopback); only the peers' minds are the test's. On the way out everything is checked to be back at
+rest: no load, no request under way, each accepted request finished exactly once.
 """
 
 from __future__ import annotations
@@ -246,7 +246,8 @@ class Recorder(Listener):
 
 
 class Play:
-    """See the module. `healthy=False` leaves the workers starting; the rest has the meaning of the classes it goes to."""
+    """See the module. `healthy=False` leaves the workers starting; the rest has the meaning of the classes it goes
+    to."""
 
     def __init__(
         self,
@@ -322,7 +323,8 @@ class Play:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._server is not None and self._sweeper is not None
+        assert self._server is not None
+        assert self._sweeper is not None
         self._server.close()
         for peer in [*self._clients, *self._seen]:
             peer.writer.transport.abort()
@@ -354,7 +356,7 @@ class Play:
 
         async def turning() -> None:
             while not holds():
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0.001)  # noqa: ASYNC110  # what is waited for is the router's, which has no event for it
 
         await asyncio.wait_for(turning(), PATIENCE)
 

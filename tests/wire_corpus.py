@@ -3,9 +3,9 @@
 A corpus file is read line by line; `\\r`, `\\x00` and the like stand for the bytes:
 
     # why these cases are here
-    @ POST / HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: {}\\r\\n\\r\\nhello      the message; {} is where the cases differ
-    400 | +5                                                            verdict | case
-    ok | 005 | POST / hello                                             verdict | case | what was understood
+    @ POST / HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: {}\\r\\n\\r\\nhello    the message; {} is where the cases differ
+    400 | +5                        verdict | case
+    ok | 005 | POST / hello         verdict | case | what was understood
 
 Verdicts: `ok` (served), `more` (the message is not all there), and for what is refused the status of the answer.
 Requests are understood as "METHOD PATH BODY, METHOD PATH BODY"; responses as "STATUS PAYLOAD", followed by `+N` where N
@@ -15,6 +15,7 @@ bytes stand behind the message and by `...` where the payload lasts until the co
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +66,7 @@ def each_case(name: str) -> pytest.MarkDecorator:
 def pieces(raw: bytes, cuts: Iterable[int]) -> list[bytes]:
     """The message as it arrives when reads end at `cuts`."""
     places = [0, *sorted(cuts), len(raw)]
-    return [raw[start:end] for start, end in zip(places, places[1:], strict=False)]
+    return [raw[start:end] for start, end in itertools.pairwise(places)]
 
 
 def splits(raw: bytes) -> Iterator[list[bytes]]:

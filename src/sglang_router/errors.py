@@ -1,7 +1,7 @@
 """Every error the router itself answers with, in one place, ordered by who can mend it.
 
-An error is an exception with an HTTP status, a stable `code` for programs, a `type` in OpenAI's vocabulary and a message
-for people that says what to do. `RouterError.body()` is the only place that knows the shape of an error answer:
+An error is an exception with an HTTP status, a stable `code` for programs, a `type` in OpenAI's vocabulary and a
+message for people that says what to do. `RouterError.body()` is the only place that knows the shape of an error answer:
 
     {"error": {"message": "...", "type": "...", "code": "...", "param": null}}
 

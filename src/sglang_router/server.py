@@ -4,11 +4,11 @@
       Gateway.__init__              builds: fleet, policy, router, upstream, listeners, control plane, service
       Gateway.start                 listens; workers are registered at once and checked concurrently
       ... until SIGTERM or SIGINT
-      Gateway.stop                  no new connections, idle ones closed, running requests finished within the grace period
+      Gateway.stop                  no new connections; running requests are finished within the grace period
 
-This is the only module that knows all the others. The cyclic garbage collector is taken out of the way here as well: what exists after
-the start is frozen, young garbage is collected in small bites (`_COLLECT_EVERY`), and the prefix tree is invisible to it by
-construction (see `core.tree`).
+This is the only module that knows all the others. The cyclic garbage collector is taken out of the way here as well:
+what exists after the start is frozen, young garbage is collected in small bites (`_COLLECT_EVERY`), and the prefix
+tree is invisible to it by construction (see `core.tree`).
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ _CLOCK = time.monotonic
 _SWEEP_EVERY = 0.25
 _COLLECT_EVERY = 1.0
 _TIDY_STEPS = 512
+_TIDY_PAUSE = 0.01
 _BACKLOG = 4096
 
 
 class _Membership(Listener):
-    """Hears of workers on behalf of the network: checks those that come, lets go of those that leave, wakes who waits."""
+    """Hears of workers on behalf of the network: checks those that come, lets go of those that leave, wakes who
+    waits."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -83,7 +85,7 @@ class Gateway:
         rng = random.Random()
         self.policy = POLICIES[args.policy](_policy_settings(args), rng)
         self._servers: list[asyncio.Server] = []
-        self._timers: list[asyncio.TimerHandle] = []
+        self._timers: dict[str, asyncio.TimerHandle] = {}
         listeners = Listeners()
         self.deferred = Deferred(loop.call_later)
         self.fleet = Fleet(listeners, lambda: str(uuid.uuid4()), _breaker_rules(args), args.worker_startup_timeout_secs)
@@ -165,7 +167,7 @@ class Gateway:
             self.fleet.add(WorkerSpec(url=url, api_key=args.worker_api_key, health=health_rules(args)), _CLOCK())
         self._sweep()
         self._tidy()
-        gc.collect()
+        self._collect()
         gc.freeze()
         gc.disable()
         log.info("listening on %s, policy %s, %d workers", self.url, args.policy, len(self.fleet))
@@ -198,14 +200,20 @@ class Gateway:
     def _sweep(self) -> None:
         self.service.sweep()
         self._metrics_service.sweep()
-        self._timers = [t for t in self._timers if not t.cancelled() and t.when() > self.loop.time()]
-        self._timers.append(self.loop.call_later(_SWEEP_EVERY, self._sweep))
+        self._timers["sweep"] = self.loop.call_later(_SWEEP_EVERY, self._sweep)
+
+    def _collect(self) -> None:
+        """Young garbage: what a second's requests left in cycles, which should be nothing."""
+        gc.collect(0)
+        self._timers["collect"] = self.loop.call_later(_COLLECT_EVERY, self._collect)
 
     def _tidy(self) -> None:
-        """Upkeep in small bites: what removed workers left in the tree, entries that rested too long, young garbage."""
+        """Upkeep of the policy's memory in small bites: what removed workers left, and what rested too long."""
         more = self.policy.tidy(_CLOCK(), _TIDY_STEPS)
-        gc.collect(0)
-        self._timers.append(self.loop.call_later(0.01 if more else _COLLECT_EVERY, self._tidy))
+        if not more:
+            gc.collect()
+        pause = _TIDY_PAUSE if more else self.args.eviction_interval_secs
+        self._timers["tidy"] = self.loop.call_later(pause, self._tidy)
 
     async def stop(self) -> None:
         """Finishes what is under way, within the grace period, and closes everything."""
@@ -216,16 +224,15 @@ class Gateway:
             connection.close_if_idle()
         for relay in list(self.service.waiting):
             relay.refuse(ShuttingDown())
-        deadline = self.loop.time() + self.args.shutdown_grace_period_secs
         if self.service.active:
             log.info("finishing %d running requests", self.service.active)
-        while self.service.active and self.loop.time() < deadline:
-            await asyncio.sleep(0.02)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.service.quiet.wait(), self.args.shutdown_grace_period_secs)
         if self.service.active:
             log.warning("the grace period is over: %d requests are cut", self.service.active)
         for connection in list(self.service.connections):
             connection.transport.abort() if self.service.active else connection.transport.close()
-        for timer in self._timers:
+        for timer in self._timers.values():
             timer.cancel()
         await self.prober.close()
         await self.upstream.close()

@@ -41,7 +41,7 @@ async def exchange(play: Play, client: Client, path: str = CHAT, body: bytes = B
     return await play.leg()
 
 
-# -- the good way --------------------------------------------------------------------------------------------------------
+# -- the good way ------------------------------------------------------------------------------------------------------
 
 
 @on_loop
@@ -71,7 +71,8 @@ async def test_request_id_is_the_clients_or_a_new_one_and_reaches_both_sides() -
         await leg.request()
         await leg.answer(200)
         made = (await client.response()).headers["x-request-id"]
-        assert made.startswith("gnt-") and len(made) == 28
+        assert made.startswith("gnt-")
+        assert len(made) == 28
         assert leg.headers["x-request-id"] == made
 
 
@@ -257,7 +258,7 @@ async def test_interim_responses_are_not_the_answer() -> None:
         assert (response.status, response.body) == (200, b"real")
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -322,7 +323,7 @@ async def test_no_workers_is_503_with_retry_after() -> None:
         assert response.headers["x-smg-error-code"] == "no_workers"
 
 
-# -- workers that fail ---------------------------------------------------------------------------------------------------
+# -- workers that fail -------------------------------------------------------------------------------------------------
 
 
 @on_loop
@@ -556,7 +557,7 @@ async def test_return_to_a_failed_worker_comes_after_a_pause() -> None:
         assert (await client.response()).status == 200
 
 
-# -- clients that misbehave ----------------------------------------------------------------------------------------------
+# -- clients that misbehave --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -662,7 +663,7 @@ async def test_idle_connection_is_closed_without_a_word() -> None:
         await client.closed()
 
 
-# -- waiting -------------------------------------------------------------------------------------------------------------
+# -- waiting -----------------------------------------------------------------------------------------------------------
 
 
 @on_loop
@@ -699,7 +700,7 @@ async def test_client_that_leaves_while_it_waits() -> None:
         assert not play.service.waiting
 
 
-# -- removal and load ----------------------------------------------------------------------------------------------------
+# -- removal and load --------------------------------------------------------------------------------------------------
 
 
 @on_loop

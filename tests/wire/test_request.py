@@ -236,7 +236,7 @@ def test_after_an_error_nothing_is_read() -> None:
     (error,) = parser.feed(b"nonsense\r\n\r\n")
     assert isinstance(error, BadHTTP)
     assert parser.feed(HEAD + b"\r\n") == []
-    assert not (parser.mid_head or parser.mid_body)
+    assert (parser.mid_head, parser.mid_body, parser.wants_continue) == (False, False, False)
     parser.close()
     assert parser.feed(HEAD + b"\r\n") == []
 

@@ -1,7 +1,7 @@
 """Hands a request that is not inference to the control plane's ASGI app, and its answer to the client.
 
-The control plane is seldom asked, so here a task per request is fine. The app's answer streams: with a Content-Length as it is,
-otherwise chunked (or closing, for HTTP/1.0).
+The control plane is seldom asked, so here a task per request is fine. The app's answer streams: with a Content-Length
+as it is, otherwise chunked (or closing, for HTTP/1.0).
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@
                                                         |
                           the client leaves: exchange.gone()     it reads slowly: exchange.pause(), .resume()
 
-Only one exchange is under way at a time; pipelined requests wait parsed, and once more than `_AHEAD` bytes came early the
-socket is not read until the answer is out. `deadline` is the one timer of a connection; what it means follows from what
-the connection is doing: waiting for a request, for the rest of one, for the answer, or for the client to take its leave.
+Only one exchange is under way at a time; pipelined requests wait parsed, and once more than `_AHEAD` bytes came early
+the socket is not read until the answer is out. `deadline` is the one timer of a connection; what it means follows
+from what the connection is doing: waiting for a request, for the rest of one, for the answer, or for the client to
+take its leave.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Downstream(asyncio.Protocol):
         self._queue.clear()
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
-            self._service.active -= 1
+            self._service.ended()
             exchange.gone()
 
     def pause_writing(self) -> None:
@@ -157,7 +158,7 @@ class Downstream(asyncio.Protocol):
     def done(self, keep_alive: bool) -> None:
         """The answer to the request under way is written."""
         self._exchange = None
-        self._service.active -= 1
+        self._service.ended()
         if self.transport.is_closing():
             return
         if not keep_alive or self._service.draining:
@@ -207,8 +208,8 @@ class Downstream(asyncio.Protocol):
         self._linger()
 
     def _leave(self) -> None:
-        """Closes after the last answer, so that it arrives: closing at once while the client still sends would reset the connection and
-        destroy the answer in its buffer (RFC 9112 9.6)."""
+        """Closes after the last answer, so that it arrives: closing at once while the client still sends would reset
+        the connection and destroy the answer in its buffer (RFC 9112 9.6)."""
         if self._parser.mid_body or self._parser.mid_head or self._early:
             self._linger()
         else:
@@ -229,7 +230,7 @@ class Downstream(asyncio.Protocol):
     def abort(self) -> None:
         """Closes without a clean end, behind what was written: the answer could not be finished."""
         self._exchange = None
-        self._service.active -= 1
+        self._service.ended()
         self._service.turn.flush()
         self.transport.close()
 

@@ -6,8 +6,8 @@
                 '-- every worker is starting: wait until one is there or the time is up
 
 Whatever happens ends in `_end`, exactly once: the lease is closed, the client's connection goes on or closes, and one
-`Finished` is emitted. After the head of an answer has gone to the client nothing is retried; if the worker breaks then, the
-client gets an error event (when it reads a stream of events) and a connection that ends without a clean end.
+`Finished` is emitted. After the head of an answer has gone to the client nothing is retried; if the worker breaks
+then, the client gets an error event (when it reads a stream of events) and a connection that ends without a clean end.
 """
 
 from __future__ import annotations
@@ -66,7 +66,6 @@ class Relay:
         "_framing",
         "_keep_alive",
         "_leg",
-        "_turn",
         "_outcome",
         "_paused",
         "_plan",
@@ -79,6 +78,7 @@ class Relay:
         "_status",
         "_timer",
         "_transport",
+        "_turn",
         "decoding",
     )
 
@@ -160,7 +160,7 @@ class Relay:
         seconds = self._service.timeouts.request
         self._failed(Outcome.TIMEOUT, f"No whole answer within {seconds:g} s.")
 
-    # -- the decision -----------------------------------------------------------------------------------------------------
+    # -- the decision --------------------------------------------------------------------------------------------------
 
     def _route(self) -> None:
         assert self._facts is not None
@@ -223,7 +223,7 @@ class Relay:
             self.send()
         return True
 
-    # -- the worker's side (Sink) ------------------------------------------------------------------------------------------
+    # -- the worker's side (Sink) --------------------------------------------------------------------------------------
 
     def begin(self, head: ResponseHead, framing: Framing, data: bytes, done: bool) -> None:
         leg = self._leg
@@ -295,7 +295,7 @@ class Relay:
             return
         self._failed(outcome, detail)
 
-    # -- the end ----------------------------------------------------------------------------------------------------------
+    # -- the end -------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         keep_alive = self._keep_alive

@@ -40,8 +40,9 @@ REQUEST_ID_HEADERS = ("x-request-id", "x-correlation-id", "x-trace-id", "request
 
 
 class Timeouts(msgspec.Struct, frozen=True):
-    """Seconds. head: to finish a request head; body: the longest silence inside a body; idle: between requests of a kept connection;
-    request: a whole exchange with the workers; starting: how long a request waits while every worker still starts."""
+    """Seconds. head: to finish a request head; body: the longest silence inside a body; idle: between requests of a
+    kept connection; request: a whole exchange with the workers; starting: how long a request waits while every worker
+    still starts."""
 
     head: float = 30.0
     body: float = 60.0
@@ -85,6 +86,7 @@ class Service:
         self.draining = False
         self.connections: set[Downstream] = set()
         self.active = 0  # requests under way
+        self.quiet = asyncio.Event()  # set when the last of them ended while draining
         self.waiting: set[Relay] = set()  # requests that came while every worker was starting
         # What a request's headers may tell: an id (the place in the order of preference), or one of the two below.
         self.watched = {name.lower().encode(): place for place, name in enumerate(request_id_headers)}
@@ -103,6 +105,12 @@ class Service:
         """The client's own id, from the best of the headers it may come in, else a new one."""
         named = [(self.watched.get(name, -1), value) for name, value in headers if self.usable_id(value)]
         return min((found for found in named if found[0] >= 0), default=(0, b""))[1] or self.request_id(prefix)
+
+    def ended(self) -> None:
+        """One request less is under way."""
+        self.active -= 1
+        if not self.active and self.draining:
+            self.quiet.set()
 
     def wake(self) -> None:
         """Lets the waiting requests look again; called when a worker changed."""

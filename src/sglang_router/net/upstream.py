@@ -7,12 +7,12 @@
     Connection.data_received -> wire.response: head, framing -> sink.begin(...), sink.data(..., done)
                                                                  sink.broken(outcome, detail)
 
-A Sink is whoever reads the answer: `net.relay.Relay` hands the bytes on, `Collector` gathers them for the control plane and the
-health checks. Nothing is awaited and nothing is created per chunk.
+A Sink is whoever reads the answer: `net.relay.Relay` hands the bytes on, `Collector` gathers them for the control
+plane and the health checks. Nothing is awaited and nothing is created per chunk.
 
-A connection goes back to the pool only after a whole, well-framed answer to a wholly sent request, with no byte behind it. One
-that dies unused before any byte of an answer was merely stale (engines close idle connections after 5 s, or after a
-streamed reply without saying so): the leg is sent again on a fresh one, and nobody is blamed.
+A connection goes back to the pool only after a whole, well-framed answer to a wholly sent request, with no byte
+behind it. One that dies unused before any byte of an answer was merely stale (engines close idle connections after 5
+s, or after a streamed reply without saying so): the leg is sent again on a fresh one, and nobody is blamed.
 """
 
 from __future__ import annotations

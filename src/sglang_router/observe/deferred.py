@@ -1,9 +1,10 @@
 """Hands events to listeners in batches, away from the requests they tell of.
 
-Between two requests a listener finds the processor's caches full of other code, and takes several times as long as it takes for
-many events in a row: metrics and access line together 11 us of a request one by one, 2.5 us in batches of 32
-(Python 3.11, 2 shared cores). So events are only put into a list here; the listeners hear them when `_MOST` are there, when
-`_LONGEST` seconds have passed, or when someone asks (`flush`: before a scrape, and at the end). Their order stays.
+Between two requests a listener finds the processor's caches full of other code, and takes several times as long as it
+takes for many events in a row: metrics and access line together 11 us of a request one by one, 2.5 us in batches of 32
+(Python 3.11, 2 shared cores). So events are only put into a list here; the listeners hear them when `_MOST` are
+there, when `_LONGEST` seconds have passed, or when someone asks (`flush`: before a scrape, and at the end). Their
+order stays.
 """
 
 from __future__ import annotations
@@ -49,5 +50,3 @@ class Deferred(Listeners):
         events, self._events = self._events, []
         for event in events:
             self._hear[type(event)](event)
-
-
