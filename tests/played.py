@@ -355,8 +355,8 @@ class Play:
         """Returns when it holds; the loop turns meanwhile."""
 
         async def turning() -> None:
-            while not holds():
-                await asyncio.sleep(0.001)  # noqa: ASYNC110  # what is waited for is the router's, which has no event for it
+            while not holds():  # noqa: ASYNC110  # what is waited for is the router's, which has no event for it
+                await asyncio.sleep(0.001)
 
         await asyncio.wait_for(turning(), PATIENCE)
 
