@@ -239,8 +239,8 @@ class RequestParser:
 def _origin_form(target: bytes) -> bytes:
     """Path and query of a target in absolute form (RFC 9112 3.2.2), as clients of a proxy send it; `*` stays `*`."""
     whole, mark, query = target.partition(b"?")
-    rest = whole.partition(b"://")[2]
-    return b"/" + rest.partition(b"/")[2] + mark + query if rest else target
+    _, absolute, rest = whole.partition(b"://")
+    return b"/" + rest.partition(b"/")[2] + mark + query if absolute else target
 
 
 def _verdict(exc: httptools.HttpParserError) -> RouterError:

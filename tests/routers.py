@@ -1,0 +1,246 @@
+"""Real router processes for tests: the command as users start it, on free ports, ended as users end it.
+
+    with engine_processes(2, "--speed", "0") as urls, router_process(urls, "--policy", "round_robin") as router:
+        router.post("/generate", {"text": "x"}).status     # speaks HTTP to it
+        router.samples().total("sgl_router_retries_total")  # what it counted
+        router.until(lambda: router.worker(urls[0])["load"] == 0)
+
+Whatever the test is about, the process must then end on SIGTERM with status 0 within seconds, and its log may hold no
+traceback and no warning of Python's. A test that ends the router itself asks for `router.exit_status()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlsplit
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from engines import start_engine
+
+WITHIN = 30.0
+"""Seconds after which a test that waits has failed; a busy machine is slow."""
+ENDS_WITHIN = 10.0
+COMMAND = (sys.executable, "-W", "error", "-m", "sglang_router.launch_router")
+_PORTS = (10_000, 29_000)
+"""Below those that the system gives to outgoing connections: one of them could take the port of a server that is away,
+and a connection to such a port can even meet itself."""
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Samples:
+    """One scrape: the value of each sample by its name and labels."""
+
+    def __init__(self, exposition: str) -> None:
+        families = text_string_to_metric_families(exposition)
+        self.all = {
+            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum over the samples of that name that have these labels; those there are none of count 0."""
+        wanted = set(labels.items())
+        return sum(value for (known, has), value in self.all.items() if known == name and wanted <= set(has))
+
+    def by(self, name: str, label: str, **labels: str) -> dict[str, float]:
+        """The same, by the values of one label; what is 0 is left out."""
+        values = {dict(has)[label] for known, has in self.all if known == name and label in dict(has)}
+        totals = {value: self.total(name, **{label: value}, **labels) for value in values}
+        return {value: total for value, total in totals.items() if total}
+
+
+class RouterProcess:
+    """A router that runs. `url` is where clients reach it, `metrics_url` the scrape of its own port for that."""
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str, metrics_url: str, log: Path) -> None:
+        self.process = process
+        self.url = url
+        self.metrics_url = metrics_url
+        self._log = log
+        self._asked = False
+
+    # -- its door ----------------------------------------------------------------------------------------
+
+    def ask(self, method: str, target: str, value: Any = None, **headers: str) -> Answer:
+        """One request on a connection of its own; `value` goes as JSON, bytes as they are."""
+        return ask(self.url, method, target, value, **headers)
+
+    def get(self, target: str) -> Answer:
+        return self.ask("GET", target)
+
+    def post(self, target: str, value: Any = None, **headers: str) -> Answer:
+        return self.ask("POST", target, value, **headers)
+
+    def workers(self) -> dict[str, dict[str, Any]]:
+        """What GET /workers tells, by URL."""
+        return {worker["url"]: worker for worker in self.get("/workers").json()["workers"]}
+
+    def worker(self, url: str) -> dict[str, Any]:
+        """What GET /workers/{id} tells."""
+        answer = self.get("/workers/" + quote(url, safe=""))
+        assert answer.status == 200, answer
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def samples(self, url: str = "") -> Samples:
+        """A scrape of /metrics, or of `url`."""
+        parts = urlsplit(url or self.url + "/metrics")
+        answer = ask(f"{parts.scheme}://{parts.netloc}", "GET", parts.path)
+        assert answer.status == 200, answer
+        return Samples(answer.body.decode())
+
+    # -- its life ----------------------------------------------------------------------------------------
+
+    def until(self, holds: Callable[[], bool], within: float = WITHIN) -> None:
+        """Waits until something is true, which only asking can tell. The log goes with the failure."""
+        deadline = time.monotonic() + within
+        while not holds():
+            assert self.process.poll() is None, f"the router ended:\n{self.log()}"
+            assert time.monotonic() < deadline, f"not within {within} s; the end of the log:\n{self.log()[-4000:]}"
+            time.sleep(0.01)
+
+    def until_healthy(self, *urls: str) -> None:
+        """Waits until these workers, or all there are, take requests."""
+
+        def well() -> bool:
+            workers = self.workers()
+            return all(workers[url]["is_healthy"] for url in urls or workers)
+
+        self.until(well)
+
+    def log(self) -> str:
+        """What it has written to standard error."""
+        return self._log.read_text(errors="replace")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of a log in JSON; the last one may still be on its way."""
+        return [json.loads(line) for line in self.log().splitlines(keepends=True) if line.endswith("\n")]
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def exit_status(self, within: float = ENDS_WITHIN) -> int:
+        """Waits for its end, which the test has brought about."""
+        self._asked = True
+        return self.process.wait(within)
+
+    def end(self) -> None:
+        """SIGTERM must do, and nothing may have gone wrong inside."""
+        if not self._asked:
+            assert self.process.poll() is None, f"ended before its time, {self.process.returncode}:\n{self.log()}"
+            self.process.terminate()
+            status = self.exit_status()
+            assert status == 0, f"exit status {status}:\n{self.log()}"
+        for bad in ("Traceback", "Exception ignored", "Warning:", "never retrieved"):
+            assert bad not in self.log(), self.log()
+
+
+def ask(url: str, method: str, target: str, value: Any = None, **headers: str) -> Answer:
+    """One request to a base URL on a connection of its own."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=WITHIN)
+    body = value if value is None or isinstance(value, bytes) else json.dumps(value).encode()
+    fields = {"content-type": "application/json"} if body else {}
+    with contextlib.closing(connection):
+        connection.request(method, target, body, fields | {name.replace("_", "-"): v for name, v in headers.items()})
+        got = connection.getresponse()
+        return Answer(got.status, {name.lower(): v for name, v in got.getheaders()}, got.read())
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port on which nobody listens now; who wants it must still expect to find it taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    while True:
+        port = random.randrange(*_PORTS)
+        with contextlib.suppress(OSError), socket.create_server((host, port), family=family):
+            return port
+
+
+def engine_on_fixed_port(*flags: str) -> tuple[subprocess.Popen[str], str]:
+    """An engine that can be started again with the same URL: its port is none the system gives away."""
+    for _ in range(5):
+        with contextlib.suppress(AssertionError):
+            return start_engine("--port", str(free_port()), *flags)
+    raise AssertionError("no engine could be started")
+
+
+def environment() -> dict[str, str]:
+    """The environment without options for the router."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_ROUTER_")}
+
+
+def start_router(urls: Sequence[str], *flags: str, log: Path, host: str = "127.0.0.1") -> RouterProcess:
+    """A router process that answers GET /health; its workers may still be starting."""
+    for _ in range(5):
+        port, metrics_port = free_port(host), free_port(host)
+        words = ["--host", host, "--port", str(port), *flags]
+        if "--prometheus-port" not in flags:
+            words += ["--prometheus-port", str(metrics_port)]
+        if urls:
+            words += ["--worker-urls", *urls]
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                [*COMMAND, *words], env=environment(), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink
+            )
+        name = f"[{host}]" if ":" in host else host
+        router = RouterProcess(process, f"http://{name}:{port}", f"http://{name}:{metrics_port}/metrics", log)
+        try:
+            if _listens(router):
+                return router
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        if "is in use" not in router.log():  # else somebody was quicker: other ports
+            break
+    raise AssertionError(f"the router did not start, exit status {process.returncode}:\n{router.log()}")
+
+
+def _listens(router: RouterProcess) -> bool:
+    deadline = time.monotonic() + WITHIN
+    while router.process.poll() is None:
+        with contextlib.suppress(OSError):
+            return router.get("/health").status == 200
+        assert time.monotonic() < deadline, f"no answer within {WITHIN} s:\n{router.log()}"
+        time.sleep(0.01)
+    return False
+
+
+@contextlib.contextmanager
+def router_process(
+    urls: Sequence[str], *flags: str, host: str = "127.0.0.1", healthy: bool = True
+) -> Iterator[RouterProcess]:
+    """A router in front of `urls`; `healthy`: the block begins when all of them are."""
+    with tempfile.TemporaryDirectory() as folder:
+        router = start_router(urls, *flags, log=Path(folder) / "router.log", host=host)
+        try:
+            if urls and healthy:
+                router.until_healthy(*urls)
+            yield router
+            router.end()
+        finally:
+            if router.process.poll() is None:
+                router.process.kill()
+                router.process.wait()
