@@ -215,3 +215,12 @@ def test_loads_are_the_engines_own_reports_else_the_routers_count() -> None:
 def test_there_are_no_loads_without_workers() -> None:
     with stack() as router:
         assert router.get("/get_loads").json() == {"workers": []}
+
+
+def test_the_engines_own_keys_are_not_told() -> None:
+    told = {"version": "0.5", "api_key": "hidden-1", "admin_api_key": "hidden-2", "ssl_keyfile_password": None}
+    with stack() as router:
+        router.fakes({"GET /get_server_info": answer(200, told)})
+        reply = router.get("/get_server_info")
+        assert "hidden" not in reply.text
+        assert reply.json() == {"version": "0.5", "api_key": "***", "admin_api_key": "***", "ssl_keyfile_password": None}

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import h11
 from hypothesis import given, settings
@@ -31,6 +30,7 @@ REFUSED_BY_US = {
     "Invalid character in Content-Length.": "h11 takes `5, 5`, a list that says one thing",
     "Transfer-Encoding can't be present with Content-Length.": "h11 lets Transfer-Encoding win",
     "Content-Length can't be present with Transfer-Encoding.": "as before, the other way round or in a trailer",
+    "Invalid `Transfer-Encoding` header value.": "as before: a second one, in a trailer; h11 throws trailers away",
     "HTTP/1.0 has no Transfer-Encoding.": "h11 reads chunks; servers of HTTP/1.0 do not",
     "Expected CRLF after version.": "bare LF behind the request line",
     "Missing expected CR after header value.": "bare LF behind a field",
@@ -167,10 +167,8 @@ def _fields_of(headers: Headers) -> Headers:
 
 
 def _origin_form(target: bytes) -> bytes:
-    if target.startswith(b"/") or b"://" not in target.partition(b"?")[0]:
-        return target
-    url = urlsplit(target)
-    return (url.path or b"/") + (b"?" + url.query if b"?" in target else b"")
+    rest = re.sub(rb"^[^:/?]+://[^/?]*", b"", target)
+    return rest if rest.startswith(b"/") or rest == target else b"/" + rest
 
 
 def our_answer(raw: bytes) -> Answer:

@@ -20,6 +20,7 @@ from sglang_router.errors import NotFound, Unavailable, WorkerUnreachable
 from sglang_router.net.upstream import Answer
 
 _TRIES = 3
+_SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
 """Workers that are asked, one after the other, for what any of them can tell."""
 _MODELS_HOLD = 1.0
 """Seconds for which the union of models is not asked for again."""
@@ -88,9 +89,22 @@ async def from_a_worker(context: Context, request: Request) -> Response:
         if isinstance(reply, Answer) and reply.status == 404:
             reply = await ask(context, worker, b"GET", _OTHER_NAMES[path].encode())
         if isinstance(reply, Answer) and reply.status < 500:
+            reply.body = _without_secrets(reply.body)
             return passed_on(reply)
         detail = f"{worker.url}: {trouble(reply)}"
     raise WorkerUnreachable(f"No worker answered {path}. {detail}")
+
+
+def _without_secrets(body: bytes) -> bytes:
+    """SGLang tells all its arguments, its own API keys among them: they are not for whoever reaches the router."""
+    try:
+        told = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return body
+    secrets = [name for name in _SECRETS if isinstance(told, dict) and told.get(name)]
+    if not secrets:
+        return body
+    return msgspec.json.encode({**told, **dict.fromkeys(secrets, "***")})
 
 
 # -- models ----------------------------------------------------------------------------------------------
