@@ -31,8 +31,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,17 +79,17 @@ class Session:
         for entry in os.scandir("/proc"):
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):  # it has just ended
-                    fields = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
-                    if int(fields[3]) == self.process.pid:
-                        yield fields
+                    told = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
+                    if int(told[3]) == self.process.pid:
+                        yield told
 
     def cpu(self) -> float:
         """Seconds in user and system mode since the start, all processes; in steps of 1 / TICK each."""
-        return sum(int(fields[11]) + int(fields[12]) for fields in self.stats()) / TICK
+        return sum(int(stat[11]) + int(stat[12]) for stat in self.stats()) / TICK
 
     def memory(self) -> float:
         """Resident memory of all processes, in MB."""
-        return sum(int(fields[21]) for fields in self.stats()) * PAGE / 1e6
+        return sum(int(stat[21]) for stat in self.stats()) * PAGE / 1e6
 
     def end(self) -> None:
         """SIGTERM, then SIGKILL, to the whole group."""
@@ -228,15 +228,20 @@ class Bench:
         if options.reference.exists():
             flags = ("--policy", "cache_aware", "--log-level", "error")
             found.append(self.router(REFERENCE, options.reference, workers, flags))
-        if program := shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"):
-            found.append(self.haproxy(program, workers))
+        if options.haproxy:
+            found.append(self.haproxy(options.haproxy, workers))
         return [*found, Target(DIRECT, workers[0])]
 
     def client(self, name: str, *words: object, within: float) -> dict[str, float]:
         """Runs a client to its end; what it printed."""
         command = [str(self.natives / name), *map(str, words)]
         result = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True, timeout=within + READY_WITHIN, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            timeout=within + READY_WITHIN,
+            start_new_session=True,
         )
         told: dict[str, float] = json.loads(result.stdout)
         return told
@@ -335,11 +340,11 @@ def run_part(bench: Bench, part: Part, options: argparse.Namespace) -> Results:
     return results
 
 
-def memory_rows(bench: Bench, options: argparse.Namespace) -> Iterator[list[str]]:
+def memory_rows(bench: Bench, flags: Sequence[str]) -> Iterator[list[str]]:
     """Resident memory while distinct prompts go through this router: one row for each kind of prompt."""
     for size, groups in ((400, GROUPS), (400, 0), (4_000, GROUPS)):
         label = f"{size:,} B, {'three quarters' if groups else 'nothing'} shared"
-        target = bench.router(OURS, Path(sys.executable), bench.workers(1, 0), options.flags)
+        target = bench.router(OURS, Path(sys.executable), bench.workers(1, 0), flags)
         assert target.session is not None
         readings, errors, rates = [target.session.memory()], 0.0, []
         for step in range(MEMORY_STEPS):
@@ -361,15 +366,14 @@ def memory_rows(bench: Bench, options: argparse.Namespace) -> Iterator[list[str]
 
 def median_of(samples: Sequence[Sample]) -> Sample:
     """Medians, but the sum of the errors."""
-    pick: Callable[[str], float] = lambda name: statistics.median(getattr(s, name) for s in samples)  # noqa: E731
-    return Sample(*map(pick, ("rate", "p50", "p99", "cpu", "memory")), errors=sum(s.errors for s in samples))
+    middle = {f.name: statistics.median(getattr(sample, f.name) for sample in samples) for f in fields(Sample)}
+    return Sample(**{**middle, "errors": sum(sample.errors for sample in samples)})
 
 
 def spread(samples: Sequence[Sample]) -> str:
     """Of CPU time over the rounds: half of the range, relative to the median."""
     values = [sample.cpu for sample in samples]
-    middle = statistics.median(values)
-    return f"{(max(values) - min(values)) / 2 / middle:.0%}" if middle and len(values) > 1 else "-"
+    return f"{(max(values) - min(values)) / 2 / statistics.median(values):.0%}" if min(values) else "-"
 
 
 def rows_of(results: Results) -> Iterator[list[str]]:
@@ -377,43 +381,108 @@ def rows_of(results: Results) -> Iterator[list[str]]:
         medians = {name: median_of(samples) for name, samples in by_target.items()}
         peer = medians.get(REFERENCE)
         for name, got in medians.items():
-            measured = name != DIRECT
             cells = [f"{got.rate:,.0f}", f"{got.p50 / 1e3:.2f}", f"{got.p99 / 1e3:.2f}"]
-            cells += [f"{got.cpu:.1f}", spread(by_target[name])] if measured else ["-", "-"]
-            cells += [f"{got.cpu / peer.cpu:.2f}" if peer and peer.cpu and measured else "-"]
             cells += [f"{got.p99 / peer.p99:.2f}" if peer and peer.p99 else "-"]
-            yield [load.label, name, *cells, f"{got.memory:.0f}" if measured else "-", f"{got.errors:.0f}"]
+            if name == DIRECT:
+                cells += ["-"] * 4
+            else:
+                cells += [f"{got.cpu:.1f}", spread(by_target[name])]
+                cells += [f"{got.cpu / peer.cpu:.2f}" if peer and peer.cpu else "-", f"{got.memory:.0f}"]
+            yield [load.label, name, *cells, f"{got.errors:.0f}"]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:
-    """Aligned for a terminal; in Markdown also readable as it is. Words to the left, figures to the right."""
-    widths = [max(len(row[n]) for row in [head, *rows]) for n in range(len(head))]
-    words = [not any(character.isdigit() for character in row) or n < 2 for n, row in enumerate(zip(*rows, strict=True))]
-    left = [n == 0 or head[n] == "target" for n in range(len(words))]
+    """Aligned, also in Markdown. The first columns hold words, up to the one called `target` if there is one."""
+    lefts = [n == 0 or "target" in head[n:] for n in range(len(head))]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    shapes = list(zip(widths, lefts, strict=True))
     lines = [
-        [cell.ljust(width) if to_left else cell.rjust(width) for cell, width, to_left in zip(row, widths, left, strict=True)]
+        [cell.ljust(width) if left else cell.rjust(width) for cell, (width, left) in zip(row, shapes, strict=True)]
         for row in [head, *rows]
     ]
     if not markdown:
         return "\n".join("  ".join(line).rstrip() for line in lines)
-    lines.insert(1, ["-" * width if to_left else "-" * (width - 1) + ":" for width, to_left in zip(widths, left, strict=True)])
+    lines.insert(1, ["-" * width if left else "-" * (width - 1) + ":" for width, left in shapes])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def machine(options: argparse.Namespace) -> str:
+def machine(flags: Sequence[str]) -> str:
     """What the figures were measured on and with."""
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    facts = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((fact.partition(":")[2].strip() for fact in facts if "model name" in fact), platform.machine())
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return (
-        f"{len(models) or os.cpu_count()} x {models[0] if models else platform.machine()}, Linux {platform.release()}, "
-        f"Python {platform.python_version()}, sglang_router {version('sglang-router')} at commit "
-        f"{commit.stdout.strip() or 'unknown'} with {' '.join(options.flags) or 'default options'}. CPU time is "
-        f"counted in ticks of {1000 / TICK:.0f} ms. Load average before: {os.getloadavg()[0]:.2f}."
+        f"{os.cpu_count()} x {model}, Linux {platform.release()}, Python {platform.python_version()}; sglang_router "
+        f"{version('sglang-router')}, commit {git.stdout.strip()}, {' '.join(flags) or 'default options'}; CPU time "
+        f"in ticks of {1000 / TICK:.0f} ms; load average before the start {os.getloadavg()[0]:.2f}."
     )
 
 
-def missing(options: argparse.Namespace) -> None:
+def show_memory(bench: Bench, options: argparse.Namespace) -> bool:
+    """The table of `--memory`; whether the limit held and no request failed."""
+    steps = [f"{step * MEMORY_STEP:,}" for step in range(1, MEMORY_STEPS + 1)]
+    head = ["MB after ... distinct prompts", "none", *steps, "requests/s", "errors", f"<= {MEMORY_LIMIT:.0f} MB"]
+    rows = list(memory_rows(bench, options.flags))
+    print(f"{options.about}\n\n{table(head, rows, options.markdown)}")
+    return all(row[-1] == "yes" for row in rows)
+
+
+def show_speed(bench: Bench, options: argparse.Namespace) -> bool:
+    """The tables of requests and streams; whether all requests to this router succeeded."""
     if not options.reference.exists():
-        say("skipped: the reference, sglang-router==0.3.2, is not installed (scripts/bench does it where PyPI answers)")
-    if not shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"):
-        say("skipped: HAProxy, which is not installed (apt-get install haproxy)")
+        say("skipped: sglang-router==0.3.2, not installed (scripts/bench does that where PyPI answers)")
+    if not options.haproxy:
+        say("skipped: HAProxy, not installed (apt-get install haproxy)")
+    print(f"{options.about} Medians of {options.rounds} rounds of {options.seconds:g} s.", flush=True)
+    good = True
+    for part in (REQUESTS, STREAMS):
+        results = run_part(bench, part, options)
+        good = good and not any(sample.errors for by_target in results.values() for sample in by_target[OURS])
+        rate, median, late = part.columns
+        head = ["load", "target", rate, median, late, "of ref.", f"CPU us/{part.unit[:-1]}", "+-", "of ref.", "RSS MB"]
+        print(f"\n{table([*head, 'errors'], list(rows_of(results)), options.markdown)}", flush=True)
+    return good
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5, help="of which medians are shown (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3, help="of each load (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one round of 1.2 s: rough")
+    parser.add_argument("--memory", action="store_true", help="resident memory over 300,000 distinct prompts instead")
+    parser.add_argument("--markdown", action="store_true", help="tables for docs/performance.md")
+    parser.add_argument("--reference", type=Path, default=PLACE / "reference/bin/python", help="Python that has 0.3.2")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="of this router; must come last")
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.seconds = 1, 1.2
+    options.haproxy = shutil.which("haproxy", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
+    options.about = machine(options.flags)
+    return options
+
+
+def main() -> int:
+    options = parse()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # also where SIGINT was ignored before us
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each stream takes two of a router
+    with tempfile.TemporaryDirectory(prefix="sglang-router-bench-") as folder:
+        bench = Bench(Path(folder), PLACE / "native")
+        try:
+            build(bench.natives)
+            return 0 if (show_memory if options.memory else show_speed)(bench, options) else 1
+        except (BenchError, OSError, subprocess.SubprocessError) as error:
+            say(str(error))
+            return 2
+        except KeyboardInterrupt:
+            say("interrupted")
+            return 130
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)  # nothing may interrupt the ending
+            bench.stack.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -147,6 +147,7 @@ class Gateway:
             prod=self.prober.prod,
             timeouts=_timeouts(args),
         )
+        self._services = (self.service, self._metrics_service)
         listeners.add(PolicyListener(self.policy))
         listeners.add(_Membership(self))
         listeners.add(WorkerLog())
@@ -175,7 +176,8 @@ class Gateway:
     @property
     def url(self) -> str:
         """Where clients reach the router."""
-        return f"http://{self.args.host}:{self._servers[0].sockets[0].getsockname()[1]}"
+        host = f"[{self.args.host}]" if ":" in self.args.host else self.args.host
+        return f"http://{host}:{self._servers[0].sockets[0].getsockname()[1]}"
 
     async def _listen(self, service: Service, host: str, port: int, option: str) -> None:
         try:
@@ -195,11 +197,11 @@ class Gateway:
         except ConfigError as exc:
             if "prometheus_port" in args.given:
                 raise
-            log.warning("%s; metrics are served on http://%s:%d/metrics only", exc, args.host, args.port)
+            log.warning("%s; metrics are served on %s/metrics only", exc, self.url)
 
     def _sweep(self) -> None:
-        self.service.sweep()
-        self._metrics_service.sweep()
+        for service in self._services:
+            service.sweep()
         self._timers["sweep"] = self.loop.call_later(_SWEEP_EVERY, self._sweep)
 
     def _collect(self) -> None:
@@ -215,29 +217,42 @@ class Gateway:
         pause = _TIDY_PAUSE if more else self.args.eviction_interval_secs
         self._timers["tidy"] = self.loop.call_later(pause, self._tidy)
 
-    async def stop(self) -> None:
-        """Finishes what is under way, within the grace period, and closes everything."""
+    async def stop(self, urgent: asyncio.Event) -> None:
+        """Takes nothing new and finishes what is under way: within the grace period, and until `urgent` is set."""
         for server in self._servers:
             server.close()
-        self.service.draining = self._metrics_service.draining = True
-        for connection in [*self.service.connections, *self._metrics_service.connections]:
-            connection.close_if_idle()
+        for service in self._services:
+            service.drain()
         for relay in list(self.service.waiting):
             relay.refuse(ShuttingDown())
         if self.service.active:
             log.info("finishing %d running requests", self.service.active)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.service.quiet.wait(), self.args.shutdown_grace_period_secs)
-        if self.service.active:
+        waits = [self.loop.create_task(work) for work in (self._drained(), urgent.wait())]
+        timeout = self.args.shutdown_grace_period_secs
+        await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        if self.service.active and not urgent.is_set():
             log.warning("the grace period is over: %d requests are cut", self.service.active)
-        for connection in list(self.service.connections):
-            connection.transport.abort() if self.service.active else connection.transport.close()
+
+    async def _drained(self) -> None:
+        for service in self._services:
+            await service.drained.wait()
+
+    async def close(self) -> None:
+        """Closes everything; what is still under way is cut."""
+        for server in self._servers:
+            server.close()
+        for service in self._services:
+            service.drain()
+            for connection in list(service.connections):
+                connection.transport.abort()
         for timer in self._timers.values():
             timer.cancel()
+        await self._drained()  # what was cut is told of as well
         await self.prober.close()
         await self.upstream.close()
         self.deferred.flush()
-        log.info("stopped")
 
 
 def serve(args: RouterArgs) -> int:
@@ -253,22 +268,35 @@ def serve(args: RouterArgs) -> int:
         writer.close()
 
 
+class _Signals:
+    """What signals ask for: to stop; asked again, to stop at once. `status` is that of the process."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.stop = asyncio.Event()
+        self.urgent = asyncio.Event()
+        self.status = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._hear, number)
+
+    def _hear(self, number: int) -> None:
+        if self.stop.is_set():
+            log.warning("second signal: leaving at once")
+            self.status = 128 + number
+            self.urgent.set()
+        self.stop.set()
+
+
 async def _run(args: RouterArgs, loop: asyncio.AbstractEventLoop, writer: logs.LogWriter) -> int:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, stop, number)
+    signals = _Signals(loop)
     gateway = Gateway(args, loop, writer)
-    await gateway.start()
-    await stop.wait()
-    await gateway.stop()
-    return 0
-
-
-def _on_signal(stop: asyncio.Event, number: int) -> None:
-    if stop.is_set():
-        log.warning("second signal: leaving at once")
-        raise SystemExit(128 + number)
-    stop.set()
+    try:
+        await gateway.start()
+        await signals.stop.wait()
+        await gateway.stop(signals.urgent)
+    finally:
+        await gateway.close()
+    log.info("stopped")
+    return signals.status
 
 
 def _raise_fd_limit() -> None:

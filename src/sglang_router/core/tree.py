@@ -144,6 +144,10 @@ class Tree:
         else:
             heapq.heappush(self._free, slot)
 
+    def books(self, slot: int) -> Slot:
+        """What is kept of a live slot, to read: for who asks for many sizes, again and again."""
+        return self._live(slot)
+
     def size(self, slot: int) -> int:
         """Bytes of text that a live slot holds."""
         return self._live(slot).size

@@ -103,12 +103,12 @@ class Downstream(asyncio.Protocol):
                 self.transport.pause_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._service.connections.discard(self)
+        self._service.left(self)
         self._parser.close()
         self._queue.clear()
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
-            self._service.ended()
+            self._service.active -= 1
             exchange.gone()
 
     def pause_writing(self) -> None:
@@ -158,7 +158,7 @@ class Downstream(asyncio.Protocol):
     def done(self, keep_alive: bool) -> None:
         """The answer to the request under way is written."""
         self._exchange = None
-        self._service.ended()
+        self._service.active -= 1
         if self.transport.is_closing():
             return
         if not keep_alive or self._service.draining:
@@ -230,7 +230,7 @@ class Downstream(asyncio.Protocol):
     def abort(self) -> None:
         """Closes without a clean end, behind what was written: the answer could not be finished."""
         self._exchange = None
-        self._service.ended()
+        self._service.active -= 1
         self._service.turn.flush()
         self.transport.close()
 
@@ -247,6 +247,7 @@ class Downstream(asyncio.Protocol):
             self.transport.close()
 
     def close_if_idle(self) -> None:
-        """For the shutdown: ends a connection that has nothing under way."""
-        if self._exchange is None:
+        """For the shutdown: ends a connection that has nothing under way. A request that is here already counts, and
+        one that takes its leave has its own time."""
+        if self._exchange is None and not self._queue and not self._lingering:
             self.transport.close()

@@ -86,7 +86,7 @@ class Service:
         self.draining = False
         self.connections: set[Downstream] = set()
         self.active = 0  # requests under way
-        self.quiet = asyncio.Event()  # set when the last of them ended while draining
+        self.drained = asyncio.Event()  # no new connections come, and the last one is closed
         self.waiting: set[Relay] = set()  # requests that came while every worker was starting
         # What a request's headers may tell: an id (the place in the order of preference), or one of the two below.
         self.watched = {name.lower().encode(): place for place, name in enumerate(request_id_headers)}
@@ -106,11 +106,21 @@ class Service:
         named = [(self.watched.get(name, -1), value) for name, value in headers if self.usable_id(value)]
         return min((found for found in named if found[0] >= 0), default=(0, b""))[1] or self.request_id(prefix)
 
-    def ended(self) -> None:
-        """One request less is under way."""
-        self.active -= 1
-        if not self.active and self.draining:
-            self.quiet.set()
+    def drain(self) -> None:
+        """Lets connections end with the answer that is under way; those that wait for a request end at once."""
+        self.draining = True
+        for connection in list(self.connections):
+            connection.close_if_idle()
+        self._look_drained()
+
+    def left(self, connection: Downstream) -> None:
+        """A connection is closed, its last bytes are out."""
+        self.connections.discard(connection)
+        self._look_drained()
+
+    def _look_drained(self) -> None:
+        if self.draining and not self.connections:
+            self.drained.set()
 
     def wake(self) -> None:
         """Lets the waiting requests look again; called when a worker changed."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sglang_router.core.policies.base import PolicySettings
     from sglang_router.core.request import Facts
     from sglang_router.core.tree import Match
+    from sglang_router.core.tree_node import Slot
     from sglang_router.core.worker import Worker
 
 
@@ -48,9 +49,10 @@ class CacheAware(Policy):
         self._abs = settings.balance_abs_threshold
         self._rel = settings.balance_rel_threshold
         self._by_slot: dict[int, Worker] = {}
-        # The mask of the candidates seen last: they are the same tuple until the fleet changes.
-        self._masked: tuple[Worker, ...] = ()
+        # Of the candidates seen last, which are the same tuple until the fleet changes: their mask and their slots.
+        self._known: tuple[Worker, ...] = ()
         self._mask = 0
+        self._books: list[Slot] = []
 
     def choose(self, facts: Facts, candidates: tuple[Worker, ...], now: float) -> Choice:
         text = facts.text
@@ -65,8 +67,9 @@ class CacheAware(Policy):
             worker, branch = self._longest(shortest, match), "imbalance"
             matched = match.length(worker.slot) - facts.scaffold
         else:
-            mask = self._mask if candidates is self._masked else self._mask_of(candidates)
-            length, owners = match.best(mask)
+            if candidates is not self._known:
+                self._get_to_know(candidates)
+            length, owners = match.best(self._mask)
             matched = length - facts.scaffold
             if matched > self._threshold * total and (matched >= _WORTH or matched == total):
                 worker, branch = self._owner(owners), "hit"
@@ -76,10 +79,10 @@ class CacheAware(Policy):
         self.tree.insert(match, worker.slot, now)
         return Choice(worker, branch, max(0, matched), total)
 
-    def _mask_of(self, candidates: tuple[Worker, ...]) -> int:
-        self._masked = candidates
+    def _get_to_know(self, candidates: tuple[Worker, ...]) -> None:
+        self._known = candidates
         self._mask = sum(1 << worker.slot for worker in candidates)
-        return self._mask
+        self._books = [self.tree.books(worker.slot) for worker in candidates]
 
     def _owner(self, owners: int) -> Worker:
         """The least loaded of an owner mask; it has the bits of candidates only."""
@@ -100,9 +103,11 @@ class CacheAware(Policy):
         return self.rotate([w for w, length in zip(shortest, lengths, strict=True) if length == most])
 
     def _smallest(self, candidates: tuple[Worker, ...]) -> Worker:
-        size = self.tree.size
-        sizes = [size(worker.slot) for worker in candidates]
+        """Of the candidates known."""
+        sizes = [books.size for books in self._books]
         low = min(sizes)
+        if sizes.count(low) == 1:
+            return candidates[sizes.index(low)]
         return self.least_loaded([w for w, s in zip(candidates, sizes, strict=True) if s == low])
 
     # -- notices -----------------------------------------------------------------------------------------------------
@@ -110,12 +115,12 @@ class CacheAware(Policy):
     def added(self, worker: Worker) -> None:
         worker.slot = self.tree.add_slot()
         self._by_slot[worker.slot] = worker
-        self._masked = ()
+        self._known = ()
 
     def removed(self, worker: Worker) -> None:
         del self._by_slot[worker.slot]
         self.tree.retire(worker.slot)
-        self._masked = ()
+        self._known = ()
 
     def emptied(self, worker: Worker) -> None:
         self.removed(worker)
