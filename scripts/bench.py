@@ -4,12 +4,10 @@
           |                |
       rates, delays    CPU time and memory of its whole session, from /proc
 
-`scripts/bench` (a shell script) prepares the environments and runs this. All targets of a part run at the same time,
-and are measured one after the other, round by round, in an order that rotates: a disturbance of the machine meets
-them all. What is printed are medians over the rounds. Every target gets the same prompts.
-
-CPU time per request or chunk is the figure to trust on a small or shared machine: requests per second also depend
-on what the clients and workers leave of it. The line `direct` (no router) shows what these alone can do.
+`scripts/bench` (a shell script) prepares the environments and runs this. All targets run at the same time and are
+measured one after the other, round by round, in an order that rotates: a disturbance of the machine meets them all.
+They get the same prompts. Printed are medians over the rounds. CPU time is the figure to trust on a small or shared
+machine: requests per second also depend on what clients and workers leave of it. `direct` is what these can do alone.
 """
 
 from __future__ import annotations
@@ -35,7 +33,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "scripts" / "native"
@@ -47,7 +44,7 @@ READY_WITHIN = 60.0  # seconds, as all times here
 ENDS_WITHIN = 10.0
 TICK = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
-MEMORY_LIMIT = 400.0  # MB
+MEMORY_LIMIT = 400  # MB
 MEMORY_STEPS, MEMORY_STEP = 6, 50_000  # distinct prompts: 300,000
 
 
@@ -59,7 +56,7 @@ def say(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
-# -- processes ---------------------------------------------------------------------------------------------------------
+# -- what is started ---------------------------------------------------------------------------------------------------
 
 
 def _die_with_parent() -> None:
@@ -68,28 +65,43 @@ def _die_with_parent() -> None:
 
 
 @dataclass
-class Session:
-    """A command in a session of its own, with all processes it starts."""
+class Server:
+    """A command in a session of its own, with all processes it starts, listening on `port`."""
 
+    name: str
+    port: int
     process: subprocess.Popen[str]
     log: Path
 
-    def stats(self) -> Iterator[list[str]]:
+    def _stats(self) -> Iterator[list[str]]:
         """For each process: the fields of /proc/PID/stat from the third on (proc(5))."""
-        for entry in os.scandir("/proc"):
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):  # it has just ended
-                    told = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
-                    if int(told[3]) == self.process.pid:
-                        yield told
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has just ended
+                told = path.read_text().rpartition(")")[2].split()
+                if int(told[3]) == self.process.pid:
+                    yield told
 
     def cpu(self) -> float:
         """Seconds in user and system mode since the start, all processes; in steps of 1 / TICK each."""
-        return sum(int(stat[11]) + int(stat[12]) for stat in self.stats()) / TICK
+        return sum(int(stat[11]) + int(stat[12]) for stat in self._stats()) / TICK
 
     def memory(self) -> float:
         """Resident memory of all processes, in MB."""
-        return sum(int(stat[21]) for stat in self.stats()) * PAGE / 1e6
+        return sum(int(stat[21]) for stat in self._stats()) * PAGE / 1e6
+
+    def wait_ready(self) -> Server:
+        """Returns itself when it serves with all workers."""
+        deadline = time.monotonic() + READY_WITHIN
+        while healthy_workers(self.port) < WORKERS:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                raise self.failure(f"ended with status {self.process.wait(0.1)}")
+            if time.monotonic() > deadline:
+                raise self.failure(f"was not ready in {READY_WITHIN:.0f} s")
+        return self
+
+    def failure(self, what: str) -> BenchError:
+        lines = self.log.read_text(errors="replace").splitlines()[-15:]
+        return BenchError("\n    ".join([f"{self.name} {what}. Its log ends with:", *lines]))
 
     def end(self) -> None:
         """SIGTERM, then SIGKILL, to the whole group."""
@@ -97,154 +109,105 @@ class Session:
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self.process.pid, number)
                 self.process.wait(ENDS_WITHIN)
-
-    def tail(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-15:]
-        return "\n".join(f"    {line}" for line in lines) or "    (empty)"
-
-
-@contextlib.contextmanager
-def session(name: str, folder: Path, command: Sequence[str]) -> Iterator[Session]:
-    """Runs `command` inside the block. Standard output is its pipe, standard error its log."""
-    log = folder / f"{name.replace(' ', '-')}.log"
-    with log.open("ab") as sink:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,  # not the checkout: the reference would import this package
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if name == "worker" else sink,
-            stderr=sink,
-            text=True,
-            start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-        )
-    started = Session(process, log)
-    try:
-        yield started
-    finally:
-        started.end()
-        if process.stdout:
-            process.stdout.close()
-
-
-def build(folder: Path) -> None:
-    """Compiles the native workers and clients into `folder`. BenchError if there is no compiler."""
-    compiler = os.environ.get("CC", "cc")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("worker", "load", "streams"):
-        command = [compiler, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-o", str(folder / name), f"{NATIVE}/{name}.c"]
-        try:
-            subprocess.run(command, check=True, timeout=60)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise BenchError(f"a C compiler is needed (apt-get install gcc libc6-dev): {error}") from None
-
-
-# -- targets -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Target:
-    """Something that requests can be sent to; without a session it is the worker itself."""
-
-    name: str
-    port: int
-    session: Session | None = None
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+        if self.process.stdout:
+            self.process.stdout.close()
 
 
 def healthy_workers(port: int) -> int:
     """What a router's /readiness tells; 0 while it does not answer."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/readiness", timeout=5) as answer:
-            told: dict[str, Any] = json.load(answer)
-            return int(told.get("healthy_workers", WORKERS))  # HAProxy passes the question on to a worker
+            return int(json.load(answer).get("healthy_workers", WORKERS))  # HAProxy passes the question to a worker
     except (OSError, http.client.HTTPException):
         return 0
 
 
-def wait_ready(target: Target) -> Target:
-    """Returns `target` when it serves with all workers."""
-    assert target.session is not None
-    deadline = time.monotonic() + READY_WITHIN
-    while healthy_workers(target.port) < WORKERS:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            target.session.process.wait(0.1)
-            raise BenchError(f"{target.name} ended. Its log:\n{target.session.tail()}")
-        if time.monotonic() > deadline:
-            raise BenchError(f"{target.name} was not ready in {READY_WITHIN:.0f} s. Its log:\n{target.session.tail()}")
-    return target
+def free_ports() -> tuple[int, int]:
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], other.getsockname()[1]
 
 
 @dataclass
 class Bench:
-    """Starts what is measured; everything has ended when `stack` is closed."""
+    """Starts what is measured and what measures; all has ended when `stack` is closed."""
 
     folder: Path  # for logs and configurations
-    natives: Path
+    natives: Path = PLACE / "native"
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    def start(self, name: str, *command: str) -> Session:
-        return self.stack.enter_context(session(name, self.folder, command))
+    def build(self) -> None:
+        """Compiles the workers and clients. BenchError if there is no compiler."""
+        self.natives.mkdir(parents=True, exist_ok=True)
+        for name in ("worker", "load", "streams"):
+            command = [os.environ.get("CC", "cc"), "-std=gnu11", "-O2", "-Wall", "-Wextra"]
+            command += ["-o", str(self.natives / name), str(NATIVE / f"{name}.c")]
+            try:
+                subprocess.run(command, check=True, timeout=60)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise BenchError(f"a C compiler is needed (apt-get install gcc libc6-dev): {error}") from None
 
-    def workers(self, chunks: int, interval_ms: int) -> list[int]:
-        """Starts the workers; their ports."""
-        started = self.start("worker", str(self.natives / "worker"), str(WORKERS), str(chunks), str(interval_ms))
+    def start(self, name: str, port: int, *command: object, told: bool = False) -> Server:
+        """Runs `command`; with `told`, its standard output is a pipe instead of the log."""
+        log = self.folder / f"{name}.log"
+        with log.open("ab") as sink:
+            process = subprocess.Popen(
+                [str(word) for word in command],
+                cwd=self.folder,  # not the checkout: the reference would import this package
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if told else sink,
+                stderr=sink,
+                text=True,
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+        server = Server(name, port, process, log)
+        self.stack.callback(server.end)
+        return server
+
+    def workers(self, chunks: int, interval_ms: int) -> tuple[Server, list[int]]:
+        """Starts the workers, all in one process; it and their ports."""
+        started = self.start(DIRECT, 0, self.natives / "worker", WORKERS, chunks, interval_ms, told=True)
         assert started.process.stdout is not None
         ports = [int(word) for word in started.process.stdout.readline().split()]
         if len(ports) != WORKERS:
-            raise BenchError(f"the worker did not start. Its log:\n{started.tail()}")
-        return ports
+            raise started.failure("told no ports")
+        started.port = ports[0]
+        return started, ports
 
-    def router(self, name: str, python: Path, workers: Sequence[int], flags: Sequence[str]) -> Target:
-        port, metrics_port = free_ports(2)
-        command = [str(python), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--prometheus-port", str(metrics_port), *flags]
-        command += ["--worker-urls", *(f"http://127.0.0.1:{worker}" for worker in workers)]
-        return wait_ready(Target(name, port, self.start(name, *command)))
+    def router(self, name: str, python: Path | str, workers: Sequence[int], flags: Sequence[str]) -> Server:
+        port, metrics_port = free_ports()
+        command = [python, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", port, *flags]
+        urls = [f"http://127.0.0.1:{worker}" for worker in workers]
+        server = self.start(name, port, *command, "--prometheus-port", metrics_port, "--worker-urls", *urls)
+        return server.wait_ready()
 
-    def haproxy(self, program: str, workers: Sequence[int]) -> Target:
+    def haproxy(self, program: str, workers: Sequence[int]) -> Server:
         """The limit of what a proxy can do: one thread in C that does not look at bodies."""
-        (port,) = free_ports(1)
-        servers = "".join(f"  server w{n} 127.0.0.1:{worker}\n" for n, worker in enumerate(workers))
+        port, _ = free_ports()
+        lines = [f"  bind 127.0.0.1:{port}", *(f"  server w{n} 127.0.0.1:{w}" for n, w in enumerate(workers))]
         path = self.folder / "haproxy.cfg"
-        path.write_text(
-            "global\n  nbthread 1\n  maxconn 8000\n"
-            "defaults\n  mode http\n  http-reuse always\n  option http-no-delay\n"
-            "  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n"
-            f"listen bench\n  bind 127.0.0.1:{port}\n  balance leastconn\n{servers}"
-        )
-        return wait_ready(Target(HAPROXY, port, self.start(HAPROXY, program, "-db", "-f", str(path))))
+        path.write_text("\n".join([(NATIVE / "haproxy.cfg").read_text().rstrip(), *lines, ""]))
+        return self.start(HAPROXY, port, program, "-db", "-f", path).wait_ready()
 
-    def targets(self, workers: Sequence[int], options: argparse.Namespace) -> list[Target]:
-        """All there are. The reference logs errors only: at its default it would log lines for every request."""
-        found = [self.router(OURS, Path(sys.executable), workers, options.flags)]
+    def targets(self, part: Part, options: argparse.Namespace) -> list[Server]:
+        """All there are. The reference logs errors only: its lines for every request would cost it time."""
+        direct, workers = self.workers(part.chunks, part.interval_ms)
+        found = [self.router(OURS, sys.executable, workers, options.flags)]
         if options.reference.exists():
             flags = ("--policy", "cache_aware", "--log-level", "error")
             found.append(self.router(REFERENCE, options.reference, workers, flags))
         if options.haproxy:
             found.append(self.haproxy(options.haproxy, workers))
-        return [*found, Target(DIRECT, workers[0])]
+        return [*found, direct]
 
-    def client(self, name: str, *words: object, within: float) -> dict[str, float]:
-        """Runs a client to its end; what it printed."""
-        command = [str(self.natives / name), *map(str, words)]
-        result = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-            timeout=within + READY_WITHIN,
-            start_new_session=True,
-        )
-        told: dict[str, float] = json.loads(result.stdout)
-        return told
+    def client(self, name: str, target: Server, connections: int, seconds: float, *words: object) -> dict[str, float]:
+        """Runs a client to its end; what it told."""
+        command = map(str, (self.natives / name, target.port, connections, seconds, *words))
+        told = subprocess.run([*command], stdout=subprocess.PIPE, check=True, timeout=seconds + READY_WITHIN).stdout
+        os.truncate(target.log, 0)  # it may get a line for each request
+        return dict(json.loads(told))
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -252,46 +215,33 @@ class Bench:
 
 @dataclass(frozen=True)
 class Load:
-    """One kind of load: a row for each target."""
+    """One kind of load: a row for each target. `size` is that of a prompt, in bytes."""
 
     label: str
-    client: str  # the native program
+    client: str
     connections: int
-    size: int  # of a prompt, in bytes
+    size: int
     extra: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Part:
-    """Loads that are measured with the same workers and targets. `unit` is what CPU time is divided by."""
+    """Loads that are measured with the same workers and targets. CPU time is divided by the number of `unit`."""
 
     unit: str
-    columns: tuple[str, str, str]  # heads of rate, median and p99
+    heads: Sequence[str]  # of rate, median and p99
     chunks: int
     interval_ms: int
     loads: Sequence[Load]
 
 
-REQUESTS = Part(
-    "requests",
-    ("requests/s", "p50 ms", "p99 ms"),
-    100,
-    0,
-    [
-        Load("200 B", "load", 32, 200),
-        Load("4 kB", "load", 32, 4_000),
-        Load("16 kB", "load", 32, 16_000),
-        Load("64 kB", "load", 32, 64_000),
-        Load("1 kB, 1 connection", "load", 1, 1_000),
-        Load("1 kB, 100 chunks at once", "load", 32, 1_000, ("stream",)),
-    ],
-)
-STREAMS = Part(
-    "chunks",
-    ("streams/s", "delay p50 ms", "delay p99 ms"),
-    50,
-    20,
-    [Load("500 streams", "streams", 500, 1_000), Load("1,500 streams", "streams", 1_500, 1_000)],
+SIZES = {"200 B": 200, "4 kB": 4_000, "16 kB": 16_000, "64 kB": 64_000}
+CALLS = [Load(label, "load", 32, size) for label, size in SIZES.items()]
+CALLS += [Load("1 kB, alone", "load", 1, 1_000), Load("1 kB, 100 chunks at once", "load", 32, 1_000, ("stream",))]
+PACED = [Load(f"{count:,} streams", "streams", count, 1_000) for count in (500, 1_500)]
+PARTS = (
+    Part("requests", ("requests/s", "p50 ms", "p99 ms"), chunks=100, interval_ms=0, loads=CALLS),
+    Part("chunks", ("streams/s", "delay p50 ms", "delay p99 ms"), chunks=50, interval_ms=20, loads=PACED),
 )
 
 
@@ -307,24 +257,19 @@ class Sample:
     errors: float
 
 
-def measure(bench: Bench, part: Part, load: Load, target: Target, seconds: float, seed: int) -> Sample:
-    before = target.session.cpu() if target.session else 0.0
-    words = (target.port, load.connections, seconds, load.size, GROUPS, seed, *load.extra)
-    told = bench.client(load.client, *words, within=seconds)
-    spent, memory = 0.0, 0.0
-    if target.session:
-        spent, memory = target.session.cpu() - before, target.session.memory()
-        os.truncate(target.session.log, 0)  # a line for each request, at a high rate
-    cpu = spent * 1e6 / max(told[part.unit], 1)
-    return Sample(told["rate"], told["p50_us"], told["p99_us"], cpu, memory, told["errors"])
-
-
 Results = dict[Load, dict[str, list[Sample]]]
+
+
+def measure(bench: Bench, part: Part, load: Load, target: Server, seconds: float, seed: int) -> Sample:
+    before = target.cpu()
+    told = bench.client(load.client, target, load.connections, seconds, load.size, GROUPS, seed, *load.extra)
+    cpu = (target.cpu() - before) * 1e6 / max(told[part.unit], 1)
+    return Sample(told["rate"], told["p50_us"], told["p99_us"], cpu, target.memory(), told["errors"])
 
 
 def run_part(bench: Bench, part: Part, options: argparse.Namespace) -> Results:
     """All rounds of a part: the samples of each target under each load."""
-    targets = bench.targets(bench.workers(part.chunks, part.interval_ms), options)
+    targets = bench.targets(part, options)
     results: Results = {load: {target.name: [] for target in targets} for load in part.loads}
     for target in targets:
         measure(bench, part, part.loads[0], target, 0.5, 0)  # code and connections get warm
@@ -334,31 +279,26 @@ def run_part(bench: Bench, part: Part, options: argparse.Namespace) -> Results:
             for target in targets[turn:] + targets[:turn]:
                 sample = measure(bench, part, load, target, options.seconds, number + 1)
                 results[load][target.name].append(sample)
-                shown = f"{sample.rate:,.0f} {part.columns[0]}, {sample.cpu:.1f} us of CPU each of the {part.unit}"
+                shown = f"{sample.rate:,.0f} {part.heads[0]}, p99 {sample.p99 / 1e3:.2f} ms"
                 say(f"round {number + 1}/{options.rounds}: {load.label}: {target.name}: {shown}")
     bench.stack.close()
     return results
 
 
-def memory_rows(bench: Bench, flags: Sequence[str]) -> Iterator[list[str]]:
-    """Resident memory while distinct prompts go through this router: one row for each kind of prompt."""
-    for size, groups in ((400, GROUPS), (400, 0), (4_000, GROUPS)):
-        label = f"{size:,} B, {'three quarters' if groups else 'nothing'} shared"
-        target = bench.router(OURS, Path(sys.executable), bench.workers(1, 0), flags)
-        assert target.session is not None
-        readings, errors, rates = [target.session.memory()], 0.0, []
-        for step in range(MEMORY_STEPS):
-            words = (target.port, 32, 300, size, groups, step + 1, MEMORY_STEP)
-            told = bench.client("load", *words, within=300)
-            os.truncate(target.session.log, 0)
-            readings.append(target.session.memory())
-            errors += told["errors"]
-            rates.append(told["rate"])
-            say(f"{label}: {(step + 1) * MEMORY_STEP:,} prompts: {readings[-1]:.0f} MB, {told['rate']:,.0f} requests/s")
-        bench.stack.close()
-        verdict = "yes" if max(readings) <= MEMORY_LIMIT and not errors else "NO"
-        shown = [f"{reading:.0f}" for reading in readings]
-        yield [label, *shown, f"{statistics.median(rates):,.0f}", f"{errors:.0f}", verdict]
+def measure_memory(bench: Bench, size: int, groups: int, flags: Sequence[str]) -> list[str]:
+    """Resident memory while distinct prompts go through this router: a row of the table."""
+    label = f"{size:,} B, {'three quarters' if groups else 'nothing'} shared"
+    target = bench.router(OURS, sys.executable, bench.workers(1, 0)[1], flags)
+    readings, errors, rates = [target.memory()], 0.0, []
+    for step in range(1, MEMORY_STEPS + 1):
+        told = bench.client("load", target, 32, 300, size, groups, step, MEMORY_STEP)
+        readings.append(target.memory())
+        errors += told["errors"] + MEMORY_STEP - told["requests"]
+        rates.append(told["rate"])
+        say(f"{label}: {step * MEMORY_STEP:,} prompts: {readings[-1]:.0f} MB")
+    bench.stack.close()
+    verdict = "yes" if max(readings) <= MEMORY_LIMIT and not errors else "NO"
+    return [label, *map("{:.0f}".format, readings), f"{statistics.median(rates):,.0f}", f"{errors:.0f}", verdict]
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
@@ -373,7 +313,8 @@ def median_of(samples: Sequence[Sample]) -> Sample:
 def spread(samples: Sequence[Sample]) -> str:
     """Of CPU time over the rounds: half of the range, relative to the median."""
     values = [sample.cpu for sample in samples]
-    return f"{(max(values) - min(values)) / 2 / statistics.median(values):.0%}" if min(values) else "-"
+    half = (max(values) - min(values)) / 2
+    return f"{half / statistics.median(values):.0%}" if half else "-"
 
 
 def rows_of(results: Results) -> Iterator[list[str]]:
@@ -421,9 +362,10 @@ def machine(flags: Sequence[str]) -> str:
 def show_memory(bench: Bench, options: argparse.Namespace) -> bool:
     """The table of `--memory`; whether the limit held and no request failed."""
     steps = [f"{step * MEMORY_STEP:,}" for step in range(1, MEMORY_STEPS + 1)]
-    head = ["MB after ... distinct prompts", "none", *steps, "requests/s", "errors", f"<= {MEMORY_LIMIT:.0f} MB"]
-    rows = list(memory_rows(bench, options.flags))
-    print(f"{options.about}\n\n{table(head, rows, options.markdown)}")
+    head = ["MB after ... distinct prompts", "none", *steps, "requests/s", "errors", f"<= {MEMORY_LIMIT} MB"]
+    print(machine(options.flags), flush=True)
+    rows = [measure_memory(bench, *kind, options.flags) for kind in ((400, GROUPS), (400, 0), (4_000, GROUPS))]
+    print(f"\n{table(head, rows, options.markdown)}")
     return all(row[-1] == "yes" for row in rows)
 
 
@@ -433,13 +375,12 @@ def show_speed(bench: Bench, options: argparse.Namespace) -> bool:
         say("skipped: sglang-router==0.3.2, not installed (scripts/bench does that where PyPI answers)")
     if not options.haproxy:
         say("skipped: HAProxy, not installed (apt-get install haproxy)")
-    print(f"{options.about} Medians of {options.rounds} rounds of {options.seconds:g} s.", flush=True)
+    print(f"{machine(options.flags)} Medians of {options.rounds} rounds of {options.seconds:g} s.", flush=True)
     good = True
-    for part in (REQUESTS, STREAMS):
+    for part in PARTS:
         results = run_part(bench, part, options)
         good = good and not any(sample.errors for by_target in results.values() for sample in by_target[OURS])
-        rate, median, late = part.columns
-        head = ["load", "target", rate, median, late, "of ref.", f"CPU us/{part.unit[:-1]}", "+-", "of ref.", "RSS MB"]
+        head = ["load", "target", *part.heads, "of ref.", f"CPU us/{part.unit[:-1]}", "+-", "of ref.", "RSS MB"]
         print(f"\n{table([*head, 'errors'], list(rows_of(results)), options.markdown)}", flush=True)
     return good
 
@@ -448,16 +389,15 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="of which medians are shown (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3, help="of each load (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one round of 1.2 s: rough")
+    parser.add_argument("--quick", action="store_true", help="one round of 1 s: rough")
     parser.add_argument("--memory", action="store_true", help="resident memory over 300,000 distinct prompts instead")
     parser.add_argument("--markdown", action="store_true", help="tables for docs/performance.md")
     parser.add_argument("--reference", type=Path, default=PLACE / "reference/bin/python", help="Python that has 0.3.2")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="of this router; must come last")
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.seconds = 1, 1.2
+        options.rounds, options.seconds = 1, 1
     options.haproxy = shutil.which("haproxy", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
-    options.about = machine(options.flags)
     return options
 
 
@@ -468,9 +408,9 @@ def main() -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each stream takes two of a router
     with tempfile.TemporaryDirectory(prefix="sglang-router-bench-") as folder:
-        bench = Bench(Path(folder), PLACE / "native")
+        bench = Bench(Path(folder))
         try:
-            build(bench.natives)
+            bench.build()
             return 0 if (show_memory if options.memory else show_speed)(bench, options) else 1
         except (BenchError, OSError, subprocess.SubprocessError) as error:
             say(str(error))

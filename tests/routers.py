@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import http.server
 import json
 import os
 import random
@@ -21,7 +22,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,6 +83,7 @@ class RouterProcess:
         self.url = url
         self.metrics_url = metrics_url
         self._log = log
+        self._written: str | None = None
         self._asked = False
 
     # -- its door ----------------------------------------------------------------------------------------
@@ -132,8 +136,8 @@ class RouterProcess:
         self.until(well)
 
     def log(self) -> str:
-        """What it has written to standard error."""
-        return self._log.read_text(errors="replace")
+        """What it has written to standard error; after its end as well."""
+        return self._written or self._log.read_text(errors="replace")
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of a log in JSON; the last one may still be on its way."""
@@ -154,8 +158,9 @@ class RouterProcess:
             self.process.terminate()
             status = self.exit_status()
             assert status == 0, f"exit status {status}:\n{self.log()}"
+        self._written = self.log()
         for bad in ("Traceback", "Exception ignored", "Warning:", "never retrieved"):
-            assert bad not in self.log(), self.log()
+            assert bad not in self._written, self._written
 
 
 def ask(url: str, method: str, target: str, value: Any = None, **headers: str) -> Answer:
@@ -167,6 +172,61 @@ def ask(url: str, method: str, target: str, value: Any = None, **headers: str) -
         connection.request(method, target, body, fields | {name.replace("_", "-"): v for name, v in headers.items()})
         got = connection.getresponse()
         return Answer(got.status, {name.lower(): v for name, v in got.getheaders()}, got.read())
+
+
+class PlainWorker(http.server.ThreadingHTTPServer):
+    """A worker that gives the same answers again and again, in threads of the test's process.
+
+    `answers` by path: status, headers, body; what is not there is 200 and empty, so it is healthy. `asked` counts them.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, answers: Mapping[str, tuple[int, Mapping[str, str], bytes]]) -> None:
+        super().__init__(("127.0.0.1", 0), _PlainHandler)
+        self.answers = answers
+        self.asked: Counter[str] = Counter()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """The router may hang up at any time; nobody wants to read of it."""
+
+
+class _PlainHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: PlainWorker
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", "0")))
+        self._answer()
+
+    def _answer(self) -> None:
+        self.server.asked[self.path] += 1
+        status, headers, body = self.server.answers.get(self.path, (200, {}, b""))
+        self.send_response(status)
+        for name, value in {"content-length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Not to standard error."""
+
+
+@contextlib.contextmanager
+def plain_worker(answers: Mapping[str, tuple[int, Mapping[str, str], bytes]]) -> Iterator[PlainWorker]:
+    """A PlainWorker that listens."""
+    with PlainWorker(answers) as worker:
+        thread = threading.Thread(target=worker.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield worker
+        finally:
+            worker.shutdown()
+            thread.join(WITHIN)
 
 
 def free_port(host: str = "127.0.0.1") -> int:

@@ -18,6 +18,7 @@ import contextlib
 import errno
 import gc
 import logging
+import os
 import random
 import resource
 import signal
@@ -185,8 +186,10 @@ class Gateway:
                 lambda: Downstream(service), host.strip("[]"), port, backlog=_BACKLOG, reuse_address=True
             )
         except OSError as exc:
-            why = "is in use" if exc.errno == errno.EADDRINUSE else f"cannot be had: {exc.strerror or exc}"
-            raise ConfigError(f"{host}:{port} {why}; choose another {option}") from None
+            if exc.errno == errno.EADDRINUSE:
+                raise ConfigError(f"{host}:{port} is in use; choose another {option}") from None
+            why = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc
+            raise ConfigError(f"cannot listen on {host}:{port}: {why}; see --host and {option}") from None
         self._servers.append(server)
 
     async def _listen_for_metrics(self) -> None:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from engines import end_engine, engine_processes, start_engine, wait_until_healthy
-from routers import COMMAND, WITHIN, RouterProcess, ask, environment, free_port, router_process
+from routers import COMMAND, WITHIN, RouterProcess, ask, environment, free_port, plain_worker, router_process
 
 ENDS_AT_ONCE = 5.0
 """Seconds; nothing is waited for, only the machine may be slow."""
@@ -102,6 +102,30 @@ def test_the_last_answer_says_that_the_connection_ends(urls: list[str]) -> None:
         assert router.exit_status() == 0
 
 
+def test_a_slow_reader_gets_the_whole_of_its_last_answer() -> None:
+    """The worker is done with the request, and the router as well but for bytes that the client has not taken."""
+    body = bytes(12 << 20)  # more than the system keeps for a connection
+    with plain_worker({"/generate": (200, {}, body)}) as worker, router_process([worker.url]) as router:
+        parts = urlsplit(router.url)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.settimeout(WITHIN)
+            client.connect((parts.hostname, parts.port))
+            client.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}")
+            answer = client.makefile("rb")
+            while answer.readline() != b"\r\n":
+                pass
+            read = 0
+            while router.worker(worker.url)["load"]:
+                read += len(answer.read(65536))
+            assert read < 11 << 20
+            router.send_signal(signal.SIGTERM)
+            router.until(lambda: refuses_connections(router))
+            read += len(answer.read())
+            assert read == 12 << 20
+        assert router.exit_status(ENDS_AT_ONCE) == 0
+
+
 def test_the_grace_period_is_the_most_it_waits(urls: list[str]) -> None:
     with (
         router_process(urls, "--shutdown-grace-period-secs", "0.3") as router,
@@ -112,6 +136,7 @@ def test_the_grace_period_is_the_most_it_waits(urls: list[str]) -> None:
             stream.read()
         assert router.exit_status(ENDS_AT_ONCE) == 0
         assert "the grace period is over: 1 requests are cut" in router.log()
+        assert "outcome=gone" in router.log()  # it has its access line
 
 
 def test_a_second_signal_ends_it_at_once(urls: list[str]) -> None:

@@ -70,9 +70,7 @@ def test_chat_is_the_engines_own_streaming_or_not(client: OpenAI, urls: list[str
 
 def test_completions_streaming_or_not(client: OpenAI) -> None:
     whole = client.completions.create(model="m", prompt="Once upon", max_tokens=20, extra_body=ENDLESS)
-    stream = client.completions.create(
-        model="m", prompt="Once upon", max_tokens=20, extra_body=ENDLESS, stream=True
-    )
+    stream = client.completions.create(model="m", prompt="Once upon", max_tokens=20, extra_body=ENDLESS, stream=True)
 
     assert "".join(chunk.choices[0].text for chunk in stream) == whole.choices[0].text
     assert whole.usage is not None
@@ -82,9 +80,7 @@ def test_completions_streaming_or_not(client: OpenAI) -> None:
 def test_responses_streaming_or_not(client: OpenAI) -> None:
     whole = client.responses.create(model="m", input="Once upon", max_output_tokens=20, extra_body=ENDLESS)
     events = list(
-        client.responses.create(
-            model="m", input="Once upon", max_output_tokens=20, extra_body=ENDLESS, stream=True
-        )
+        client.responses.create(model="m", input="Once upon", max_output_tokens=20, extra_body=ENDLESS, stream=True)
     )
 
     assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole.output_text != ""

@@ -228,6 +228,12 @@ def test_a_body_in_tiny_chunks_is_no_abuse() -> None:
     assert [request.body for request in asked.requests] == [b"x" * 4000]
 
 
+def test_a_long_head_does_not_count_against_the_body() -> None:
+    head = HEAD + b"A: %s\r\nTransfer-Encoding: chunked\r\n\r\n" % (b"b" * 850)
+    raw = head + b"1;%s\r\nx\r\n0\r\n\r\n" % (b"a" * 900)
+    assert read_requests(pieces(raw, range(1, len(raw))), SMALL).verdict == "ok"
+
+
 # -- its own life ------------------------------------------------------------------------------------------------------
 
 

@@ -280,9 +280,15 @@ def test_a_body_without_length_is_never_over() -> None:
     assert (b"".join(payload), framing.gap, framing.ends_at_close) == (b"hello", 0, True)
 
 
-def test_without_payload_nothing_is_copied_and_all_is_counted() -> None:
-    framing = Chunked()
+def test_a_chunk_in_a_read_of_its_own() -> None:
+    """The common case has a way of its own, without a payload; it must come to the same."""
     chunk = b"1000\r\n%s\r\n" % (b"x" * 4096)
+    framing = Chunked()
     assert [framing.feed(chunk), framing.feed(chunk[:100]), framing.feed(chunk[100:])] == [-1, -1, -1]
     assert framing.gap == 0
+    for broken in (chunk[:-2] + b"XX", chunk[:-2] + b"\n\n", chunk[:-2] + b"\r\r", b"0" * 13 + chunk):
+        with pytest.raises(WorkerInvalid):
+            framing.feed(broken)
+    assert framing.gap == 0
     assert framing.feed(b"0\r\n\r\n") == 5
+    assert Chunked().feed(b"0\r\n\r\nx\r\n") == 5

@@ -29,7 +29,7 @@ from sglang_router.errors import ConfigError, Conflict, InvalidJSON, InvalidRequ
 
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
-_Key = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]*$")]
+_Key = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]*\Z")]
 """What may stand in a header; an empty one means no key."""
 
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _MOST_WRITES = 32
 """Writes that are gathered at most: more would make the first wait for the last."""
+_LARGE = 131072
+"""Bytes that go out at once, because only a write tells that the client reads too slowly: uvloop reads 256 kB up to 32
+times in one turn while a worker has that much, and without a pause the router would have to hold it all."""
 
 
 class Turn:
@@ -56,7 +59,7 @@ class Turn:
         """Bytes are to go out."""
         writes = self._writes
         writes.append((transport, data))
-        if len(writes) >= _MOST_WRITES:
+        if len(writes) >= _MOST_WRITES or len(data) >= _LARGE:
             self.flush()
         elif not self._armed:
             self._arm()

@@ -35,7 +35,7 @@ _encode = msgspec.json.Encoder().encode
 
 class AccessLine(msgspec.Struct, gc=False):
     """The line in JSON. `matched` is in percent, null when there was nothing to match; `first_byte_ms` is null
-    when there was none; `in` and `out` are bytes of the bodies."""
+    when there was none; `in` and `out` are bytes of the bodies, a stream's with its chunked coding."""
 
     time: str
     level: str
