@@ -223,4 +223,4 @@ def test_the_engines_own_keys_are_not_told() -> None:
         router.fakes({"GET /get_server_info": answer(200, told)})
         reply = router.get("/get_server_info")
         assert "hidden" not in reply.text
-        assert reply.json() == {"version": "0.5", "api_key": "***", "admin_api_key": "***", "ssl_keyfile_password": None}
+        assert reply.json() == {**told, "api_key": "***", "admin_api_key": "***"}
