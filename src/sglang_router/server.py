@@ -5,6 +5,7 @@
       Gateway.start                 listens; workers are registered at once and checked concurrently
       ... until SIGTERM or SIGINT
       Gateway.stop                  no new connections; running requests are finished within the grace period
+      Gateway.close                 what is left is cut and told of; also after a start that failed
 
 This is the only module that knows all the others. The cyclic garbage collector is taken out of the way here as well:
 what exists after the start is frozen, young garbage is collected in small bites (`_COLLECT_EVERY`), and the prefix
@@ -47,6 +48,8 @@ from sglang_router.observe.metrics import Metrics
 from sglang_router.wire.request import Limits
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sglang_router.config import RouterArgs
 
 log = logging.getLogger("sglang_router")
@@ -160,11 +163,17 @@ class Gateway:
     async def start(self) -> None:
         """Listens and registers the workers given at start.
 
+        The main port is had first, so that a second router of the same options complains of it, and opened last: a
+        request before the workers are registered would be told that there are none.
+
         Raises: ConfigError when an address cannot be had.
         """
         args = self.args
-        await self._listen(self.service, args.host, args.port, "--port")
+        with _said_of(args.host, args.port, "--port"):
+            server = await self._bind(self.service, args.host, args.port)
         await self._listen_for_metrics()
+        with _said_of(args.host, args.port, "--port"):
+            await _open(server)
         for url in args.worker_urls:
             self.fleet.add(WorkerSpec(url=url, api_key=args.worker_api_key, health=health_rules(args)), _CLOCK())
         self._sweep()
@@ -180,23 +189,26 @@ class Gateway:
         host = f"[{self.args.host}]" if ":" in self.args.host else self.args.host
         return f"http://{host}:{self._servers[0].sockets[0].getsockname()[1]}"
 
-    async def _listen(self, service: Service, host: str, port: int, option: str) -> None:
-        try:
-            server = await self.loop.create_server(
-                lambda: Downstream(service), host.strip("[]"), port, backlog=_BACKLOG, reuse_address=True
-            )
-        except OSError as exc:
-            if exc.errno == errno.EADDRINUSE:
-                raise ConfigError(f"{host}:{port} is in use; choose another {option}") from None
-            why = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc
-            raise ConfigError(f"cannot listen on {host}:{port}: {why}; see --host and {option}") from None
+    async def _bind(self, service: Service, host: str, port: int) -> asyncio.Server:
+        """A server that has its address, and is yet to be opened."""
+        server = await self.loop.create_server(
+            lambda: Downstream(service),
+            host.strip("[]"),
+            port,
+            backlog=_BACKLOG,
+            reuse_address=True,
+            start_serving=False,
+        )
         self._servers.append(server)
+        return server
 
     async def _listen_for_metrics(self) -> None:
         """The second door to the metrics. Its default port is a convenience, so losing it is only worth a warning."""
         args = self.args
         try:
-            await self._listen(self._metrics_service, args.prometheus_host, args.prometheus_port, "--prometheus-port")
+            with _said_of(args.prometheus_host, args.prometheus_port, "--prometheus-port"):
+                server = await self._bind(self._metrics_service, args.prometheus_host, args.prometheus_port)
+                await _open(server)
         except ConfigError as exc:
             if "prometheus_port" in args.given:
                 raise
@@ -228,6 +240,7 @@ class Gateway:
             service.drain()
         for relay in list(self.service.waiting):
             relay.refuse(ShuttingDown())
+        self.prober.release()
         if self.service.active:
             log.info("finishing %d running requests", self.service.active)
         waits = [self.loop.create_task(work) for work in (self._drained(), urgent.wait())]
@@ -269,6 +282,28 @@ def serve(args: RouterArgs) -> int:
     finally:
         asyncio.set_event_loop(None)
         writer.close()
+
+
+async def _open(server: asyncio.Server) -> None:
+    """Takes connections from now on.
+
+    Raises: OSError
+    """
+    await server.start_serving()
+    if not all(server.sockets):  # all that uvloop tells when somebody else listens there since it was bound
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+@contextlib.contextmanager
+def _said_of(host: str, port: int, option: str) -> Iterator[None]:
+    """Makes a ConfigError of what the system says of an address."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            raise ConfigError(f"{host}:{port} is in use; choose another {option}") from None
+        why = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc
+        raise ConfigError(f"cannot listen on {host}:{port}: {why}; see --host and {option}") from None
 
 
 class _Signals:

@@ -47,6 +47,8 @@ def refuses_connections(router: RouterProcess) -> bool:
         socket.create_connection((parts.hostname or "", parts.port or 0), timeout=WITHIN).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # the last moment before
+        return False
     return False
 
 
@@ -164,6 +166,20 @@ def test_ctrl_c_while_no_worker_is_there_yet() -> None:
         assert router.exit_status(ENDS_AT_ONCE) == 0
 
 
+def test_adding_a_worker_does_not_hold_up_the_end() -> None:
+    with router_process([]) as router:
+        answers = []
+        nobody = f"http://127.0.0.1:{free_port()}"
+        adding = threading.Thread(target=lambda: answers.append(router.post(f"/add_worker?url={nobody}")))
+        adding.start()
+        router.until(lambda: nobody in router.workers())
+        router.send_signal(signal.SIGTERM)
+        adding.join(WITHIN)
+
+        assert (answers[0].status, answers[0].json()["error"]["code"]) == (503, "shutting_down")
+        assert router.exit_status(ENDS_AT_ONCE) == 0
+
+
 # -- the start ---------------------------------------------------------------------------------------------
 
 
@@ -207,6 +223,13 @@ def test_a_metrics_port_that_was_asked_for_and_is_taken_is_one_line_and_status_2
     assert done.stderr == f"error: 127.0.0.1:{port} is in use; choose another --prometheus-port\n"
 
 
+def test_one_port_for_both_doors_is_one_line_and_status_2() -> None:
+    port = str(free_port())
+    done = run("--port", port, "--prometheus-port", port)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: 127.0.0.1:{port} is in use; choose another --port\n"
+
+
 def test_the_default_metrics_port_that_is_taken_is_a_warning(tmp_path: Path) -> None:
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):  # taken already: as well
@@ -229,8 +252,11 @@ def test_the_default_metrics_port_that_is_taken_is_a_warning(tmp_path: Path) -> 
     ("words", "line"),
     [
         (["--worker-urls", "localhost:8000"], "error: --worker-urls: "),
-        (["--host", "no.such.host.invalid"], "error: no.such.host.invalid:30000 cannot be had: "),
-        (["--host", "192.0.2.1", "--port", "30000"], "error: 192.0.2.1:30000 cannot be had: "),  # of nobody (RFC 5737)
+        (["--host", "no.such.host.invalid"], "error: cannot listen on no.such.host.invalid:30000: "),
+        (
+            ["--host", "192.0.2.1", "--port", "30000"],
+            "error: cannot listen on 192.0.2.1:30000: ",
+        ),  # of nobody (RFC 5737)
         (["--log-dir", "/proc/nothing/here"], "error: "),
         (["--cache-threshold", "2"], "error: --cache-threshold: '2' is not a number from 0 to 1"),
     ],

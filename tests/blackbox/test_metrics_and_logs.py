@@ -117,19 +117,20 @@ def test_counts_of_errors(router: RouterProcess) -> None:
     assert counted.by("sgl_router_worker_outcomes_total", "outcome") == {"served": 1}  # a 400 is no failure
 
 
-def test_counts_of_retries(urls: list[str]) -> None:
-    """Every second request meets the bad worker first; each is tried again at once, on the good one."""
+@pytest.mark.parametrize("flags", [(), ("--disable-circuit-breaker",)], ids=["breaker", "no breaker"])
+def test_counts_of_retries(urls: list[str], flags: tuple[str, ...]) -> None:
+    """Requests that meet the bad worker are tried again at once, on the good one, to which that is no shame."""
     with plain_worker({"/generate": (500, {}, b"no")}) as bad:
         both = [bad.url, urls[0]]
-        flags = ("--policy", "round_robin", "--worker-api-key", WORKER_KEY, "--disable-circuit-breaker")
-        with router_process(both, *flags) as router:
+        with router_process(both, "--policy", "round_robin", "--worker-api-key", WORKER_KEY, *flags) as router:
             assert [generate(router, "x").status for _ in range(12)] == [200] * 12
             counted = router.samples()
             met = bad.asked["/generate"]
-            assert 4 <= met <= 8
+            assert met > 4 if flags else met == 4  # the default threshold
             assert counted.total("sgl_router_retries_total", route="/generate") == met
             assert counted.by("sgl_router_processed_requests_total", "worker") == {urls[0]: 12}
             assert counted.by("sgl_router_worker_outcomes_total", "outcome", worker=bad.url) == {"failed": met}
+            assert counted.by("sgl_router_worker_outcomes_total", "outcome", worker=urls[0]) == {"served": 12}
             assert counted.total("sgl_router_retries_exhausted_total") == 0
             assert counted.total("sgl_router_request_errors_total") == 0
 
@@ -138,7 +139,7 @@ def test_counts_of_a_breaker() -> None:
     """Four failures in a row open it, and the next request is refused without being sent."""
     with (
         plain_worker({"/generate": (500, {"x-from": "engine"}, b"no")}) as bad,
-        router_process([bad.url], "--disable-retries") as router,
+        router_process([bad.url], "--disable-retries", "--cb-failure-threshold", "4") as router,
     ):
         answers = [generate(router, "x") for _ in range(5)]
         assert [answer.status for answer in answers] == [500] * 4 + [503]
@@ -159,7 +160,7 @@ def test_back_pressure_is_no_failure(headers: dict[str, str]) -> None:
     """503 with Retry-After passes and is not held against the worker; without, it is a failure like 500."""
     with (
         plain_worker({"/generate": (503, headers, b"busy")}) as busy,
-        router_process([busy.url], "--disable-retries") as router,
+        router_process([busy.url], "--disable-retries", "--cb-failure-threshold", "4") as router,
     ):
         answers = [generate(router, "x") for _ in range(6)]
         passed = [answer for answer in answers if answer.body == b"busy"]
@@ -171,18 +172,18 @@ def test_back_pressure_is_no_failure(headers: dict[str, str]) -> None:
         assert counted.total("sgl_router_cb_state") == (0 if headers else 1)
 
 
+def resident_bytes(router: RouterProcess) -> float:
+    return router.samples().total("process_resident_memory_bytes")
+
+
 def test_slow_readers_cost_little_memory() -> None:
     """Ten clients that do not read ten large answers: each holds up its own worker's connection, not the router."""
-
-    def resident() -> float:
-        return router.samples().total("process_resident_memory_bytes")
-
     with (
         plain_worker({"/generate": (200, {}, bytes(32 << 20))}) as worker,
         router_process([worker.url]) as router,
         contextlib.ExitStack() as clients,
     ):
-        before = resident()
+        before = resident_bytes(router)
         for _ in range(10):
             client = clients.enter_context(socket.socket())
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -191,7 +192,7 @@ def test_slow_readers_cost_little_memory() -> None:
             client.connect((parts.hostname, parts.port))
             client.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}")
             assert client.recv(12) == b"HTTP/1.1 200"
-        grown = resident() - before
+        grown = resident_bytes(router) - before
         assert router.worker(worker.url)["load"] == 10
         assert grown < 12 << 20, f"{grown / (1 << 20):.1f} MiB"
         clients.close()
@@ -246,8 +247,9 @@ def test_text_lines_have_the_same_facts(urls: list[str]) -> None:
 
 def test_no_prompt_and_no_key_is_ever_logged(urls: list[str]) -> None:
     """At the most talkative level, with errors of all kinds, and engines that repeat what they were sent."""
-    echo = (500, {}, json.dumps({"error": f"{PROMPT} {WORKER_KEY}"}).encode())
-    answers = {"/generate": echo, "/health": (503, {}, echo[2]), "/v1/models": echo}
+    echo = json.dumps({"error": f"{PROMPT} {WORKER_KEY}"}).encode()
+    answers: dict[str, tuple[int, dict[str, str], bytes]]
+    answers = {"/generate": (500, {}, echo), "/health": (503, {}, echo), "/v1/models": (200, {}, echo)}
     flags = ("--worker-api-key", WORKER_KEY, "--log-level", "debug", "--worker-startup-timeout-secs", "0.3")
     with plain_worker(answers) as talkative, router_process(urls, *flags) as router:
         assert router.post("/workers", {"url": talkative.url, "disable_health_check": True}).status == 202

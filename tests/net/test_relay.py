@@ -364,6 +364,8 @@ def test_failing_status_is_retried_elsewhere(status: int) -> None:
             second = await play.leg()
             await second.answer(200, b"fine")
             assert (await client.response()).body == b"fine"
+            assert [worker.failures for worker in play.workers] == [1, 0]
+            assert [worker.processed for worker in play.workers] == [0, 1]
 
     run(test())
 

@@ -25,7 +25,15 @@ from starlette.responses import PlainTextResponse, Response
 from sglang_router.admin.context import JSON, Context
 from sglang_router.config import parse_worker_url
 from sglang_router.core.worker import Health, HealthRules, Worker, WorkerSpec
-from sglang_router.errors import ConfigError, Conflict, InvalidJSON, InvalidRequest, Unprocessable, WorkerNotFound
+from sglang_router.errors import (
+    ConfigError,
+    Conflict,
+    InvalidJSON,
+    InvalidRequest,
+    ShuttingDown,
+    Unprocessable,
+    WorkerNotFound,
+)
 
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
@@ -82,6 +90,8 @@ async def add(context: Context, request: Request) -> Response:
             context.take_out(worker)
     if gone:
         raise InvalidRequest(f"Worker {worker.url} was removed before it became healthy", param="url")
+    if not healthy and context.prober.released:
+        raise ShuttingDown
     if not healthy:
         reason = f" ({worker.last_error})" if worker.last_error else ""
         limit = f"Timeout {context.startup_timeout:g}s"

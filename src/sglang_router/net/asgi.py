@@ -40,6 +40,7 @@ class AppExchange:
         self._writable = asyncio.Event()
         self._writable.set()
         self._status = 0
+        self._code = ""
         self._chunked = False
         self._bodyless = False
         self._sent = 0
@@ -94,6 +95,7 @@ class AppExchange:
             self._client.abort()
             return
         self._status = error.status
+        self._code = error.code
         self._client.write(error_answer(error, self._request_id, b"connection: close\r\n"))
         self._end()
         self._client.done(False)
@@ -152,6 +154,8 @@ class AppExchange:
         lines = [b"HTTP/1.1 %d %s\r\n" % (status, REASONS.get(status, b""))]
         for name, value in headers:
             sized = sized or name.lower() == b"content-length"
+            if name.lower() == b"x-smg-error-code":
+                self._code = value.decode("latin-1")
             lines += (name, b": ", value, b"\r\n")
         if not sized and status not in (204, 304):
             if request.http10:
@@ -188,7 +192,7 @@ class AppExchange:
                 0,
                 0,
                 self._status,
-                "",
+                self._code,
                 None,
                 duration,
                 duration if self._status else -1.0,

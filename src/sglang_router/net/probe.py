@@ -84,6 +84,7 @@ class Prober:
         self._clock = clock
         self._unhealthy_interval = unhealthy_interval
         self._watches: dict[Worker, _Watch] = {}
+        self.released = False
 
     def start(self, worker: Worker) -> None:
         """Checks a worker from now on. Does nothing when that is so already."""
@@ -108,13 +109,19 @@ class Prober:
     async def healthy(self, worker: Worker, timeout: float) -> bool:
         """Waits until a worker was found well and asked for its model.
 
-        False when that takes over `timeout` seconds, or the worker was removed meanwhile.
+        False when that takes over `timeout` seconds, the worker was removed meanwhile, or `release` was called.
         """
         watch = self._watches.get(worker)
-        if watch is not None:
+        if watch is not None and not self.released:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(watch.settled.wait(), timeout)
         return worker.health is Health.HEALTHY and not worker.removed
+
+    def release(self) -> None:
+        """Lets those go on who wait in `healthy`, now and later: there is no time to wait any more."""
+        self.released = True
+        for watch in self._watches.values():
+            watch.settled.set()
 
     async def close(self) -> None:
         """Ends all checks."""

@@ -217,6 +217,7 @@ class Relay:
         if following is None:
             return False
         self._plan = following
+        self._outcome = Outcome.SERVED  # until the following leg says otherwise
         if following.delay:
             self._timer = service.loop.call_later(following.delay, self.send)
         else:
