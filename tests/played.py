@@ -216,11 +216,6 @@ class PlayedWorker:
             self._tasks.discard(task)
         self._legs.put_nowait(leg)
 
-    def stop(self) -> None:
-        self.refuse()
-        for task in self._tasks:
-            task.cancel()
-
     @property
     def idle(self) -> bool:
         """Whether no connection waits for its request."""

@@ -24,7 +24,7 @@ from starlette.responses import Response
 from sglang_router.admin.context import JSON, Context, Reply, ask, trouble
 from sglang_router.core.worker import Worker
 from sglang_router.errors import NoWorkers
-from sglang_router.net.upstream import Answer
+from sglang_router.net.fetch import Answer
 
 _OUTCOMES = {"success": 200, "partial_success": 206, "failed": 502}
 

@@ -20,8 +20,9 @@ from sglang_router.core.fleet import Fleet
 from sglang_router.core.router import Router
 from sglang_router.core.worker import Health, HealthRules, Worker
 from sglang_router.errors import RouterError
+from sglang_router.net.fetch import Answer, FetchError, fetch
 from sglang_router.net.probe import Prober
-from sglang_router.net.upstream import Answer, FetchError, Upstream, fetch
+from sglang_router.net.upstream import Upstream
 
 
 @dataclass

@@ -22,7 +22,7 @@ from starlette.responses import Response
 from sglang_router.admin.context import Context, get_from_all, trouble
 from sglang_router.core.worker import Health
 from sglang_router.errors import NoWorkers, WorkersStarting, WorkerUnreachable
-from sglang_router.net.upstream import Answer
+from sglang_router.net.fetch import Answer
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -17,7 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 from sglang_router.admin.context import JSON, Context, Reply, ask, decoded, get_from_all, passed_on, trouble
 from sglang_router.core.worker import Health, Worker
 from sglang_router.errors import NotFound, Unavailable, WorkerUnreachable
-from sglang_router.net.upstream import Answer
+from sglang_router.net.fetch import Answer
 
 _TRIES = 3
 _SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")

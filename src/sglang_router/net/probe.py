@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from sglang_router.core.worker import Health, Outcome, Worker, WorkerSpec
-from sglang_router.net.upstream import FetchError, fetch
+from sglang_router.net.fetch import FetchError, fetch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
