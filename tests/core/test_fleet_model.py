@@ -108,11 +108,8 @@ class Model:
         self.good, self.bad = self.good + 1, 0
         if self.silent:
             self.back()
-        if self.opened_by is Hears.CONTACT_FAILURE:
-            if self.breaker == "closed":
-                self.failures = 0
-            else:
-                self.shut()
+        if self.opened_by is Hears.CONTACT_FAILURE and self.breaker != "closed":
+            self.shut()
         if self.health == "starting" or self.good >= GOOD:
             self.health = "healthy"
 

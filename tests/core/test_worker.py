@@ -168,15 +168,8 @@ def test_back_pressure_never_opens() -> None:
     assert One(threshold=1).leg(outcome_of_status(503, False)).state == "open"
 
 
-@pytest.mark.parametrize("failure", CONTACT_FAILURES)
-def test_closed_forgets_contact_failures_at_a_healthy_probe(failure: Outcome) -> None:
-    one = One(threshold=2).leg(failure).probe().leg(failure)
-    assert one.state == "closed"
-    assert one.leg(failure).state == "open"
-
-
-@pytest.mark.parametrize("failure", ANSWER_FAILURES)
-def test_closed_remembers_answer_failures_at_a_healthy_probe(failure: Outcome) -> None:
+@pytest.mark.parametrize("failure", FAILURES)
+def test_closed_remembers_failures_at_a_healthy_probe(failure: Outcome) -> None:
     assert One(threshold=2).leg(failure).probe().leg(failure).state == "open"
 
 

@@ -207,8 +207,6 @@ class Fleet:
         worker.health_successes += 1
         if worker.gone_silent:
             self._came_back(worker)
-        if worker.opened_by is Hears.CONTACT_FAILURE and worker.breaker is not Breaker.OPEN:
-            worker.failures = 0
         if worker.opened_by is Hears.CONTACT_FAILURE and worker.breaker is not Breaker.CLOSED:
             self._shut(worker)
         enough = worker.health_successes >= worker.spec.health.success_threshold

@@ -19,7 +19,7 @@ How a leg ended is an `Outcome`; one table says for each what follows from it:
 The breaker is a table too (h11's way): rows are states, columns what is heard.
 
                  success           failure                        time is up    healthy probe
-    CLOSED       count = 0         count + 1; at threshold OPEN   -             count = 0 if contact failures
+    CLOSED       count = 0         count + 1; at threshold OPEN   -             - (the row of failures goes on)
     OPEN         - (late answer)   - (late failure)               HALF_OPEN     CLOSED if opened by contact failures
     HALF_OPEN    CLOSED *          OPEN, for twice as long        -             CLOSED if opened by contact failures
 
