@@ -7,6 +7,7 @@ the framing that is announced is the framing that is sent.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from http import HTTPStatus
 
 import msgspec
@@ -131,7 +132,7 @@ def answer(
     body: bytes,
     *,
     content_type: bytes = b"application/json",
-    extra: Headers = (),  # type: ignore[assignment]
+    extra: Sequence[tuple[bytes, bytes]] = (),
     connection: bytes = b"",
 ) -> bytes:
     """A whole response made by the router."""

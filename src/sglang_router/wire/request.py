@@ -58,13 +58,6 @@ class Request(msgspec.Struct, gc=False):
     http10: bool = False
     keep_alive: bool = True
 
-    def header(self, name: bytes) -> bytes | None:
-        """The first value of a field, by its name in lower case."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
-
 
 class RequestParser:
     """The parser of one connection."""
