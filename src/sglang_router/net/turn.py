@@ -8,7 +8,7 @@
 Why: between two steps of one request the processor's caches fill with other code, and each step takes up to twice as
 long as it does many times in a row; and uvloop makes a system call for each `transport.write` at once, which on a
 busy router wakes a sleeping peer each time, while the first of many writes wakes it for all. At 32 connections with
-peers on the same machine, gathered writes take 35 % off the CPU of a request, the other two stages 12 %
+peers on the same machine, gathered writes take 33 % off the CPU of a request, the other two stages 12 %
 (docs/decisions/0003). An idle router does the same work in the same turn: nothing waits for company.
 
 Order holds for each transport as long as all its writes go through here; whoever closes a transport calls `flush`
