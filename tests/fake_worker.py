@@ -55,6 +55,7 @@ class FakeWorker:
         self.script: dict[str, bytes | Gate] = {"GET /health": answer(200), **(script or {})}
         self.seen: list[Seen] = []
         self.port = 0
+        self._up = False
         self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -65,11 +66,13 @@ class FakeWorker:
 
     async def start(self) -> None:
         """Listens; after `stop`, on the same port again."""
+        self._up = True
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
-        """Refuses connections and cuts those there are."""
+        """Refuses connections and cuts those there are, and one that is being accepted at this moment."""
+        self._up = False
         if self._server is not None:
             self._server.close()
         tasks = list(self._tasks)
@@ -105,6 +108,9 @@ class FakeWorker:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        if not self._up:
+            writer.transport.abort()
+            return
         self._tasks.add(task)
         try:
             # asyncio's streams report a cancelled handler as a fault, so it ends quietly instead.

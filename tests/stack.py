@@ -34,6 +34,7 @@ from sglang_router.core.router import PolicyListener, Router
 from sglang_router.core.worker import Health, HealthRules, Worker, WorkerSpec
 from sglang_router.net.downstream import Downstream
 from sglang_router.net.probe import Prober
+from sglang_router.net.reports import Surveyor
 from sglang_router.net.service import Service
 from sglang_router.net.upstream import Upstream
 
@@ -66,7 +67,10 @@ class _News(Listener):
         stack = self._stack
         if event.what == "added":
             stack.prober.start(event.worker)
+            stack.surveyor.start(event.worker)
         elif event.what == "removed":
+            stack.prober.stop(event.worker)
+            stack.surveyor.stop(event.worker)
             stack.upstream.forget(event.worker)
         stack.news.set()
         stack.loop.call_soon(stack.service.wake)
@@ -78,7 +82,7 @@ class _News(Listener):
 class Stack:
     """One router. Made by `stack`; its parts may be touched through `call` only."""
 
-    def __init__(self, policy: str, settings: dict[str, Any]) -> None:
+    def __init__(self, policy: str, interval: float, settings: dict[str, Any]) -> None:
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self.news = asyncio.Event()
         rng = random.Random(7)
@@ -87,7 +91,15 @@ class Stack:
         self.fleet = Fleet(listeners, lambda: str(uuid.uuid4()))
         self.router = Router(self.fleet, chosen, listeners, rng)
         self.upstream = Upstream(self.loop)
-        self.prober = Prober(self.loop, self.fleet, self.upstream, self.loop.time, unhealthy_interval=0.01)
+        self.surveyor = Surveyor(self.loop, self.fleet, self.upstream, self.loop.time, interval)
+        self.prober = Prober(
+            self.loop,
+            self.fleet,
+            self.upstream,
+            self.loop.time,
+            unhealthy_interval=0.01,
+            meet=self.surveyor.meet,
+        )
         self.context = Context(
             fleet=self.fleet,
             router=self.router,
@@ -145,6 +157,7 @@ class Stack:
         for connection in list(self.service.connections):
             connection.transport.abort()
         await self.prober.close()
+        await self.surveyor.close()
         await self.upstream.close()
         for fake in self._fakes:
             await fake.stop()
@@ -230,11 +243,14 @@ class Stack:
 
 
 @contextlib.contextmanager
-def stack(*urls: str, policy: str = "cache_aware", **settings: Any) -> Iterator[Stack]:
-    """A router in front of workers that are healthy when the block begins. `settings` are those of Context."""
+def stack(*urls: str, policy: str = "cache_aware", interval: float = 0.0, **settings: Any) -> Iterator[Stack]:
+    """A router in front of workers that are healthy when the block begins.
+
+    `interval`: seconds between two reports of an engine, 0 for none. `settings` are those of Context.
+    """
     settings.setdefault("health", HealthRules(interval=3600.0, failure_threshold=1, success_threshold=1))
     settings.setdefault("metrics_render", lambda accept: (f"for {accept}\n".encode(), "text/plain"))
-    router = Stack(policy, settings)
+    router = Stack(policy, interval, settings)
     try:
         router.start(urls)
         yield router

@@ -185,6 +185,8 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "cors_allowed_origins": ("a", ["a"]),
     "request_id_headers": ("X-A x-b", ["x-a", "x-b"]),
     "health_check_endpoint": ("/h", "/h"),
+    "autoscale": ("1:4", "1:4"),
+    "scale_webhook": ("https://h/scale", "https://h/scale"),
 }
 
 
@@ -495,8 +497,8 @@ def test_missing_feature_is_refused_when_used(option: Option) -> None:
 
 
 def test_missing_features_are_named_together() -> None:
-    assert refused("--dp-aware --queue-size 5") == (
-        "not available in this version: --queue-size, --dp-aware; start without them"
+    assert refused("--enable-igw --queue-size 5") == (
+        "not available in this version: --queue-size, --enable-igw; start without them"
     )
     assert read("--queue-size 100 --max-concurrent-requests -1 --backend sglang").checked().queue_size == 100
 
@@ -697,3 +699,36 @@ def test_normal_form_is_stable(text: str) -> None:
     assert parse_worker_url(normal) == normal
     assert "@" not in normal.split("/")[2]
     assert not normal.endswith("/")
+
+
+# -- autoscaling -------------------------------------------------------------------------------------------
+
+
+def test_a_range_of_workers() -> None:
+    assert read("--autoscale 0:4").checked().scale_range == (0, 4)
+    assert read("--autoscale 02:2").checked().autoscale == "2:2"
+    assert read("").checked().scale_range is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--autoscale 3", "--autoscale: '3' is not MIN:MAX, as in 1:8"),
+        ("--autoscale=-1:3", "--autoscale: '-1:3' is not MIN:MAX, as in 1:8"),
+        ("--autoscale 4:2", "--autoscale: '4:2': MIN must not be above MAX, and MAX must be at least 1"),
+        ("--autoscale 0:0", "--autoscale: '0:0': MIN must not be above MAX, and MAX must be at least 1"),
+        ("--autoscale 1:2 --scale-webhook ftp://h", "--scale-webhook: the webhook must be a URL that begins with http"),
+        ("--autoscale 1:2 --scale-webhook http://u:pw@h/", "--scale-webhook: the webhook's URL must not hold cred"),
+        ("--autoscale 1:2 --dp-aware", "--autoscale counts workers, and with --dp-aware one engine is several"),
+        ("--scale-webhook http://h/", "--scale-webhook and --scale-command need --autoscale MIN:MAX"),
+    ],
+)
+def test_what_cannot_scale_is_refused(words: str, message: str) -> None:
+    said = refused(words)
+    assert said.startswith(message)
+    assert "pw" not in said
+
+
+def test_a_command_is_words() -> None:
+    assert read("--autoscale 1:2", SCALE_COMMAND="kubectl scale 'a b'").checked().scale_command
+    assert refused("--autoscale 1:2", SCALE_COMMAND="kubectl 'a b").endswith("No closing quotation")

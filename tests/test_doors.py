@@ -98,10 +98,6 @@ def test_console(door: list[str]) -> None:
     [
         (["lanch"], "error: unknown command 'lanch'; did you mean launch?\n"),
         (["--qqq"], "error: unknown flag '--qqq'; see --help\n"),
-        (
-            ["server"],
-            "error: not available in this version: server; start the engines, then `sglang-router launch`\n",
-        ),
     ],
 )
 def test_unknown_command(words: list[str], line: str) -> None:
@@ -180,8 +176,8 @@ def test_launch_takes_a_namespace_with_old_names() -> None:
 
 
 def test_launch_refuses_by_exception() -> None:
-    with pytest.raises(ConfigError, match=r"^not available in this version: --dp-aware"):
-        launch_router(RouterArgs(dp_aware=True), serve=Server().serve)
+    with pytest.raises(ConfigError, match=r"^not available in this version: --enable-igw"):
+        launch_router(RouterArgs(enable_igw=True), serve=Server().serve)
 
 
 def test_one_warning_names_all_without_effect(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The console command `sglang-router`, also `python -m sglang_router`: chooses among the doors.
 
 sglang-router launch ...    the router     (as python -m sglang_router.launch_router)
+sglang-router serve ...     engines and the router     (as python -m sglang_router.launch_server; also `server`)
 sglang-router engine ...    the built-in engine     (as python -m sglang_router.engine)
 """
 
@@ -10,7 +11,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 
-from sglang_router import __version__, launch_router
+from sglang_router import __version__, launch_router, launch_server
 from sglang_router.config.option import did_you_mean
 from sglang_router.errors import ConfigError
 
@@ -20,8 +21,12 @@ usage: sglang-router COMMAND [options]
 A fast, cache-aware router for fleets of LLM engines.
 
 commands:
-  launch             start the router; `sglang-router launch --help` lists its options
+  serve              start engines and the router in front of them, as one OpenAI server;
+                     `sglang-router serve --backend llamacpp` needs no GPU and fetches a small model
+  launch             start the router in front of engines that run already
   engine             start the built-in engine, a stand-in for an SGLang server that needs no GPU
+
+`sglang-router COMMAND --help` lists the options of each.
 
 options:
   -h, --help         show this text
@@ -57,8 +62,8 @@ def _engine(words: list[str]) -> int:
     return engine(words)
 
 
-def _server(words: list[str]) -> int:
-    raise ConfigError("not available in this version: server; start the engines, then `sglang-router launch`")
+def _serve(words: list[str]) -> int:
+    return launch_server.main(words, prog="sglang-router serve")
 
 
 def _show(text: str) -> Callable[[list[str]], int]:
@@ -73,8 +78,9 @@ _VERSION = f"sglang-router {__version__}\n"
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "launch": _launch,
+    "serve": _serve,
+    "server": _serve,
     "engine": _engine,
-    "server": _server,
     "-h": _show(_HELP),
     "--help": _show(_HELP),
     "-V": _show(_VERSION),

@@ -162,6 +162,13 @@ class WorkersStarting(Unavailable):
     message = "All workers are still starting."
 
 
+class TooManyWaiting(RouterError):
+    status = 429
+    code = "too_many_waiting"
+    type = "rate_limit_error"
+    message = "Too many requests wait already until a worker is ready."
+
+
 class ShuttingDown(Unavailable):
     code = "shutting_down"
     message = "The router is shutting down."

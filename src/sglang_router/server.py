@@ -1,11 +1,13 @@
 """Assembly and life cycle: build everything once from the options, listen, serve, drain, stop.
 
-    serve(args)                     the whole life of one router process, on a uvloop event loop
+    serve(args, crew)               the whole life of one router process, on a uvloop event loop
       Gateway.__init__              builds: fleet, policy, router, upstream, listeners, control plane, service
       Gateway.start                 listens; workers are registered at once and checked concurrently
       ... until SIGTERM or SIGINT
       Gateway.stop                  no new connections; running requests are finished within the grace period
       Gateway.close                 what is left is cut and told of; also after a start that failed
+
+A `Crew` runs engines beside the router: it starts after the router listens and stops when the router has drained.
 
 This is the only module that knows all the others. The cyclic garbage collector is taken out of the way here as well:
 what exists after the start is frozen, young garbage is collected in small bites (`_COLLECT_EVERY`), and the prefix
@@ -25,7 +27,7 @@ import resource
 import signal
 import time
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import uvloop
 
@@ -39,16 +41,18 @@ from sglang_router.core.worker import BreakerRules, HealthRules, WorkerSpec
 from sglang_router.errors import ConfigError, ShuttingDown
 from sglang_router.net.downstream import Downstream
 from sglang_router.net.probe import Prober
+from sglang_router.net.reports import Surveyor
 from sglang_router.net.service import REQUEST_ID_HEADERS, Service, Timeouts
 from sglang_router.net.upstream import Upstream
 from sglang_router.observe import logs
 from sglang_router.observe.access import AccessLog, WorkerLog
 from sglang_router.observe.deferred import Deferred
 from sglang_router.observe.metrics import Metrics
+from sglang_router.scaling.loop import autoscaler
 from sglang_router.wire.request import Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from sglang_router.config import RouterArgs
 
@@ -62,6 +66,18 @@ _TIDY_PAUSE = 0.01
 _BACKLOG = 4096
 
 
+class Crew(Protocol):
+    """Whoever runs engines for the router in the same process. `failed` is set when there is none left to run."""
+
+    failed: asyncio.Event
+
+    async def start(self) -> None:
+        """Begins its work; returns at once, the engines come when they come."""
+
+    async def stop(self, urgent: asyncio.Event) -> None:
+        """Ends all engines, at once when `urgent` is set. Called exactly once, also when the start failed."""
+
+
 class _Membership(Listener):
     """Hears of workers on behalf of the network: checks those that come, lets go of those that leave, wakes who
     waits."""
@@ -73,8 +89,10 @@ class _Membership(Listener):
         gateway = self._gateway
         if event.what == "added":
             gateway.prober.start(event.worker)
+            gateway.surveyor.start(event.worker)
         elif event.what == "removed":
             gateway.prober.stop(event.worker)
+            gateway.surveyor.stop(event.worker)
             gateway.upstream.forget(event.worker)
         if gateway.service.waiting:
             gateway.loop.call_soon(gateway.service.wake)
@@ -92,21 +110,38 @@ class Gateway:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         listeners = Listeners()
         self.deferred = Deferred(loop.call_later)
-        self.fleet = Fleet(listeners, lambda: str(uuid.uuid4()), _breaker_rules(args), args.worker_startup_timeout_secs)
+        self.listeners = listeners
+        self.fleet = Fleet(
+            listeners,
+            lambda: str(uuid.uuid4()),
+            _breaker_rules(args),
+            args.worker_startup_timeout_secs,
+            args.slow_start_secs,
+        )
         self.router = Router(self.fleet, self.policy, listeners, rng, _retry_rules(args))
         self.upstream = Upstream(
             loop, connect_timeout=args.connect_timeout_secs, idle_timeout=args.upstream_idle_timeout_secs
         )
+        self.surveyor = Surveyor(loop, self.fleet, self.upstream, _CLOCK, args.engine_report_interval_secs)
         self.prober = Prober(
-            loop, self.fleet, self.upstream, _CLOCK, unhealthy_interval=args.worker_startup_check_interval
+            loop,
+            self.fleet,
+            self.upstream,
+            _CLOCK,
+            unhealthy_interval=args.worker_startup_check_interval,
+            meet=self.surveyor.meet,
         )
-        metrics = Metrics(
+        self.scaler = scaler = autoscaler(args, loop, self.fleet, lambda: self.service.unanswered(), _CLOCK)
+        self.fleet.elastic = args.scales_to_zero
+        self.metrics = metrics = Metrics(
             self.fleet,
             self.policy,
             connections=lambda: len(self.service.connections),
             active=lambda: self.service.active,
             upstream_connections=lambda: self.upstream.open,
             lost_lines=lambda: writer.lost,
+            waiting=lambda: len(self.service.waiting),
+            desired_workers=None if scaler is None else lambda: scaler.desired,
             duration_buckets=args.prometheus_duration_buckets,
             paths=[row.path for rows in ROUTES.values() for row in rows],
         )
@@ -115,7 +150,7 @@ class Gateway:
             self.deferred.flush()
             return metrics.render(accept)
 
-        context = Context(
+        self.context = Context(
             fleet=self.fleet,
             router=self.router,
             upstream=self.upstream,
@@ -124,14 +159,16 @@ class Gateway:
             startup_timeout=args.worker_startup_timeout_secs,
             health=health_rules(args),
             worker_api_key=args.worker_api_key,
+            dp_aware=args.dp_aware,
             metrics_render=render,
+            scaling=self.scaler,
         )
         self.service = Service(
             loop,
             self.router,
             self.upstream,
             listeners,
-            create_app(context),
+            create_app(self.context),
             rng,
             endpoints=ENDPOINTS,
             prod=self.prober.prod,
@@ -157,6 +194,8 @@ class Gateway:
         listeners.add(WorkerLog())
         listeners.add(self.deferred)
         self.deferred.add(metrics)
+        if self.scaler is not None:
+            self.deferred.add(self.scaler.observer)
         if args.access_log:
             self.deferred.add(AccessLog(writer))
 
@@ -175,7 +214,10 @@ class Gateway:
         with _said_of(args.host, args.port, "--port"):
             await _open(server)
         for url in args.worker_urls:
-            self.fleet.add(WorkerSpec(url=url, api_key=args.worker_api_key, health=health_rules(args)), _CLOCK())
+            key, rules = args.worker_api_key, health_rules(args)
+            self.fleet.add(WorkerSpec(url=url, api_key=key, dp_aware=args.dp_aware, health=rules), _CLOCK())
+        if self.scaler is not None:
+            self.scaler.start()
         self._sweep()
         self._tidy()
         self._collect()
@@ -234,6 +276,8 @@ class Gateway:
 
     async def stop(self, urgent: asyncio.Event) -> None:
         """Takes nothing new and finishes what is under way: within the grace period, and until `urgent` is set."""
+        if self.scaler is not None:
+            await self.scaler.close()  # the work that is drained away is no reason for fewer workers
         for server in self._servers:
             server.close()
         for service in self._services:
@@ -266,19 +310,22 @@ class Gateway:
         for timer in self._timers.values():
             timer.cancel()
         await self._drained()  # what was cut is told of as well
+        if self.scaler is not None:
+            await self.scaler.close()
         await self.prober.close()
+        await self.surveyor.close()
         await self.upstream.close()
         self.deferred.flush()
 
 
-def serve(args: RouterArgs) -> int:
-    """Runs a router until SIGTERM or SIGINT; returns the exit status."""
+def serve(args: RouterArgs, crew: Callable[[Gateway, logs.LogWriter], Crew] | None = None) -> int:
+    """Runs a router until SIGTERM, SIGINT or SIGQUIT; returns the exit status. `crew` makes who works beside it."""
     writer = logs.configure(args.log_level, args.log_format, args.log_dir)
     _raise_fd_limit()
     try:
         with contextlib.closing(uvloop.new_event_loop()) as loop:
             asyncio.set_event_loop(loop)
-            return int(loop.run_until_complete(_run(args, loop, writer)))
+            return int(loop.run_until_complete(_run(args, loop, writer, crew)))
     finally:
         asyncio.set_event_loop(None)
         writer.close()
@@ -313,7 +360,7 @@ class _Signals:
         self.stop = asyncio.Event()
         self.urgent = asyncio.Event()
         self.status = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             loop.add_signal_handler(number, self._hear, number)
 
     def _hear(self, number: int) -> None:
@@ -324,17 +371,38 @@ class _Signals:
         self.stop.set()
 
 
-async def _run(args: RouterArgs, loop: asyncio.AbstractEventLoop, writer: logs.LogWriter) -> int:
+async def _run(
+    args: RouterArgs,
+    loop: asyncio.AbstractEventLoop,
+    writer: logs.LogWriter,
+    crew_of: Callable[[Gateway, logs.LogWriter], Crew] | None,
+) -> int:
     signals = _Signals(loop)
     gateway = Gateway(args, loop, writer)
+    crew: Crew | None = None
     try:
         await gateway.start()
-        await signals.stop.wait()
+        if crew_of is not None:
+            crew = crew_of(gateway, writer)
+            await crew.start()
+        await _first(loop, signals.stop, *([crew.failed] if crew is not None else ()))
+        if not signals.stop.is_set():
+            signals.status = 1
         await gateway.stop(signals.urgent)
     finally:
+        if crew is not None:
+            await crew.stop(signals.urgent)
         await gateway.close()
     log.info("stopped")
     return signals.status
+
+
+async def _first(loop: asyncio.AbstractEventLoop, *events: asyncio.Event) -> None:
+    """Waits until one of them is set."""
+    waits = [loop.create_task(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
 
 
 def _raise_fd_limit() -> None:
@@ -404,5 +472,5 @@ def _timeouts(args: RouterArgs) -> Timeouts:
         body=args.body_timeout_secs,
         idle=args.keepalive_timeout_secs,
         request=args.request_timeout_secs,
-        starting=args.startup_wait_secs,
+        starting=args.autoscale_wake_timeout_secs if args.scales_to_zero else args.startup_wait_secs,
     )

@@ -210,6 +210,7 @@ def test_a_worker_that_is_posted_is_accepted_and_described() -> None:
             "processed": 0,
             "tree_size": 0,
             "last_error": "GET /health answered 503",
+            "engine": {},
             "runtime_type": "sglang",
         }
         rules = router.worker(fake.url).spec.health
@@ -248,7 +249,6 @@ def test_workers_are_listed_with_counts() -> None:
         (b'{"url": "http://h", "api_key": "a b"}', 422, "$.api_key"),
         (b'{"url": "http://h", "labels": {"a": 1}}', 422, "$.labels"),
         (b'{"url": "http://h", "worker_type": "prefill"}', 400, "regular"),
-        (b'{"url": "http://h", "dp_aware": true}', 400, "ranks"),
     ],
 )
 def test_descriptions_are_checked(body: bytes, status: int, said: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleets import Bench
-from sglang_router.core.request import ENDPOINTS, NAMESPACE, Facts, read
+from sglang_router.core.request import ENDPOINTS, NAMESPACE, Facts, read, with_rank
 from sglang_router.errors import InvalidJSON
 
 CHAT = b"/v1/chat/completions"
@@ -344,3 +344,36 @@ def test_a_real_body_cut_or_changed_anywhere_never_raises_anything_else() -> Non
             except InvalidJSON:
                 outcomes.add("invalid")
     assert outcomes == {"read", "invalid"}
+
+
+# -- data-parallel ranks -----------------------------------------------------------------------------------
+
+
+BLANKS = st.text(" \t\r\n", max_size=3)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(["}", "{", '"}', "\\"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = st.text(max_size=4) | st.just("data_parallel_rank")
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> bytes:
+    """A JSON object with white space wherever it may stand."""
+    members = [
+        f"{draw(BLANKS)}{json.dumps(name)}{draw(BLANKS)}:{draw(BLANKS)}{json.dumps(value)}{draw(BLANKS)}"
+        for name, value in draw(st.lists(st.tuples(NAMES, VALUES), max_size=4))
+    ]
+    inside = ",".join(members) or draw(BLANKS)
+    return f"{draw(BLANKS)}{{{inside}}}{draw(BLANKS)}".encode()
+
+
+@given(bodies(), st.integers(0, 1023))
+def test_a_rank_is_one_field_more_and_no_other_byte_changes(body: bytes, rank: int) -> None:
+    told = with_rank(body, rank)
+    assert json.loads(told) == {**json.loads(body), "data_parallel_rank": rank}
+    end = body.rindex(b"}")
+    assert told.startswith(body[:end])
+    assert told.endswith(body[end:])
+    assert len(told) <= len(body) + len(b',"data_parallel_rank":1023')

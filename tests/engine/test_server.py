@@ -125,6 +125,27 @@ def test_generate_reports_what_it_found_in_the_cache(fast: str) -> None:
     assert again["meta_info"]["cached_tokens"] == meta["prompt_tokens"] - 1
 
 
+def test_ranks_have_caches_and_loads_of_their_own() -> None:
+    def ask(text: str, **more: Any) -> int:
+        body = {"text": text, "sampling_params": {"max_new_tokens": 1}} | more
+        return int(post(url, "/generate", body)["meta_info"]["cached_tokens"])
+
+    with engine_processes(1, "--speed", "0", "--dp-size", "3", "--capacity-tokens", "60000") as (url,):
+        assert ask(LONG, data_parallel_rank=2) == 0
+        assert ask(LONG, data_parallel_rank=1) == 0
+        assert ask(LONG, data_parallel_rank=2) > 0
+        assert [bool(ask(LONG + "x")) for _ in range(3)] == [False, True, True]  # in turn: rank 0 has nothing of it
+        status, answer = call(url, "/generate", {"text": LONG, "data_parallel_rank": 3})[:2]
+        assert (status, b"below 3" in answer) == (400, True)
+        info = json.loads(call(url, "/server_info")[1])
+        assert (info["dp_size"], info["max_total_num_tokens"], len(info["internal_states"])) == (3, 20000, 3)
+        with endless(url, data_parallel_rank=1):
+            rows = json.loads(call(url, "/v1/loads")[1])["loads"]
+            assert [row["num_running_reqs"] for row in rows] == [0, 1, 0]
+            assert [row["num_total_tokens"] > 0 for row in rows] == [False, True, False]
+            assert [row["num_reqs"] for row in json.loads(call(url, "/get_load")[1])] == [0, 1, 0]
+
+
 def test_a_generate_stream_repeats_the_text_so_far(fast: str) -> None:
     body = {"text": "Stream this", "sampling_params": {"max_new_tokens": 6, "ignore_eos": True}}
     whole = post(fast, "/generate", body)

@@ -12,6 +12,7 @@ from sglang_router.core.events import Listener, WorkerChanged
 from sglang_router.core.fleet import Fleet
 from sglang_router.core.worker import Breaker, Health, HealthRules, Outcome, Worker, WorkerSpec
 from sglang_router.net.probe import Prober
+from sglang_router.net.reports import Surveyor
 from sglang_router.net.upstream import Upstream
 
 HEALTH = "GET /health"
@@ -47,7 +48,9 @@ class Bench:
         self.changes = Changes()
         self.fleet = Fleet(self.changes, lambda: "id")
         self.upstream = Upstream(loop)
-        self.prober = Prober(loop, self.fleet, self.upstream, loop.time, unhealthy_interval)
+        self.surveyor = Surveyor(loop, self.fleet, self.upstream, loop.time, interval=0.0)
+        meet = self.surveyor.meet
+        self.prober = Prober(loop, self.fleet, self.upstream, loop.time, unhealthy_interval, meet)
 
     def add(self, **rules: object) -> Worker:
         """Registers the fake worker and has it checked."""
@@ -232,13 +235,13 @@ def test_a_worker_that_does_not_tell_its_model_is_healthy_all_the_same(reply: by
     run(test, {MODELS: reply})
 
 
-def test_a_name_that_was_given_is_not_asked_for() -> None:
+def test_a_name_that_was_given_stays() -> None:
     async def test(bench: Bench) -> None:
         spec = WorkerSpec(url=bench.fake.url, model_id="given", health=HealthRules(interval=NEVER))
         worker = bench.fleet.add(spec, bench.now)
         bench.prober.start(worker)
         assert await bench.prober.healthy(worker, 10.0)
-        assert (worker.spec.model_id, bench.fake.count(MODELS)) == ("given", 0)
+        assert (worker.spec.model_id, worker.report.model) == ("given", "tiny")
 
     run(test, {MODELS: answer(200, {"data": [{"id": "tiny"}]})})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import pytest
@@ -700,6 +701,53 @@ async def test_client_that_leaves_while_it_waits() -> None:
         (end,) = await play.ended(1)
         assert end.outcome is Outcome.GONE
         assert not play.service.waiting
+
+
+def waiting(play: Play, count: int) -> bool:
+    return len(play.service.waiting) == count
+
+
+@on_loop
+async def test_those_that_wait_are_few_enough_to_remember_and_go_in_order() -> None:
+    async with Play(healthy=False) as play:
+        play.service.most_waiting = 3
+        clients = [await play.client() for _ in range(4)]
+        for n, client in enumerate(clients[:3], 1):
+            await client.send(post(CHAT, BODY + b" " * n))
+            await play.until(partial(waiting, play, n))
+        await clients[3].send(post(CHAT, BODY))
+        response = await clients[3].response()
+        assert (response.status, code(response.body)) == (429, "too_many_waiting")
+        assert response.headers["retry-after"] == "5"
+        play.fleet.probed(play.workers[0], None, play.service.clock())
+        play.service.wake()
+        assert [event.facts.size - len(BODY) for event in play.events.routes] == [1, 2, 3]
+        for _ in clients[:3]:
+            leg = await play.leg()
+            await leg.answer(200)
+        assert [(await client.response()).status for client in clients[:3]] == [200] * 3
+
+
+@on_loop
+async def test_what_waits_for_its_first_byte_is_counted() -> None:
+    async with Play(healthy=False) as play:
+        quiet = play.service.unanswered()
+        assert (quiet.requests, quiet.held, quiet.size, quiet.oldest) == (0, 0, 0, 0.0)
+        client = await play.client()
+        await client.send(post(CHAT, b'{"model":"m","messages":[{"role":"user","content":"hi"}],"stream":true}'))
+        await play.until(lambda: len(play.service.waiting) == 1)
+        held = play.service.unanswered()
+        assert (held.requests, held.held) == (1, 1)
+        assert held.size > 0
+        play.fleet.probed(play.workers[0], None, play.service.clock())
+        play.service.wake()
+        leg = await play.leg()
+        sent = play.service.unanswered()
+        assert (sent.requests, sent.held) == (1, 0)
+        assert sent.oldest > held.oldest
+        await leg.answer(200)
+        await client.response()
+        assert play.service.unanswered().requests == 0
 
 
 # -- removal and load --------------------------------------------------------------------------------------------------

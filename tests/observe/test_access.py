@@ -203,7 +203,7 @@ def test_each_change_of_a_worker_is_a_line() -> None:
         f"INFO  {start}worker added worker=http://w:1 health=starting",
         f"INFO  {start}worker is healthy worker=http://w:1 was=starting",
         f'WARN  {start}worker is unhealthy worker=http://w:1 was=healthy error="401 for\\n***"',
-        f"WARN  {start}worker was restarted: what it had cached is forgotten worker=http://w:1",
+        f"WARN  {start}worker is another process: what it had cached is forgotten worker=http://w:1",
         f"INFO  {start}worker is healthy worker=http://w:1 was=unhealthy",
         f"WARN  {start}circuit breaker is open: no requests for the worker"
         " worker=http://w:1 was=closed failures=1 open_seconds=10.0",

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from sglang_router.core.events import Finished, Listeners, Routed, WorkerChanged
 from sglang_router.core.fleet import Fleet
 from sglang_router.core.policies import POLICIES, PolicySettings
+from sglang_router.core.report import EngineReport
 from sglang_router.core.request import ENDPOINTS, Facts, read
 from sglang_router.core.router import PolicyListener, RetryRules, Router
 from sglang_router.core.worker import BreakerRules, HealthRules, Outcome, Worker, WorkerSpec
@@ -26,7 +27,9 @@ from sglang_router.observe.tallies import Labels
 
 ROOT = Path(__file__).parents[2]
 CHAT = ENDPOINTS[b"/v1/chat/completions"]
+FULL = EngineReport(context_length=8192, capacity_tokens=32768, running=3, queued=0, used_tokens=700)
 W1, W2 = "http://w1:1", "http://w2:1"
+REPLICAS = [(W1, 2, True), (W2, 0, False)]
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -53,6 +56,9 @@ class Rig:
             active=lambda: 3,
             upstream_connections=lambda: 5,
             lost_lines=lambda: 2,
+            waiting=lambda: 4,
+            desired_workers=lambda: 6,
+            replicas=lambda: [row for row in REPLICAS if self.fleet.by_url(row[0])],
             duration_buckets=buckets,
             paths=["/health", "/workers/{worker_id}/drain"],
         )
@@ -403,6 +409,7 @@ def busy(policy: str) -> Rig:
     for state in ("open", "half_open"):
         rig.metrics.worker_changed(WorkerChanged(one, "breaker", "closed", state))
     rig.metrics.finished(finished(worker=one, outcome=Outcome.FAILED))
+    rig.fleet.reported(one, FULL)
     return rig
 
 
@@ -441,16 +448,68 @@ def test_rows_have_unique_names_of_the_two_families() -> None:
         ("smg_http_connections_active", 7),
         ("sgl_router_active_requests", 3),
         ("sgl_router_log_lines_lost_total", 2),
+        ("sgl_router_waiting_requests", 4),
+        ("sgl_router_desired_workers", 6),
     ],
 )
 def test_what_others_know(name: str, expected: int) -> None:
     assert Rig().get(name) == expected
 
 
+NEEDS_A_SOURCE = (
+    "smg_http_connections_active",
+    "sgl_router_desired_workers",
+    "sgl_router_replica_up",
+    "sgl_router_replica_restarts",
+    "sgl_router_engine_running_requests",
+    "sgl_router_engine_kv_capacity_tokens",
+)
+
+
 def test_what_nobody_told_is_left_out() -> None:
     rig = Rig()
     bare = Metrics(rig.fleet, rig.policy)
-    assert families(bare)["smg_http_connections_active"].samples == []
+    for name in NEEDS_A_SOURCE:
+        assert families(bare)[name].samples == [], name
+
+
+def test_a_source_may_come_later() -> None:
+    rig = Rig()
+    replicas: list[tuple[str, int, bool]] = []
+    rig.metrics.live["replicas"] = lambda: replicas
+    assert not rig.samples("sgl_router_replica")
+    replicas.append((W2, 3, True))
+    assert rig.samples("sgl_router_replica") == {
+        ("sgl_router_replica_up", frozenset({("worker", W2)})): 1,
+        ("sgl_router_replica_restarts_total", frozenset({("worker", W2)})): 3,
+    }
+
+
+def test_replicas_and_workers_that_are_down() -> None:
+    rig = Rig()
+    rig.fleet.down(rig.worker(W2), "gave up")
+    assert [rig.get("sgl_router_worker_down", worker=url) for url in (W1, W2)] == [0, 1]
+    assert [rig.get("sgl_router_replica_up", worker=url) for url in (W1, W2)] == [1, 0]
+    assert rig.get("sgl_router_replica_restarts_total", worker=W1) == 2
+
+
+def test_what_an_engine_says_is_told_as_far_as_it_says_it() -> None:
+    rig = Rig()
+    rig.fleet.reported(rig.worker(W1), FULL)
+    rig.fleet.reported(rig.worker(W2), EngineReport(queued=9))
+    told = {
+        (name, dict(labels)["worker"]): value for (name, labels), value in rig.samples("sgl_router_engine_").items()
+    }
+    assert told == {
+        ("sgl_router_engine_running_requests", W1): 3,
+        ("sgl_router_engine_queued_requests", W1): 0,
+        ("sgl_router_engine_kv_capacity_tokens", W1): 32768,
+        ("sgl_router_engine_kv_used_tokens", W1): 700,
+        ("sgl_router_engine_context_length", W1): 8192,
+        ("sgl_router_engine_queued_requests", W2): 9,
+    }
+    rig.fleet.reported(rig.worker(W1), FULL.at_rest())
+    assert set(rig.samples("sgl_router_engine_running")) == set()
 
 
 def test_content_types() -> None:

@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, ExceptionHandler, Receive, Scope, Send
 
-from sglang_router.admin import broadcast, engine_metrics, info, workers
+from sglang_router.admin import broadcast, engine_metrics, info, replicas, workers
 from sglang_router.admin.context import Context, Handler, error_response
 from sglang_router.core.request import ENDPOINTS
 from sglang_router.errors import InternalError, MethodNotAllowed, NotFound, RouterError
@@ -82,6 +82,10 @@ ROUTES: dict[str, tuple[Row, ...]] = {
         Row("GET /workers", workers.index, "All workers with their state."),
         Row("POST /workers/{id:path}/drain", workers.drain, "No new requests; it keeps its prefixes."),
         Row("POST /workers/{id:path}/resume", workers.resume, "Requests again."),
+        Row("POST /workers/{id:path}/restart", replicas.restart, "Drains it and starts its engine anew; 202."),
+        Row("POST /restart_workers", replicas.restart_all, "All engines anew, one after the other; 202."),
+        Row("GET /restart_workers", replicas.rolling, "How far that is."),
+        Row("GET /scale", replicas.scale, "How many workers there should be, and why: the last decisions."),
         Row("GET /workers/{id:path}", workers.show, "One worker; `id` is its id or its percent-encoded URL."),
         Row("PUT /workers/{id:path}", workers.change, "Changes key, priority, cost, labels, checks; 202."),
         Row("DELETE /workers/{id:path}", workers.delete, "Removes it; running requests go on; 202."),

@@ -1,7 +1,8 @@
 """What is said to all workers at once: forget your cache, take these weights, stop, go on.
 
 The body goes to every registered worker byte for byte, whatever the checks say of it (one that is ill now may
-be well by the next request, and must not have old weights then). Every worker's result is in the answer:
+be well by the next request, and must not have old weights then). Workers that are ranks of one engine are told
+once. Every worker's result is in the answer:
 
     all workers did it     200   "success"
     some                   206   "partial_success"
@@ -91,7 +92,7 @@ async def _tell_all(context: Context, request: Request) -> list[tuple[Worker, Re
     query: bytes = request.scope["query_string"]
     body = await request.body()
     content_type = request.headers.get("content-type", "application/json").encode("latin-1")
-    workers = list(context.fleet)
+    workers = context.engines()
     told = (_tell(context, worker, path, query, body, content_type) for worker in workers)
     return list(zip(workers, await asyncio.gather(*told), strict=True))
 

@@ -10,7 +10,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from starlette.requests import Request
@@ -35,6 +35,33 @@ class ModelsCache:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
+class Replicas(Protocol):
+    """Who runs the workers' engines on this machine, where somebody does: the supervisor of `launch_server`.
+
+    The control plane asks; each of these returns at once.
+    """
+
+    def describe(self, worker: Worker) -> dict[str, Any] | None:
+        """What is known of a worker's process; None for a worker that is run by somebody else."""
+
+    def restart_worker(self, worker: Worker) -> None:
+        """Begins to drain and restart one worker. Raises: Conflict, if that is under way or it is run by others."""
+
+    def restart_all(self) -> None:
+        """Begins to restart one after the other. Raises: Conflict, if that is under way."""
+
+    @property
+    def rolling(self) -> dict[str, Any]:
+        """How far that is."""
+
+
+class Scaling(Protocol):
+    """Who decides how many workers there should be."""
+
+    def explain(self) -> dict[str, Any]:
+        """The answer of GET /scale."""
+
+
 @dataclass
 class Context:
     """The parts of the router the control plane speaks to. Times in seconds; moments are those of `clock`.
@@ -42,10 +69,13 @@ class Context:
     startup_timeout    how long POST /add_worker waits for a worker to become healthy
     health             the health checks of workers that name none of their own
     worker_api_key     the key of workers that are added without one
+    dp_aware           whether the ranks of workers that are added become workers of their own
     metrics_render     Accept header -> exposition and its content type
     ask_timeout        for questions to workers that are answered from memory
     generate_timeout   for one token of /health_generate, per worker asked
     broadcast_timeout  for what is sent to all workers; new weights take minutes
+    replicas           who runs the engines, if this process does
+    scaling            who decides how many there should be, if anybody does
     """
 
     fleet: Fleet
@@ -57,9 +87,12 @@ class Context:
     startup_timeout: float = 1800.0
     health: HealthRules = field(default_factory=HealthRules)
     worker_api_key: str | None = None
+    dp_aware: bool = False
     ask_timeout: float = 5.0
     generate_timeout: float = 20.0
     broadcast_timeout: float = 1800.0
+    replicas: Replicas | None = None
+    scaling: Scaling | None = None
     models: ModelsCache = field(default_factory=ModelsCache)
 
     def serving(self) -> tuple[Worker, ...]:
@@ -75,10 +108,14 @@ class Context:
             raise self.fleet.unavailable(now)
         return well
 
+    def engines(self) -> list[Worker]:
+        """One worker of each engine: ranks share their engine's control plane."""
+        return list({worker.spec.url: worker for worker in reversed(list(self.fleet))}.values())[::-1]
+
     def forget_prefixes(self, worker: Worker) -> None:
-        """Its cache is empty or worthless: the policy must not send anyone there for it."""
-        if not worker.removed:
-            self.router.policy.emptied(worker)
+        """Its engine's cache is empty or worthless: the policy must not send anyone there for it."""
+        for entry in self.fleet.entries(worker.spec.url):
+            self.router.policy.emptied(entry)
 
     def take_out(self, worker: Worker) -> None:
         """Removes a worker for good. Requests under way there end by themselves."""

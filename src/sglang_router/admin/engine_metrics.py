@@ -77,14 +77,14 @@ class Merged:
 
 async def merged(context: Context, request: Request) -> Response:
     """Workers without metrics are left out; it is an error only when nobody has any."""
-    workers = [worker for worker in context.fleet if worker.health is not Health.STARTING]
+    workers = [worker for worker in context.engines() if worker.health is not Health.STARTING]
     if not workers:
         raise WorkersStarting(retry_after=1.0) if len(context.fleet) else NoWorkers(retry_after=5.0)
     union = Merged()
     failures = []
     for worker, reply in await get_from_all(context, workers, b"/metrics"):
         if isinstance(reply, Answer) and reply.ok:
-            union.add(reply.body.decode("utf-8", "replace"), urlsplit(worker.url).netloc)
+            union.add(reply.body.decode("utf-8", "replace"), urlsplit(worker.spec.url).netloc)
             await asyncio.sleep(0)  # streams go on between two workers' metrics
         else:
             failures.append(f"{worker.url}: {trouble(reply)}")

@@ -14,9 +14,10 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from sglang_router.admin.context import JSON, Context, Reply, ask, decoded, get_from_all, passed_on, trouble
+from sglang_router.admin.context import JSON, Context, ask, decoded, get_from_all, passed_on, trouble
 from sglang_router.core.worker import Health, Worker
 from sglang_router.errors import NotFound, Unavailable, WorkerUnreachable
+from sglang_router.net import reports
 from sglang_router.net.fetch import Answer
 
 _TRIES = 3
@@ -180,29 +181,11 @@ async def loads(context: Context, request: Request) -> Response:
 
 
 async def _reported_load(context: Context, worker: Worker) -> int | None:
-    """Tokens that an engine's ranks hold and have queued; None when it does not tell."""
+    """Tokens that an engine holds and has queued; None when it does not tell."""
     if worker.health is Health.STARTING:
         return None
-    reply = await ask(context, worker, b"GET", b"/get_load")
-    report = decoded(reply)
-    tokens = _sum(_objects(report if isinstance(report, list) else [report]), "num_tokens")
-    if tokens is None and _knows_not(reply):
-        report = decoded(await ask(context, worker, b"GET", b"/v1/loads"))
-        tokens = _sum(_objects(report, "loads"), "num_total_tokens", "num_used_tokens")
-    return tokens
-
-
-def _knows_not(reply: Reply) -> bool:
-    return isinstance(reply, Answer) and reply.status in (404, 405)
-
-
-def _sum(ranks: list[dict[str, Any]], *names: str) -> int | None:
-    """The sum over ranks of the first field of these names that all of them have; None when there is none."""
-    for name in names:
-        counts = [rank.get(name) for rank in ranks]
-        if counts and all(isinstance(count, int) and count >= 0 for count in counts):
-            return sum(cast("list[int]", counts))
-    return None
+    said = await reports.ask(context.upstream, worker, reports.TOKENS, context.ask_timeout)
+    return said.get("load_tokens")
 
 
 # -- metrics ---------------------------------------------------------------------------------------------

@@ -7,6 +7,9 @@
     GET    PUT   DELETE  /workers/{id}      id: the worker's id, or its URL (percent-encoded)
     POST   /workers/{id}/drain   /resume    no new requests, but it stays and keeps its cached prefixes
 
+With `dp_aware` an engine of several data-parallel ranks is as many workers, U@0, U@1 ...: see `core.ranks`. Each has
+an id of its own; the commands take the engine's URL and mean all of them.
+
 A removed worker gets no request from that moment on. Those under way there end as if nothing had happened:
 they hold the worker by their leases, and nothing else does.
 
@@ -63,7 +66,7 @@ class Registration(Change, kw_only=True):
     worker_type: str = "regular"
     runtime: str | None = None
     bootstrap_port: int | None = None
-    dp_aware: bool = False
+    dp_aware: bool | None = None
 
 
 # -- the three commands ----------------------------------------------------------------------------------
@@ -71,41 +74,64 @@ class Registration(Change, kw_only=True):
 
 async def add(context: Context, request: Request) -> Response:
     """Answers when the worker is healthy; if that takes too long or the client leaves, it is out again."""
-    spec = WorkerSpec(
-        url=_url_parameter(request),
-        api_key=_key_parameter(request) or context.worker_api_key,
-        health=context.health,
-    )
-    try:
-        worker = context.fleet.add(spec, context.clock())
-    except Conflict as exc:
-        raise InvalidRequest(str(exc), param="url") from None  # 400 since the first version
+    url = _url_parameter(request)
+    key = _key_parameter(request) or context.worker_api_key
+    if context.fleet.entries(url):
+        raise InvalidRequest(f"Worker {url} already exists", param="url")  # 400 since the first version
+    spec = WorkerSpec(url=url, api_key=key, dp_aware=context.dp_aware, health=context.health)
+    worker = context.fleet.add(spec, context.clock())
     context.prober.start(worker)
     healthy = False
     try:
-        healthy = await context.prober.healthy(worker, context.startup_timeout)
+        healthy = await _settled(context, worker)
     finally:  # also when the client leaves, which cancels this
-        gone = worker.removed  # by someone else
+        left = _successors(context, worker)
         if not healthy:
-            context.take_out(worker)
-    if gone:
-        raise InvalidRequest(f"Worker {worker.url} was removed before it became healthy", param="url")
+            _take_out(context, left)
+    if not left:  # by someone else
+        raise InvalidRequest(f"Worker {url} was removed before it became healthy", param="url")
     if not healthy and context.prober.released:
         raise ShuttingDown
     if not healthy:
         reason = f" ({worker.last_error})" if worker.last_error else ""
         limit = f"Timeout {context.startup_timeout:g}s"
-        raise InvalidRequest(f"{limit} waiting for worker {worker.url} to become healthy{reason}", param="url")
-    return PlainTextResponse(f"Successfully added worker: {worker.url}")
+        raise InvalidRequest(f"{limit} waiting for worker {url} to become healthy{reason}", param="url")
+    return PlainTextResponse(f"Successfully added worker: {url}")
+
+
+async def _settled(context: Context, worker: Worker) -> bool:
+    """Waits until a worker is healthy, or the ranks that took its place are."""
+    until = context.clock() + context.startup_timeout
+    await context.prober.healthy(worker, context.startup_timeout)
+    for entry in _successors(context, worker):
+        await context.prober.healthy(entry, max(0.0, until - context.clock()))
+    entries = _successors(context, worker)
+    return bool(entries) and all(entry.health is Health.HEALTHY for entry in entries)
+
+
+def _successors(context: Context, worker: Worker) -> list[Worker]:
+    """A worker, or the ranks that took its place; not what somebody else registered there since."""
+    return [entry for entry in context.fleet.entries(worker.spec.url) if entry is worker or entry.dp_rank is not None]
 
 
 async def remove(context: Context, request: Request) -> Response:
-    url = _url_parameter(request)
-    worker = context.fleet.by_url(url)
-    if worker is None:
+    """Removes a worker; of an engine whose ranks are workers, all of them, or the one that is named."""
+    url = request.query_params.get("url", "")
+    rank = context.fleet.by_url(url)
+    if rank is not None and rank.dp_rank is not None:
+        entries = [rank]
+    else:
+        url = _url_parameter(request)
+        entries = context.fleet.entries(url)
+    if not entries:
         raise WorkerNotFound(f"Worker {url} is not registered", param="url")
-    context.take_out(worker)
+    _take_out(context, entries)
     return PlainTextResponse(f"Successfully removed worker: {url}")
+
+
+def _take_out(context: Context, workers: list[Worker]) -> None:
+    for worker in workers:
+        context.take_out(worker)
 
 
 async def urls(context: Context, request: Request) -> Response:
@@ -143,9 +169,12 @@ async def create(context: Context, request: Request) -> Response:
     url = _checked_url(wanted.url)
     if wanted.worker_type != "regular" or wanted.bootstrap_port is not None:
         raise InvalidRequest("Only regular workers are supported.", param="worker_type")
-    if wanted.dp_aware:
-        raise InvalidRequest("Data-parallel ranks are not addressed singly.", param="dp_aware")
-    blank = WorkerSpec(url=url, api_key=context.worker_api_key, runtime=wanted.runtime, health=context.health)
+    if context.fleet.entries(url):
+        raise Conflict(f"Worker {url} already exists", param="url")
+    aware = context.dp_aware if wanted.dp_aware is None else wanted.dp_aware
+    blank = WorkerSpec(
+        url=url, api_key=context.worker_api_key, runtime=wanted.runtime, dp_aware=aware, health=context.health
+    )
     worker = context.fleet.add(_changed(blank, wanted), context.clock())
     context.prober.start(worker)
     location = f"/workers/{worker.id}"
@@ -162,37 +191,37 @@ async def index(context: Context, request: Request) -> Response:
 
 
 async def show(context: Context, request: Request) -> Response:
-    return JSON(describe(context, _named(context, request)))
+    return JSON(describe(context, named(context, request)))
 
 
 async def change(context: Context, request: Request) -> Response:
     """Changes what an operator says of a worker; its load, health and cached prefixes stay."""
     wanted = await _read(request, Change)
-    worker = _named(context, request)
+    worker = named(context, request)
     _apply(context, worker, _changed(worker.spec, wanted))
     return JSON({"status": "accepted", "worker_id": worker.id, "message": "The worker is updated"}, 202)
 
 
 async def delete(context: Context, request: Request) -> Response:
-    worker = _named(context, request)
+    worker = named(context, request)
     context.take_out(worker)
     message = f"The worker is removed; {worker.load} requests under way there go on to their end"
     return JSON({"status": "accepted", "worker_id": worker.id, "message": message}, 202)
 
 
 async def drain(context: Context, request: Request) -> Response:
-    worker = _named(context, request)
+    worker = named(context, request)
     context.fleet.set_draining(worker, True)
     return JSON(describe(context, worker))
 
 
 async def resume(context: Context, request: Request) -> Response:
-    worker = _named(context, request)
+    worker = named(context, request)
     context.fleet.set_draining(worker, False)
     return JSON(describe(context, worker))
 
 
-def _named(context: Context, request: Request) -> Worker:
+def named(context: Context, request: Request) -> Worker:
     """The worker that the path names, by id or URL."""
     name = request.path_params["id"]
     worker = context.fleet.by_id(name) or context.fleet.by_url(name.rstrip("/"))
@@ -271,9 +300,14 @@ def describe(context: Context, worker: Worker) -> dict[str, Any]:
         "tree_size": tree.size(worker.slot) if tree is not None and worker.slot >= 0 else 0,
         "last_error": worker.last_error or None,
         "registered_secs": round(context.clock() - worker.since, 3),
+        "engine": worker.report.known(),
     }
+    if worker.dp_rank is not None:
+        info |= {"base_url": spec.url, "dp_rank": worker.dp_rank}
     if spec.runtime is not None:
         info["runtime_type"] = spec.runtime
+    if context.replicas is not None and (replica := context.replicas.describe(worker)) is not None:
+        info["replica"] = replica
     if worker.health is Health.STARTING:
         info["job_status"] = _job(worker)
     return info

@@ -34,6 +34,19 @@ class RouterArgs(ReservedOptions):
     given: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
+    def scale_range(self) -> tuple[int, int] | None:
+        """Fewest and most workers, or None without --autoscale."""
+        if self.autoscale is None:
+            return None
+        low, _, high = self.autoscale.partition(":")
+        return int(low), int(high)
+
+    @property
+    def scales_to_zero(self) -> bool:
+        """Whether there may be no worker, and a request starts the first one."""
+        return self.scale_range is not None and self.scale_range[0] == 0
+
+    @property
     def access_log(self) -> bool:
         """Whether each request gets a log line."""
         return not self.disable_access_log
@@ -140,6 +153,10 @@ class RouterArgs(ReservedOptions):
             self.max_total_retries = self.retry_max_retries - 1
         if self.retry_max_backoff_ms < self.retry_initial_backoff_ms:
             raise ConfigError("--retry-max-backoff-ms must not be less than --retry-initial-backoff-ms")
+        if self.autoscale is not None and self.dp_aware:
+            raise ConfigError("--autoscale counts workers, and with --dp-aware one engine is several; give one of them")
+        if self.autoscale is None and (self.scale_webhook or self.scale_command):
+            raise ConfigError("--scale-webhook and --scale-command need --autoscale MIN:MAX to have something to tell")
         if self.cb_max_timeout_duration_secs < self.cb_timeout_duration_secs:
             self.cb_max_timeout_duration_secs = self.cb_timeout_duration_secs
         self.prometheus_host = self.prometheus_host or self.host

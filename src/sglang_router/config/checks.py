@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from sglang_router.config.urls import parse_worker_url
 
@@ -57,6 +59,41 @@ def worker_urls(urls: list[str]) -> list[str]:
             raise ValueError(f"worker URL {url} is given twice")
         normal.append(url)
     return normal
+
+
+def scale_range(text: str) -> str:
+    """MIN:MAX in its plain form, whole numbers with 0 <= MIN <= MAX and 1 <= MAX."""
+    low, separator, high = (part.strip() for part in text.partition(":"))
+    if not (separator and low.isdecimal() and high.isdecimal() and len(low + high) < 12):
+        raise ValueError(f"{text!r} is not MIN:MAX, as in 1:8")
+    if not int(low) <= int(high) or int(high) < 1:
+        raise ValueError(f"{text!r}: MIN must not be above MAX, and MAX must be at least 1")
+    return f"{int(low)}:{int(high)}"
+
+
+def webhook(url: str) -> str:
+    """An http or https URL with a host; credentials in it would end in logs."""
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, or brackets without an address
+        sound = False
+    if not sound or not _VISIBLE.fullmatch(url):
+        raise ValueError("the webhook must be a URL that begins with http:// or https://")
+    if "@" in parts.netloc:
+        raise ValueError("the webhook's URL must not hold credentials; messages are signed, see --scale-webhook-secret")
+    return url
+
+
+def command(text: str) -> str:
+    """Words of a command, as a shell would split them."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"the command cannot be read: {error}") from None
+    if not words:
+        raise ValueError("the command is empty")
+    return text
 
 
 def address(host: str) -> str:

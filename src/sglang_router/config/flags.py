@@ -1,9 +1,9 @@
 """The command line: flags derived from the table, a help text made to be read, errors of one line.
 
 The flags can be put into any argparse parser (`add_flags`), as launchers of training frameworks do with the
-prefix `--router-`. Two things pass through the namespace: each option's attribute holds its value, as
-argparse's users expect, and `GIVEN` holds the names of those that stood on the command line, so that only
-these win over the environment.
+prefix `--router-`; and so can those of another table, as `launch_server` does with its own. Two things pass
+through the namespace: each option's attribute holds its value, as argparse's users expect, and `GIVEN` holds
+the names of those that stood on the command line, so that only these win over the environment.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sglang_router.config.option import ENVIRONMENT_PREFIX, Alias, Option, did_you_mean
-from sglang_router.config.table import ALIASES, OPTIONS, accept, other_flags
+from sglang_router.config.table import ROUTER, Table
 from sglang_router.errors import ConfigError
 
-GIVEN = "router_flags_given"
+GIVEN = ROUTER.given
 PREFIX = "router"
 
 # the flags that belong to the whole command when the router is part of another: never prefixed
@@ -43,19 +43,24 @@ class Parser(argparse.ArgumentParser):
         """The namespace for `argv`. Raises: ConfigError for anything unknown or ill-formed."""
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
-            word = unknown[0].partition("=")[0]  # what follows may be a secret
-            if not word.startswith("-"):
-                raise ConfigError(f"unexpected argument {word!r}; see --help")
-            known = [flag for action in self._actions for flag in action.option_strings]
-            raise ConfigError(f"unknown flag {word}{did_you_mean(word, known) or '; see --help'}")
+            raise self.unknown(unknown[0])
         return namespace
+
+    def unknown(self, word: str) -> ConfigError:
+        """The error for a word that the parser does not know."""
+        word = word.partition("=")[0]  # what follows may be a secret
+        if not word.startswith("-"):
+            return ConfigError(f"unexpected argument {word!r}; see --help")
+        known = [flag for action in self._actions for flag in action.option_strings]
+        return ConfigError(f"unknown flag {word}{did_you_mean(word, known) or '; see --help'}")
 
 
 class _Store(argparse.Action):
     """Reads the words of one flag and notes that it was given."""
 
-    def __init__(self, *, entry: Option | Alias, **details: Any) -> None:
+    def __init__(self, *, table: Table, entry: Option | Alias, **details: Any) -> None:
         super().__init__(**details)
+        self._table = table
         self._entry = entry
 
     def __call__(
@@ -66,15 +71,15 @@ class _Store(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         words = [values] if isinstance(values, str) else list(values or [])
-        given: frozenset[str] = getattr(namespace, GIVEN, frozenset())
+        given: frozenset[str] = getattr(namespace, self._table.given, frozenset())
         try:
-            value = accept(self._entry.name, self._entry.kind.words(words), option_string or self._entry.name)
+            value = self._table.accept(self._entry.name, self._entry.kind.words(words), option_string or "")
         except ConfigError as error:
             raise argparse.ArgumentError(None, str(error)) from None
         if isinstance(self._entry, Option) and self._entry.repeat and self._entry.name in given:
             value = getattr(namespace, self.dest) + value
         setattr(namespace, self.dest, value)
-        setattr(namespace, GIVEN, given | {self._entry.name})
+        setattr(namespace, self._table.given, given | {self._entry.name})
 
 
 def new_parser(prog: str) -> Parser:
@@ -92,16 +97,21 @@ def new_parser(prog: str) -> Parser:
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, *, use_router_prefix: bool = False, exclude_host_port: bool = False
+    parser: argparse.ArgumentParser,
+    table: Table = ROUTER,
+    *,
+    use_router_prefix: bool = False,
+    exclude_host_port: bool = False,
 ) -> None:
-    """Adds all options to a parser, in groups; with the prefix as `--router-...` but for `--worker-urls`."""
-    parser.set_defaults(**{GIVEN: frozenset()})
+    """Adds a table's options to a parser, in groups; with the prefix as `--router-...` but for `_SHARED` ones."""
+    if parser.get_default(table.given) is None:
+        parser.set_defaults(**{table.given: frozenset()})
     groups: dict[str, Any] = {}
-    entries: list[Option | Alias] = [*OPTIONS.values(), *ALIASES.values()]
+    entries: list[Option | Alias] = [*table.options.values(), *table.aliases.values()]
     for entry in entries:
         if exclude_host_port and entry.name in ("host", "port"):
             continue
-        target = OPTIONS[entry.target] if isinstance(entry, Alias) else entry
+        target = table.options[entry.target] if isinstance(entry, Alias) else entry
         if target.group not in groups:
             groups[target.group] = parser.add_argument_group(target.group)
         prefixed = use_router_prefix and entry.name not in _SHARED
@@ -112,9 +122,10 @@ def add_flags(
             entry.flag.replace("--", f"--{PREFIX}-", 1) if prefixed else entry.flag,
             dest=f"{PREFIX}_{entry.name}" if prefixed else entry.name,
             action=_Store,
+            table=table,
             entry=entry,
             default=None if isinstance(entry, Alias) else entry.fresh_default(),
-            help=argparse.SUPPRESS if isinstance(entry, Alias) else _help(entry),
+            help=argparse.SUPPRESS if isinstance(entry, Alias) else _help(entry, table),
             **{"nargs": entry.kind.nargs, **details},
         )
 
@@ -126,11 +137,11 @@ def _metavar(entry: Option | Alias) -> str:
     return entry.kind.metavar
 
 
-def _help(option: Option) -> str:
+def _help(option: Option, table: Table) -> str:
     notes = [f"default: {default_text(option)}"]
     if option.choices:
         notes.insert(0, "one of " + ", ".join(option.choices))
-    if others := other_flags(option.name):
+    if others := table.other_flags(option.name):
         notes.append("also " + ", ".join(others))
     if option.status == "later":
         notes.append("not available yet: refused")

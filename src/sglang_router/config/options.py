@@ -28,6 +28,7 @@ POLICY_NAMES = (
 
 WORKERS = "Workers"
 LISTENING = "Listening"
+AUTOSCALING = "Autoscaling"
 POLICY = "Routing policy"
 REQUESTS = "Requests and connections"
 RETRIES = "Retries"
@@ -74,6 +75,28 @@ class HTTPOptions:
     startup_wait_secs: float = option(
         10,
         "How long a request waits when it comes while every worker is still starting.",
+        WORKERS,
+        unit="s",
+        check=at_least(0),
+    )
+    slow_start_secs: float = option(
+        30,
+        "For this long a worker that comes with an empty cache gets no more than a growing share of the others'"
+        " load, however small its queue; 0: all at once.",
+        WORKERS,
+        unit="s",
+        check=at_least(0),
+    )
+    dp_aware: bool = option(
+        False,
+        "Make each data-parallel rank of an engine a worker of its own (URL@0, URL@1 ...), and choose the rank"
+        " with every request.",
+        WORKERS,
+    )
+    engine_report_interval_secs: float = option(
+        5,
+        "Pause between readings of what an engine tells of itself: running and queued requests, KV cache, model;"
+        " 0: never asked.",
         WORKERS,
         unit="s",
         check=at_least(0),
@@ -265,6 +288,77 @@ class HTTPOptions:
     )
     health_check_endpoint: str = option("/health", "Path that is checked.", HEALTH, check=checks.path)
     disable_health_check: bool = option(False, "Believe that every worker is healthy.", HEALTH)
+
+    # -- autoscaling
+    autoscale: str | None = option(
+        None,
+        "Fewest and most workers, as in 1:8 or 0:4: decides all the time how many there should be, and tells"
+        " GET /scale, the metric sgl_router_desired_workers and those named below. launch_server starts and stops"
+        " its replicas by it. With 0 the last one is stopped when there is nothing to do, and a request starts it.",
+        AUTOSCALING,
+        metavar="MIN:MAX",
+        check=checks.scale_range,
+    )
+    autoscale_target_load: float = option(
+        32, "Requests that a worker should have, running and waiting.", AUTOSCALING, unit="requests", check=above(0)
+    )
+    autoscale_target_queue: float = option(
+        4, "Of these, requests that may wait for their first token.", AUTOSCALING, unit="requests", check=above(0)
+    )
+    autoscale_target_tokens: int = option(
+        65536,
+        "Prompt tokens that may wait to be computed, for each worker.",
+        AUTOSCALING,
+        unit="tokens",
+        check=above(0),
+    )
+    autoscale_ttft_goal_secs: float | None = option(
+        None,
+        "Time to the first token that nine of ten streams should not exceed.",
+        AUTOSCALING,
+        unit="s",
+        check=above(0),
+    )
+    autoscale_step: int = option(2, "Most workers added at once.", AUTOSCALING, check=at_least(1))
+    autoscale_up_cooldown_secs: float = option(
+        15, "Pause between two additions.", AUTOSCALING, unit="s", check=at_least(0)
+    )
+    autoscale_down_cooldown_secs: float = option(
+        300,
+        "How long fewer workers must have been enough before one is taken away.",
+        AUTOSCALING,
+        unit="s",
+        check=at_least(0),
+    )
+    autoscale_wake_timeout_secs: float = option(
+        600,
+        "How long a request waits for the first worker after a scaling to zero.",
+        AUTOSCALING,
+        unit="s",
+        check=above(0),
+    )
+    scale_webhook: str | None = option(
+        None,
+        "URL that is told by POST of each change of the number of workers there should be.",
+        AUTOSCALING,
+        metavar="URL",
+        check=checks.webhook,
+    )
+    scale_webhook_secret: str | None = option(
+        None,
+        "Key with which these messages are signed (HMAC-SHA256, header x-sglang-router-signature).",
+        AUTOSCALING,
+        metavar="SECRET",
+        secret=True,
+    )
+    scale_command: str | None = option(
+        None,
+        "Command that is run at each such change, without a shell, with SGLANG_ROUTER_DESIRED_WORKERS,"
+        " _CURRENT_WORKERS and _SCALE_REASON in its environment.",
+        AUTOSCALING,
+        metavar="CMD",
+        check=checks.command,
+    )
 
     # -- metrics
     prometheus_host: str = option(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sglang_router.config.checks import Range
 from sglang_router.config.flags import default_text
 from sglang_router.config.option import ENVIRONMENT_PREFIX, Option
-from sglang_router.config.table import OPTIONS, other_flags
+from sglang_router.config.table import OPTIONS, ROUTER, Table
 
 _HEAD = f"""# Options
 
@@ -42,26 +44,35 @@ warning that names them.
 """
 
 
+_TABLE_HEAD = "| flag | default | meaning |\n|---|---|---|\n"
+
+
 def markdown() -> str:
     """The whole page."""
     parts = [_HEAD]
     implemented = [option for option in OPTIONS.values() if option.status == "implemented"]
-    for group in dict.fromkeys(option.group for option in implemented):
-        rows = [_row(option) for option in implemented if option.group == group]
-        parts.append(f"\n## {group}\n\n| flag | default | meaning |\n|---|---|---|\n" + "".join(rows))
+    parts.extend(sections(ROUTER, implemented))
     for head, status in ((_LATER, "later"), (_INERT, "inert")):
-        rows = [_short_row(option) for option in OPTIONS.values() if option.status == status]
-        parts.append(f"{head}\n| flag | default | meaning |\n|---|---|---|\n" + "".join(rows))
+        short = [_short_row(option) for option in OPTIONS.values() if option.status == status]
+        parts.append(f"{head}\n{_TABLE_HEAD}" + "".join(short))
     return "".join(parts)
 
 
-def _row(option: Option) -> str:
+def sections(table: Table, options: Iterable[Option]) -> list[str]:
+    """Options of `table` as Markdown: for each group a heading and a table."""
+    groups: dict[str, list[str]] = {}
+    for option in options:
+        groups.setdefault(option.group, []).append(_row(option, table))
+    return [f"\n## {group}\n\n{_TABLE_HEAD}{''.join(rows)}" for group, rows in groups.items()]
+
+
+def _row(option: Option, table: Table) -> str:
     notes = [option.help]
     if option.choices:
         notes.append("One of " + ", ".join(f"`{choice}`" for choice in option.choices) + ".")
     elif isinstance(option.check, Range):
         notes.append(f"{option.expects[0].upper()}{option.expects[1:]}.")
-    if others := other_flags(option.name):
+    if others := table.other_flags(option.name):
         notes.append("Also " + ", ".join(f"`{other}`" for other in others) + ".")
     return _cells(option, " ".join(notes))
 

@@ -20,7 +20,7 @@ from sglang_router.config.options import POLICY_NAMES, HTTPOptions
 ADMISSION = "Admission"
 PREFILL_DECODE = "Prefill/decode disaggregation"
 DISCOVERY = "Kubernetes discovery"
-MODELS = "Models and ranks"
+MODELS = "Models"
 SECURITY = "TLS and authentication"
 TRACING = "Tracing"
 NO_EFFECT = "Without effect"
@@ -85,8 +85,7 @@ class ReservedOptions(HTTPOptions):
         "sglang.ai/bootstrap-port", "Annotation of a pod that holds its bootstrap port.", DISCOVERY
     )
 
-    # -- models and ranks
-    dp_aware: bool = _later(False, "Route to each data-parallel rank of a worker by itself.", MODELS)
+    # -- models
     enable_igw: bool = _later(False, "Serve several models, each with a policy of its own.", MODELS)
     backend: str = _later("sglang", "What the workers are.", MODELS, choices=("sglang", "openai"))
 

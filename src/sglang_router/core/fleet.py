@@ -1,6 +1,7 @@
 """The fleet: the only owner of workers and of everything that changes on them.
 
     add / remove / drain / resume    membership
+    lost / down                      whoever runs the engine says that its process is gone
     candidates(now)                  who may take a request now
     lease(worker)                    load + 1; Lease.close(outcome, now): load - 1 and the breaker hears
     probed(worker, ...)              a health check's result
@@ -12,6 +13,10 @@ matters only at `_reopen_at`, the next moment an open breaker may let a probe th
     none of these, but some that only the health checks
       call bad (their breakers let pass)                -> these: all sick at once means busy, or a broken check (panic)
     none of these either                                -> `unavailable` says why, and when to come again
+
+Slow start: a worker that comes with an empty cache must not be flooded with all that no one else wants. For
+`slow_start` seconds its load may be no more than a share, growing to all, of the mean load of the others; a worker
+above that is no candidate for the moment. Strangers still go to it first, as its tree is the smallest.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from sglang_router.core.events import WorkerChanged
+from sglang_router.core.report import NOTHING
 from sglang_router.core.worker import Breaker, BreakerRules, Health, Hears, Lease, Outcome, Worker, WorkerSpec
 from sglang_router.errors import Conflict, NoWorkers, Unavailable, WorkersStarting
 
@@ -29,10 +35,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sglang_router.core.events import Listener
+    from sglang_router.core.report import EngineReport
 
 
 class Fleet:
-    """All workers. `new_id` makes worker ids (the reference uses UUIDs); `startup_timeout` in seconds."""
+    """All workers. `new_id` makes worker ids (the reference uses UUIDs); `startup_timeout` and `slow_start` in seconds.
+
+    elastic  somebody starts a worker when there is none: requests may wait for it
+    """
 
     def __init__(
         self,
@@ -40,14 +50,19 @@ class Fleet:
         new_id: Callable[[], str],
         breaker: BreakerRules | None = None,
         startup_timeout: float = 1800.0,
+        slow_start: float = 0.0,
     ) -> None:
         self.breaker_rules = breaker or BreakerRules()
         self.startup_timeout = startup_timeout
+        self.slow_start = slow_start
+        self.elastic = False
         self._listener = listener
         self._new_id = new_id
         self._workers: dict[str, Worker] = {}  # by URL, in order of registration
         self._added = 0
         self._candidates: tuple[Worker, ...] = ()
+        self._warming: list[Worker] = []  # candidates whose slow start is not over
+        self._spared: tuple[Worker, ...] = ()  # the last candidates without those that had their share
         self._stale = False
         self._reopen_at = math.inf
 
@@ -65,16 +80,20 @@ class Fleet:
     def by_id(self, worker_id: str) -> Worker | None:
         return next((worker for worker in self if worker.id == worker_id), None)
 
+    def entries(self, url: str) -> list[Worker]:
+        """All workers of the engine with this base URL: itself, or its ranks."""
+        return [worker for worker in self if worker.spec.url == url]
+
     def add(self, spec: WorkerSpec, now: float) -> Worker:
         """Registers a worker. It takes requests once a health check found it well.
 
         Raises: Conflict when the URL is registered already.
         """
-        if spec.url in self._workers:
-            raise Conflict(f"Worker {spec.url} already exists", param="url")
+        worker = Worker(spec, self._new_id(), self._added + 1, now)
+        if worker.url in self._workers:
+            raise Conflict(f"Worker {worker.url} already exists", param="url")
         self._added += 1
-        worker = Worker(spec, self._new_id(), self._added, now)
-        self._workers[spec.url] = worker
+        self._workers[worker.url] = worker
         self._changed(worker, "added", "", worker.health.value)
         return worker
 
@@ -87,11 +106,19 @@ class Fleet:
 
     def amend(self, worker: Worker, spec: WorkerSpec) -> None:
         """Changes what is said of a worker: key, name, weights, health checks. Its URL stays."""
-        worker.spec = msgspec.structs.replace(spec, url=worker.url)
+        worker.spec = msgspec.structs.replace(spec, url=worker.spec.url, dp_rank=worker.dp_rank)
         worker.key = spec.api_key.encode() if spec.api_key else None
 
-    def set_draining(self, worker: Worker, draining: bool) -> None:
-        """Stops (or resumes) sending requests to a worker that stays registered and keeps its cached prefixes."""
+    def reported(self, worker: Worker, report: EngineReport) -> None:
+        """Takes what an engine said of itself."""
+        worker.report = report
+
+    def set_draining(self, worker: Worker, draining: bool, *, returning: bool = False) -> None:
+        """Stops (or resumes) sending requests to a worker that stays registered and keeps its cached prefixes.
+
+        `returning`: it will be restarted, so that requests may wait for it when there is no other.
+        """
+        worker.returning = draining and returning
         if worker.draining != draining:
             worker.draining = draining
             names = ("active", "draining")
@@ -108,14 +135,31 @@ class Fleet:
             able = [w for w in self if w.in_rotation and _lets_pass(w)]
             well = [w for w in able if w.health is Health.HEALTHY]
             self._candidates = tuple(well or [w for w in able if w.health is Health.UNHEALTHY])
-        return self._candidates
+            self._warming = [w for w in self._candidates if now < w.warm_at]
+        return self._sparing(now) if self._warming else self._candidates
+
+    def _sparing(self, now: float) -> tuple[Worker, ...]:
+        """The candidates but for those in slow start that have their share already."""
+        self._warming = warming = [w for w in self._warming if now < w.warm_at]
+        others = [w.load for w in self._candidates if w not in warming]
+        if not others or not warming:
+            return self._candidates
+        mean = sum(others) / len(others)
+        full = [w for w in warming if w.load >= max(1.0, mean * (1.0 - (w.warm_at - now) / self.slow_start))]
+        if not full:
+            return self._candidates
+        spared = tuple(w for w in self._candidates if w not in full)
+        if spared != self._spared:  # else the same object: policies remember what they know of one
+            self._spared = spared
+        return self._spared
 
     def unavailable(self, now: float) -> Unavailable:
         """Why there are no candidates, and when it is worth asking again."""
-        if not self._workers:
+        if not self._workers and not self.elastic:
             return NoWorkers(retry_after=5.0)
         rotation = [w for w in self if w.in_rotation]
-        if rotation and all(w.health is Health.STARTING for w in rotation):
+        coming = self.elastic if not rotation else all(w.health is Health.STARTING for w in rotation)
+        if coming or (not rotation and any(w.returning for w in self)):
             return WorkersStarting(retry_after=5.0)
         waits = [max(0.0, w.reopen_at - now) for w in rotation if w.breaker is Breaker.OPEN]
         waits += [1.0 for w in rotation if w.breaker is Breaker.HALF_OPEN]  # its probe may be back by then
@@ -145,7 +189,7 @@ class Fleet:
         if outcome is Outcome.REFUSED:
             worker.gone_silent = True
         elif hears is Hears.SUCCESS and worker.gone_silent and lease.silent:
-            self._came_back(worker)
+            self._came_back(worker, now)
         if hears is not Hears.NOTHING and self.breaker_rules.enabled:
             self._hear(worker, hears, probe, now)
 
@@ -197,7 +241,7 @@ class Fleet:
 
     def probed(self, worker: Worker, error: str | None, now: float, *, refused: bool = False) -> None:
         """Takes the result of one health check; `error` says what was wrong, None that it is well."""
-        if worker.removed:
+        if worker.removed or worker.health is Health.DOWN:
             return
         if error is not None:
             self._probe_failed(worker, error, now, refused)
@@ -206,11 +250,14 @@ class Fleet:
         worker.health_failures = 0
         worker.health_successes += 1
         if worker.gone_silent:
-            self._came_back(worker)
+            self._came_back(worker, now)
         if worker.opened_by is Hears.CONTACT_FAILURE and worker.breaker is not Breaker.CLOSED:
             self._shut(worker)
         enough = worker.health_successes >= worker.spec.health.success_threshold
-        if worker.health is Health.STARTING or (worker.health is Health.UNHEALTHY and enough):
+        if worker.health is Health.STARTING:
+            self._warm_up(worker, now)
+            self._set_health(worker, Health.HEALTHY)
+        elif worker.health is Health.UNHEALTHY and enough:
             self._set_health(worker, Health.HEALTHY)
 
     def _probe_failed(self, worker: Worker, error: str, now: float, refused: bool) -> None:
@@ -225,15 +272,43 @@ class Fleet:
         elif worker.health_failures >= worker.spec.health.failure_threshold:
             self._set_health(worker, Health.UNHEALTHY)
 
+    def lost(self, worker: Worker, now: float) -> None:
+        """Its process is gone; another one, with nothing in its cache, will listen there: it is STARTING again."""
+        if worker.removed:
+            return
+        had = worker.health is not Health.STARTING
+        worker.since = now
+        worker.health_failures = worker.health_successes = 0
+        worker.report = NOTHING
+        self._set_health(worker, Health.STARTING)
+        if worker.breaker is not Breaker.CLOSED:
+            self._shut(worker)
+        worker.failures = 0
+        worker.gone_silent = False
+        if had:
+            self._came_back(worker, now)
+
+    def down(self, worker: Worker, reason: str) -> None:
+        """Its process is gone and nobody will start another one: no candidate any more, whatever a check may find."""
+        if not worker.removed:
+            worker.last_error = reason
+            worker.report = NOTHING
+            self._set_health(worker, Health.DOWN)
+
     def _set_health(self, worker: Worker, health: Health) -> None:
         if worker.health is not health:
             old, worker.health = worker.health, health
             self._changed(worker, "health", old.value, health.value)
 
-    def _came_back(self, worker: Worker) -> None:
+    def _came_back(self, worker: Worker, now: float) -> None:
         """A listener that was gone is back: another process, with nothing in its cache."""
         worker.gone_silent = False
+        self._warm_up(worker, now)
         self._changed(worker, "restarted", "", "")
+
+    def _warm_up(self, worker: Worker, now: float) -> None:
+        if self.slow_start:
+            worker.warm_at = now + self.slow_start
 
     def _changed(self, worker: Worker, what: str, old: str, new: str) -> None:
         self._stale = True

@@ -36,16 +36,20 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from sglang_router.core.report import NOTHING, EngineReport
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
 class Health(enum.Enum):
-    """What the health checks say. A STARTING worker has never been healthy."""
+    """What the health checks say. A STARTING worker's process has never been healthy. DOWN is not theirs to say:
+    whoever runs the engine gave it up, and nobody listens there."""
 
     STARTING = "starting"
     HEALTHY = "healthy"
     UNHEALTHY = "unhealthy"
+    DOWN = "down"
 
 
 class Breaker(enum.Enum):
@@ -117,9 +121,16 @@ class HealthRules(msgspec.Struct, frozen=True):
 
 
 class WorkerSpec(msgspec.Struct, kw_only=True):
-    """What an operator says of a worker. `priority` and `cost` are stored and shown; no policy reads them yet."""
+    """What an operator says of a worker. `priority` and `cost` are stored and shown; no policy reads them yet.
+
+    url       base URL of the engine
+    dp_rank   which of the engine's data-parallel ranks this is; None for an engine as a whole
+    dp_aware  each rank of the engine is to be a worker of its own, see `core.ranks`
+    """
 
     url: str
+    dp_rank: int | None = None
+    dp_aware: bool = False
     api_key: str | None = None
     model_id: str | None = None
     priority: int = 50
@@ -135,13 +146,17 @@ class Worker:
 
     order      rises with each registration: the order of rotation
     slot       its bit in the prefix tree's owner masks, set by the policy that keeps a tree
-    since      when it was registered, seconds of the caller's clock
+    since      when it was registered or its process lost, seconds of the caller's clock
+    warm_at    when its slow start is over
+    url        what it is told apart by: the base URL, for a rank with "@" and its number
+    report     what the engine said of itself last
     load       leases open now
     processed  requests it answered (outcome SERVED)
     """
 
     __slots__ = (
         "breaker",
+        "dp_rank",
         "draining",
         "failures",
         "gone_silent",
@@ -159,23 +174,29 @@ class Worker:
         "processed",
         "removed",
         "reopen_at",
+        "report",
+        "returning",
         "since",
         "slot",
         "spec",
         "successes",
         "url",
+        "warm_at",
     )
 
     def __init__(self, spec: WorkerSpec, worker_id: str, order: int, now: float) -> None:
         self.spec = spec
         self.order = order
         self.since = now
-        self.url = spec.url
+        self.dp_rank = spec.dp_rank
+        self.url = spec.url if spec.dp_rank is None else f"{spec.url}@{spec.dp_rank}"
         self.id = worker_id
         self.key = spec.api_key.encode() if spec.api_key else None
         self.slot = -1
         self.load = 0
         self.processed = 0
+        self.warm_at = 0.0
+        self.report: EngineReport = NOTHING
         # health
         self.health = Health.STARTING if spec.health.enabled else Health.HEALTHY
         self.health_failures = 0
@@ -183,6 +204,7 @@ class Worker:
         self.last_error = ""
         self.gone_silent = False  # it refused a connection: whoever listens there next is another process
         self.draining = False
+        self.returning = False  # draining because it is about to be restarted
         self.removed = False
         # breaker
         self.breaker = Breaker.CLOSED

@@ -143,25 +143,27 @@ class Control:
         return json_response({"object": "list", "data": [model | more]})
 
     async def get_load(self, request: Request) -> Response:
-        """The load of each data-parallel rank; there is one."""
-        scheduler = self._engine.scheduler
-        waiting = len(scheduler.waiting)
-        load = {
-            "num_reqs": scheduler.active + waiting,
-            "num_waiting_reqs": waiting,
-            "num_tokens": scheduler.load_tokens,
-        }
-        return json_response([{"dp_rank": 0} | load])
+        """The load of each data-parallel rank."""
+        rows = [
+            {
+                "dp_rank": load["dp_rank"],
+                "num_reqs": load["num_running_reqs"] + load["num_waiting_reqs"],
+                "num_waiting_reqs": load["num_waiting_reqs"],
+                "num_tokens": load["num_total_tokens"],
+            }
+            for load in self._loads()
+        ]
+        return json_response(rows)
 
     async def loads(self, request: Request) -> Response:
         """The same as newer SGLang tells it."""
-        load = self._load()
+        load, loads = self._load(), self._loads()
         return json_response(
             {
                 "timestamp": time.time(),
                 "version": __version__,
-                "dp_rank_count": 1,
-                "loads": [{"dp_rank": 0} | load],
+                "dp_rank_count": len(loads),
+                "loads": loads,
                 "aggregate": {
                     "total_running_reqs": load["num_running_reqs"],
                     "total_waiting_reqs": load["num_waiting_reqs"],
@@ -170,6 +172,33 @@ class Control:
                 },
             }
         )
+
+    def _loads(self) -> list[dict[str, Any]]:
+        """The load of each rank."""
+        ranks = self._options.dp_size
+        return [{"dp_rank": 0} | self._load()] if ranks == 1 else [self._load_of(rank) for rank in range(ranks)]
+
+    def _load_of(self, rank: int) -> dict[str, Any]:
+        """One rank of several. They share the scheduler; whose a request is, its namespace tells (`Parser`)."""
+        scheduler, mark = self._engine.scheduler, f"{rank}\0"
+        batch = [r for r in (*scheduler.prefilling, *scheduler.running) if r.namespace.startswith(mark)]
+        waiting = [r for r in scheduler.waiting if r.namespace.startswith(mark)]
+        used, capacity = sum(r.length for r in batch), self._capacity
+        return {
+            "dp_rank": rank,
+            "num_running_reqs": len(batch),
+            "num_waiting_reqs": len(waiting),
+            "num_used_tokens": used,
+            "num_total_tokens": used + sum(r.length for r in waiting),
+            "max_total_num_tokens": capacity,
+            "token_usage": used / capacity,
+            "max_running_requests": scheduler.limits.max_running,
+        }
+
+    @property
+    def _capacity(self) -> int:
+        """Of one rank, in tokens."""
+        return self._engine.scheduler.kv.capacity // self._options.dp_size
 
     def _load(self) -> dict[str, Any]:
         scheduler = self._engine.scheduler
@@ -196,12 +225,9 @@ class Control:
         options = asdict(self._options)
         del options["api_key"]
         names = {"model_path": self._options.model, "served_model_name": self._options.model}
-        sizes = {"tp_size": 1, "dp_size": 1, "disaggregation_mode": "null"}
-        size = {
-            "max_total_num_tokens": self._engine.scheduler.kv.capacity,
-            "context_length": self._options.context,
-        }
-        state = {"internal_states": [self._load()], "status": "ready" if self._status.ready else "starting"}
+        sizes = {"tp_size": 1, "disaggregation_mode": "null"}
+        size = {"max_total_num_tokens": self._capacity, "context_length": self._options.context}
+        state = {"internal_states": self._loads(), "status": "ready" if self._status.ready else "starting"}
         return json_response(options | names | sizes | size | state | {"version": __version__})
 
     # -- what can be done to it ----------------------------------------------------------------------------

@@ -30,6 +30,7 @@ class EngineOptions:
     decode_ms_per_request: float = _option(0.35, "ms a forward pass takes longer for each request it decodes")
     chunked_prefill_size: int = _option(2048, "most prompt tokens computed in one forward pass")
     max_running_requests: int = _option(256, "most requests in the batch")
+    dp_size: int = _option(1, "data-parallel ranks: a request's `data_parallel_rank` says which one's cache it uses")
     enable_mixed_chunk: bool = _option(False, "decode in the passes that prefill, too")
     speed: float = _option(1.0, "time scale: 2 is twice as fast as the cost model says, 0 as fast as possible")
     startup_delay: float = _option(0.0, "seconds after the start in which /health answers 503")
@@ -38,8 +39,8 @@ class EngineOptions:
 
     def scheduler(self) -> Scheduler:
         """The engine's model, as these options describe it. ValueError if they cannot be."""
-        if min(self.prefill_tokens_per_s, self.chunked_prefill_size, self.max_running_requests) <= 0:
-            raise ValueError("prefill rate, chunk and batch must be positive")
+        if min(self.prefill_tokens_per_s, self.chunked_prefill_size, self.max_running_requests, self.dp_size) <= 0:
+            raise ValueError("prefill rate, chunk, batch and ranks must be positive")
         if min(self.decode_base_ms, self.decode_ms_per_request, self.speed, self.startup_delay) < 0:
             raise ValueError("times and speed cannot be negative")
         return Scheduler(

@@ -7,6 +7,7 @@ field is wrong.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,12 +58,17 @@ def need(body: Body, name: str, kind: type | tuple[type, ...]) -> Any:
 
 
 class Parser:
-    """Reads bodies with one tokenizer. `context` is in tokens; `model` is the name if a request has none."""
+    """Reads bodies with one tokenizer. `context` is in tokens; `model` is the name if a request has none.
 
-    def __init__(self, tokenizer: Tokenizer, context: int, model: str) -> None:
+    `ranks`: data-parallel ranks. One scheduler computes for all of them, but each has a cache of its own.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: int, model: str, ranks: int = 1) -> None:
         self.tokenizer = tokenizer
         self.context = context
         self.model = model
+        self.ranks = ranks
+        self._turns = itertools.cycle(range(ranks))
         self.kinds: dict[str, Callable[[Body], Ask]] = {
             "generate": self.generate,
             "chat": self.chat,
@@ -190,12 +196,20 @@ class Parser:
     def _room(self, prompt: list[int]) -> int:
         return max(self.context - len(prompt), 1)
 
-    @staticmethod
-    def _namespace(body: Body) -> str:
-        """What keeps one request's cache from another's: adapter, salt, extra key."""
+    def _namespace(self, body: Body) -> str:
+        """What keeps one request's cache from another's: rank, adapter, salt, extra key."""
         _, _, adapter = str(body.get("model") or "").partition(":")
         parts = (body.get("lora_path") or adapter, body.get("cache_salt"), body.get("extra_key"))
-        return "\0".join(str(part or "") for part in parts) if any(parts) else ""
+        rest = "\0".join(str(part or "") for part in parts) if any(parts) else ""
+        return rest if self.ranks == 1 else f"{self._rank(body)}\0{rest}"
+
+    def _rank(self, body: Body) -> int:
+        rank = _whole(body, "data_parallel_rank", None, least=0)
+        if rank is None:
+            return next(self._turns)
+        if rank >= self.ranks:
+            raise EngineError(400, f"'data_parallel_rank' must be below {self.ranks}.")
+        return int(rank)
 
 
 def _token_ids(items: list[Any]) -> bool:

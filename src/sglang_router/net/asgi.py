@@ -53,6 +53,9 @@ class AppExchange:
         self._client.deadline = self._started_at + self._service.timeouts.request
         self._task = self._service.loop.create_task(self._run())
 
+    def unanswered(self) -> None:
+        """Not for the engines to answer."""
+
     def gone(self) -> None:
         self._left.set()
         self._writable.set()

@@ -40,6 +40,7 @@ class Exchange(Protocol):
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     def overdue(self, now: float) -> None: ...
+    def unanswered(self) -> tuple[float, int, bool] | None: ...
 
 
 class Downstream(asyncio.Protocol):
@@ -245,6 +246,10 @@ class Downstream(asyncio.Protocol):
             self.refuse(RequestTimeout())
         else:
             self.transport.close()
+
+    def unanswered(self) -> tuple[float, int, bool] | None:
+        """Of an inference request that waits for its first byte; see `Relay.unanswered`."""
+        return None if self._exchange is None else self._exchange.unanswered()
 
     def close_if_idle(self) -> None:
         """For the shutdown: ends a connection that has nothing under way. A request that is here already counts, and

@@ -10,7 +10,7 @@
 Relays call `prod` when a worker refuses or breaks a connection: the check comes at once then, not in ten
 seconds. A hundred relays that meet the same dead worker make one check, not a hundred.
 
-Once a worker is found well, it is asked for the name of its model, if nobody gave one.
+Once a worker's process is found well, it is asked what it is: that is `meet`, of `net.reports`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from sglang_router.core.worker import Health, Outcome, Worker, WorkerSpec
+from sglang_router.core.worker import Health, Outcome, Worker
 from sglang_router.net.fetch import FetchError, fetch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from sglang_router.core.fleet import Fleet
     from sglang_router.net.upstream import Upstream
@@ -37,27 +35,17 @@ _REST = 0.05
 """Seconds between two checks, however often a worker is prodded: no tight loop on a dead one."""
 
 
-class _Model(msgspec.Struct):
-    id: str
-
-
-class _Models(msgspec.Struct):
-    """The part of an engine's GET /v1/models that matters here."""
-
-    data: list[_Model]
-
-
 class _Watch:
     """What is kept for one worker: its task, and two flags others wait on or set."""
 
-    __slots__ = ("asked_model", "ended", "prodded", "settled", "task")
+    __slots__ = ("ended", "met", "prodded", "settled", "task")
 
     task: asyncio.Task[None]
 
     def __init__(self) -> None:
         self.prodded = asyncio.Event()
-        self.settled = asyncio.Event()  # found well, and asked for its model; or no longer watched
-        self.asked_model = False
+        self.settled = asyncio.Event()  # found well, and met; or no longer watched
+        self.met = False
         self.ended = False
 
     def end(self) -> None:
@@ -68,7 +56,11 @@ class _Watch:
 
 
 class Prober:
-    """The health checks of all workers; see the module. `unhealthy_interval` in seconds."""
+    """The health checks of all workers; see the module.
+
+    unhealthy_interval  seconds
+    meet                asks a worker what it is, each time its process is found well for the first time
+    """
 
     def __init__(
         self,
@@ -77,18 +69,21 @@ class Prober:
         upstream: Upstream,
         clock: Callable[[], float],
         unhealthy_interval: float = 1.0,
+        meet: Callable[[Worker], Awaitable[None]] | None = None,
     ) -> None:
         self._loop = loop
         self._fleet = fleet
         self._upstream = upstream
         self._clock = clock
         self._unhealthy_interval = unhealthy_interval
+        self._meet = meet
         self._watches: dict[Worker, _Watch] = {}
         self.released = False
 
     def start(self, worker: Worker) -> None:
         """Checks a worker from now on. Does nothing when that is so already."""
-        if worker in self._watches:
+        present = self._watches.get(worker)
+        if present is not None and not present.ended:
             return
         watch = self._watches[worker] = _Watch()
         watch.task = self._loop.create_task(self._run(worker, watch))
@@ -107,7 +102,7 @@ class Prober:
             watch.prodded.set()
 
     async def healthy(self, worker: Worker, timeout: float) -> bool:
-        """Waits until a worker was found well and asked for its model.
+        """Waits until a worker was found well and asked what it is.
 
         False when that takes over `timeout` seconds, the worker was removed meanwhile, or `release` was called.
         """
@@ -139,13 +134,15 @@ class Prober:
         while not worker.removed and not watch.ended:
             watch.prodded.clear()
             well = True
+            if worker.gone_silent or worker.health is not Health.HEALTHY:
+                watch.met = False  # what comes back may serve something else
             if worker.spec.health.enabled:
                 well = await self._check(worker)
-            if worker.health is Health.HEALTHY and well and not watch.asked_model:
-                watch.asked_model = True
-                await self._learn_model(worker)
+            if worker.health is Health.HEALTHY and well and not watch.met:
+                watch.met = True
+                await self._introduce(worker)
             elif not well:
-                watch.asked_model = False  # what comes back may serve something else
+                watch.met = False
             if worker.health is Health.HEALTHY:
                 watch.settled.set()
             if not worker.spec.health.enabled:
@@ -180,14 +177,9 @@ class Prober:
         self._fleet.probed(worker, error, self._clock(), refused=refused)
         return error is None
 
-    async def _learn_model(self, worker: Worker) -> None:
-        """The name of the first model it serves. Not to know it is no fault: not every engine tells."""
-        if worker.spec.model_id is not None:
-            return
-        with contextlib.suppress(FetchError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            limit = worker.spec.health.timeout
-            answer = await fetch(self._upstream, worker, b"GET", b"/v1/models", timeout=limit, most=1 << 20)
-            models = msgspec.json.decode(answer.body, type=_Models)
-            if answer.ok and models.data and worker.spec.model_id is None:
-                spec: WorkerSpec = msgspec.structs.replace(worker.spec, model_id=models.data[0].id)
-                self._fleet.amend(worker, spec)
+    async def _introduce(self, worker: Worker) -> None:
+        if self._meet is not None:
+            try:
+                await self._meet(worker)
+            except Exception:  # a fault here must not end the checks: what an engine tells of itself is an extra
+                log.exception("asking %s what it is failed in the router", worker.url)

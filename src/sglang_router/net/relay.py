@@ -15,13 +15,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from sglang_router.core.events import Finished
-from sglang_router.core.request import Endpoint, Facts, read
+from sglang_router.core.request import Endpoint, Facts, read, with_rank
 from sglang_router.core.worker import Outcome, outcome_of_status
 from sglang_router.errors import (
     InternalError,
     RouterError,
     StreamBroken,
+    TooManyWaiting,
     UnsupportedMediaType,
     WorkerBroken,
     WorkerInvalid,
@@ -160,6 +163,18 @@ class Relay:
         seconds = self._service.timeouts.request
         self._failed(Outcome.TIMEOUT, f"No whole answer within {seconds:g} s.")
 
+    def unanswered(self) -> tuple[float, int, bool] | None:
+        """While it waits for its first token: when the request came, how many bytes of its routing text no worker is
+        believed to hold, and whether it waits here for a worker."""
+        facts, plan = self._facts, self._plan
+        if self._first_byte >= 0.0 or facts is None:
+            return None
+        if plan is None:
+            return self._started_at, len(facts.text), True
+        if not facts.streaming:
+            return None  # its first byte is its last: it may be computed already
+        return self._started_at, plan.total - plan.matched, False
+
     # -- the decision --------------------------------------------------------------------------------------------------
 
     def _route(self) -> None:
@@ -181,8 +196,11 @@ class Relay:
         if self._service.clock() >= until:
             self.refuse(error)
             return
+        if len(self._service.waiting) >= self._service.most_waiting:
+            self.refuse(TooManyWaiting(retry_after=5.0))
+            return
         self._client.deadline = until
-        self._service.waiting.add(self)
+        self._service.waiting[self] = None
 
     def woken(self) -> None:
         """A worker changed while this request waited for one."""
@@ -197,6 +215,8 @@ class Relay:
         assert plan is not None
         self._timer = None
         worker = plan.worker
+        if worker.dp_rank is not None and self._endpoint.json:
+            request = msgspec.structs.replace(request, body=with_rank(request.body, worker.dp_rank))
         head = request_head(
             request,
             service.upstream.origin(worker).start(b"POST", request.target),
@@ -318,7 +338,7 @@ class Relay:
 
     def refuse(self, error: RouterError, outcome: Outcome | None = None) -> None:
         """Answers with an error of the router; nothing has been sent to the client yet."""
-        self._service.waiting.discard(self)
+        self._service.waiting.pop(self, None)
         self._status = error.status
         keep_alive = self._keep_alive and not error.close and not self._service.draining
         connection = b"" if keep_alive else b"connection: close\r\n"
@@ -335,7 +355,7 @@ class Relay:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._service.waiting.discard(self)
+        self._service.waiting.pop(self, None)
 
     def _end(self, outcome: Outcome | None, code: str = "") -> None:
         if self._ended:

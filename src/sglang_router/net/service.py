@@ -51,8 +51,22 @@ class Timeouts(msgspec.Struct, frozen=True):
     starting: float = 10.0
 
 
+class Unanswered(msgspec.Struct, frozen=True):
+    """The requests that wait here for a worker, and the streams that have no byte yet.
+
+    requests  how many, `held` of them still here because no worker is ready
+    size      bytes of their routing text that no worker is believed to hold
+    oldest    seconds since the first of them came
+    """
+
+    requests: int
+    held: int
+    size: int
+    oldest: float
+
+
 class Service:
-    """See the module. `prod(worker)` asks for a health check at once."""
+    """See the module. `prod(worker)` asks for a health check at once; `most_waiting` requests may wait for workers."""
 
     def __init__(
         self,
@@ -69,6 +83,7 @@ class Service:
         timeouts: Timeouts | None = None,
         request_id_headers: tuple[str, ...] = REQUEST_ID_HEADERS,
         forward_everything: bool = False,
+        most_waiting: int = 4096,
     ) -> None:
         self.loop = loop
         self.router = router
@@ -81,13 +96,14 @@ class Service:
         self.limits = limits or Limits()
         self.timeouts = timeouts or Timeouts()
         self.forward_everything = forward_everything
+        self.most_waiting = most_waiting
         self.clock = time.monotonic
         self.rng = rng
         self.draining = False
         self.connections: set[Downstream] = set()
         self.active = 0  # requests under way
         self.drained = asyncio.Event()  # no new connections come, and the last one is closed
-        self.waiting: set[Relay] = set()  # requests that came while every worker was starting
+        self.waiting: dict[Relay, None] = {}  # requests that came while every worker was starting, in order
         # What a request's headers may tell: an id (the place in the order of preference), or one of the two below.
         self.watched = {name.lower().encode(): place for place, name in enumerate(request_id_headers)}
         self.watched[b"x-smg-routing-key"] = ROUTING_KEY
@@ -124,9 +140,24 @@ class Service:
 
     def wake(self) -> None:
         """Lets the waiting requests look again; called when a worker changed."""
-        waiting, self.waiting = self.waiting, set()
+        waiting, self.waiting = self.waiting, {}
         for relay in waiting:
             relay.woken()
+
+    def unanswered(self) -> Unanswered:
+        """What is waiting for its first byte now. Walks over all connections: for a timer, not for each request."""
+        now = self.clock()
+        requests = held = size = 0
+        oldest = 0.0
+        for connection in self.connections:
+            waits = connection.unanswered()
+            if waits is not None:
+                since, missing, here = waits
+                requests += 1
+                held += here
+                size += missing
+                oldest = max(oldest, now - since)
+        return Unanswered(requests, held, size, oldest)
 
     def sweep(self) -> None:
         """Ends what is over its time. Called four times a second: a timer per request would cost more than it tells."""

@@ -58,34 +58,40 @@ class Sink(Protocol):
 
 
 class Origin(msgspec.Struct, frozen=True):
-    """Where a worker listens, and the start of each request to it."""
+    """Where a worker listens, and the start of each request to it. `fields` stand in the head of all of them."""
 
     host: str
     port: int
     tls: ssl.SSLContext | None
     prefix: bytes
-    host_field: bytes
+    fields: bytes
     starts: dict[bytes, bytes]
 
     def start(self, method: bytes, target: bytes) -> bytes:
-        """Request line and Host field; kept for targets without a query, of which there are few."""
+        """Request line and `fields`; kept for targets without a query, of which there are few."""
         key = method + target
         start = self.starts.get(key)
         if start is None:
-            start = b"%s %s%s HTTP/1.1\r\nhost: %s\r\n" % (method, self.prefix, target, self.host_field)
+            start = b"%s %s%s HTTP/1.1\r\n%s" % (method, self.prefix, target, self.fields)
             if b"?" not in target and len(self.starts) < 256:
                 self.starts[key] = start
         return start
 
 
-def origin_of(url: str) -> Origin:
-    """Splits a worker's base URL, which `config.parse_worker_url` has checked."""
+def origin_of(url: str, rank: int | None = None) -> Origin:
+    """Splits a worker's base URL, which `config.parse_worker_url` has checked.
+
+    vLLM is told the data-parallel rank in a header, SGLang there or in the body (`core.request.with_rank`).
+    """
     parts = urlsplit(url)
     secure = parts.scheme == "https"
     tls = ssl.create_default_context() if secure else None
     port = parts.port or (443 if secure else 80)
     prefix = parts.path.rstrip("/").encode()
-    return Origin(parts.hostname or "", port, tls, prefix, parts.netloc.encode(), {})
+    fields = b"host: %s\r\n" % parts.netloc.encode()
+    if rank is not None:
+        fields += b"x-data-parallel-rank: %d\r\n" % rank
+    return Origin(parts.hostname or "", port, tls, prefix, fields, {})
 
 
 class Connection(asyncio.Protocol):
@@ -281,7 +287,7 @@ class Upstream:
     def origin(self, worker: Worker) -> Origin:
         origin = self._origins.get(worker)
         if origin is None:
-            origin = self._origins[worker] = origin_of(worker.url)
+            origin = self._origins[worker] = origin_of(worker.spec.url, worker.dp_rank)
         return origin
 
     def send(

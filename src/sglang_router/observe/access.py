@@ -126,8 +126,10 @@ _workers = logging.getLogger("sglang_router.workers")
 _CHANGES = {
     ("added", ""): (logging.INFO, "worker added"),
     ("removed", ""): (logging.INFO, "worker removed"),
-    ("restarted", ""): (logging.WARNING, "worker was restarted: what it had cached is forgotten"),
+    ("restarted", ""): (logging.WARNING, "worker is another process: what it had cached is forgotten"),
     ("health", "healthy"): (logging.INFO, "worker is healthy"),
+    ("health", "starting"): (logging.WARNING, "worker's process is gone; another one starts"),
+    ("health", "down"): (logging.ERROR, "worker is down and is not started again"),
     ("health", "unhealthy"): (logging.WARNING, "worker is unhealthy"),
     ("breaker", "open"): (logging.WARNING, "circuit breaker is open: no requests for the worker"),
     ("breaker", "half_open"): (logging.INFO, "circuit breaker is half open: one request may try the worker"),

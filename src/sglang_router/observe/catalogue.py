@@ -108,6 +108,10 @@ METRICS = (
         read.requests(read.status_code, read.count, read.everything),
     ),
     Row("sgl_router_active_requests", GAUGE, (), "Requests under way, of every kind.", read.live("active")),
+    Row(
+        "sgl_router_waiting_requests", GAUGE, (),
+        "Of these, inference requests held here because no worker is ready.", read.live("waiting"),
+    ),
     # the decision
     Row(
         "sgl_router_policy_decisions_total", COUNTER, ("worker", "policy", "branch"),
@@ -176,6 +180,10 @@ METRICS = (
         "1: the health checks say well, else 0.", read.per_worker(read.healthy),
     ),
     Row(
+        "sgl_router_worker_down", GAUGE, WORKER,
+        "1: its engine was given up and will not be started again, else 0.", read.per_worker(read.down),
+    ),
+    Row(
         "sgl_router_worker_load", GAUGE, WORKER,
         "Requests running on the worker.", read.per_worker(read.load),
     ),
@@ -221,6 +229,41 @@ METRICS = (
         "Workers added, removed, restarted; health, breaker and draining by the new state.",
         lambda metrics: metrics.changes.items(),
     ),
+    Row(
+        "sgl_router_desired_workers", GAUGE, (),
+        "Workers there should be; left out without autoscaling.", read.live("desired_workers"),
+    ),
+    Row(
+        "sgl_router_replica_up", GAUGE, WORKER,
+        "1: the process of this replica runs, else 0; left out for engines that others run.",
+        read.per_replica(lambda restarts, up: int(up)),
+    ),
+    Row(
+        "sgl_router_replica_restarts_total", COUNTER, WORKER,
+        "Times this replica was started again.", read.per_replica(lambda restarts, up: restarts),
+    ),
+    # what engines say of themselves
+    Row(
+        "sgl_router_engine_running_requests", GAUGE, WORKER,
+        "Requests the engine computes, by its own word.", read.per_report(lambda r: r.running),
+    ),
+    Row(
+        "sgl_router_engine_queued_requests", GAUGE, WORKER,
+        "Requests that wait for their turn in the engine.", read.per_report(lambda r: r.queued),
+    ),
+    Row(
+        "sgl_router_engine_kv_capacity_tokens", GAUGE, WORKER,
+        "Tokens the engine's KV cache can hold.", read.per_report(lambda r: r.capacity_tokens),
+    ),
+    Row(
+        "sgl_router_engine_kv_used_tokens", GAUGE, WORKER,
+        "Tokens it holds for running requests.", read.per_report(lambda r: r.used_tokens),
+    ),
+    Row(
+        "sgl_router_engine_context_length", GAUGE, WORKER,
+        "Tokens of prompt and answer together that the engine takes.", read.per_report(lambda r: r.context_length),
+    ),
+    # the router
     Row(
         "sgl_router_log_lines_lost_total", COUNTER, (),
         "Log lines that a full disk or a blocked pipe did not take.", read.live("lost_lines"),
@@ -340,7 +383,10 @@ router's port and on `--prometheus-host`:`--prometheus-port` (default port 29000
 
 - Names, types and labels are those of the reference, the router in Rust, where it has the metric:
   `sgl_router_*` of its 0.1 and 0.2 series, `smg_*` of 0.3. What is new is called `sgl_router_*` too.
-- `worker` is the worker's URL. The series of a removed worker disappear; totals without that label go on.
+- `worker` is the worker's URL, with `@` and a number for a data-parallel rank. The series of a removed worker
+  disappear; totals without that label go on.
+- `sgl_router_engine_*` are what the engine last told, every `--engine-report-interval-secs`; what it does not
+  tell is left out.
 - `route` and `path` are paths the router knows (parameters as in `/workers/{worker_id}`), others are `other`.
 - `model` has at most 100 names, the first that were answered without an error; others are `other`, none is
   `unknown`.

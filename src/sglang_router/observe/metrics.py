@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
@@ -57,6 +57,9 @@ class Metrics(Listener, Collector):
     active                requests under way
     upstream_connections  open connections to workers
     lost_lines            log lines that could not be written
+    waiting               requests that wait because no worker is ready
+    desired_workers       how many there should be, where somebody decides that
+    replicas              URL, restarts and whether it is up, of each replica that the router runs itself
     duration_buckets      upper bounds in seconds for all histograms
     paths                 paths served beside the relayed ones, "{name}" for one segment; the rest is "other"
     """
@@ -70,6 +73,9 @@ class Metrics(Listener, Collector):
         active: Callable[[], int] | None = None,
         upstream_connections: Callable[[], int] | None = None,
         lost_lines: Callable[[], int] | None = None,
+        waiting: Callable[[], int] | None = None,
+        desired_workers: Callable[[], int] | None = None,
+        replicas: Callable[[], Iterable[tuple[str, int, bool]]] | None = None,
         duration_buckets: Sequence[float] | None = None,
         paths: Iterable[str] = (),
     ) -> None:
@@ -78,11 +84,14 @@ class Metrics(Listener, Collector):
         tree = getattr(policy, "tree", None)
         self.tree = tree if isinstance(tree, Tree) else None
         self.bounds = sorted(set(duration_buckets or DURATION_BUCKETS))
-        self.live: dict[str, Callable[[], int] | None] = {
+        self.live: dict[str, Callable[[], Any] | None] = {  # may be set later, when who knows is there
             "connections": connections,
             "active": active,
             "upstream_connections": upstream_connections,
             "lost_lines": lost_lines,
+            "waiting": waiting,
+            "desired_workers": desired_workers,
+            "replicas": replicas,
         }
         self.changes: dict[tuple[str, str], int] = {}  # of workers, by what and new state
         self.tallies: dict[Worker, Tally] = {}

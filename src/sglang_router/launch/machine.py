@@ -1,0 +1,112 @@
+"""What this machine has to run engines with: processors, GPUs, free ports, environment. All that is counted on.
+
+Backends take it as an argument, so that what follows from it can be tested as arithmetic.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_router.errors import ConfigError
+
+_HIGHEST_PORT = 65535
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is counted on.
+
+    cores         processors this process may use
+    gpus          NVIDIA devices there are
+    loopback      name of the network interface
+    port_is_free  (host, port) -> bool
+    """
+
+    cores: int
+    gpus: int
+    loopback: str
+    environ: Mapping[str, str]
+    port_is_free: Callable[[str, int], bool]
+
+    @staticmethod
+    def here() -> Machine:
+        """This one."""
+        devices = [each for each in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", each.name)]
+        loopback = "lo" if sys.platform == "linux" else "lo0"
+        return Machine(_cores(), len(devices), loopback, os.environ, port_is_free)
+
+    def visible_gpus(self) -> list[str]:
+        """The GPUs that engines may use, as CUDA_VISIBLE_DEVICES names them: numbers, UUIDs or MIG instances.
+
+        Empty when there are none, or the variable hides them: what follows a -1 in it does not count (CUDA C++
+        Programming Guide, "CUDA Environment Variables").
+        """
+        given = self.environ.get("CUDA_VISIBLE_DEVICES")
+        if given is None:
+            return [str(number) for number in range(self.gpus)]
+        names: list[str] = []
+        for name in map(str.strip, given.split(",")):
+            if name in ("", "-1"):
+                break
+            names.append(name)
+        return names
+
+
+class Ports:
+    """One port for each rank: the first free one at or after base + rank that no other rank has, and for good."""
+
+    def __init__(self, host: str, base: int, is_free: Callable[[str, int], bool]) -> None:
+        self._host = host
+        self._base = base
+        self._is_free = is_free
+        self._of: dict[int, int] = {}
+
+    def __call__(self, rank: int) -> int:
+        """Raises: ConfigError, if there is none left."""
+        if rank not in self._of:
+            self._of[rank] = self._find(rank)
+        return self._of[rank]
+
+    def _find(self, rank: int) -> int:
+        taken = set(self._of.values())
+        for port in range(self._base + rank, _HIGHEST_PORT + 1):
+            if port not in taken and self._is_free(self._host, port):
+                return port
+        raise ConfigError(
+            f"no port is free on {self._host} from {self._base + rank} on; choose another --router-dp-worker-base-port"
+        )
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there now, connections of an earlier one in TIME_WAIT notwithstanding.
+
+    Raises: ConfigError, if no port of this address could be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)  # with SO_REUSEADDR two may bind one port, but only one may listen
+    except PermissionError:  # below 1024
+        return False
+    except socket.gaierror as error:
+        raise ConfigError(f"--dp-worker-host {host}: {error.strerror}") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return False
+        raise ConfigError(f"--dp-worker-host {host}: {error.strerror}") from None
+    return True
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,1 @@
+"""Automatic scaling: reads the fleet, has `core.scaling` decide, and tells those who start and stop workers."""
