@@ -1,10 +1,11 @@
 """Attacks on a router that runs here, and a polite client beside each of them.
 
     attackers (this process) ──┐
-                               ├──> router ──> worker that lies when asked to      each a process of its own, on loopback
+                               ├──> router ──> worker that lies when asked to      each a process of its own
     polite client ─────────────┘
 
-The polite client asks for one small answer after the other and notes how long it waits. Printed for each attack: what
+The polite client asks for one small answer of the router's own (that its body is no JSON) after the other and notes how
+long it waits: the worker, which floods as fast as it can, is in nobody's way but its own. Printed for each attack: what
 came of it, the polite client's p50, p99 and longest wait, and the router's memory and descriptors during and after.
 `scripts/hostile` (a shell script) prepares the environment and runs this. The same attacks, smaller, are tests in
 tests/hostile; workers and clients come from there.
@@ -74,7 +75,7 @@ def be_worker() -> None:
 
 def be_polite(port: int) -> None:
     """Asks until standard input ends; then tells all waits, in seconds, and what went wrong."""
-    polite = Polite(port)
+    polite = Polite(port, post("/generate", b"no JSON"), 400)
     polite.start()
     sys.stdin.read()
     polite.stop()

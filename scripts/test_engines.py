@@ -73,7 +73,7 @@ def run(engine: Engine, quick: bool) -> Results:
         course.first(_in_format(engine, tiny))
         name, model = ("tiny", tiny) if quick else ("smollm2", models.smollm2(_progress))
         course.second(name, _in_format(engine, model))
-        if not quick:
+        if not quick and not results.wrong:
             write(engine.name, row(engine, python, results))
     except (CourseError, SetupError, ConfigError) as error:
         results.expect(False, str(error))

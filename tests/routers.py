@@ -19,6 +19,7 @@ import os
 import random
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -76,12 +77,25 @@ class Samples:
 
 
 class RouterProcess:
-    """A router that runs. `url` is where clients reach it, `metrics_url` the scrape of its own port for that."""
+    """A router that runs. `url` is where clients reach it, `metrics_url` the scrape of its own port for that.
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str, metrics_url: str, log: Path) -> None:
+    `key` is shown with every request that does not say otherwise; with `tls` the router is spoken to by that.
+    """
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        url: str,
+        metrics_url: str,
+        log: Path,
+        key: str = "",
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.process = process
         self.url = url
         self.metrics_url = metrics_url
+        self._key = key
+        self._tls = tls
         self._log = log
         self._written: str | None = None
         self._asked = False
@@ -90,10 +104,12 @@ class RouterProcess:
 
     def ask(self, method: str, target: str, value: Any = None, **headers: str) -> Answer:
         """One request on a connection of its own; `value` goes as JSON, bytes as they are."""
-        return ask(self.url, method, target, value, **headers)
+        if self._key:
+            headers.setdefault("authorization", f"Bearer {self._key}")
+        return ask(self.url, method, target, value, self._tls, **headers)
 
-    def get(self, target: str) -> Answer:
-        return self.ask("GET", target)
+    def get(self, target: str, **headers: str) -> Answer:
+        return self.ask("GET", target, **headers)
 
     def post(self, target: str, value: Any = None, **headers: str) -> Answer:
         return self.ask("POST", target, value, **headers)
@@ -111,8 +127,8 @@ class RouterProcess:
 
     def samples(self, url: str = "") -> Samples:
         """A scrape of /metrics, or of `url`."""
-        parts = urlsplit(url or self.url + "/metrics")
-        answer = ask(f"{parts.scheme}://{parts.netloc}", "GET", parts.path)
+        parts = urlsplit(url)
+        answer = ask(f"{parts.scheme}://{parts.netloc}", "GET", parts.path) if url else self.get("/metrics")
         assert answer.status == 200, answer
         return Samples(answer.body.decode())
 
@@ -163,9 +179,14 @@ class RouterProcess:
             assert bad not in self._written, self._written
 
 
-def ask(url: str, method: str, target: str, value: Any = None, **headers: str) -> Answer:
+def ask(
+    url: str, method: str, target: str, value: Any = None, tls: ssl.SSLContext | None = None, /, **headers: str
+) -> Answer:
     """One request to a base URL on a connection of its own."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=WITHIN)
+    host = urlsplit(url).netloc
+    connection = http.client.HTTPConnection(host, timeout=WITHIN)
+    if tls is not None:
+        connection = http.client.HTTPSConnection(host, timeout=WITHIN, context=tls)
     body = value if value is None or isinstance(value, bytes) else json.dumps(value).encode()
     fields = {"content-type": "application/json"} if body else {}
     with contextlib.closing(connection):
@@ -177,7 +198,8 @@ def ask(url: str, method: str, target: str, value: Any = None, **headers: str) -
 class PlainWorker(http.server.ThreadingHTTPServer):
     """A worker that gives the same answers again and again, in threads of the test's process.
 
-    `answers` by path: status, headers, body; what is not there is 200 and empty, so it is healthy. `asked` counts them.
+    `answers` by path: status, headers, body; what is not there is 200 and empty, so it is healthy. `asked` counts them,
+    `seen` keeps the headers of the last request for each path.
     """
 
     daemon_threads = True
@@ -186,6 +208,7 @@ class PlainWorker(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _PlainHandler)
         self.answers = answers
         self.asked: Counter[str] = Counter()
+        self.seen: dict[str, dict[str, str]] = {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -205,6 +228,7 @@ class _PlainHandler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         self.server.asked[self.path] += 1
+        self.server.seen[self.path] = {name.lower(): value for name, value in self.headers.items()}
         status, headers, body = self.server.answers.get(self.path, (200, {}, b""))
         self.send_response(status)
         for name, value in {"content-length": str(len(body)), **headers}.items():
@@ -251,7 +275,15 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_ROUTER_")}
 
 
-def start_router(urls: Sequence[str], *flags: str, log: Path, host: str = "127.0.0.1") -> RouterProcess:
+def start_router(
+    urls: Sequence[str],
+    *flags: str,
+    log: Path,
+    host: str = "127.0.0.1",
+    key: str = "",
+    tls: ssl.SSLContext | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> RouterProcess:
     """A router process that answers GET /health; its workers may still be starting."""
     for _ in range(5):
         port, metrics_port = free_port(host), free_port(host)
@@ -262,10 +294,15 @@ def start_router(urls: Sequence[str], *flags: str, log: Path, host: str = "127.0
             words += ["--worker-urls", *urls]
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                [*COMMAND, *words], env=environment(), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink
+                [*COMMAND, *words],
+                env=environment() | dict(variables or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
             )
         name = f"[{host}]" if ":" in host else host
-        router = RouterProcess(process, f"http://{name}:{port}", f"http://{name}:{metrics_port}/metrics", log)
+        url = f"{'https' if tls else 'http'}://{name}:{port}"
+        router = RouterProcess(process, url, f"http://{name}:{metrics_port}/metrics", log, key, tls)
         try:
             if _listens(router):
                 return router
@@ -290,11 +327,11 @@ def _listens(router: RouterProcess) -> bool:
 
 @contextlib.contextmanager
 def router_process(
-    urls: Sequence[str], *flags: str, host: str = "127.0.0.1", healthy: bool = True
+    urls: Sequence[str], *flags: str, host: str = "127.0.0.1", healthy: bool = True, **more: Any
 ) -> Iterator[RouterProcess]:
-    """A router in front of `urls`; `healthy`: the block begins when all of them are."""
+    """A router in front of `urls`; `healthy`: the block begins when all of them are. `more`: see `start_router`."""
     with tempfile.TemporaryDirectory() as folder:
-        router = start_router(urls, *flags, log=Path(folder) / "router.log", host=host)
+        router = start_router(urls, *flags, log=Path(folder) / "router.log", host=host, **more)
         try:
             if urls and healthy:
                 router.until_healthy(*urls)

@@ -2,7 +2,7 @@
 
     errors   config
        wire     core              neither knows the other; both are pure: no I/O, clock, chance or log of their own
-    observe   net   admin   scaling
+    observe   net   admin   scaling   state   settings
             server
     launch_router   launch                      launch starts engines and serves before them; launch_server is its door
     launch_server   cli   __main__              engine stands alone: another process, which knows only errors and config
@@ -37,11 +37,13 @@ MAY_KNOW: dict[str, set[str]] = {
     "net": BELOW_NET,
     "admin": BELOW_NET | {"net"},
     "scaling": BELOW_NET | {"net"},
-    "server": BELOW_SERVER,
+    "state": BELOW_NET,
+    "settings": BELOW_NET | {"net"},
+    "server": BELOW_SERVER | {"state", "settings"},
     "engine": BASE,
     "router_args": {"config"},
     "launch_router": BASE | {"server"},
-    "launch": BELOW_SERVER | {"server", "engine"},
+    "launch": BELOW_SERVER | {"server", "settings", "engine"},
     "launch_server": BELOW_SERVER | {"server", "launch", "launch_router"},
     "cli": BASE | {"launch_router", "launch_server", "engine"},
     "__main__": {"cli"},

@@ -127,7 +127,7 @@ REFERENCE: list[tuple[str, str, Any]] = [
     ("--tls-key-path k", "server_key_path", "k"),
     ("--enable-trace", "enable_trace", True),
     ("--otlp-traces-endpoint h:1", "otlp_traces_endpoint", "h:1"),
-    ("--api-key k", "api_key", "k"),
+    ("--api-key k", "api_key", [("", "k")]),
     ("--control-plane-api-keys i:n:admin:a:b", "control_plane_api_keys", [("i", "n", "a:b", "admin")]),
     ("--control-plane-audit-enabled", "control_plane_audit_enabled", True),
     ("--jwt-issuer i", "jwt_issuer", "i"),
@@ -176,13 +176,14 @@ TEXTS: dict[str, tuple[str, Any]] = {
     "TEXT": ("word", "word"),
     "KEY=VALUE": ("a=b, c=d", {"a": "b", "c": "d"}),
     "URL": (A, [(A, None)]),
+    "KEY": ("alice k,1", [("alice", "k,1")]),
     "ID:NAME:ROLE:KEY": ("i:n:user:k", [("i", "n", "k", "user")]),
 }
 SAMPLES: dict[str, tuple[str, Any]] = {
     "worker_urls": (f"{A}, {B}", [A, B]),
     "decode_urls": (A, [A]),
     "ca_cert_paths": ("a b", ["a", "b"]),
-    "cors_allowed_origins": ("a", ["a"]),
+    "cors_allowed_origins": ("https://A:443/, http://b:8080", ["https://a", "http://b:8080"]),
     "request_id_headers": ("X-A x-b", ["x-a", "x-b"]),
     "health_check_endpoint": ("/h", "/h"),
     "autoscale": ("1:4", "1:4"),
@@ -214,7 +215,8 @@ def test_all_98_at_once() -> None:
 @pytest.mark.parametrize("option", options(without="config"))
 def test_option_from_every_source(option: Option, tmp_path: Path) -> None:
     text, value = sample(option)
-    words = [option.flag] if value is True else [option.flag, *text.replace(",", " ").split()]
+    separate = [text] if option.name == "api_key" else text.replace(",", " ").split()
+    words = [option.flag] if value is True else [option.flag, *separate]
     file = tmp_path / "f.yaml"
     file.write_text(yaml.safe_dump({option.name.replace("_", "-"): text}))
     native = tmp_path / "native.toml"
@@ -416,8 +418,19 @@ def test_unreadable_file(tmp_path: Path) -> None:
         ),
         (
             "--control-plane-api-keys i:n:root:hush",
-            "--control-plane-api-keys: the value is not a list of id:name:",
+            "--control-plane-api-keys: this is not ID:NAME:ROLE:KEY with the role admin or user",
         ),
+        ("--api-key alice hush", "each key needs a flag of its own; a name goes into the same word: 'NAME KEY'"),
+        ("--tls-cert-path c", "--tls-cert-path and --tls-key-path belong together; give both"),
+        ("--client-key-path k", "--client-cert-path and --client-key-path belong together; give both"),
+        (
+            "--control-plane-open --control-plane-api-keys-file f",
+            "--control-plane-open is for a control plane without keys; give one or the other",
+        ),
+        ("--cors-allowed-origins chat.example.com", "'chat.example.com' is not an origin, as in https://"),
+        ("--cors-allowed-origins https://h/path", "'https://h/path' is not an origin"),
+        ("--cors-allowed-origins https://h:0x1", "'https://h:0x1' is not an origin"),
+        ("--cors-allowed-origins https://u@h", "'https://u@h' is not an origin"),
         (
             "--retry-max-backoff-ms 1",
             "--retry-max-backoff-ms must not be less than --retry-initial-backoff-ms",
@@ -497,8 +510,8 @@ def test_missing_feature_is_refused_when_used(option: Option) -> None:
 
 
 def test_missing_features_are_named_together() -> None:
-    assert refused("--enable-igw --queue-size 5") == (
-        "not available in this version: --queue-size, --enable-igw; start without them"
+    assert refused("--enable-igw --mini-lb") == (
+        "not available in this version: --mini-lb, --enable-igw; start without them"
     )
     assert read("--queue-size 100 --max-concurrent-requests -1 --backend sglang").checked().queue_size == 100
 

@@ -6,6 +6,7 @@ A corpus file is read line by line; `\\r`, `\\x00` and the like stand for the by
     @ POST / HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: {}\\r\\n\\r\\nhello    the message; {} is where the cases differ
     400 | +5                        verdict | case
     ok | 005 | POST / hello         verdict | case | what was understood
+    431 | A: {66000 x b}            the text behind the number and the x comes that many times
 
 Verdicts: `ok` (served), `more` (the message is not all there), and for what is refused the status of the answer.
 Requests are understood as "METHOD PATH BODY, METHOD PATH BODY"; responses as "STATUS PAYLOAD", followed by `+N` where N
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +29,9 @@ from sglang_router.wire.request import Limits, Request, RequestParser
 from sglang_router.wire.response import Framing, ResponseHead, framing_of, parse_head
 
 CORPUS = Path(__file__).parent / "wire" / "corpus"
+_REPEATED = re.compile(rb"\{(\d+) x ([^}]*)\}")
+_MANY = 1500
+"""Bytes of a message above which not every split is tried."""
 
 
 class Case(NamedTuple):
@@ -39,7 +44,8 @@ class Case(NamedTuple):
 
 
 def _bytes(text: str) -> bytes:
-    return codecs.decode(text, "unicode_escape").encode("latin-1")
+    plain = codecs.decode(text, "unicode_escape").encode("latin-1")
+    return _REPEATED.sub(lambda match: match[2] * int(match[1]), plain)
 
 
 def _cases(name: str) -> Iterator[Case]:
@@ -50,7 +56,7 @@ def _cases(name: str) -> Iterator[Case]:
         elif line and not line.startswith("#"):
             verdict, case, *rest = line.split(" | ")
             raw = _bytes(template).replace(b"{}", _bytes(case))
-            yield Case(f"{number}: {case}", raw, verdict, "".join(rest))
+            yield Case(f"{number}: {case}", raw, verdict, _bytes("".join(rest)).decode("latin-1"))
 
 
 def corpus(name: str) -> list[Case]:
@@ -70,11 +76,17 @@ def pieces(raw: bytes, cuts: Iterable[int]) -> list[bytes]:
 
 
 def splits(raw: bytes) -> Iterator[list[bytes]]:
-    """Whole; in two at each place; byte by byte."""
+    """Whole; in two at each place; byte by byte. Of a long message, whose middle is all alike: at each place near its
+    start and its end, at some between, and in reads of 500 bytes."""
+    size = len(raw)
     yield [raw]
-    for cut in range(1, len(raw)):
+    if size <= _MANY:
+        places: Iterable[int] = range(1, size)
+    else:
+        places = (*range(1, 100), *range(100, size - 100, size // 7), *range(size - 100, size))
+    for cut in places:
         yield [raw[:cut], raw[cut:]]
-    yield pieces(raw, range(1, len(raw)))
+    yield pieces(raw, range(1, size) if size <= _MANY else range(500, size, 500))
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
@@ -151,9 +163,9 @@ def read_response(reads: Iterable[bytes]) -> Answered:
     try:
         for data in reads:
             if answered.framing is None:
-                buffer += data
-                while (head := parse_head(buffer)) is not None:
-                    consumed, buffer = consumed + head.end, buffer[head.end :]
+                seen, buffer = len(buffer), buffer + data
+                while (head := parse_head(buffer, seen)) is not None:
+                    seen, consumed, buffer = 0, consumed + head.end, buffer[head.end :]
                     if head.status >= 200:
                         answered = answered._replace(head=head, framing=framing_of(head))
                         break

@@ -24,6 +24,8 @@ class RouterError(Exception):
     type: ClassVar[str] = "server_error"
     message: ClassVar[str] = "The router failed to handle this request; its log says why."
     close: ClassVar[bool] = False
+    challenge: ClassVar[str] = ""
+    """The answer's WWW-Authenticate field, if it has one."""
 
     def __init__(self, message: str = "", *, param: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message or self.message)
@@ -60,6 +62,30 @@ class BadHTTP(InvalidRequest):
     close = True
 
 
+class AccessRefused(InvalidRequest):
+    """The key does not open this door (RFC 6750 3)."""
+
+    challenge = 'Bearer realm="sglang-router"'
+
+
+class Unauthorized(AccessRefused):
+    status = 401
+    code = "invalid_api_key"
+    message = "This key is not known here."
+
+
+class MissingKey(Unauthorized):
+    code = "missing_api_key"
+    message = "A key is needed: send it as `Authorization: Bearer KEY`, or in the header x-api-key."
+
+
+class Forbidden(AccessRefused):
+    status = 403
+    code = "forbidden"
+    type = "permission_error"
+    message = "This key does not reach that far."
+
+
 class NotFound(InvalidRequest):
     status = 404
     code = "not_found"
@@ -82,6 +108,13 @@ class RequestTimeout(InvalidRequest):
     code = "request_timeout"
     message = "The request did not arrive in time."
     close = True
+
+
+class QueueTimeout(RouterError):
+    status = 408
+    code = "queue_timeout"
+    type = "timeout_error"
+    message = "The request waited for its turn longer than --queue-timeout-secs allows; try again later."
 
 
 class Conflict(InvalidRequest):
@@ -124,6 +157,33 @@ class HeadTooLarge(InvalidRequest):
     close = True
 
 
+class Overload(RouterError):
+    """The router has enough to do; `retry_after` says when to come again."""
+
+    status = 429
+    type = "rate_limit_error"
+
+
+class RateLimited(Overload):
+    code = "rate_limited"
+    message = "More requests per second than --rate-limit-tokens-per-second allows; slow down."
+
+
+class QueueFull(Overload):
+    code = "queue_full"
+    message = "As many requests wait already as --queue-size allows; try again later."
+
+
+class TooManyWaiting(Overload):
+    code = "too_many_waiting"
+    message = "Too many requests wait already until a worker is ready."
+
+
+class BufferFull(Overload):
+    code = "buffer_full"
+    message = "The router holds as many bytes of requests as --max-buffered-request-bytes allows; try again later."
+
+
 class UpgradeRefused(InvalidRequest):
     status = 501
     code = "upgrade_not_supported"
@@ -162,11 +222,17 @@ class WorkersStarting(Unavailable):
     message = "All workers are still starting."
 
 
-class TooManyWaiting(RouterError):
-    status = 429
-    code = "too_many_waiting"
-    type = "rate_limit_error"
-    message = "Too many requests wait already until a worker is ready."
+class WorkersFull(Unavailable):
+    """The request may wait for one to have room."""
+
+    code = "workers_full"
+    message = "All workers have as many requests as --max-running-per-worker allows."
+
+
+class TooManyConnections(Unavailable):
+    code = "too_many_connections"
+    message = "The router holds as many connections as it has descriptors for; raise its limit (ulimit -n)."
+    close = True
 
 
 class ShuttingDown(Unavailable):
@@ -197,6 +263,21 @@ class WorkerTimeout(RouterError):
     code = "worker_timeout"
     type = "timeout_error"
     message = "The worker did not answer in time."
+
+
+class ConnectTimeout(WorkerTimeout):
+    code = "connect_timeout"
+    message = "The worker did not accept a connection within --connect-timeout-secs."
+
+
+class FirstByteTimeout(WorkerTimeout):
+    code = "first_byte_timeout"
+    message = "The worker began no answer within --first-byte-timeout-secs."
+
+
+class StreamSilent(WorkerTimeout):
+    code = "chunk_timeout"
+    message = "The worker fell silent inside its answer for longer than --chunk-timeout-secs."
 
 
 class Overdue(WorkerTimeout):

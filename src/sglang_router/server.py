@@ -27,43 +27,68 @@ import resource
 import signal
 import time
 import uuid
-from typing import TYPE_CHECKING, Protocol
+import warnings
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvloop
 
+from sglang_router import settings
 from sglang_router.admin.app import ROUTES, Context, create_app, create_metrics_app
 from sglang_router.core.events import Listener, Listeners, WorkerChanged
 from sglang_router.core.fleet import Fleet
-from sglang_router.core.policies import POLICIES, PolicySettings
+from sglang_router.core.outliers import Outliers
+from sglang_router.core.policies import POLICIES
+from sglang_router.core.policies.cache_aware import CacheAware
 from sglang_router.core.request import ENDPOINTS
-from sglang_router.core.router import PolicyListener, RetryRules, Router
-from sglang_router.core.worker import BreakerRules, HealthRules, WorkerSpec
+from sglang_router.core.retry_budget import RetryBudget, RetryBudgetRules
+from sglang_router.core.router import PolicyListener, Router
+from sglang_router.core.snapshot import Defaults
+from sglang_router.core.worker import Health, WorkerSpec
 from sglang_router.errors import ConfigError, ShuttingDown
 from sglang_router.net.downstream import Downstream
+from sglang_router.net.listen import Bequest, Legacy, take_over
 from sglang_router.net.probe import Prober
 from sglang_router.net.reports import Surveyor
-from sglang_router.net.service import REQUEST_ID_HEADERS, Service, Timeouts
+from sglang_router.net.service import REQUEST_ID_HEADERS, Service
+from sglang_router.net.tls import listening_context
 from sglang_router.net.upstream import Upstream
 from sglang_router.observe import logs
 from sglang_router.observe.access import AccessLog, WorkerLog
 from sglang_router.observe.deferred import Deferred
 from sglang_router.observe.metrics import Metrics
 from sglang_router.scaling.loop import autoscaler
+from sglang_router.state import StateFile
+from sglang_router.wire.cors import Cors
 from sglang_router.wire.request import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sglang_router.config import RouterArgs
+    from sglang_router.core.worker import Worker
+    from sglang_router.net.tls import TLSFiles
 
 log = logging.getLogger("sglang_router")
 
 _CLOCK = time.monotonic
+_CHECKED_EVERY = 0.01
 _SWEEP_EVERY = 0.25
 _COLLECT_EVERY = 1.0
+_JUDGE_EVERY = 1.0
+_LARGE_FLEET = 200
+_RENEW_EVERY = 5.0
 _TIDY_STEPS = 512
 _TIDY_PAUSE = 0.01
 _BACKLOG = 4096
+_SHAKING = 1.0
+"""Seconds for handshakes of TLS that are under way when another router takes over: such clients are not here yet."""
+_LAST_REQUEST = 10.0
+"""Seconds that a kept connection has for a last request when another router has taken over the port."""
+_SCRAPE = 4096
+"""Bytes of the body of a request for metrics, which has none."""
+_HANDSHAKE = 10.0
+_FAREWELL = 2.0
+"""Seconds that a client has for the handshake of TLS, and for its end: one that is silent delays a shutdown so long."""
 
 
 class Crew(Protocol):
@@ -105,8 +130,11 @@ class Gateway:
         self.args = args
         self.loop = loop
         rng = random.Random()
-        self.policy = POLICIES[args.policy](_policy_settings(args), rng)
+        self.policy = POLICIES[args.policy](settings.policy_settings(args), rng)
         self._servers: list[asyncio.Server] = []
+        self._listening: dict[tuple[str, int], list[asyncio.Server]] = {}
+        self._legacy: Legacy | None = None
+        self._bequest: Bequest | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
         listeners = Listeners()
         self.deferred = Deferred(loop.call_later)
@@ -114,13 +142,23 @@ class Gateway:
         self.fleet = Fleet(
             listeners,
             lambda: str(uuid.uuid4()),
-            _breaker_rules(args),
+            settings.breaker_rules(args),
             args.worker_startup_timeout_secs,
             args.slow_start_secs,
+            args.max_running_per_worker,
+            None if args.disable_outlier_ejection else Outliers(settings.outlier_rules(args)),
         )
-        self.router = Router(self.fleet, self.policy, listeners, rng, _retry_rules(args))
+        budget = RetryBudget(RetryBudgetRules(args.retry_budget_ratio, args.retry_budget_min_per_second))
+        self.router = Router(self.fleet, self.policy, listeners, rng, settings.retry_rules(args), budget)
+        access = settings.access_rules(args)
+        self._tls = settings.server_tls(args)
+        worker_tls = settings.worker_tls(args)
+        self._certificates = [files for files in (self._tls, worker_tls) if files is not None]
         self.upstream = Upstream(
-            loop, connect_timeout=args.connect_timeout_secs, idle_timeout=args.upstream_idle_timeout_secs
+            loop,
+            connect_timeout=args.connect_timeout_secs,
+            idle_timeout=args.upstream_idle_timeout_secs,
+            tls=worker_tls,
         )
         self.surveyor = Surveyor(loop, self.fleet, self.upstream, _CLOCK, args.engine_report_interval_secs)
         self.prober = Prober(
@@ -140,7 +178,7 @@ class Gateway:
             active=lambda: self.service.active,
             upstream_connections=lambda: self.upstream.open,
             lost_lines=lambda: writer.lost,
-            waiting=lambda: len(self.service.waiting),
+            waiting=lambda: self.service.queued,
             desired_workers=None if scaler is None else lambda: scaler.desired,
             duration_buckets=args.prometheus_duration_buckets,
             paths=[row.path for rows in ROUTES.values() for row in rows],
@@ -157,10 +195,11 @@ class Gateway:
             prober=self.prober,
             clock=_CLOCK,
             startup_timeout=args.worker_startup_timeout_secs,
-            health=health_rules(args),
+            health=settings.health_rules(args),
             worker_api_key=args.worker_api_key,
             dp_aware=args.dp_aware,
             metrics_render=render,
+            access=access,
             scaling=self.scaler,
         )
         self.service = Service(
@@ -172,10 +211,17 @@ class Gateway:
             rng,
             endpoints=ENDPOINTS,
             prod=self.prober.prod,
-            limits=_limits(args),
-            timeouts=_timeouts(args),
+            limits=settings.limits(args),
+            timeouts=settings.timeouts(args),
             request_id_headers=tuple(args.request_id_headers or REQUEST_ID_HEADERS),
             forward_everything=args.forward_headers == "all",
+            admission=settings.admission_rules(args),
+            resuming=settings.resume_rules(args) if args.resume_streams else None,
+            access=access,
+            cors=Cors(args.cors_allowed_origins) if args.cors_allowed_origins else None,
+            most_queued=args.queue_size,
+            most_buffered=args.max_buffered_request_bytes,
+            most_connections=settings.most_connections(),
         )
         self._metrics_service = Service(
             loop,
@@ -186,7 +232,8 @@ class Gateway:
             rng,
             endpoints={},
             prod=self.prober.prod,
-            timeouts=_timeouts(args),
+            limits=Limits(body_bytes=_SCRAPE),
+            timeouts=settings.timeouts(args),
         )
         self._services = (self.service, self._metrics_service)
         listeners.add(PolicyListener(self.policy))
@@ -198,27 +245,38 @@ class Gateway:
             self.deferred.add(self.scaler.observer)
         if args.access_log:
             self.deferred.add(AccessLog(writer))
+        self.state = self._state_file(args.state_file) if args.state_file is not None else None
 
     async def start(self) -> None:
         """Listens and registers the workers given at start.
 
         The main port is had first, so that a second router of the same options complains of it, and opened last: a
-        request before the workers are registered would be told that there are none.
+        request before the workers are registered would be told that there are none. A router that takes over lets the
+        one before it serve until the workers are checked.
 
         Raises: ConfigError when an address cannot be had.
         """
         args = self.args
         with _said_of(args.host, args.port, "--port"):
-            server = await self._bind(self.service, args.host, args.port)
+            if args.reuse_port:
+                self._legacy = await take_over(self.loop, args.host, args.port)
+            servers = await self._bind(self.service, args.host, args.port, self._tls)
         await self._listen_for_metrics()
+        self._register()
+        if self._legacy is not None:
+            self._legacy.leave_rest()
+            await self._checked()
         with _said_of(args.host, args.port, "--port"):
-            await _open(server)
-        for url in args.worker_urls:
-            key, rules = args.worker_api_key, health_rules(args)
-            self.fleet.add(WorkerSpec(url=url, api_key=key, dp_aware=args.dp_aware, health=rules), _CLOCK())
+            await _open(servers)
+        if args.reuse_port:
+            self._offer()
+        if self.state is not None:
+            self.state.start(args.state_interval_secs)
         if self.scaler is not None:
             self.scaler.start()
         self._sweep()
+        self._judge()
+        self._renew()
         self._tidy()
         self._collect()
         gc.freeze()
@@ -229,28 +287,82 @@ class Gateway:
     def url(self) -> str:
         """Where clients reach the router."""
         host = f"[{self.args.host}]" if ":" in self.args.host else self.args.host
-        return f"http://{host}:{self._servers[0].sockets[0].getsockname()[1]}"
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://{host}:{self._servers[0].sockets[0].getsockname()[1]}"
 
-    async def _bind(self, service: Service, host: str, port: int) -> asyncio.Server:
-        """A server that has its address, and is yet to be opened."""
-        server = await self.loop.create_server(
-            lambda: Downstream(service),
-            host.strip("[]"),
-            port,
-            backlog=_BACKLOG,
-            reuse_address=True,
-            start_serving=False,
+    def _register(self) -> None:
+        """The workers of the last time, and those given now."""
+        args = self.args
+        if self.state is not None:
+            self.state.load()
+        for url in args.worker_urls:
+            if not self.fleet.entries(url):
+                key, rules = args.worker_api_key, settings.health_rules(args)
+                self.fleet.add(WorkerSpec(url=url, api_key=key, dp_aware=args.dp_aware, health=rules), _CLOCK())
+
+    async def _checked(self) -> None:
+        """Waits until each worker was checked once, but no longer than a request would."""
+        until = _CLOCK() + self.args.startup_wait_secs
+        # No event tells of a first check that failed.
+        while _CLOCK() < until and any(w.health is Health.STARTING and not w.last_error for w in self.fleet):  # noqa: ASYNC110
+            await asyncio.sleep(_CHECKED_EVERY)
+
+    async def _bind(self, service: Service, host: str, port: int, tls: TLSFiles | None = None) -> list[asyncio.Server]:
+        """Servers that have the address, and are yet to be opened: one, or one for each socket that was taken over."""
+        times: dict[str, Any] = {"ssl_handshake_timeout": _HANDSHAKE, "ssl_shutdown_timeout": _FAREWELL}
+        taken = self._legacy.take(host, port) if self._legacy is not None else []
+        places: list[dict[str, Any]] = [{"sock": sock} for sock in taken]
+        servers: list[asyncio.Server] = [
+            await self.loop.create_server(
+                lambda: Downstream(service),
+                backlog=_BACKLOG,
+                start_serving=False,
+                ssl=listening_context(tls) if tls is not None else None,
+                **(times if tls is not None else {}),  # uvloop takes them on all versions of Python
+                **place,
+            )
+            for place in places or [{"host": host.strip("[]"), "port": port, "reuse_address": True}]
+        ]
+        self._servers += servers
+        self._listening[host, port] = servers
+        return servers
+
+    def _offer(self) -> None:
+        """Lets the router that comes next have all addresses that stay the same."""
+        fds = {
+            place: [sock.fileno() for server in servers for sock in server.sockets]
+            for place, servers in self._listening.items()
+            if place[1]
+        }
+        self._bequest = Bequest(self.loop, fds, self._save)
+        self._bequest.offer()
+
+    async def _save(self) -> None:
+        if self.state is not None:
+            await self.state.save(hurry=True)
+
+    def _state_file(self, path: str) -> StateFile:
+        args = self.args
+
+        def ours(worker: Worker) -> bool:
+            replicas = self.context.replicas
+            return replicas is None or replicas.describe(worker) is None
+
+        return StateFile(
+            path,
+            self.fleet,
+            self.policy.tree if isinstance(self.policy, CacheAware) else None,
+            Defaults(tuple(args.worker_urls), args.worker_api_key, args.dp_aware, settings.health_rules(args)),
+            ours=ours,
+            rests=lambda: self._bequest is not None and self._bequest.succeeded,
         )
-        self._servers.append(server)
-        return server
 
     async def _listen_for_metrics(self) -> None:
         """The second door to the metrics. Its default port is a convenience, so losing it is only worth a warning."""
         args = self.args
         try:
             with _said_of(args.prometheus_host, args.prometheus_port, "--prometheus-port"):
-                server = await self._bind(self._metrics_service, args.prometheus_host, args.prometheus_port)
-                await _open(server)
+                await _open(await self._bind(self._metrics_service, args.prometheus_host, args.prometheus_port))
         except ConfigError as exc:
             if "prometheus_port" in args.given:
                 raise
@@ -260,6 +372,17 @@ class Gateway:
         for service in self._services:
             service.sweep()
         self._timers["sweep"] = self.loop.call_later(_SWEEP_EVERY, self._sweep)
+
+    def _judge(self) -> None:
+        self.fleet.judge(_CLOCK())
+        pause = _JUDGE_EVERY if len(self.fleet) < _LARGE_FLEET else 5 * _JUDGE_EVERY
+        self._timers["judge"] = self.loop.call_later(pause, self._judge)
+
+    def _renew(self) -> None:
+        """Certificates that were renewed are used from now on."""
+        for files in self._certificates:
+            files.refresh()
+        self._timers["renew"] = self.loop.call_later(_RENEW_EVERY, self._renew)
 
     def _collect(self) -> None:
         """Young garbage: what a second's requests left in cycles, which should be nothing."""
@@ -278,22 +401,33 @@ class Gateway:
         """Takes nothing new and finishes what is under way: within the grace period, and until `urgent` is set."""
         if self.scaler is not None:
             await self.scaler.close()  # the work that is drained away is no reason for fewer workers
+        succeeded = self._bequest is not None and await self._bequest.settle()
         for server in self._servers:
             server.close()
+        if succeeded and self._tls is not None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(urgent.wait(), _SHAKING)
         for service in self._services:
-            service.drain()
-        for relay in list(self.service.waiting):
-            relay.refuse(ShuttingDown())
+            service.drain(_LAST_REQUEST if succeeded else 0.0)
+        if not self.fleet.able(_CLOCK()):  # else they wait for room, and get it
+            for relay in list(self.service.waiting):
+                relay.refuse(ShuttingDown())
         self.prober.release()
         if self.service.active:
             log.info("finishing %d running requests", self.service.active)
-        waits = [self.loop.create_task(work) for work in (self._drained(), urgent.wait())]
+        waits = [self.loop.create_task(work) for work in (self._wind_up(succeeded), urgent.wait())]
         timeout = self.args.shutdown_grace_period_secs
         await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         if self.service.active and not urgent.is_set():
             log.warning("the grace period is over: %d requests are cut", self.service.active)
+
+    async def _wind_up(self, succeeded: bool) -> None:
+        """Saves what is known, unless another router knows more by now, and waits for the last request."""
+        if not succeeded:
+            await self._save()
+        await self._drained()
 
     async def _drained(self) -> None:
         for service in self._services:
@@ -310,6 +444,12 @@ class Gateway:
         for timer in self._timers.values():
             timer.cancel()
         await self._drained()  # what was cut is told of as well
+        if self.state is not None:
+            await self.state.close()
+        if self._bequest is not None:
+            await self._bequest.close()
+        if self._legacy is not None:
+            self._legacy.close()
         if self.scaler is not None:
             await self.scaler.close()
         await self.prober.close()
@@ -323,7 +463,7 @@ def serve(args: RouterArgs, crew: Callable[[Gateway, logs.LogWriter], Crew] | No
     writer = logs.configure(args.log_level, args.log_format, args.log_dir)
     _raise_fd_limit()
     try:
-        with contextlib.closing(uvloop.new_event_loop()) as loop:
+        with contextlib.closing(uvloop.new_event_loop()) as loop, _handshakes_cut_quietly(loop):
             asyncio.set_event_loop(loop)
             return int(loop.run_until_complete(_run(args, loop, writer, crew)))
     finally:
@@ -331,13 +471,27 @@ def serve(args: RouterArgs, crew: Callable[[Gateway, logs.LogWriter], Crew] | No
         writer.close()
 
 
-async def _open(server: asyncio.Server) -> None:
+@contextlib.contextmanager
+def _handshakes_cut_quietly(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Closes the loop at the end. A client in the middle of a TLS handshake is known to uvloop alone, which closes its
+    connection then, and warns; if warnings are errors, it does not even come to the closing."""
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            loop.close()
+
+
+async def _open(servers: list[asyncio.Server]) -> None:
     """Takes connections from now on.
 
     Raises: OSError
     """
-    await server.start_serving()
-    if not all(server.sockets):  # all that uvloop tells when somebody else listens there since it was bound
+    for server in servers:
+        await server.start_serving()
+    # All that uvloop tells when somebody else listens there since it was bound.
+    if not all(sock for server in servers for sock in server.sockets):
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
@@ -411,66 +565,3 @@ def _raise_fd_limit() -> None:
     if soft < hard:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-# -- what the options mean for each part -------------------------------------------------------------------------------
-
-
-def _policy_settings(args: RouterArgs) -> PolicySettings:
-    return PolicySettings(
-        cache_threshold=args.cache_threshold,
-        balance_abs_threshold=args.balance_abs_threshold,
-        balance_rel_threshold=args.balance_rel_threshold,
-        max_tree_size=args.max_tree_size,
-        max_idle=args.max_idle_secs,
-        assignment_mode=args.assignment_mode,
-        prefix_hash_bytes=args.prefix_hash_bytes,
-        hash_load_factor=args.hash_load_factor,
-    )
-
-
-def _breaker_rules(args: RouterArgs) -> BreakerRules:
-    return BreakerRules(
-        threshold=args.cb_failure_threshold or args.max_worker_retries + 1,
-        successes=args.cb_success_threshold,
-        timeout=args.cb_timeout_duration_secs,
-        max_timeout=max(args.cb_timeout_duration_secs, args.cb_max_timeout_duration_secs),
-        enabled=not args.disable_circuit_breaker,
-    )
-
-
-def _retry_rules(args: RouterArgs) -> RetryRules:
-    return RetryRules(
-        per_worker=args.max_worker_retries,
-        total=args.max_total_retries,
-        initial_backoff=args.retry_initial_backoff_ms / 1000,
-        max_backoff=args.retry_max_backoff_ms / 1000,
-        multiplier=args.retry_backoff_multiplier,
-        jitter=args.retry_jitter_factor,
-    )
-
-
-def health_rules(args: RouterArgs) -> HealthRules:
-    """The health checks of workers that name none of their own."""
-    return HealthRules(
-        failure_threshold=args.health_failure_threshold,
-        success_threshold=args.health_success_threshold,
-        interval=args.health_check_interval_secs,
-        timeout=args.health_check_timeout_secs,
-        endpoint=args.health_check_endpoint,
-        enabled=not args.disable_health_check,
-    )
-
-
-def _limits(args: RouterArgs) -> Limits:
-    return Limits(args.max_head_bytes, args.max_header_count, args.max_payload_size)
-
-
-def _timeouts(args: RouterArgs) -> Timeouts:
-    return Timeouts(
-        head=args.head_timeout_secs,
-        body=args.body_timeout_secs,
-        idle=args.keepalive_timeout_secs,
-        request=args.request_timeout_secs,
-        starting=args.autoscale_wake_timeout_secs if args.scales_to_zero else args.startup_wait_secs,
-    )

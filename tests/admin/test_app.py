@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sglang_router.admin.app import ROUTES, Row, create_metrics_app, markdown
+from sglang_router.core.access import Kind
 from sglang_router.core.request import ENDPOINTS
 from stack import stack
 
@@ -24,6 +25,19 @@ def test_a_path_and_method_stand_in_the_table_once() -> None:
     pairs = [(method, row.path) for row in ROWS for method in row.methods]
     assert len(pairs) == len(set(pairs))
     assert not {row.path.encode() for row in ROWS} & set(ENDPOINTS)
+
+
+def test_who_may_ask() -> None:
+    """Whatever is not named here is for admins, so a row that is forgotten lets nobody in."""
+    kinds = {kind: {row.path for row in ROWS if row.kind is kind} for kind in Kind}
+    assert kinds[Kind.PUBLIC] == {"/health", "/liveness", "/readiness"}
+    about_models = {"/get_model_info", "/model_info", "/get_server_info", "/server_info"}
+    assert kinds[Kind.INFERENCE] == {"/health_generate", "/v1/models", "/v1/models/{model:path}", *about_models}
+    reads = {row.path for row in ROWS if row.kind is Kind.CONTROL_READ}
+    looks = {"/get_loads", "/metrics", "/engine_metrics", "/list_workers", "/scale", "/openapi.json"}
+    assert reads == {*looks, "/workers", "/workers/{id:path}", "/restart_workers"}
+    for row in ROWS:
+        assert row.kind is Kind.CONTROL_CHANGE or row.methods == ["GET"], "a body is read from who may change things"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.route)

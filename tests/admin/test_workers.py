@@ -207,6 +207,7 @@ def test_a_worker_that_is_posted_is_accepted_and_described() -> None:
             "health": "starting",
             "circuit_breaker": "closed",
             "draining": False,
+            "held_off": None,
             "processed": 0,
             "tree_size": 0,
             "last_error": "GET /health answered 503",

@@ -158,7 +158,7 @@ def test_add_and_remove_while_serving(urls: list[str]) -> None:
 
 
 def test_add_answers_when_the_engine_is_healthy_and_nothing_waits_meanwhile(urls: list[str]) -> None:
-    process, slow = start_engine("--startup-delay", "1")
+    process, slow = start_engine("--startup-delay", "4")
     try:
         with router_process(urls[:1], *QUICK) as router, ThreadPoolExecutor(1) as pool:
             with Load(router.url, clients=2) as load:

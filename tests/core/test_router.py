@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fleets import Bench, Log, facts, spec
 from sglang_router.core.events import Listener, Listeners, Routed, WorkerChanged
 from sglang_router.core.policies import Policy, PolicySettings
+from sglang_router.core.retry_budget import RetryBudget, RetryBudgetRules
 from sglang_router.core.router import Plan, PolicyListener, RetryRules
 from sglang_router.core.worker import BreakerRules, Outcome, Worker
 from sglang_router.errors import NoWorkers, Unavailable, WorkersStarting
@@ -119,6 +120,7 @@ def test_only_when_all_have_failed_it_returns_after_a_growing_pause() -> None:
 
 def test_the_pause_has_a_most() -> None:
     b = bench(1, per_worker=200, total=200, initial_backoff=1.0, multiplier=10.0, max_backoff=30.0, jitter=0.0)
+    b.router.budget = RetryBudget(RetryBudgetRules(floor=100.0))
     plans = legs(b, *[Outcome.FAILED] * 199)
     assert [plan.delay for plan in plans[:4]] == [0.0, 1.0, 10.0, 30.0]
     assert {plan.delay for plan in plans[3:]} == {30.0}

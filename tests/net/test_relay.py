@@ -542,7 +542,7 @@ async def test_silent_worker_is_504_and_is_not_retried() -> None:
         client = await play.client()
         leg = await exchange(play, client)
         response = await client.response()
-        assert (response.status, code(response.body)) == (504, "worker_timeout")
+        assert (response.status, code(response.body)) == (504, "request_overdue")
         await leg.closed()
         assert play.legs.empty()
 

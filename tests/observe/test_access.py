@@ -97,6 +97,20 @@ def test_a_client_that_left_and_a_broken_worker_are_told() -> None:
     assert other.endswith(" stream=1 code=stream_broken outcome=cut")
 
 
+def test_the_name_of_a_clients_key_is_told() -> None:
+    named = msgspec.structs.replace(SERVED, client="alice")
+    assert access_lines(named)[0].endswith(" stream=1 client=alice")
+    assert json.loads(access_lines(named, form="json")[0])["client"] == "alice"
+    assert "client" not in access_lines(SERVED)[0] + access_lines(SERVED, form="json")[0]
+
+
+def test_streams_that_another_worker_went_on_with_are_told() -> None:
+    resumed = msgspec.structs.replace(SERVED, retries=2, resumed=2)
+    assert access_lines(resumed)[0].endswith(" stream=1 resumed=2")
+    assert json.loads(access_lines(resumed, form="json")[0])["resumed"] == 2
+    assert "resumed" not in access_lines(SERVED)[0] + access_lines(SERVED, form="json")[0]
+
+
 def test_json() -> None:
     served, plain, refused = map(json.loads, access_lines(SERVED, PLAIN, REFUSED, form="json"))
     assert served == {

@@ -396,6 +396,18 @@ def test_path_parameters() -> None:
     ]  # fmt: skip
 
 
+def test_streams_that_another_worker_went_on_with() -> None:
+    rig = Rig()
+    one = rig.worker(W1)
+    rig.metrics.finished(finished(worker=one, outcome=Outcome.SERVED, retries=2, resumed=2))
+    rig.metrics.finished(finished(worker=one, outcome=Outcome.CUT, code="stream_broken", unresumed="sampling"))
+    rig.metrics.finished(finished(worker=one, outcome=Outcome.CUT, code="stream_broken"))
+    assert sum(rig.samples("sgl_router_resumed_streams_total").values()) == 1
+    assert rig.samples("sgl_router_resume_refused_total") == {
+        ("sgl_router_resume_refused_total", frozenset({("reason", "sampling")})): 1
+    }
+
+
 # -- the exposition -------------------------------------------------------------------------------------
 
 
@@ -409,6 +421,7 @@ def busy(policy: str) -> Rig:
     for state in ("open", "half_open"):
         rig.metrics.worker_changed(WorkerChanged(one, "breaker", "closed", state))
     rig.metrics.finished(finished(worker=one, outcome=Outcome.FAILED))
+    rig.metrics.finished(finished(worker=one, outcome=Outcome.CUT, resumed=2, unresumed="no_retry"))
     rig.fleet.reported(one, FULL)
     return rig
 

@@ -14,6 +14,7 @@ So a disagreement of a new kind fails the test; and so does a row that no messag
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import h11
@@ -24,60 +25,110 @@ from sglang_router.errors import UpgradeRefused, VersionNotSupported
 from sglang_router.wire.request import Headers, Limits
 from wire_corpus import Case, corpus, each_case, pieces, read_requests, read_response
 
+
+class Ruling(NamedTuple):
+    """The judgement of one kind of disagreement. `right`: "we", "h11", or "both" where the RFC leaves the choice."""
+
+    right: str
+    by: str
+    why: str
+
+
 REFUSED_BY_US = {
     # Two readers could find two ends of the message: the smuggler's trade.
-    "Duplicate Content-Length.": "h11 takes a second one that says the same",
-    "Invalid character in Content-Length.": "h11 takes `5, 5`, a list that says one thing",
-    "Transfer-Encoding can't be present with Content-Length.": "h11 lets Transfer-Encoding win",
-    "Content-Length can't be present with Transfer-Encoding.": "as before, the other way round or in a trailer",
-    "Invalid `Transfer-Encoding` header value.": "as before: a second one, in a trailer; h11 throws trailers away",
-    "HTTP/1.0 has no Transfer-Encoding.": "h11 reads chunks; servers of HTTP/1.0 do not",
-    "Expected CRLF after version.": "bare LF behind the request line",
-    "Missing expected CR after header value.": "bare LF behind a field",
-    "Invalid header field char.": "bare LF for the empty line",
-    "Unexpected whitespace after header value.": "a folded line",
-    "Invalid character in chunk size.": "white space behind the size",
-    "Expected LF after chunk size.": "CR in a chunk extension",
-    "Invalid character in chunk extensions.": "an extension without a name; h11 throws extensions away unread",
-    "Invalid character in chunk extensions name.": "as before: no token",
-    "Invalid character in chunk extensions value.": "as before",
-    "Invalid character in chunk extensions quoted value.": "as before: a quoted string that does not end",
-    "Invalid character in chunk extensions quote value.": "as before: something behind a quoted string",
-    "Data after `Connection: close`.": "h11 stops reading there, and says nothing",
+    "Duplicate Content-Length.": Ruling("both", "RFC 9110 8.6", "h11 takes a second one that says the same"),
+    "Invalid character in Content-Length.": Ruling("both", "RFC 9110 8.6", "h11 takes `5, 5`, which says one thing"),
+    "Content-Length overflow.": Ruling("both", "RFC 9110 8.6", "h11 lets the coding win over any length"),
+    "Transfer-Encoding can't be present with Content-Length.": Ruling("both", "RFC 9112 6.1", "h11: the coding wins"),
+    "Content-Length can't be present with Transfer-Encoding.": Ruling("both", "RFC 9112 6.1", "or in a trailer"),
+    "Invalid `Transfer-Encoding` header value.": Ruling("both", "RFC 9110 6.5.1", "in a trailer; h11 drops trailers"),
+    "HTTP/1.0 has no Transfer-Encoding.": Ruling("we", "RFC 9112 6.1", "h11 reads chunks; servers of 1.0 do not"),
+    "Expected CRLF after version.": Ruling("both", "RFC 9112 2.2", "bare LF behind the request line"),
+    "Missing expected CR after header value.": Ruling("both", "RFC 9112 2.2", "bare LF behind a field"),
+    "Invalid header field char.": Ruling("both", "RFC 9112 2.2", "bare LF for the empty line"),
+    "Unexpected whitespace after header value.": Ruling("both", "RFC 9112 5.2", "h11 unfolds a folded line"),
+    "Invalid character in chunk size.": Ruling("we", "RFC 9112 7.1", "white space behind the size"),
+    "Expected LF after chunk size.": Ruling("we", "RFC 9112 2.2", "a bare CR in a chunk extension"),
+    "Invalid character in chunk extensions.": Ruling("we", "RFC 9112 7.1.1", "h11 throws extensions away unread"),
+    "Invalid character in chunk extensions name.": Ruling("we", "RFC 9112 7.1.1", "no token"),
+    "Invalid character in chunk extensions value.": Ruling("we", "RFC 9112 7.1.1", "no token"),
+    "Invalid character in chunk extensions quoted value.": Ruling("we", "RFC 9112 7.1.1", "a string without an end"),
+    "Invalid character in chunk extensions quote value.": Ruling("we", "RFC 9112 7.1.1", "something behind a string"),
+    "Data after `Connection: close`.": Ruling("both", "RFC 9112 9.6", "h11 stops reading there, and says nothing"),
     # What we do not serve.
-    "Invalid header value char.": "control characters",
-    "The request line does not begin with a method.": "h11 takes any token; llhttp knows the registered methods",
-    VersionNotSupported.message: "h11 takes any version",
-    "Expected HTTP/2 Connection Preface.": "h11 takes the method PRI",
-    UpgradeRefused.message: "h11 leaves that to its user",
-    "Invalid characters in url.": "a target that is neither path nor URL; h11 takes any visible bytes",
-    "Unexpected start char in url.": "as before",
-    "Unexpected char in url schema.": "as before",
-    "Unexpected char in url server.": "as before",
+    "Invalid header value char.": Ruling("both", "RFC 9110 5.5", "control characters"),
+    "The request line does not begin with a method.": Ruling(
+        "h11", "RFC 9110 15.6.2", "any token is a method, if only to be answered 501; llhttp knows the registered ones"
+    ),
+    VersionNotSupported.message: Ruling("we", "RFC 9110 15.6.6", "h11 leaves the version to its user"),
+    "Expected HTTP/2 Connection Preface.": Ruling("we", "RFC 9113 11.6", "PRI is no method"),
+    UpgradeRefused.message: Ruling("both", "RFC 9110 7.8", "h11 leaves that to its user"),
+    "Invalid characters in url.": Ruling("we", "RFC 9112 3.2", "neither path nor URL; h11 takes any visible bytes"),
+    "Unexpected start char in url.": Ruling("we", "RFC 9112 3.2", "as before"),
+    "Unexpected char in url schema.": Ruling("we", "RFC 9112 3.2", "as before"),
+    "Unexpected char in url server.": Ruling("we", "RFC 9112 3.2", "as before"),
 }
-"""Reason of ours -> what h11 makes of it. Requests that we refuse and h11 serves."""
+"""Reason of ours -> the ruling. Requests that we refuse and h11 serves."""
 
 REFUSED_BY_H11 = {
-    "no request line received": (rb"(^|\n)\r?\n", "an empty line before a request, which RFC 9112 2.2 lets pass"),
-    "illegal request line": (rb" {2,}| (RTSP|ICE)/|(^|\n|\r)\r+[\nA-Z]", "white space in and around the request line"),
+    "no request line received": (rb"(^|\n)\r?\n", Ruling("we", "RFC 9112 2.2", "an empty line before a request")),
+    "illegal request line": (
+        rb" {2,}| (RTSP|ICE)/|(^|\n|\r)[\r\n]+[\nA-Z]",
+        Ruling(
+            "both",
+            "RFC 9112 3",
+            "white space in and before the request line; the head is built anew, so nobody else sees it",
+        ),
+    ),
+    "illegal chunk header": (rb"\n0{15,}[0-9a-fA-F]", Ruling("we", "RFC 9112 7.1", "a size may have leading zeros")),
 }
-"""Reason of h11's -> what must stand in the message, why we take it. Heads are built anew: nobody else sees these."""
+"""Reason of h11's -> what must stand in the message, the ruling. Requests that we serve and h11 refuses."""
 
 STRICTER_WITH_WORKERS = {
-    "bare LF": rb"(?<!\r)\n",
-    "a folded line": rb"\r\n[ \t]",
-    "a second Content-Length": rb"(?is)content-length:.*(content-length:|,)",
-    "Content-Length beside Transfer-Encoding": rb"(?is)content-length:.*\ntransfer-e|transfer-encoding:.*\ncontent-l",
-    "Transfer-Encoding in HTTP/1.0": rb"(?is)HTTP/1\.0.*transfer-encoding",
-    "another version": rb"HTTP/(?!1\.[01] )",
-    "a status behind 599": rb"HTTP/1\.[01] [6-9]",
-    "control characters in the head": rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]",
-    "a Content-Length of 19 digits": rb"(?i)content-length:[ \t]*[0-9]{19}",
-    "white space behind a chunk's size": rb"\n[0-9a-fA-F]+[ \t]",
-    "a chunk's size of 16 digits": rb"\n[0-9a-fA-F]{16}",
-    "a chunk extension that is no text": rb"\n[0-9a-fA-F]+;[^\r\n]*[^\t\x20-\x7e\r\n]|\n[0-9a-fA-F]+;[^\r\n]*\r[^\n]",
+    "bare LF": (rb"(?<!\r)\n", Ruling("both", "RFC 9112 2.2", "")),
+    "a folded line": (rb"\r\n[ \t]", Ruling("both", "RFC 9112 5.2", "a gateway may answer 502 or unfold")),
+    "a second Content-Length": (
+        rb"(?is)content-length:.*(content-length:|,)",
+        Ruling("both", "RFC 9110 8.6", "h11 takes one that says the same"),
+    ),
+    "Content-Length beside Transfer-Encoding": (
+        rb"(?is)content-length:.*\ntransfer-e|transfer-encoding:.*\ncontent-l",
+        Ruling("we", "RFC 9112 6.3", "ought to be handled as an error"),
+    ),
+    "Transfer-Encoding in HTTP/1.0": (
+        rb"(?is)HTTP/1\.0.*transfer-encoding",
+        Ruling("we", "RFC 9112 6.1", "the framing is faulty"),
+    ),
+    "another version": (rb"HTTP/(?!1\.[01] )", Ruling("we", "RFC 9112 2.3", "what it frames how is not known")),
+    "a status behind 599": (
+        rb"HTTP/1\.[01] [6-9]",
+        Ruling("both", "RFC 9110 15", "invalid; a client should take it for a 5xx, and so our 502 is one"),
+    ),
+    "control characters in the head": (
+        rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]",
+        Ruling("both", "RFC 9110 5.5", "may be kept where that is safe; what the client makes of them is not known"),
+    ),
+    "a Content-Length of 19 digits": (rb"(?i)content-length:[ \t]*[0-9]{19}", Ruling("both", "RFC 9110 8.6", "")),
+    "white space behind a chunk's size": (rb"\n[0-9a-fA-F]+[ \t]", Ruling("we", "RFC 9112 7.1", "")),
+    "a chunk's size of 16 digits": (
+        rb"\n[0-9a-fA-F]{16}",
+        Ruling("both", "RFC 9112 7.1", "other readers may count it modulo 2^64"),
+    ),
+    "a chunk extension that is no text": (
+        rb"\n[0-9a-fA-F]+;[^\r\n]*[^\t\x20-\x7e\r\n]|\n[0-9a-fA-F]+;[^\r\n]*\r[^\n]",
+        Ruling("we", "RFC 9112 7.1.1", "h11 throws extensions away unread"),
+    ),
+    "a line of over 4 KiB in a chunked body": (
+        rb"(?s)\r\n\r\n.*[^\r\n]{4090}",
+        Ruling("both", "RFC 9112 7.1.1", "a recipient ought to have a limit"),
+    ),
+    "more than 64 KiB of head or trailers": (
+        rb"(?:[^\r\n]+\r\n){10000}|[^\r\n]{65400}",
+        Ruling("both", "RFC 9110 5.4", "as before"),
+    ),
 }
-"""What a worker may not send, though h11 takes it. There is no table for the other way: what h11 refuses, we refuse."""
+"""What a worker may not send, though h11 takes it: its pattern, the ruling. There is no table for the other way: what
+h11 refuses, we refuse."""
 
 
 class Read(NamedTuple):
@@ -109,11 +160,14 @@ class Answer(NamedTuple):
     end: int = -1
 
 
+_NO_LIMITS = Limits(head_bytes=1 << 20, header_count=1 << 20, body_bytes=1 << 62)
+
+
 # -- the two parsers, brought to one form ------------------------------------------------------------------------------
 
 
 def our_requests(raw: bytes) -> Reading:
-    asked = read_requests([raw], Limits(body_bytes=1 << 62))
+    asked = read_requests([raw], _NO_LIMITS)
     requests = [
         Read(
             request.method,
@@ -233,7 +287,7 @@ def compare_answers(raw: bytes) -> set[str]:
     """The rows that may explain why we refuse what h11 takes; empty when the parsers agree."""
     ours, theirs = our_answer(raw), h11_answer(raw)
     if (ours.verdict, theirs.verdict) == ("refused", "ok"):
-        rows = {row for row, pattern in STRICTER_WITH_WORKERS.items() if re.search(pattern, raw)}
+        rows = {row for row, (pattern, _) in STRICTER_WITH_WORKERS.items() if re.search(pattern, raw)}
         assert rows, theirs
         return rows
     if "ok" in (ours.verdict, theirs.verdict):
@@ -251,6 +305,14 @@ def test_responses_of_the_corpus(case: Case) -> None:
     compare_answers(case.raw)
 
 
+def test_every_row_is_judged() -> None:
+    rulings = [*REFUSED_BY_US.values(), *(ruling for _, ruling in REFUSED_BY_H11.values())]
+    rulings += [ruling for _, ruling in STRICTER_WITH_WORKERS.values()]
+    for ruling in rulings:
+        assert ruling.right in ("we", "h11", "both")
+        assert re.fullmatch(r"RFC 911[023] \d+(\.\d+)*", ruling.by), ruling
+
+
 def test_every_row_is_borne_out() -> None:
     reasons = {compare_requests(case.raw) for case in corpus("requests.txt")}
     assert reasons - {""} == REFUSED_BY_US.keys() | REFUSED_BY_H11.keys()
@@ -263,21 +325,46 @@ def test_every_row_of_the_workers_is_borne_out_alone() -> None:
 
 # -- messages with faults ----------------------------------------------------------------------------------------------
 
-_fields = st.lists(
-    st.sampled_from(
-        [b"Accept: */*", b"A:b", b"B:  c \t", b"C:", b"D: \x80\xff", b"Connection: close", b"Connection: keep-alive"]
-    ),
-    max_size=3,
-)
-_contents = st.sampled_from([b"", b"hello", b"x" * 20, b"{}\r\n\r\n"])
-_extensions = st.sampled_from([b"", b";a", b";a=b", b';a="b c"'])
+_USUAL = (b"Accept: */*", b"A:b", b"B:  c \t", b"C:", b"Connection: close", b"Connection: keep-alive")
+_ODD = (b"D: \x80\xff", b"Expect: 100-continue", b"Upgrade: h2c", b"TE: trailers", b"a_b!#$%&'*+.^`|~: c", b"E: " * 99)
+_fields = st.lists(st.sampled_from(_USUAL + _ODD), max_size=3)
+_contents = st.sampled_from([b"", b"hello", b"x" * 20, b"{}\r\n\r\n", b"0\r\n\r\n", b"GET /a HTTP/1.1\r\n\r\n"])
+_extensions = st.sampled_from([b"", b";a", b";a=b", b';a="b c"', b";a;b=c"])
+_sizes = st.sampled_from([b"%x", b"%X", b"%04x", b"%015x"])
+_trailers = st.sampled_from([b"", b"", b"T: u\r\n", b"T:\r\nV: w\r\n"])
 _snippets = st.sampled_from(
     [bytes([code]) for code in b'\0\1\t\n\v\r "#*+,-./015:;=?AG_a\x7f\x80\xff']
     + [b"\r\n", b"  ", b"\r\n ", b"http://", b"chunked", b"gzip, ", b"A: b\r\n", b"Host: y\r\n", b"HTTP/1.0"]
     + [b"Connection: close\r\n", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"Upgrade: h2c\r\n"]
 )
-_faults = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 2), st.just(b"") | _snippets), max_size=3)
+_places = st.floats(0, 1)
+_faults = st.lists(st.tuples(_places, st.integers(0, 2), st.just(b"") | _snippets), max_size=3)
 """Place, bytes to take out, bytes to put in."""
+
+_framings = st.sampled_from(
+    [
+        b"Content-Length: " + value
+        for value in (b"0", b"5", b"+5", b"0x5", b"5, 5", b"", b"5_0", b"05", b"-1", b"9" * 20)
+    ]
+    + [b"Transfer-Encoding: " + value for value in (b"chunked", b"Chunked", b",chunked", b"chunked, chunked", b"gzip")]
+    + [b"Transfer-Encoding: identity", b"Transfer-Encoding:", b"Transfer-Encoding : chunked", b"Content-Length : 5"]
+    + [b"Content-Length:5\r\nContent-Length:5", b"Transfer-Encoding: \x0bchunked", b"Content-Length\x00: 5", b"Host: z"]
+)
+_LINE_FAULTS: dict[str, Callable[[list[bytes], int, bytes], list[bytes]]] = {
+    "again": lambda lines, at, _: [*lines[:at], lines[at], *lines[at:]],
+    "gone": lambda lines, at, _: lines[:at] + lines[at + 1 :],
+    "swapped": lambda lines, at, _: [*lines[:at], *reversed(lines[at : at + 2]), *lines[at + 2 :]],
+    "joined by LF": lambda lines, at, _: [*lines[:at], b"\n".join(lines[at : at + 2]), *lines[at + 2 :]],
+    "joined by CR": lambda lines, at, _: [*lines[:at], b"\r".join(lines[at : at + 2]), *lines[at + 2 :]],
+    "folded": lambda lines, at, _: [*lines[:at], b" " + lines[at], *lines[at + 1 :]],
+    "upper case": lambda lines, at, _: [*lines[:at], lines[at].upper(), *lines[at + 1 :]],
+    "lower case": lambda lines, at, _: [*lines[:at], lines[at].lower(), *lines[at + 1 :]],
+    "spaced": lambda lines, at, _: [*lines[:at], lines[at].replace(b":", b" :", 1), *lines[at + 1 :]],
+    "another framing": lambda lines, at, framing: [*lines[: at + 1], framing, *lines[at + 1 :]],
+    "cut": lambda lines, at, _: lines[: at + 1],
+}
+"""What may happen to a line of a message: what it is called, and how it is done."""
+_line_faults = st.lists(st.tuples(st.sampled_from(sorted(_LINE_FAULTS)), _places, _framings), min_size=1, max_size=3)
 
 
 @st.composite
@@ -286,12 +373,13 @@ def _framed(draw: st.DrawFn, version: bytes) -> tuple[list[bytes], bytes]:
     fields, content = draw(_fields), draw(_contents)
     kind = draw(st.sampled_from(["none", "sized", "chunked"]))
     if kind == "sized":
-        return [*fields, b"Content-Length: %d" % len(content)], content
+        return [*fields, draw(st.sampled_from([b"Content-Length: %d", b"content-length:00%d"])) % len(content)], content
     if kind == "none" or version == b"1.0":
         return fields, b""
-    parts = [part for part in pieces(content, [draw(st.integers(0, len(content)))]) if part]
-    chunks = [b"%x%s\r\n%s\r\n" % (len(part), draw(_extensions), part) for part in parts]
-    last = b"0\r\n%s\r\n" % draw(st.sampled_from([b"", b"T: u\r\n"]))
+    cuts = draw(st.lists(st.integers(0, len(content)), max_size=2))
+    parts = [part for part in pieces(content, cuts) if part]
+    chunks = [b"%s%s\r\n%s\r\n" % (draw(_sizes) % len(part), draw(_extensions), part) for part in parts]
+    last = b"%s%s\r\n%s\r\n" % (draw(st.sampled_from([b"0", b"000"])), draw(_extensions), draw(_trailers))
     return [b"Transfer-Encoding: chunked", *fields], b"".join((*chunks, last))
 
 
@@ -305,25 +393,28 @@ def _messages(draw: st.DrawFn, start: st.SearchStrategy[bytes], first: list[byte
 _requests = _messages(
     st.builds(
         lambda method, target, version: b"%s %s HTTP/%s" % (method, target, version),
-        st.sampled_from([b"GET", b"POST", b"OPTIONS"]),
-        st.sampled_from([b"/", b"/generate?a=b", b"http://x/a?b", b"*"]),
+        st.sampled_from([b"GET", b"POST", b"OPTIONS", b"HEAD", b"PUT", b"DELETE", b"PATCH", b"TRACE"]),
+        st.sampled_from([b"/", b"/generate?a=b", b"http://x/a?b", b"*", b"//a/../b", b"/%00%0d%0a?c=d&e", b"/" * 200]),
         st.sampled_from([b"1.1", b"1.1", b"1.0"]),
     ),
     [b"Host: x"],
 )
 _answers = st.builds(
-    lambda interim, answer, behind: interim + answer + behind,
-    st.sampled_from([b"", b"", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Hints\r\nLink: x\r\n\r\n"]),
+    lambda interim, answer, behind: b"".join(interim) + answer + behind,
+    st.lists(st.sampled_from([b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Hints\r\nLink: x\r\n\r\n"]), max_size=2),
     _messages(
         st.builds(
             lambda version, status: b"HTTP/%s %s" % (version, status),
             st.sampled_from([b"1.1", b"1.1", b"1.0"]),
-            st.sampled_from([b"200 OK", b"404", b"503 Not \xe9", b"204 None", b"304 Same"]),
+            st.sampled_from(
+                [b"200 OK", b"404", b"503 Not \xe9", b"204 None", b"304 Same", b"206 ", b"301 To", b"599 \t"]
+            ),
         ),
         [],
     ),
-    st.sampled_from([b"", b"", b"!"]),
+    st.sampled_from([b"", b"", b"!", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"]),
 )
+_pipelines = st.lists(_requests, min_size=1, max_size=3).map(b"".join)
 
 
 def _broken(raw: bytes, faults: list[tuple[float, int, bytes]]) -> bytes:
@@ -333,16 +424,35 @@ def _broken(raw: bytes, faults: list[tuple[float, int, bytes]]) -> bytes:
     return raw
 
 
-@settings(max_examples=700, derandomize=True)
-@given(st.lists(_requests, min_size=1, max_size=2).map(b"".join), _faults)
+def _misshapen(raw: bytes, faults: list[tuple[str, float, bytes]]) -> bytes:
+    lines = raw.split(b"\r\n")
+    for kind, place, framing in faults:
+        lines = _LINE_FAULTS[kind](lines, round(place * (len(lines) - 1)), framing) or [b"G"]
+    return b"\r\n".join(lines)
+
+
+@settings(max_examples=500, derandomize=True)
+@given(_pipelines, _faults)
 def test_requests_with_faults(raw: bytes, faults: list[tuple[float, int, bytes]]) -> None:
     compare_requests(_broken(raw, faults))
 
 
-@settings(max_examples=700, derandomize=True)
+@settings(max_examples=400, derandomize=True)
+@given(_pipelines, _line_faults)
+def test_requests_with_faulty_lines(raw: bytes, faults: list[tuple[str, float, bytes]]) -> None:
+    compare_requests(_misshapen(raw, faults))
+
+
+@settings(max_examples=500, derandomize=True)
 @given(_answers, _faults)
 def test_responses_with_faults(raw: bytes, faults: list[tuple[float, int, bytes]]) -> None:
     compare_answers(_broken(raw, faults))
+
+
+@settings(max_examples=400, derandomize=True)
+@given(_answers, _line_faults)
+def test_responses_with_faulty_lines(raw: bytes, faults: list[tuple[str, float, bytes]]) -> None:
+    compare_answers(_misshapen(raw, faults))
 
 
 @settings(max_examples=100, derandomize=True)
@@ -350,3 +460,23 @@ def test_responses_with_faults(raw: bytes, faults: list[tuple[float, int, bytes]
 def test_good_messages_are_served_by_both(request: bytes, answer: bytes) -> None:
     assert our_requests(request).verdict == h11_requests(request).verdict == "ok"
     assert our_answer(answer) == h11_answer(answer)
+
+
+@settings(max_examples=150, derandomize=True)
+@given(_pipelines, _answers, _faults, st.lists(_places, max_size=6))
+def test_how_reads_are_split_changes_nothing(
+    requests: bytes, answer: bytes, faults: list[tuple[float, int, bytes]], places: list[float]
+) -> None:
+    raw = _broken(requests, faults)
+    whole, split = read_requests([raw]), read_requests(_reads(raw, places))
+    assert (split.requests, split.verdict) == (whole.requests, whole.verdict)
+    raw = _broken(answer, faults)
+    at_once, dripped = read_response([raw]), read_response(_reads(raw, places))
+    assert (dripped.verdict, dripped.head) == (at_once.verdict, at_once.head)
+    if not at_once.invalid:
+        assert (dripped.payload, dripped.end) == (at_once.payload, at_once.end)
+
+
+def _reads(raw: bytes, places: list[float]) -> list[bytes]:
+    """In reads that end at these places; byte by byte when there are none."""
+    return pieces(raw, (round(place * len(raw)) for place in places) if places else range(1, len(raw)))

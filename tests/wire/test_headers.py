@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_router.errors import InvalidJSON, NotFound, RouterError, Unavailable
+from sglang_router.errors import InvalidJSON, MissingKey, NotFound, RouterError, Unavailable
 from sglang_router.wire.headers import HOP_BY_HOP, WHITELIST, answer, error_answer, request_head, response_head
 from sglang_router.wire.request import Headers, Limits, Request, RequestParser
 from sglang_router.wire.response import parse_head
@@ -37,10 +37,17 @@ ONE_HOP: Headers = [
 ]
 
 
-def leg(headers: Headers, body: bytes = b"{}", *, key: bytes | None = None, everything: bool = False) -> Headers:
+def leg(
+    headers: Headers,
+    body: bytes = b"{}",
+    *,
+    key: bytes | None = None,
+    everything: bool = False,
+    guarded: bool = False,
+) -> Headers:
     """The fields of a leg as the worker reads them, without the Host that every leg begins with."""
     request = Request(b"POST", b"/generate", b"/generate", headers, body)
-    head = request_head(request, START, b"id-1", key=key, everything=everything)
+    head = request_head(request, START, b"id-1", key=key, everything=everything, guarded=guarded)
     (read,) = RequestParser(Limits()).feed(head + body)
     assert isinstance(read, Request)
     assert read.headers[0] == (b"host", b"worker")
@@ -154,6 +161,22 @@ def test_authorization_exactly_once(
 
 
 @pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("connection", [b"close", b"accept"])
+def test_a_key_for_the_router_ends_here(everything: bool, connection: bytes) -> None:
+    fields = [
+        (b"authorization", b"Bearer client-key"),
+        (b"x-api-key", b"client-key"),
+        (b"connection", connection),
+        (b"authorization", b"Basic client-key"),
+    ]
+    alone = leg(fields, guarded=True, everything=everything)
+    assert [name for name, _ in alone] == [b"x-request-id", b"content-length"]
+    own = leg(fields, guarded=True, everything=everything, key=b"worker-key")
+    assert own[2:] == [(b"authorization", b"Bearer worker-key")]
+    assert ((b"x-api-key", b"client-key") in leg(fields, everything=everything)) == everything
+
+
+@pytest.mark.parametrize("everything", [False, True])
 def test_an_authorization_for_one_hop_ends_here(everything: bool) -> None:
     fields = [(b"authorization", b"Bearer client-key"), (b"connection", b"authorization")]
     assert passed(fields, everything=everything) == []
@@ -193,9 +216,8 @@ def test_a_client_cannot_write_into_the_leg(lines: list[bytes], everything: bool
     worker.receive_data(request_head(request, START, b"id-1", everything=everything))
     event = worker.next_event()
     assert isinstance(event, h11.Request)
-    kept = [
-        (name, value.strip()) for name, value in request.headers if name == b"accept" or (everything and name == b"x")
-    ]
+    passing = (field for field in request.headers if field[0] == b"accept" or (everything and field[0] != b"host"))
+    kept = [(name, value.strip()) for name, value in passing]
     assert list(event.headers)[1:] == [(b"x-request-id", b"id-1"), (b"content-length", b"0"), *kept]
     assert type(worker.next_event()) is h11.EndOfMessage
     assert worker.trailing_data == (b"", False)
@@ -223,6 +245,21 @@ def test_a_plain_answer_has_each_field_once() -> None:
         (b"date", b"now"),
         (b"x-request-id", b"id-1"),
     ]
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n"])
+def test_what_the_router_says_of_origins_takes_the_place_of_what_the_worker_says(framing: bytes) -> None:
+    fields = b"Access-Control-Allow-Origin: *\r\n" + framing + b"X: 1\r\nAccess-Control-Max-Age: 1\r\n"
+    head = parse_head(b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n")
+    assert head is not None
+    ours = b"access-control-allow-origin: https://a\r\n"
+    made = response_head(head, b"id-1", framing=framing if not head.plain else b"", connection=b"", cors=ours)
+    read = parse_head(made)
+    assert read is not None
+    kept = [field for field in framing.decode().lower().split("\r\n") if field]
+    assert sorted(f"{name.decode()}: {value.decode()}" for name, value in read.headers) == sorted(
+        ["access-control-allow-origin: https://a", "x: 1", "x-request-id: id-1", *kept]
+    )
 
 
 def test_a_stream_is_framed_anew() -> None:
@@ -310,6 +347,7 @@ def test_an_answer_of_the_router_itself() -> None:
     [
         (InvalidJSON(), 400, None),
         (NotFound("no\r\nA: b"), 404, None),
+        (MissingKey(), 401, None),
         (Unavailable(), 503, None),
         (Unavailable(retry_after=0.0), 503, b"1"),
         (Unavailable(retry_after=0.2), 503, b"1"),
@@ -329,3 +367,4 @@ def test_an_error_answer(error: RouterError, status: int, retry_after: bytes | N
     assert head.header(b"x-request-id") == b"id-1"
     assert head.header(b"x-smg-error-code") == error.code.encode()
     assert head.header(b"retry-after") == retry_after
+    assert head.header(b"www-authenticate") == (error.challenge.encode() or None)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_router.errors import BadHTTP, HeadTooLarge, PayloadTooLarge, RouterError, URITooLong
+from sglang_router.errors import BadHTTP, HeadTooLarge, PayloadTooLarge, RouterError, Unauthorized, URITooLong
 from sglang_router.wire.request import Limits, Request, RequestParser
 from wire_corpus import Case, each_case, pieces, read_requests, splits
 
@@ -275,5 +275,69 @@ def test_close_leaves_no_cycle(raw: bytes) -> None:
         del parser
         assert watch() is None
         assert all(item.__traceback__ is None for item in items if isinstance(item, RouterError))
+    finally:
+        gc.enable()
+
+
+# -- what is refused before its body -----------------------------------------------------------------------------------
+
+
+def strict(request: Request, has_body: bool) -> None:
+    """Refuses what comes without the key."""
+    request.client = f"body={has_body}"
+    if (b"x-key", b"k") not in request.headers:
+        request.refusal = Unauthorized()
+
+
+GOOD = b"POST /generate HTTP/1.1\r\nhost: x\r\nx-key: k\r\ncontent-length: 2\r\n\r\nhi"
+EMPTY = b"POST /generate HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("framing", [b"content-length: 5", b"transfer-encoding: chunked"])
+def test_a_refused_request_is_whole_without_its_body_and_the_last_one(framing: bytes) -> None:
+    refused = HEAD + b"expect: 100-continue\r\n" + framing + b"\r\n\r\n"
+    for reads in ([GOOD + refused + b"hello" + GOOD], [bytes([byte]) for byte in GOOD + refused + b"hello"]):
+        parser = RequestParser(Limits(), strict)
+        ready = [item for read in reads for item in parser.feed(read)]
+        good, bad = (item for item in ready if isinstance(item, Request))
+        assert len(ready) == 2
+        assert (good.body, good.refusal, good.client) == (b"hi", None, "body=True")
+        assert isinstance(bad.refusal, Unauthorized)
+        assert (bad.body, bad.keep_alive, parser.wants_continue) == (b"", False, False)
+        assert parser.mid_body  # so the connection takes its leave in a way that the client gets its answer
+        assert parser.feed(GOOD) == []
+        parser.close()
+
+
+def test_a_refused_request_without_a_body_leaves_the_connection_alone() -> None:
+    first, second, good = RequestParser(Limits(), strict).feed(EMPTY + EMPTY + GOOD)
+    assert isinstance(first, Request)
+    assert isinstance(second, Request)
+    assert isinstance(good, Request)
+    assert isinstance(first.refusal, Unauthorized)
+    assert (first.keep_alive, first.client, good.refusal) == (True, "body=False", None)
+
+
+def test_nothing_is_asked_of_what_is_no_request() -> None:
+    asked: list[Request] = []
+    parser = RequestParser(SMALL, lambda request, has_body: asked.append(request))
+    (error,) = parser.feed(HEAD + b"content-length: 101\r\n\r\n")
+    assert isinstance(error, PayloadTooLarge)
+    assert asked == []
+
+
+def test_a_refusal_leaves_no_cycle_behind() -> None:
+    parser = RequestParser(Limits(), strict)
+    gc.collect()
+    gc.disable()
+    try:
+        (request,) = parser.feed(CHUNKED)
+        assert isinstance(request, Request)
+        assert request.refusal is not None
+        assert request.refusal.__traceback__ is None
+        parser.close()
+        gone = weakref.ref(request.refusal)
+        del request, parser
+        assert gone() is None
     finally:
         gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import NamedTuple
 
 import pytest
@@ -44,6 +45,27 @@ def test_verdict_in_every_split(case: Case) -> None:
         assert whole.understood(len(case.raw)) == case.understood
     for reads in splits(case.raw):
         assert _facts(read_response(reads)) == _facts(whole), reads
+
+
+def test_what_was_looked_through_is_not_looked_through_again() -> None:
+    """Only what came since may tell the end, or a fault; and both may lie across the border."""
+    raw = OK + b"A: %s\r\nContent-Length: 5\r\n\r\nhello" % (b"b" * 5000)
+    end = raw.index(b"hello")
+    for seen in (1, 20, 4096, 4097, *range(end - 25, end)):
+        assert parse_head(raw[:seen]) is parse_head(raw[:seen], seen - 1) is None
+        assert parse_head(raw, seen) == parse_head(raw)
+        line = raw[:seen].rstrip(b"\r\n")
+        with pytest.raises(WorkerInvalid):
+            parse_head(line + b"\n", len(line))
+
+
+def test_a_head_that_drips_in_costs_no_more_than_its_bytes() -> None:
+    """Ten thousand reads, each with all of 64 KiB looked through, would take twenty seconds of CPU."""
+    raw = OK + b"A: b\r\n" * 10_000
+    begun = time.process_time()
+    for size in range(len(raw) - 10_000, len(raw)):
+        assert parse_head(raw[:size], size - 1) is None
+    assert time.process_time() - begun < 5.0
 
 
 def _facts(answered: Answered) -> tuple[object, ...]:

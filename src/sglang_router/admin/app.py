@@ -1,6 +1,6 @@
 """The control plane: one table of paths, and the ASGI app made from it.
 
-    net.asgi --> Starlette --> ROUTES: method and path --> handler(context, request) --> Response
+    net.asgi --> Starlette --> ROUTES: method and path --> guard --> handler(context, request) --> Response
                                  '-- RouterError, unknown path, wrong method, fault --> an error of `errors`
 
 `ROUTES` is all there is besides the relayed paths of `core.request.ENDPOINTS`. Both make docs/endpoints.md:
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import NamedTuple
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -21,8 +23,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, ExceptionHandler, Receive, Scope, Send
 
-from sglang_router.admin import broadcast, engine_metrics, info, replicas, workers
+from sglang_router.admin import broadcast, engine_metrics, info, openapi, replicas, workers
 from sglang_router.admin.context import Context, Handler, error_response
+from sglang_router.admin.guard import guarded
+from sglang_router.core.access import Kind
 from sglang_router.core.request import ENDPOINTS
 from sglang_router.errors import InternalError, MethodNotAllowed, NotFound, RouterError
 
@@ -30,11 +34,19 @@ __all__ = ["ROUTES", "Context", "Row", "create_app", "create_metrics_app", "mark
 
 
 class Row(NamedTuple):
-    """One line of the control plane: method or methods and path, who answers, what it is for."""
+    """One line of the control plane: method or methods and path, who answers, what it is for, who may ask."""
 
     route: str
     handler: Handler
     about: str
+    access: Kind | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What access depends on. Unless the row says otherwise, GET looks and everything else is a change."""
+        if self.access is not None:
+            return self.access
+        return Kind.CONTROL_READ if self.methods == ["GET"] else Kind.CONTROL_CHANGE
 
     @property
     def methods(self) -> list[str]:
@@ -45,23 +57,36 @@ class Row(NamedTuple):
         return self.route.split()[-1]
 
 
+async def _described(context: Context, request: Request) -> Response:
+    return Response(_document(), media_type="application/json")
+
+
+@cache
+def _document() -> bytes:
+    """Made when first asked for: it takes 7 ms, in which no token moves."""
+    return msgspec.json.encode(openapi.document(ROUTES))
+
+
+PUBLIC, CLIENTS = Kind.PUBLIC, Kind.INFERENCE
+
 ROUTES: dict[str, tuple[Row, ...]] = {
     "Health": (
-        Row("GET /health", info.health, "The router is up: 200, text `OK`."),
-        Row("GET /liveness", info.health, "The same."),
-        Row("GET /readiness", info.readiness, "200 while a healthy worker can take requests, else 503."),
-        Row("GET /health_generate", info.health_generate, "Has a worker make a token; 503 if three fail."),
+        Row("GET /health", info.health, "The router is up: 200, text `OK`.", PUBLIC),
+        Row("GET /liveness", info.health, "The same.", PUBLIC),
+        Row("GET /readiness", info.readiness, "200 while a healthy worker can take requests, else 503.", PUBLIC),
+        Row("GET /health_generate", info.health_generate, "Has a worker make a token; 503 if three fail.", CLIENTS),
     ),
     "Information": (
-        Row("GET /v1/models", info.models, "The models of all healthy workers, by the engines' own words."),
-        Row("GET /v1/models/{model:path}", info.model, "One of them."),
-        Row("GET /get_model_info", info.from_a_worker, "What a healthy worker says of its model, unchanged."),
-        Row("GET /model_info", info.from_a_worker, "The same, under its newer name."),
-        Row("GET /get_server_info", info.from_a_worker, "What a healthy worker says of itself, unchanged."),
-        Row("GET /server_info", info.from_a_worker, "The same, under its newer name."),
+        Row("GET /v1/models", info.models, "The models of all healthy workers, by the engines' own words.", CLIENTS),
+        Row("GET /v1/models/{model:path}", info.model, "One of them.", CLIENTS),
+        Row("GET /get_model_info", info.from_a_worker, "What a healthy worker says of its model, unchanged.", CLIENTS),
+        Row("GET /model_info", info.from_a_worker, "The same, under its newer name.", CLIENTS),
+        Row("GET /get_server_info", info.from_a_worker, "What a healthy worker says of itself, unchanged.", CLIENTS),
+        Row("GET /server_info", info.from_a_worker, "The same, under its newer name.", CLIENTS),
         Row("GET /get_loads", info.loads, "Every worker's load: tokens if it tells, else requests."),
         Row("GET /metrics", info.metrics, "The router's metrics, for Prometheus."),
         Row("GET /engine_metrics", engine_metrics.merged, "All engines' metrics, labelled `worker_addr`."),
+        Row(f"GET {openapi.PATH}", _described, "This page for programs: an OpenAPI 3.1 document."),
     ),
     "Broadcast": (
         Row("GET POST /flush_cache", broadcast.flush_cache, "Empties all caches, and the router's tree."),
@@ -99,19 +124,19 @@ class _Path:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._handlers: dict[str, Handler] = {}
+        self._rows: dict[str, Row] = {}
 
     def add(self, row: Row) -> None:
-        self._handlers.update(dict.fromkeys(row.methods, row.handler))
+        self._rows.update(dict.fromkeys(row.methods, row))
         if "GET" in row.methods:
-            self._handlers["HEAD"] = row.handler
+            self._rows["HEAD"] = row
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        handler = self._handlers.get(scope["method"])
-        if handler is None:
-            response = error_response(MethodNotAllowed(), {"allow": ", ".join(self._handlers)})
+        row = self._rows.get(scope["method"])
+        if row is None:
+            response = error_response(MethodNotAllowed(), {"allow": ", ".join(self._rows)})
         else:
-            response = await handler(self._context, Request(scope, receive))
+            response = await guarded(self._context, row.kind, row.handler, Request(scope, receive))
         await response(scope, receive, send)
 
 
@@ -188,6 +213,9 @@ Written by `python -m sglang_router.admin.app --markdown`; edit the tables there
 Errors made by the router have one shape, `{"error": {"message", "type", "code", "param"}}`, and carry their
 code in the header `x-smg-error-code` too. Every answer carries `x-request-id`. Where GET is allowed, HEAD is.
 
+Who may ask, once there are keys, is told by the column "for", explained in [security.md](security.md); the paths
+relayed to a worker are for clients.
+
 ## Relayed to a worker
 
 The policy picks the worker; body and answer pass through byte for byte. The routing text is made of the
@@ -211,9 +239,17 @@ def _relayed() -> Iterator[str]:
 
 def _control() -> Iterator[str]:
     for group, rows in ROUTES.items():
-        yield from ("", f"## {group}", "", "| method | path | |", "|---|---|---|")
+        yield from ("", f"## {group}", "", "| method | path | for | |", "|---|---|---|---|")
         for row in rows:
-            yield f"| {', '.join(row.methods)} | `{row.path.replace(':path', '')}` | {row.about} |"
+            yield f"| {', '.join(row.methods)} | `{row.path.replace(':path', '')}` | {_WHO[row.kind]} | {row.about} |"
+
+
+_WHO = {
+    Kind.PUBLIC: "everybody",
+    Kind.INFERENCE: "clients",
+    Kind.CONTROL_READ: "user",
+    Kind.CONTROL_CHANGE: "admin",
+}
 
 
 if __name__ == "__main__":

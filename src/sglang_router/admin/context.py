@@ -16,6 +16,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sglang_router.core.access import Access
 from sglang_router.core.fleet import Fleet
 from sglang_router.core.router import Router
 from sglang_router.core.worker import Health, HealthRules, Worker
@@ -74,6 +75,7 @@ class Context:
     ask_timeout        for questions to workers that are answered from memory
     generate_timeout   for one token of /health_generate, per worker asked
     broadcast_timeout  for what is sent to all workers; new weights take minutes
+    access             who may look and who may change things
     replicas           who runs the engines, if this process does
     scaling            who decides how many there should be, if anybody does
     """
@@ -91,6 +93,7 @@ class Context:
     ask_timeout: float = 5.0
     generate_timeout: float = 20.0
     broadcast_timeout: float = 1800.0
+    access: Access = field(default_factory=Access)
     replicas: Replicas | None = None
     scaling: Scaling | None = None
     models: ModelsCache = field(default_factory=ModelsCache)
@@ -196,6 +199,8 @@ def passed_on(answer: Answer) -> Response:
 def error_response(error: RouterError, headers: dict[str, str] | None = None) -> Response:
     """An error of the router, in the shape all its errors have."""
     fields = {"x-smg-error-code": error.code, **(headers or {})}
+    if error.challenge:
+        fields["www-authenticate"] = error.challenge
     if error.retry_after is not None:
         fields["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     return Response(error.body(), error.status, fields, media_type="application/json")

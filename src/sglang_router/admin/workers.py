@@ -18,6 +18,7 @@ Keys go in and never come out.
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Annotated, Any
 
@@ -40,8 +41,12 @@ from sglang_router.errors import (
 
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+_Priority = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+_URL = Annotated[str, msgspec.Meta(max_length=2048)]
 _Key = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]*\Z")]
 """What may stand in a header; an empty one means no key."""
+_LONGEST = 1 << 18
+"""Bytes of a description."""
 
 
 class Change(msgspec.Struct, kw_only=True):
@@ -49,7 +54,7 @@ class Change(msgspec.Struct, kw_only=True):
 
     api_key: _Key | None = None
     model_id: str | None = None
-    priority: int | None = None
+    priority: _Priority | None = None
     cost: float | None = None
     labels: dict[str, str] | None = None
     health_check_timeout_secs: _Positive | None = None
@@ -62,7 +67,7 @@ class Change(msgspec.Struct, kw_only=True):
 class Registration(Change, kw_only=True):
     """The body of POST /workers. Fields of the reference that mean nothing to an HTTP router are let pass."""
 
-    url: str
+    url: _URL
     worker_type: str = "regular"
     runtime: str | None = None
     bootstrap_port: int | None = None
@@ -235,12 +240,28 @@ async def _read(request: Request, shape: type[Any]) -> Any:
 
     Raises: InvalidJSON (400), Unprocessable (422).
     """
+    body = await request.body()
+    if len(body) > _LONGEST:  # to read it would hold up every stream
+        raise Unprocessable(f"The description of the worker is longer than {_LONGEST} bytes.")
     try:
-        return msgspec.json.decode(await request.body(), type=shape)
+        wanted = msgspec.json.decode(body, type=shape)
+        # Once more, for what msgspec does not look at: bytes of fields it skips, and fields that come twice.
+        json.loads(body.decode(), object_pairs_hook=_once)
     except msgspec.ValidationError as exc:
         raise Unprocessable(f"The description of the worker is not valid: {exc}.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, ValueError, RecursionError) as exc:
         raise InvalidJSON(f"The body is not a JSON object: {exc}.") from None
+    return wanted
+
+
+def _once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, unless it is two things at once."""
+    found: dict[str, Any] = {}
+    for name, value in fields:
+        if name in found:
+            raise ValueError(f"the field {name[:64]!r} comes twice")
+        found[name] = value
+    return found
 
 
 # -- what is said of a worker ----------------------------------------------------------------------------
@@ -296,6 +317,7 @@ def describe(context: Context, worker: Worker) -> dict[str, Any]:
         "health": worker.health.value,
         "circuit_breaker": worker.breaker.value,
         "draining": worker.draining,
+        "held_off": worker.held_off or None,
         "processed": worker.processed,
         "tree_size": tree.size(worker.slot) if tree is not None and worker.slot >= 0 else 0,
         "last_error": worker.last_error or None,

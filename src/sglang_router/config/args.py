@@ -157,9 +157,19 @@ class RouterArgs(ReservedOptions):
             raise ConfigError("--autoscale counts workers, and with --dp-aware one engine is several; give one of them")
         if self.autoscale is None and (self.scale_webhook or self.scale_command):
             raise ConfigError("--scale-webhook and --scale-command need --autoscale MIN:MAX to have something to tell")
+        self._refuse_half_of_a_pair()
         if self.cb_max_timeout_duration_secs < self.cb_timeout_duration_secs:
             self.cb_max_timeout_duration_secs = self.cb_timeout_duration_secs
         self.prometheus_host = self.prometheus_host or self.host
+
+    def _refuse_half_of_a_pair(self) -> None:
+        """Access and TLS: what only makes sense together, or not at all."""
+        for cert, key in (("server_cert_path", "server_key_path"), ("client_cert_path", "client_key_path")):
+            flags = [OPTIONS[name].flag for name in (cert, key)]
+            if bool(getattr(self, cert)) != bool(getattr(self, key)):
+                raise ConfigError(f"{flags[0]} and {flags[1]} belong together; give both")
+        if self.control_plane_open and (self.control_plane_api_keys or self.control_plane_api_keys_file):
+            raise ConfigError("--control-plane-open is for a control plane without keys; give one or the other")
 
     def __repr__(self) -> str:
         """What differs from the defaults, without secrets."""

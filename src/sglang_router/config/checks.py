@@ -17,6 +17,8 @@ from sglang_router.config.urls import parse_worker_url
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?/?")
+_PORTS = {"http": "80", "https": "443"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,19 @@ def address(host: str) -> str:
     if not _VISIBLE.fullmatch(bare) or any(character in bare for character in "/[]@"):
         raise ValueError(f"{host!r} is not a host name or an IP address")
     return bare
+
+
+def origins(texts: list[str]) -> list[str]:
+    """Origins as browsers send them (RFC 6454): scheme, host, and a port that is not the scheme's own; or `*`."""
+    return [text if text == "*" else _origin(text) for text in texts]
+
+
+def _origin(text: str) -> str:
+    match = _ORIGIN.fullmatch(text.lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not an origin, as in https://chat.example.com")
+    scheme, host, port = match.groups()
+    return f"{scheme}://{host}" + (f":{port}" if port and port != _PORTS.get(scheme) else "")
 
 
 def path(value: str) -> str:

@@ -21,8 +21,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_router.config import keys
+from sglang_router.config.keys import ClientKey, ControlKey
+
 Pairs = list[tuple[str, int | None]]
-Keys = list[tuple[str, str, str, str]]
+ClientKeys = list[ClientKey]
+ControlKeys = list[ControlKey]
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
@@ -120,20 +124,6 @@ def _pairs(value: object) -> Pairs:
     return pairs
 
 
-def _keys(value: object) -> Keys:
-    """`id:name:role:key` items as (id, name, key, role), the order in which the reference keeps them."""
-    keys: Keys = []
-    for item in value.split(",") if isinstance(value, str) else _items(value):
-        if isinstance(item, (list, tuple)):
-            ident, name, key, role = (_text(part) for part in item)
-        else:
-            ident, name, role, key = _text(item).split(":", 3)
-        if role not in ("admin", "user"):
-            raise ValueError
-        keys.append((ident, name, key, role))
-    return keys
-
-
 def _only(words: list[str]) -> object:
     return words[0]
 
@@ -147,5 +137,6 @@ KINDS: dict[object, Kind] = {
     list[float]: Kind("a list of numbers", _numbers, "X", "*"),
     dict[str, str]: Kind("a list of key=value", _mapping, "KEY=VALUE", "*"),
     Pairs: Kind("a URL with an optional port number or 'none'", _pairs, "URL", "+", words=lambda words: [words]),
-    Keys: Kind("a list of id:name:role:key with the role admin or user", _keys, "ID:NAME:ROLE:KEY", "*"),
+    ClientKeys: Kind("a list of keys, each KEY or 'NAME KEY'", keys.lines, "KEY", words=keys.one_word),
+    ControlKeys: Kind("a list of " + keys.CONTROL_FORM, keys.lines, "ID:NAME:ROLE:KEY", "*"),
 }

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_router.config import checks
+from sglang_router.config import checks, keys
 from sglang_router.config.checks import above, at_least, between
+from sglang_router.config.kinds import ClientKeys, ControlKeys
 from sglang_router.config.option import alias, option
 
 # also the names in `core.policies.POLICIES`, which this module may not import; a test holds the two equal
@@ -28,11 +29,14 @@ POLICY_NAMES = (
 
 WORKERS = "Workers"
 LISTENING = "Listening"
+SECURITY = "Access and TLS"
 AUTOSCALING = "Autoscaling"
 POLICY = "Routing policy"
 REQUESTS = "Requests and connections"
 RETRIES = "Retries"
 BREAKER = "Circuit breaker"
+OVERLOAD = "Overload"
+OUTLIERS = "Outliers"
 HEALTH = "Health checks"
 METRICS = "Metrics"
 LOGGING = "Logging"
@@ -116,6 +120,85 @@ class HTTPOptions:
         LISTENING,
         unit="s",
         check=at_least(0),
+    )
+
+    reuse_port: bool = option(
+        False,
+        "Take over the port from the router that listens there, and let the next one take it over: restarts without"
+        " a lost request. Both must have this option.",
+        LISTENING,
+    )
+    state_file: str | None = option(
+        None,
+        "File that keeps workers, drained marks and, with cache_aware, the prefixes over a restart. Only its owner may"
+        " read it: it holds keys of workers and parts of prompts.",
+        LISTENING,
+        metavar="FILE",
+    )
+    state_interval_secs: float = option(
+        60,
+        "How often that file is written while the router serves; it is at the end as well.",
+        LISTENING,
+        unit="s",
+        check=above(0),
+    )
+
+    # -- access and TLS, explained in docs/security.md
+    api_key: ClientKeys = option(
+        [],
+        "Key that clients must show, or 'NAME KEY' to know whose it is; may be given several times. (The key for"
+        " workers is --worker-api-key.)",
+        SECURITY,
+        metavar="KEY",
+        check=keys.client_keys,
+        secret=True,
+        repeat=True,
+    )
+    api_key_file: str | None = option(
+        None, "File of such keys, one in a line: unlike flags, it does not show in `ps`.", SECURITY, metavar="FILE"
+    )
+    control_plane_api_keys: ControlKeys = option(
+        [],
+        "Keys of the control plane: with the role admin they may change things, with user only look.",
+        SECURITY,
+        check=keys.control_keys,
+        secret=True,
+    )
+    control_plane_api_keys_file: str | None = option(
+        None, "File of such keys, one in a line.", SECURITY, metavar="FILE"
+    )
+    control_plane_open: bool = option(
+        False,
+        "Take changes from everywhere although there are no keys of the control plane; without it they are taken"
+        " from this machine only.",
+        SECURITY,
+    )
+    server_cert_path: str | None = option(
+        None,
+        "Certificate of the router with its chain (PEM): clients speak TLS then. Read again when it changes.",
+        SECURITY,
+        flag="--tls-cert-path",
+        metavar="FILE",
+    )
+    server_key_path: str | None = option(
+        None, "Its private key (PEM).", SECURITY, flag="--tls-key-path", metavar="FILE"
+    )
+    ca_cert_paths: list[str] = option(
+        [],
+        "Certificates that vouch for https workers (PEM); they take the place of the system's.",
+        SECURITY,
+        metavar="FILE",
+    )
+    client_cert_path: str | None = option(
+        None, "Certificate shown to https workers that ask for one (PEM).", SECURITY, metavar="FILE"
+    )
+    client_key_path: str | None = option(None, "Its private key (PEM).", SECURITY, metavar="FILE")
+    cors_allowed_origins: list[str] = option(
+        [],
+        "Origins of web pages that may read the router's answers, as in https://chat.example.com; * for all.",
+        SECURITY,
+        metavar="ORIGIN",
+        check=checks.origins,
     )
 
     # -- routing policy
@@ -246,6 +329,27 @@ class HTTPOptions:
         0.2, "Share by which chance makes such pauses longer or shorter.", RETRIES, check=between(0, 1)
     )
 
+    # -- streams, see docs/resume.md
+    resume_streams: bool = option(
+        False,
+        "When a worker dies inside a stream, have another one continue the text: /generate, /v1/completions and"
+        " /v1/chat/completions at temperature 0.",
+        RETRIES,
+    )
+    resume_max_bytes: int = option(
+        1_048_576,
+        "Most text kept for that of one stream; longer ones are not continued.",
+        RETRIES,
+        unit="bytes",
+        check=at_least(1),
+    )
+    resume_nonzero_temperature: bool = option(
+        False,
+        "Continue other temperatures, and penalties, as well: the text goes on, but not as one worker would have"
+        " written it.",
+        RETRIES,
+    )
+
     # -- circuit breaker
     cb_failure_threshold: int | None = option(
         None,
@@ -272,6 +376,84 @@ class HTTPOptions:
         check=above(0),
     )
     disable_circuit_breaker: bool = option(False, "Never hold a worker off for its failures.", BREAKER)
+
+    retry_budget_ratio: float = option(
+        0.2,
+        "Retries may be at most this share of the requests of the last 10 seconds, and --retry-budget-min-per-second.",
+        RETRIES,
+        check=between(0, 10),
+    )
+    retry_budget_min_per_second: float = option(
+        3, "Retries per second that are always free.", RETRIES, check=at_least(0)
+    )
+
+    # -- overload
+    max_concurrent_requests: int = option(
+        -1, "Most requests under way at once; -1 for no limit. More of them wait.", OVERLOAD, check=at_least(-1)
+    )
+    queue_size: int = option(
+        100,
+        "Most requests that wait for their turn, or for a worker with room; above it 429.",
+        OVERLOAD,
+        check=at_least(0),
+    )
+    queue_timeout_secs: float = option(
+        60, "Longest wait for a turn, or for a worker with room; after it 408.", OVERLOAD, unit="s", check=at_least(0)
+    )
+    rate_limit_tokens_per_second: int | None = option(
+        None,
+        "Requests admitted per second, with a burst of one second's worth; above it 429. 0 for no limit.",
+        OVERLOAD,
+        check=at_least(0),
+    )
+    max_running_per_worker: int = option(
+        0,
+        "Most requests of a worker at once; more wait here and go to the first worker that has room, the one that"
+        " holds their prefix before others. 0 for no limit.",
+        OVERLOAD,
+        check=at_least(0),
+    )
+    max_buffered_request_bytes: int = option(
+        1_073_741_824,
+        "Most bytes of requests held at once; beyond it bodies are not read on for 5 seconds, then 429.",
+        OVERLOAD,
+        unit="bytes",
+        check=at_least(65536),
+    )
+    first_byte_timeout_secs: float = option(
+        300, "Time a worker has for the first byte of a stream; after it 504.", OVERLOAD, unit="s", check=above(0)
+    )
+    chunk_timeout_secs: float = option(
+        300,
+        "Longest silence of a worker inside its answer; after it the answer is broken off.",
+        OVERLOAD,
+        unit="s",
+        check=above(0),
+    )
+
+    # -- outliers
+    disable_outlier_ejection: bool = option(
+        False, "Do not hold off workers that fail far more often, or begin far later, than the others.", OUTLIERS
+    )
+    outlier_window_secs: float = option(
+        30, "What is looked back on; a worker is judged by 20 answers at least.", OUTLIERS, unit="s", check=above(0)
+    )
+    outlier_failure_rate: float = option(
+        0.5, "Share of failed requests that is too much.", OUTLIERS, check=between(0.01, 1)
+    )
+    outlier_latency_factor: float = option(
+        3,
+        "How many times later than at the others, in like circumstances, the first byte of streams must come.",
+        OUTLIERS,
+        check=above(1),
+    )
+    outlier_ejection_secs: float = option(
+        30,
+        "How long such a worker is held off, and twice as long each next time up to ten times this.",
+        OUTLIERS,
+        unit="s",
+        check=above(0),
+    )
 
     # -- health checks
     health_check_interval_secs: float = option(

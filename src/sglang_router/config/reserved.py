@@ -12,16 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sglang_router.config.checks import at_least, between
-from sglang_router.config.kinds import Keys, Pairs
+from sglang_router.config.checks import between
+from sglang_router.config.kinds import Pairs
 from sglang_router.config.option import option
-from sglang_router.config.options import POLICY_NAMES, HTTPOptions
+from sglang_router.config.options import POLICY_NAMES, SECURITY, HTTPOptions
 
-ADMISSION = "Admission"
 PREFILL_DECODE = "Prefill/decode disaggregation"
 DISCOVERY = "Kubernetes discovery"
 MODELS = "Models"
-SECURITY = "TLS and authentication"
 TRACING = "Tracing"
 NO_EFFECT = "Without effect"
 
@@ -39,16 +37,6 @@ def _inert(default: T, help: str, **more: Any) -> T:
 @dataclass
 class ReservedOptions(HTTPOptions):
     """What the reference router can be told and this one cannot yet, or need not be."""
-
-    # -- admission
-    max_concurrent_requests: int = _later(
-        -1, "Most requests served at once; -1 for no limit.", ADMISSION, check=at_least(-1)
-    )
-    queue_size: int = _later(100, "Most requests that wait for their turn.", ADMISSION, check=at_least(0))
-    queue_timeout_secs: float = _later(60, "Longest wait in that queue.", ADMISSION, unit="s", check=at_least(0))
-    rate_limit_tokens_per_second: int | None = _later(
-        None, "Requests admitted per second.", ADMISSION, check=at_least(0)
-    )
 
     # -- prefill/decode
     pd_disaggregation: bool = _later(False, "Route to pairs of prefill and decode workers.", PREFILL_DECODE)
@@ -89,28 +77,18 @@ class ReservedOptions(HTTPOptions):
     enable_igw: bool = _later(False, "Serve several models, each with a policy of its own.", MODELS)
     backend: str = _later("sglang", "What the workers are.", MODELS, choices=("sglang", "openai"))
 
-    # -- TLS and authentication
-    api_key: str | None = _later(
-        None, "Key that clients must show. (The key for workers is --worker-api-key.)", SECURITY, secret=True
-    )
-    control_plane_api_keys: Keys = _later([], "Keys for the control plane.", SECURITY, secret=True)
-    control_plane_audit_enabled: bool = _later(False, "Log what is done to the control plane.", SECURITY)
+    # -- access: tokens of an identity provider
     jwt_issuer: str | None = _later(None, "OIDC issuer of tokens for the control plane.", SECURITY)
     jwt_audience: str | None = _later(None, "Audience those tokens must name.", SECURITY)
     jwt_jwks_uri: str | None = _later(None, "Where the issuer's public keys are.", SECURITY)
     jwt_role_mapping: dict[str, str] = _later({}, "Roles of the issuer and what they are here.", SECURITY)
-    server_cert_path: str | None = _later(None, "Certificate of the router (PEM).", SECURITY, flag="--tls-cert-path")
-    server_key_path: str | None = _later(None, "Its private key (PEM).", SECURITY, flag="--tls-key-path")
-    client_cert_path: str | None = _later(None, "Certificate shown to workers (PEM).", SECURITY)
-    client_key_path: str | None = _later(None, "Its private key (PEM).", SECURITY)
-    ca_cert_paths: list[str] = _later([], "Certificates that vouch for workers (PEM).", SECURITY)
-    cors_allowed_origins: list[str] = _later([], "Origins of web pages that may call the router.", SECURITY)
 
     # -- tracing
     enable_trace: bool = _later(False, "Send OpenTelemetry traces.", TRACING)
     otlp_traces_endpoint: str = _later("localhost:4317", "Where to send traces.", TRACING)
 
     # -- without effect
+    control_plane_audit_enabled: bool = _inert(False, "Log changes of the control plane; they are always logged.")
     cb_window_duration_secs: float = _inert(
         120, "Window of failures; a breaker counts failures in a row, as the reference's does.", unit="s"
     )

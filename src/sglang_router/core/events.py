@@ -54,6 +54,9 @@ class Finished(msgspec.Struct, frozen=True, gc=False):
     first_byte  seconds to the first byte of the answer; negative when there was none
     sent        bytes of the answer
     retries     legs beyond the first
+    client      the name of the client's key, "" where none is asked for
+    resumed     how often another worker went on with the stream, or the router completed it
+    unresumed   why a stream that broke was not continued, a key of core.resume.REASONS; "" without --resume-streams
     """
 
     method: str
@@ -75,6 +78,9 @@ class Finished(msgspec.Struct, frozen=True, gc=False):
     received: int
     sent: int
     retries: int
+    client: str = ""
+    resumed: int = 0
+    unresumed: str = ""
 
 
 class WorkerChanged(msgspec.Struct, frozen=True, gc=False):

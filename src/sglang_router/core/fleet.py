@@ -17,6 +17,10 @@ matters only at `_reopen_at`, the next moment an open breaker may let a probe th
 Slow start: a worker that comes with an empty cache must not be flooded with all that no one else wants. For
 `slow_start` seconds its load may be no more than a share, growing to all, of the mean load of the others; a worker
 above that is no candidate for the moment. Strangers still go to it first, as its tree is the smallest.
+
+`most_load` bounds the requests of each worker: who has that many is no candidate, and when all have, requests wait.
+
+Outliers (`core.outliers`) are held off while there are healthy workers that are not. `judge` is called once a second.
 """
 
 from __future__ import annotations
@@ -29,19 +33,22 @@ import msgspec
 from sglang_router.core.events import WorkerChanged
 from sglang_router.core.report import NOTHING
 from sglang_router.core.worker import Breaker, BreakerRules, Health, Hears, Lease, Outcome, Worker, WorkerSpec
-from sglang_router.errors import Conflict, NoWorkers, Unavailable, WorkersStarting
+from sglang_router.errors import Conflict, NoWorkers, Unavailable, WorkersFull, WorkersStarting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sglang_router.core.events import Listener
+    from sglang_router.core.outliers import Outliers
     from sglang_router.core.report import EngineReport
 
 
 class Fleet:
     """All workers. `new_id` makes worker ids (the reference uses UUIDs); `startup_timeout` and `slow_start` in seconds.
 
-    elastic  somebody starts a worker when there is none: requests may wait for it
+    elastic    somebody starts a worker when there is none: requests may wait for it
+    most_load  requests that a worker may have; 0: as many as come
+    outliers   finds those that do much worse than the others; None: nobody is held off
     """
 
     def __init__(
@@ -51,18 +58,23 @@ class Fleet:
         breaker: BreakerRules | None = None,
         startup_timeout: float = 1800.0,
         slow_start: float = 0.0,
+        most_load: int = 0,
+        outliers: Outliers[Worker] | None = None,
     ) -> None:
         self.breaker_rules = breaker or BreakerRules()
         self.startup_timeout = startup_timeout
         self.slow_start = slow_start
+        self.most_load = most_load
+        self.outliers = outliers
         self.elastic = False
         self._listener = listener
         self._new_id = new_id
         self._workers: dict[str, Worker] = {}  # by URL, in order of registration
         self._added = 0
-        self._candidates: tuple[Worker, ...] = ()
+        self._restored: set[Worker] = set()  # not found well yet, and its cache may be warm
+        self._able: tuple[Worker, ...] = ()
         self._warming: list[Worker] = []  # candidates whose slow start is not over
-        self._spared: tuple[Worker, ...] = ()  # the last candidates without those that had their share
+        self._room: tuple[Worker, ...] = ()  # of the last candidates, those that had room
         self._stale = False
         self._reopen_at = math.inf
 
@@ -84,16 +96,21 @@ class Fleet:
         """All workers of the engine with this base URL: itself, or its ranks."""
         return [worker for worker in self if worker.spec.url == url]
 
-    def add(self, spec: WorkerSpec, now: float) -> Worker:
+    def add(self, spec: WorkerSpec, now: float, *, restored: str = "") -> Worker:
         """Registers a worker. It takes requests once a health check found it well.
+
+        `restored`: the id it had before the router was started again. Its cache may still be as it was: that is
+        believed when its first check finds it well.
 
         Raises: Conflict when the URL is registered already.
         """
-        worker = Worker(spec, self._new_id(), self._added + 1, now)
+        worker = Worker(spec, restored or self._new_id(), self._added + 1, now)
         if worker.url in self._workers:
             raise Conflict(f"Worker {worker.url} already exists", param="url")
         self._added += 1
         self._workers[worker.url] = worker
+        if restored and spec.health.enabled:
+            self._restored.add(worker)
         self._changed(worker, "added", "", worker.health.value)
         return worker
 
@@ -102,6 +119,7 @@ class Fleet:
         if not worker.removed:
             worker.removed = True
             del self._workers[worker.url]
+            self._restored.discard(worker)
             self._changed(worker, "removed", worker.health.value, "")
 
     def amend(self, worker: Worker, spec: WorkerSpec) -> None:
@@ -134,29 +152,49 @@ class Fleet:
             self._stale = False
             able = [w for w in self if w.in_rotation and _lets_pass(w)]
             well = [w for w in able if w.health is Health.HEALTHY]
-            self._candidates = tuple(well or [w for w in able if w.health is Health.UNHEALTHY])
-            self._warming = [w for w in self._candidates if now < w.warm_at]
-        return self._sparing(now) if self._warming else self._candidates
+            kept = [w for w in well if not w.held_off]
+            self._able = tuple(kept or well or [w for w in able if w.health is Health.UNHEALTHY])
+            self._warming = [w for w in self._able if now < w.warm_at]
+        return self._with_room(now) if self._warming or self.most_load else self._able
 
-    def _sparing(self, now: float) -> tuple[Worker, ...]:
-        """The candidates but for those in slow start that have their share already."""
+    def able(self, now: float) -> tuple[Worker, ...]:
+        """The same, however much each has to do: for a retry, which does not wait."""
+        self.candidates(now)
+        return self._able
+
+    def _with_room(self, now: float) -> tuple[Worker, ...]:
+        """Those but for the full ones, and for those in slow start that have their share already."""
+        full = {w for w in self._able if w.load >= self.most_load} if self.most_load else set()
         self._warming = warming = [w for w in self._warming if now < w.warm_at]
-        others = [w.load for w in self._candidates if w not in warming]
-        if not others or not warming:
-            return self._candidates
-        mean = sum(others) / len(others)
-        full = [w for w in warming if w.load >= max(1.0, mean * (1.0 - (w.warm_at - now) / self.slow_start))]
+        others = [w.load for w in self._able if w not in warming]
+        if others and warming:
+            mean = sum(others) / len(others)
+            full |= {w for w in warming if w.load >= max(1.0, mean * (1.0 - (w.warm_at - now) / self.slow_start))}
         if not full:
-            return self._candidates
-        spared = tuple(w for w in self._candidates if w not in full)
-        if spared != self._spared:  # else the same object: policies remember what they know of one
-            self._spared = spared
-        return self._spared
+            return self._able
+        room = tuple(w for w in self._able if w not in full)
+        if room != self._room:  # else the same object: policies remember what they know of one
+            self._room = room
+        return self._room
+
+    def judge(self, now: float) -> None:
+        """Holds off those that do much worse than the others, and lets back whose time is up."""
+        if self.outliers is None:
+            return
+        well = [w for w in self if w.in_rotation and _lets_pass(w) and w.health is Health.HEALTHY]
+        reasons = {ejection.worker: ejection.reason for ejection in self.outliers.judge(well, now)}
+        for worker in well:
+            old, worker.held_off = worker.held_off, reasons.get(worker, "")
+            if bool(old) != bool(worker.held_off):
+                names = ("kept", "held_off")
+                self._changed(worker, "outlier", names[bool(old)], names[bool(worker.held_off)])
 
     def unavailable(self, now: float) -> Unavailable:
         """Why there are no candidates, and when it is worth asking again."""
         if not self._workers and not self.elastic:
             return NoWorkers(retry_after=5.0)
+        if self.most_load and self.able(now):
+            return WorkersFull(retry_after=1.0)
         rotation = [w for w in self if w.in_rotation]
         coming = self.elastic if not rotation else all(w.health is Health.STARTING for w in rotation)
         if coming or (not rotation and any(w.returning for w in self)):
@@ -190,7 +228,11 @@ class Fleet:
             worker.gone_silent = True
         elif hears is Hears.SUCCESS and worker.gone_silent and lease.silent:
             self._came_back(worker, now)
-        if hears is not Hears.NOTHING and self.breaker_rules.enabled:
+        if hears is Hears.NOTHING:
+            return
+        if self.outliers is not None:
+            self.outliers.heard(worker, hears is not Hears.SUCCESS, lease.first_byte, lease.place, now)
+        if self.breaker_rules.enabled:
             self._hear(worker, hears, probe, now)
 
     # -- the breaker -------------------------------------------------------------------------------------------------
@@ -255,7 +297,9 @@ class Fleet:
             self._shut(worker)
         enough = worker.health_successes >= worker.spec.health.success_threshold
         if worker.health is Health.STARTING:
-            self._warm_up(worker, now)
+            if worker not in self._restored:
+                self._warm_up(worker, now)
+            self._restored.discard(worker)
             self._set_health(worker, Health.HEALTHY)
         elif worker.health is Health.UNHEALTHY and enough:
             self._set_health(worker, Health.HEALTHY)
@@ -264,7 +308,7 @@ class Fleet:
         worker.last_error = error
         worker.health_successes = 0
         worker.health_failures += 1
-        if refused and worker.health is not Health.STARTING:
+        if worker in self._restored or (refused and worker.health is not Health.STARTING):
             worker.gone_silent = True
         if worker.health is Health.STARTING:
             if now - worker.since > self.startup_timeout:
@@ -276,8 +320,10 @@ class Fleet:
         """Its process is gone; another one, with nothing in its cache, will listen there: it is STARTING again."""
         if worker.removed:
             return
-        had = worker.health is not Health.STARTING
+        had = worker.health is not Health.STARTING or worker in self._restored
+        self._restored.discard(worker)
         worker.since = now
+        worker.held_off = ""
         worker.health_failures = worker.health_successes = 0
         worker.report = NOTHING
         self._set_health(worker, Health.STARTING)
@@ -303,6 +349,7 @@ class Fleet:
     def _came_back(self, worker: Worker, now: float) -> None:
         """A listener that was gone is back: another process, with nothing in its cache."""
         worker.gone_silent = False
+        self._restored.discard(worker)
         self._warm_up(worker, now)
         self._changed(worker, "restarted", "", "")
 

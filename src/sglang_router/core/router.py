@@ -5,6 +5,9 @@
 
 A retry goes at once to a worker that has not failed this request. Only when there is none left does it return to one
 that has, after a pause that grows (exponential, with jitter). Back-pressure (BUSY) is never answered by coming again.
+
+All retries together stay within a budget (`core.retry_budget`), so that they do not finish off a fleet that is sick. A
+refused connection cost no engine anything: to go elsewhere then is free.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from sglang_router.core.events import Listener, Retried, Routed, WorkerChanged
+from sglang_router.core.retry_budget import RetryBudget
 from sglang_router.core.worker import Lease, Outcome, Worker
 
 if TYPE_CHECKING:
@@ -64,11 +68,18 @@ class Router:
     """Routes by one policy over one fleet. `rng` serves the jitter."""
 
     def __init__(
-        self, fleet: Fleet, policy: Policy, listener: Listener, rng: random.Random, retries: RetryRules | None = None
+        self,
+        fleet: Fleet,
+        policy: Policy,
+        listener: Listener,
+        rng: random.Random,
+        retries: RetryRules | None = None,
+        budget: RetryBudget | None = None,
     ) -> None:
         self.fleet = fleet
         self.policy = policy
         self.retries = retries or RetryRules()
+        self.budget = budget or RetryBudget()
         self._listener = listener
         self._rng = rng
 
@@ -80,24 +91,31 @@ class Router:
         candidates = self.fleet.candidates(now)
         if not candidates:
             raise self.fleet.unavailable(now)
+        self.budget.request(now)
         return self._lease(facts, candidates, now, 0)
 
-    def retry(self, plan: Plan, outcome: Outcome, now: float) -> Plan | None:
-        """Closes the leg with its outcome, and takes another one if the rules allow."""
+    def retry(self, plan: Plan, outcome: Outcome, now: float, continued: Facts | None = None) -> Plan | None:
+        """Closes the leg with its outcome, and takes another one if the rules allow.
+
+        `continued`: the stream broke, and this is what another worker is to be asked for the rest of it.
+        """
         plan.lease.close(outcome, now)
         rules, tries = self.retries, plan.tries
-        if not outcome.retryable or plan.retries >= rules.total:
+        if (continued is None and not outcome.retryable) or plan.retries >= rules.total:
             return None
         busy = outcome is Outcome.BUSY
         tries[plan.worker] = rules.per_worker if busy else tries.get(plan.worker, 0) + 1
-        candidates = self.fleet.candidates(now)
-        fresh = tuple(w for w in candidates if w not in tries)
+        candidates = self.fleet.able(now)
+        fresh = tuple(w for w in self.fleet.candidates(now) if w not in tries)
+        fresh = fresh or tuple(w for w in candidates if w not in tries)
         again: tuple[Worker, ...] = ()
         if not fresh and not busy:
             again = tuple(w for w in candidates if tries[w] < rules.per_worker)
         if not fresh and not again:
             return None
-        following = self._lease(plan.facts, fresh or again, now, plan.retries + 1)
+        if outcome is not Outcome.REFUSED and not self.budget.take(now):
+            return None
+        following = self._lease(continued or plan.facts, fresh or again, now, plan.retries + 1)
         following.tries, following.returns = tries, plan.returns
         if again:
             following.delay = self._backoff(plan.returns)

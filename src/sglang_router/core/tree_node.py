@@ -128,7 +128,7 @@ def detach(use: Use) -> None:
         node.uses = None
 
 
-def common_prefix(edge: bytes, text: bytes, at: int) -> int:
+def common_prefix(edge: bytes, text: bytes | bytearray, at: int) -> int:
     """How many bytes of `edge` equal those of `text` from `at` on.
 
     Python compares long slices at memory speed but does not say where they differ. Growing steps find the

@@ -7,11 +7,13 @@ How a leg ended is an `Outcome`; one table says for each what follows from it:
     FAILED           yes                failure (answer)     status 500, 502, 504, or 503 without Retry-After
     BUSY             yes                nothing              429, or 503 with Retry-After: back-pressure, not a fault
     REFUSED          yes                failure (contact)    nobody listens: the engine is gone
-    UNREACHABLE      yes                failure (contact)    no connection in time, no route, no name, TLS failed
+    UNREACHABLE      yes                failure (contact)    no route, no name, TLS failed
+    UNCONNECTED      yes                failure (contact)    no connection in time
     BROKEN           yes                failure (contact)    the connection broke before a byte of the answer came
     INVALID          yes                failure (answer)     the answer is not HTTP
     CUT              no                 failure (contact)    the connection broke inside the answer
     TIMEOUT          no                 failure (answer)     no answer in time; the engine may be at work, so no retry
+    SILENT           no                 failure (answer)     the answer began, and nothing more of it came
     STALE            no                 nothing              a kept connection had been closed; sent again on a new one
     GONE             no                 nothing              the client left
     ABANDONED        no                 nothing              the router gave the leg up
@@ -36,6 +38,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from sglang_router.core.outliers import place
 from sglang_router.core.report import NOTHING, EngineReport
 
 if TYPE_CHECKING:
@@ -75,10 +78,12 @@ class Outcome(enum.Enum):
     BUSY = ("busy", True, Hears.NOTHING)
     REFUSED = ("refused", True, Hears.CONTACT_FAILURE)
     UNREACHABLE = ("unreachable", True, Hears.CONTACT_FAILURE)
+    UNCONNECTED = ("unconnected", True, Hears.CONTACT_FAILURE)
     BROKEN = ("broken", True, Hears.CONTACT_FAILURE)
     INVALID = ("invalid", True, Hears.ANSWER_FAILURE)
     CUT = ("cut", False, Hears.CONTACT_FAILURE)
     TIMEOUT = ("timeout", False, Hears.ANSWER_FAILURE)
+    SILENT = ("silent", False, Hears.ANSWER_FAILURE)
     STALE = ("stale", False, Hears.NOTHING)
     GONE = ("gone", False, Hears.NOTHING)
     ABANDONED = ("abandoned", False, Hears.NOTHING)
@@ -151,6 +156,8 @@ class Worker:
     url        what it is told apart by: the base URL, for a rank with "@" and its number
     report     what the engine said of itself last
     load       leases open now
+    waiting    streams there that have no byte yet
+    held_off   why it is held off as an outlier; "" if it is not
     processed  requests it answered (outcome SERVED)
     """
 
@@ -163,6 +170,7 @@ class Worker:
         "health",
         "health_failures",
         "health_successes",
+        "held_off",
         "id",
         "key",
         "last_error",
@@ -181,6 +189,7 @@ class Worker:
         "spec",
         "successes",
         "url",
+        "waiting",
         "warm_at",
     )
 
@@ -194,6 +203,8 @@ class Worker:
         self.key = spec.api_key.encode() if spec.api_key else None
         self.slot = -1
         self.load = 0
+        self.waiting = 0
+        self.held_off = ""
         self.processed = 0
         self.warm_at = 0.0
         self.report: EngineReport = NOTHING
@@ -229,16 +240,34 @@ class Worker:
 class Lease:
     """One unit of load on one worker. Taking it is the load change; it is closed exactly once, however often asked."""
 
-    __slots__ = ("_close", "closed", "silent", "worker")
+    __slots__ = ("_close", "closed", "first_byte", "place", "sent_at", "silent", "worker")
 
     def __init__(self, worker: Worker, close: Callable[[Lease, Outcome, float], None]) -> None:
         self.worker = worker
         self.closed = False
+        self.place = 0  # of a stream: under which circumstances it was sent, see `core.outliers`
+        self.sent_at = self.first_byte = -1.0
         self.silent = worker.gone_silent  # only an answer asked for in the silence shows that it is over
         self._close = close
+
+    def streams(self, uncached: int, now: float) -> None:
+        """A stream is sent, of which the worker has to read so many bytes of prompt first; negative: nobody knows."""
+        worker = self.worker
+        worker.waiting += 1
+        self.sent_at = now
+        self.place = place(uncached, worker.waiting, worker.load) if uncached >= 0 else 0
+
+    def began(self, now: float) -> None:
+        """The first byte of the answer is there."""
+        if self.sent_at >= 0.0 and self.first_byte < 0.0:
+            self.worker.waiting -= 1
+            self.first_byte = now - self.sent_at
 
     def close(self, outcome: Outcome, now: float) -> None:
         """Ends the lease with what became of the leg. A second call does nothing."""
         if not self.closed:
             self.closed = True
+            if self.sent_at >= 0.0 and self.first_byte < 0.0:
+                self.worker.waiting -= 1
+                self.place = 0  # there is no time to tell
             self._close(self, outcome, now)

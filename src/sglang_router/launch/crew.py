@@ -22,7 +22,8 @@ from sglang_router.launch.restarts import RestartRules
 from sglang_router.launch.screen import Screen
 from sglang_router.launch.supervisor import Supervisor
 from sglang_router.scaling.replicas import Replicas
-from sglang_router.server import Gateway, health_rules
+from sglang_router.server import Gateway
+from sglang_router.settings import health_rules
 
 if TYPE_CHECKING:
     import asyncio

@@ -1,7 +1,7 @@
 """Hands a request that is not inference to the control plane's ASGI app, and its answer to the client.
 
 The control plane is seldom asked, so here a task per request is fine. The app's answer streams: with a Content-Length
-as it is, otherwise chunked (or closing, for HTTP/1.0).
+as it is, otherwise chunked (or closing, for HTTP/1.0). Browsers' preflights are answered here, before the app.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sglang_router.wire.headers import REASONS, error_answer
 if TYPE_CHECKING:
     from sglang_router.net.downstream import Downstream
     from sglang_router.net.service import Service
+    from sglang_router.wire.cors import Cors
     from sglang_router.wire.request import Request
 
 log = logging.getLogger("sglang_router.admin")
@@ -50,8 +51,22 @@ class AppExchange:
     # -- Exchange ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        if self._service.cors is not None and self._preflight(self._service.cors):
+            return
         self._client.deadline = self._started_at + self._service.timeouts.request
         self._task = self._service.loop.create_task(self._run())
+
+    def _preflight(self, cors: Cors) -> bool:
+        if self._service.draining:
+            self._keep_alive = False
+        answer = cors.preflight(self._request, self._request_id, self._connection())
+        if answer is None:
+            return False
+        self._status = 200
+        self._client.write(answer)
+        self._end()
+        self._client.done(self._keep_alive)
+        return True
 
     def unanswered(self) -> None:
         """Not for the engines to answer."""
@@ -99,7 +114,7 @@ class AppExchange:
             return
         self._status = error.status
         self._code = error.code
-        self._client.write(error_answer(error, self._request_id, b"connection: close\r\n"))
+        self._client.write(error_answer(error, self._request_id, b"connection: close\r\n" + self._cors()))
         self._end()
         self._client.done(False)
 
@@ -112,7 +127,7 @@ class AppExchange:
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": "1.0" if request.http10 else "1.1",
             "method": request.method.decode("latin-1"),
-            "scheme": "http",
+            "scheme": "http" if transport.get_extra_info("ssl_object") is None else "https",
             "path": _unquote(request.path),
             "raw_path": path,
             "query_string": query,
@@ -120,7 +135,7 @@ class AppExchange:
             "headers": request.headers,
             "client": _address(transport.get_extra_info("peername")),
             "server": _address(transport.get_extra_info("sockname")),
-            "state": {},
+            "state": {"peername": transport.get_extra_info("peername")},
         }
 
     async def _receive(self) -> MutableMapping[str, Any]:
@@ -168,12 +183,18 @@ class AppExchange:
                 lines.append(b"transfer-encoding: chunked\r\n")
         if self._service.draining:
             self._keep_alive = False
-        if not self._keep_alive:
-            lines.append(b"connection: close\r\n")
-        elif request.http10:
-            lines.append(b"connection: keep-alive\r\n")
-        lines += (b"x-request-id: ", self._request_id, b"\r\n\r\n")
+        lines += (self._connection(), self._cors(), b"x-request-id: ", self._request_id, b"\r\n\r\n")
         self._client.write(b"".join(lines))
+
+    def _connection(self) -> bytes:
+        """The Connection field, if one is needed."""
+        if not self._keep_alive:
+            return b"connection: close\r\n"
+        return b"connection: keep-alive\r\n" if self._request.http10 else b""
+
+    def _cors(self) -> bytes:
+        cors = self._service.cors
+        return b"" if cors is None else cors.fields(self._request.headers)
 
     def _end(self) -> None:
         if self._ended:

@@ -1,9 +1,10 @@
 """One inference request on its way: from the client's whole request to the last byte of its one answer.
 
     start -> route -> send -> begin -> data ... data(done) -> finished          the good way
-                ^        |
-                |        '-- broken or refused answer before the first byte: retry, at once or after plan.delay
-                '-- every worker is starting: wait until one is there or the time is up
+       ^        ^        |
+       |        |        '-- broken or refused answer before the first byte: retry, at once or after plan.delay
+       |        '-- every worker is starting, or full: wait until one can take it or the time is up
+       '-- no place is free (admission): wait for one
 
 Whatever happens ends in `_end`, exactly once: the lease is closed, the client's connection goes on or closes, and one
 `Finished` is emitted. After the head of an answer has gone to the client nothing is retried; if the worker breaks
@@ -21,13 +22,21 @@ from sglang_router.core.events import Finished
 from sglang_router.core.request import Endpoint, Facts, read, with_rank
 from sglang_router.core.worker import Outcome, outcome_of_status
 from sglang_router.errors import (
+    BufferFull,
+    ConnectTimeout,
+    FirstByteTimeout,
     InternalError,
+    Overdue,
+    QueueFull,
+    QueueTimeout,
     RouterError,
     StreamBroken,
+    StreamSilent,
     TooManyWaiting,
     UnsupportedMediaType,
     WorkerBroken,
     WorkerInvalid,
+    WorkersFull,
     WorkersStarting,
     WorkerTimeout,
     WorkerUnreachable,
@@ -49,11 +58,18 @@ if TYPE_CHECKING:
 _ERRORS: dict[Outcome, type[RouterError]] = {
     Outcome.REFUSED: WorkerUnreachable,
     Outcome.UNREACHABLE: WorkerUnreachable,
+    Outcome.UNCONNECTED: ConnectTimeout,
     Outcome.BROKEN: WorkerBroken,
     Outcome.INVALID: WorkerInvalid,
     Outcome.CUT: StreamBroken,
     Outcome.TIMEOUT: WorkerTimeout,
 }
+
+
+_LONGEST_LINE = 60.0
+"""Seconds; the longest Retry-After told: nobody knows more of the future."""
+_LOOKS = 4
+"""Looks at a silent answer within the longest silence: it ends after one to one and a quarter of that time."""
 
 
 class Relay:
@@ -72,8 +88,10 @@ class Relay:
         "_outcome",
         "_paused",
         "_plan",
+        "_quiet",
         "_request",
         "_request_id",
+        "_seen",
         "_sent",
         "_service",
         "_sse",
@@ -82,8 +100,12 @@ class Relay:
         "_timer",
         "_transport",
         "_turn",
+        "_waits_since",
+        "_watched",
         "decoding",
     )
+    resumed = 0
+    unresumed = ""
 
     def __init__(self, service: Service, client: Downstream, request: Request, endpoint: Endpoint) -> None:
         # of the request
@@ -100,6 +122,8 @@ class Relay:
         self._timer: asyncio.TimerHandle | None = None
         self._paused = False
         self._ended = False
+        self._watched = False  # a stream: its first byte is waited for, and timed
+        self._waits_since = 0.0
         self.decoding = request.http10
         # of the leg
         self._plan: Plan | None = None
@@ -110,6 +134,8 @@ class Relay:
         self._status = 0
         self._sent = 0
         self._first_byte = -1.0
+        self._seen = 0  # of `_sent`, when it was last looked at
+        self._quiet = 0  # looks in a row that saw nothing new
         self._sse = False
         self._chunked = False
 
@@ -131,15 +157,34 @@ class Relay:
             elif place < best and service.usable_id(value):
                 best, request_id = place, value
         self._request_id = request_id or service.request_id(self._endpoint.id)
+        if request.refusal is not None:
+            self.refuse(request.refusal)
+            return
         try:
             if coded:
                 raise UnsupportedMediaType
-            self._facts = read(self._endpoint, request.body, routing_key)
+            if service.buffered > service.most_buffered:
+                raise BufferFull(retry_after=1.0)
+            self._facts = facts = read(self._endpoint, request.body, routing_key)
+            self._watched = facts.streaming
+            if service.admission is not None and not service.admission.enter(self, self._started_at):
+                self._client.deadline = self._started_at + service.timeouts.queue
+                return
         except RouterError as exc:
             self.refuse(exc)
             return
+        self._admitted()
+
+    def _admitted(self) -> None:
+        """It has its place."""
+        if self._ended:  # it left between two turns, and passed the place on
+            return
+        service = self._service
         self._client.deadline = self._started_at + service.timeouts.request
-        self._route()
+        if service.waiting and service.router.fleet.most_load:
+            self._wait(WorkersFull(retry_after=1.0))  # behind those that came before
+        else:
+            self._route()
 
     def gone(self) -> None:
         self._give_up_leg()
@@ -156,12 +201,47 @@ class Relay:
             self._leg.resume()
 
     def overdue(self, now: float) -> None:
-        if self in self._service.waiting:
-            self.refuse(self._service.router.fleet.unavailable(now))
+        service = self._service
+        if self._plan is None:
+            self.refuse(self._why_still_here(now))
+            return
+        if now < self._started_at + service.timeouts.request and self._framing is not None and self._goes_on(now):
             return
         self._give_up_leg()
-        seconds = self._service.timeouts.request
-        self._failed(Outcome.TIMEOUT, f"No whole answer within {seconds:g} s.")
+        if now >= self._started_at + service.timeouts.request:
+            self._failed(Outcome.TIMEOUT, Overdue())
+        elif self._framing is None:
+            self._failed(Outcome.TIMEOUT, FirstByteTimeout())
+        else:
+            self._failed(Outcome.SILENT, StreamSilent())
+
+    def _why_still_here(self, now: float) -> RouterError:
+        """It has waited for too long."""
+        service = self._service
+        if self not in service.waiting:
+            return QueueTimeout(retry_after=service.admission.wait(now) if service.admission is not None else 1.0)
+        error = service.router.fleet.unavailable(now)
+        return QueueTimeout(retry_after=self._line(now)) if isinstance(error, WorkersFull) else error
+
+    def _line(self, now: float) -> float:
+        """Seconds to come again in, when there was no room: as long as the first in the line has waited by now."""
+        first = next(iter(self._service.waiting), self)
+        return min(max(now - first._waits_since, 1.0), _LONGEST_LINE)
+
+    def _goes_on(self, now: float) -> bool:
+        """Whether the worker has said something of late. Looked at now and then: a stamp on each chunk would cost more
+        than it tells. While the client does not read, the worker has leave to be silent."""
+        if self._sent != self._seen or self._paused:
+            self._seen, self._quiet = self._sent, 0
+        else:
+            self._quiet += 1
+        self._watch(now)
+        return self._quiet < _LOOKS
+
+    def _watch(self, now: float) -> None:
+        """Has the answer looked at again in a while."""
+        timeouts = self._service.timeouts
+        self._client.deadline = min(now + timeouts.chunk / _LOOKS, self._started_at + timeouts.request)
 
     def unanswered(self) -> tuple[float, int, bool] | None:
         """While it waits for its first token: when the request came, how many bytes of its routing text no worker is
@@ -182,7 +262,7 @@ class Relay:
         service = self._service
         try:
             plan = service.router.route(self._facts, service.clock())
-        except WorkersStarting as exc:
+        except (WorkersStarting, WorkersFull) as exc:
             self._wait(exc)
             return
         except RouterError as exc:
@@ -191,16 +271,21 @@ class Relay:
         self._plan = plan
         self._turn.leg(self)
 
-    def _wait(self, error: WorkersStarting) -> None:
-        until = self._started_at + self._service.timeouts.starting
-        if self._service.clock() >= until:
-            self.refuse(error)
-            return
-        if len(self._service.waiting) >= self._service.most_waiting:
-            self.refuse(TooManyWaiting(retry_after=5.0))
-            return
-        self._client.deadline = until
-        self._service.waiting[self] = None
+    def _wait(self, error: WorkersStarting | WorkersFull) -> None:
+        """Waits for a worker; the time counts from the first time it has to."""
+        service = self._service
+        full = isinstance(error, WorkersFull)
+        now = service.clock()
+        if not self._waits_since:
+            self._waits_since = now
+        until = self._waits_since + (service.timeouts.queue if full else service.timeouts.starting)
+        if now >= until:
+            self.refuse(QueueTimeout(retry_after=self._line(now)) if full else error)
+        elif len(service.waiting) >= (service.most_queued if full else service.most_waiting):
+            self.refuse(QueueFull(retry_after=self._line(now)) if full else TooManyWaiting(retry_after=5.0))
+        else:
+            self._client.deadline = until
+            service.waiting[self] = None
 
     def woken(self) -> None:
         """A worker changed while this request waited for one."""
@@ -217,25 +302,34 @@ class Relay:
         worker = plan.worker
         if worker.dp_rank is not None and self._endpoint.json:
             request = msgspec.structs.replace(request, body=with_rank(request.body, worker.dp_rank))
+        if self._watched and plan.lease.sent_at < 0.0:
+            now = service.clock()
+            plan.lease.streams(plan.total - plan.matched if plan.total else -1, now)
+            self._client.deadline = min(now + service.timeouts.first_byte, self._client.deadline)
         head = request_head(
             request,
             service.upstream.origin(worker).start(b"POST", request.target),
             self._request_id,
             key=worker.key,
             everything=service.forward_everything,
+            guarded=service.guarded,
         )
         self._leg = service.upstream.send(worker, self, head, request.body, fresh=fresh)
 
     def sent_on(self, connection: Connection) -> None:
         self._leg = connection
 
-    def _retried(self, outcome: Outcome) -> bool:
-        """Asks for another leg, and sends it. False: what there is, is the answer."""
+    def _retried(self, outcome: Outcome, continued: Facts | None = None) -> bool:
+        """Asks for another leg, and sends it. False: what there is, is the answer. `continued`: see Router.retry."""
         service, plan = self._service, self._plan
         assert plan is not None
-        following = service.router.retry(plan, outcome, service.clock())
+        now = service.clock()
+        following = service.router.retry(plan, outcome, now, continued)
+        if service.waiting:
+            service.room()
         if following is None:
             return False
+        self._client.deadline = self._started_at + service.timeouts.request
         self._plan = following
         self._outcome = Outcome.SERVED  # until the following leg says otherwise
         if following.delay:
@@ -262,7 +356,12 @@ class Relay:
                 self._leg = None if done else leg
         self._framing = framing
         self._status = status
-        self._first_byte = self._service.clock() - self._started_at
+        now = self._service.clock()
+        self._first_byte = now - self._started_at
+        if self._watched and self._plan is not None:
+            self._plan.lease.began(now)
+        if not done:
+            self._watch(now)
         bytes_out = self._head(head, framing) + data
         self._sent = len(data)
         self._turn.write(self._transport, bytes_out)
@@ -293,6 +392,10 @@ class Relay:
         if not isinstance(framing, Sized):
             content_type = head.header(b"content-type")
             self._sse = content_type is not None and content_type.startswith(b"text/event-stream")
+        cors = self._service.cors
+        if cors is not None:
+            fields = cors.fields(self._request.headers)
+            return response_head(head, self._request_id, framing=field, connection=connection, cors=fields)
         return response_head(head, self._request_id, framing=field, connection=connection)
 
     def data(self, data: bytes, done: bool) -> None:
@@ -314,7 +417,7 @@ class Relay:
         self._service.prod(plan.worker)
         if self._framing is None and self._retried(outcome):
             return
-        self._failed(outcome, detail)
+        self._failed(outcome, _ERRORS.get(outcome, InternalError)(detail))
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -323,9 +426,8 @@ class Relay:
         self._end(self._outcome)
         self._client.done(keep_alive)
 
-    def _failed(self, outcome: Outcome, detail: str) -> None:
+    def _failed(self, outcome: Outcome, error: RouterError) -> None:
         """No retry is left. Before the first byte the error is the answer; after it there can only be a broken end."""
-        error = _ERRORS.get(outcome, InternalError)(detail)
         if self._framing is None:
             self.refuse(error, outcome)
             return
@@ -344,6 +446,8 @@ class Relay:
         connection = b"" if keep_alive else b"connection: close\r\n"
         if keep_alive and self._request.http10:
             connection = b"connection: keep-alive\r\n"
+        if self._service.cors is not None:
+            connection += self._service.cors.fields(self._request.headers)
         self._turn.write(self._transport, error_answer(error, self._request_id, connection))
         self._end(outcome, error.code)
         self._client.done(keep_alive)
@@ -366,6 +470,10 @@ class Relay:
         now = service.clock()
         if plan is not None:
             plan.lease.close(outcome or Outcome.ABANDONED, now)
+            if service.waiting:
+                service.room()
+        if service.admission is not None and (following := service.admission.leave(self, now)) is not None:
+            service.loop.call_soon(following._admitted)
         service.listener.finished(
             Finished(
                 "POST",
@@ -387,5 +495,8 @@ class Relay:
                 len(request.body),
                 self._sent,
                 plan.retries if plan is not None else 0,
+                request.client,
+                self.resumed,
+                self.unresumed,
             )
         )

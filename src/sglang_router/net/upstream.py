@@ -27,6 +27,7 @@ import msgspec
 
 from sglang_router.core.worker import Outcome
 from sglang_router.errors import WorkerInvalid
+from sglang_router.net.tls import MAY_WANT_CERTIFICATE, TLSFiles, explain, worker_files
 from sglang_router.net.turn import Turn
 from sglang_router.wire.response import Framing, ResponseHead, framing_of, parse_head
 
@@ -62,7 +63,7 @@ class Origin(msgspec.Struct, frozen=True):
 
     host: str
     port: int
-    tls: ssl.SSLContext | None
+    secure: bool
     prefix: bytes
     fields: bytes
     starts: dict[bytes, bytes]
@@ -85,13 +86,12 @@ def origin_of(url: str, rank: int | None = None) -> Origin:
     """
     parts = urlsplit(url)
     secure = parts.scheme == "https"
-    tls = ssl.create_default_context() if secure else None
     port = parts.port or (443 if secure else 80)
     prefix = parts.path.rstrip("/").encode()
     fields = b"host: %s\r\n" % parts.netloc.encode()
     if rank is not None:
         fields += b"x-data-parallel-rank: %d\r\n" % rank
-    return Origin(parts.hostname or "", port, tls, prefix, fields, {})
+    return Origin(parts.hostname or "", port, secure, prefix, fields, {})
 
 
 class Connection(asyncio.Protocol):
@@ -105,6 +105,7 @@ class Connection(asyncio.Protocol):
         "_sink",
         "_upstream",
         "idle_since",
+        "loss",
         "transport",
         "used",
         "worker",
@@ -118,6 +119,7 @@ class Connection(asyncio.Protocol):
         self.worker = worker
         self.used = False  # it has carried a whole exchange before
         self.idle_since = 0.0
+        self.loss: Exception | None = None  # why it was lost, if not in order
         # of the leg
         self._sink: Sink | None = None
         self._framing: Framing | None = None
@@ -181,10 +183,11 @@ class Connection(asyncio.Protocol):
             sink.data(sent, True)
 
     def _begin(self, data: bytes) -> None:
-        if self._buffer:
+        seen = len(self._buffer)
+        if seen:
             data = self._buffer + data
             self._buffer = b""
-        head = parse_head(data)
+        head = parse_head(data, seen)
         while head is not None and head.status < 200:
             self._interim += 1
             if self._interim > _MOST_INTERIM:
@@ -230,6 +233,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         sink, framing = self._sink, self._framing
         self._sink = self._framing = None
+        self.loss = exc
         self._upstream.open -= 1
         if sink is None:
             self._upstream.discard(self)
@@ -238,10 +242,25 @@ class Connection(asyncio.Protocol):
                 sink.data(b"", True)
             else:
                 sink.broken(Outcome.CUT, "The worker broke off in the middle of its answer.")
-        elif self._buffer or not self.used:
+        elif self._buffer or self._interim:
             sink.broken(Outcome.BROKEN, "The worker closed the connection without an answer.")
+        elif not self.used:
+            sink.broken(*self.ended_unused("The worker closed the connection without an answer."))
         else:
             sink.broken(Outcome.STALE, "A kept connection had been closed by the worker.")
+
+    def ended_unused(self, said: str) -> tuple[Outcome, str]:
+        """Why a new connection is gone already. As of TLS 1.3, certificates are refused as late as that."""
+        if isinstance(self.loss, ssl.SSLError):
+            return Outcome.UNREACHABLE, _unreachable(self.loss, True)
+        secure = self.transport.get_extra_info("ssl_object") is not None
+        return Outcome.BROKEN, said + (f" It {MAY_WANT_CERTIFICATE}." if secure else "")
+
+
+def _unreachable(error: Exception, secure: bool) -> str:
+    """What went wrong on the way to a worker, for people."""
+    why = explain(error) if secure and isinstance(error, OSError) else ""
+    return f"The worker could not be reached: {why or error.__class__.__name__}."
 
 
 class Opening:
@@ -264,7 +283,11 @@ class Opening:
 
 
 class Upstream:
-    """All connections to all workers. Times in seconds; `max_idle` connections are kept per worker."""
+    """All connections to all workers.
+
+    Times in seconds; `max_idle` connections are kept per worker. `tls`: what https workers are verified by and shown,
+    by default the system's authorities and nothing.
+    """
 
     def __init__(
         self,
@@ -273,6 +296,7 @@ class Upstream:
         connect_timeout: float = 10.0,
         idle_timeout: float = 50.0,
         max_idle: int = 512,
+        tls: TLSFiles | None = None,
     ) -> None:
         self.turn = Turn(loop)
         self.open = 0  # connections there are, idle or busy
@@ -280,6 +304,7 @@ class Upstream:
         self._connect_timeout = connect_timeout
         self._idle_timeout = idle_timeout
         self._max_idle = max_idle
+        self._tls = tls
         self._idle: dict[Worker, deque[Connection]] = {}
         self._origins: dict[Worker, Origin] = {}
         self._opening: set[asyncio.Task[None]] = set()
@@ -289,6 +314,12 @@ class Upstream:
         if origin is None:
             origin = self._origins[worker] = origin_of(worker.spec.url, worker.dp_rank)
         return origin
+
+    def _context(self) -> ssl.SSLContext:
+        """Of new connections. The system's authorities take 33 ms to load, so only the first https worker does it."""
+        if self._tls is None:
+            self._tls = worker_files()
+        return self._tls.context
 
     def send(
         self, worker: Worker, sink: Sink, head: bytes, body: bytes, *, fresh: bool = False
@@ -312,22 +343,25 @@ class Upstream:
             lambda: Connection(self, worker),
             origin.host,
             origin.port,
-            ssl=origin.tls,
-            server_hostname=origin.host if origin.tls else None,
+            ssl=self._context() if origin.secure else None,
+            server_hostname=origin.host if origin.secure else None,
         )
         try:
             _, connection = await asyncio.wait_for(connecting, self._connect_timeout)
         except (TimeoutError, asyncio.TimeoutError):
-            sink.broken(Outcome.UNREACHABLE, f"No connection to the worker within {self._connect_timeout:g} s.")
+            sink.broken(Outcome.UNCONNECTED, f"No connection to the worker within {self._connect_timeout:g} s.")
             return
         except ConnectionRefusedError:
             sink.broken(Outcome.REFUSED, "The worker refuses connections.")
             return
         except (OSError, UnicodeError) as exc:
-            sink.broken(Outcome.UNREACHABLE, f"The worker could not be reached: {exc.__class__.__name__}.")
+            sink.broken(Outcome.UNREACHABLE, _unreachable(exc, origin.secure))
             return
         if opening.given_up:  # the cancellation came too late to stop the connection
             connection.transport.abort()
+            return
+        if connection.transport.is_closing():  # closed, or out of step, while this task waited for its turn
+            sink.broken(*connection.ended_unused("The worker closed the connection, or spoke, before it was asked."))
             return
         sink.sent_on(connection)
         connection.send(sink, head, body)

@@ -35,7 +35,8 @@ _encode = msgspec.json.Encoder().encode
 
 class AccessLine(msgspec.Struct, gc=False):
     """The line in JSON. `matched` is in percent, null when there was nothing to match; `first_byte_ms` is null
-    when there was none; `in` and `out` are bytes of the bodies, a stream's with its chunked coding."""
+    when there was none; `in` and `out` are bytes of the bodies, a stream's with its chunked coding. `client`, the name
+    of its key, is only there with one, and `resumed` only where another worker had to go on with a stream."""
 
     time: str
     level: str
@@ -57,6 +58,8 @@ class AccessLine(msgspec.Struct, gc=False):
     received: int = msgspec.field(name="in")
     sent: int = msgspec.field(name="out")
     stream: bool = False
+    client: str | msgspec.UnsetType = msgspec.UNSET
+    resumed: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class AccessLog(Listener):
@@ -78,9 +81,11 @@ class AccessLog(Listener):
         request_id, path, code = event.request_id, event.path, event.code
         if not (request_id and path and plain(request_id + path)):
             request_id, path = value(request_id), value(path)
-        end = ""
+        end = f" client={value(event.client)}" if event.client else ""
+        if event.resumed:
+            end += f" resumed={event.resumed}"
         if code or (outcome is not None and outcome is not _SERVED):
-            end = f" code={code or '-'} outcome={outcome.label if outcome is not None else '-'}"
+            end += f" code={code or '-'} outcome={outcome.label if outcome is not None else '-'}"
         return (
             f"{self._stamp(self._clock())} INFO  {_LOGGER}: {event.method} {path} {event.status}"
             f" id={request_id} peer={event.peer or '-'} worker={'-' if worker is None else worker.url}"
@@ -113,6 +118,8 @@ class AccessLog(Listener):
             event.received,
             event.sent,
             event.streaming,
+            event.client or msgspec.UNSET,
+            event.resumed or msgspec.UNSET,
         )
         text = _encode(line).decode()
         if not (event.request_id.isprintable() and event.path.isprintable()):
@@ -134,6 +141,8 @@ _CHANGES = {
     ("breaker", "open"): (logging.WARNING, "circuit breaker is open: no requests for the worker"),
     ("breaker", "half_open"): (logging.INFO, "circuit breaker is half open: one request may try the worker"),
     ("breaker", "closed"): (logging.INFO, "circuit breaker is closed: the worker serves again"),
+    ("outlier", "held_off"): (logging.WARNING, "worker is held off: it does much worse than the others"),
+    ("outlier", "kept"): (logging.INFO, "worker is not held off any more"),
     ("draining", "draining"): (logging.INFO, "worker is draining: it gets no new requests"),
     ("draining", "active"): (logging.INFO, "worker takes requests again"),
 }
@@ -156,6 +165,8 @@ class WorkerLog(Listener):
             fields["failures"] = worker.failures
             if event.new == "open":
                 fields["open_seconds"] = worker.open_for
+        if worker.held_off:
+            fields["why"] = worker.held_off
         if worker.last_error:
             fields["error"] = _without_key(worker)
         _workers.log(level, message, extra={"fields": fields})

@@ -94,6 +94,16 @@ METRICS = (
         read.requests(read.route, lambda s: s.exhausted, read.relayed),
     ),
     Row(
+        "sgl_router_resumed_streams_total", COUNTER, ROUTE,
+        "Streams whose worker died and with which another one went on (--resume-streams).",
+        read.requests(read.route, lambda s: s.resumed, read.relayed),
+    ),
+    Row(
+        "sgl_router_resume_refused_total", COUNTER, ("reason",),
+        "Streams that broke and that no other worker went on with, see resume.md (--resume-streams).",
+        lambda metrics: [((reason,), count) for reason, count in metrics.unresumed.items()],
+    ),
+    Row(
         "sgl_router_request_bytes_total", COUNTER, ROUTE,
         "Bytes of request bodies.", read.requests(read.route, lambda s: s.received, read.relayed),
     ),

@@ -94,6 +94,7 @@ class Metrics(Listener, Collector):
             "replicas": replicas,
         }
         self.changes: dict[tuple[str, str], int] = {}  # of workers, by what and new state
+        self.unresumed: dict[str, int] = {}  # streams that broke and were not continued, by reason
         self.tallies: dict[Worker, Tally] = {}
         self.removed: dict[str, Tally] = {}  # by worker type
         self.series: dict[tuple[str, str, str, bool, int, str], Series] = {}  # by bounded kind
@@ -138,6 +139,9 @@ class Metrics(Listener, Collector):
             series.retries += event.retries
             series.exhausted += outcome is not None and outcome.retryable
             series.gone += outcome is Outcome.GONE or event.status == 0
+            series.resumed += event.resumed > 0
+            if event.unresumed:
+                self.unresumed[event.unresumed] = self.unresumed.get(event.unresumed, 0) + 1
 
     def retried(self, event: Retried) -> None:
         self._leg_ended(event.worker, event.outcome)

@@ -45,6 +45,7 @@ class Series(msgspec.Struct, gc=False, eq=False, kw_only=True):
     legs       legs sent to workers, retries included
     exhausted  requests whose last failure could have been retried, had the rules or the fleet allowed
     gone       requests whose client left before the end
+    resumed    streams with which another worker went on
     """
 
     method: str
@@ -62,6 +63,7 @@ class Series(msgspec.Struct, gc=False, eq=False, kw_only=True):
     retries: int = 0
     exhausted: int = 0
     gone: int = 0
+    resumed: int = 0
 
 
 class Tally(msgspec.Struct, gc=False, eq=False):

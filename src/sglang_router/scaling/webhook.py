@@ -40,6 +40,7 @@ _MOST_ANSWER = 65536
 _ERRORS = {
     Outcome.REFUSED: "nobody listens there",
     Outcome.UNREACHABLE: "it cannot be reached",
+    Outcome.UNCONNECTED: "no connection in time",
     Outcome.TIMEOUT: "no answer in time",
 }
 
@@ -153,7 +154,9 @@ class Webhook:
         try:
             answer = await self._ask(b"".join((*lines, b"\r\n")), body)
         except FetchError as exc:
-            _, _, cause = str(exc).partition(": ")  # such as SSLCertVerificationError
+            # What is said of workers holds here as well, but for the option that comes behind a semicolon.
+            _, _, cause = str(exc).partition(": ")
+            cause = cause.partition(";")[0].replace("the worker's", "its")
             problem = _ERRORS.get(exc.outcome, "it broke off before it answered")
             return f"{problem} ({cause.rstrip('.')})" if cause else problem
         if 200 <= answer.status < 300:

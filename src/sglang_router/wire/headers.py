@@ -48,10 +48,12 @@ WHITELIST = frozenset(
 )
 """Request fields that reach the worker by default, besides authorization, x-request-id and x-request-id-*."""
 
+_CORS = b"access-control-"
 _PLAIN = frozenset((b"close", b"keep-alive"))
 """Values of Connection that name no other field."""
 
 _NEVER_SENT = HOP_BY_HOP | _REBUILT
+_NEVER_SENT_WITH_KEYS = _NEVER_SENT | {b"x-api-key"}
 _LOOKED_AT = WHITELIST | {b"authorization", b"connection"}
 _RESPONSE_DROPPED = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 
@@ -65,6 +67,7 @@ def request_head(
     *,
     key: bytes | None = None,
     everything: bool = False,
+    guarded: bool = False,
 ) -> bytes:
     """The head of a leg.
 
@@ -72,12 +75,14 @@ def request_head(
     request_id  sent as x-request-id
     key         the worker's own API key, used when the client sent no Authorization
     everything  forward every end-to-end field instead of the whitelist
+    guarded     the client's key is for the router, so it ends here, and the worker gets its own
     """
     lines = [start, b"x-request-id: ", request_id, b"\r\ncontent-length: %d\r\n" % len(request.body)]
-    authorized = False
+    authorized = guarded
+    never_sent = _NEVER_SENT_WITH_KEYS if guarded else _NEVER_SENT
     for name, value in request.headers:
         if name not in _LOOKED_AT:
-            if name in _NEVER_SENT if everything else not name.startswith(b"x-request-id-"):
+            if name in never_sent if everything else not name.startswith(b"x-request-id-"):
                 continue
         elif name == b"authorization":
             if authorized:
@@ -86,10 +91,10 @@ def request_head(
         elif name == b"connection":
             if value.strip().lower() not in _PLAIN:  # it may name fields that stand before it
                 request = _end_to_end(request)
-                return request_head(request, start, request_id, key=key, everything=everything)
+                return request_head(request, start, request_id, key=key, everything=everything, guarded=guarded)
             continue
         lines += (name, b": ", value, b"\r\n")
-    if key is not None and not authorized:
+    if key is not None and (guarded or not authorized):
         lines += (b"authorization: Bearer ", key, b"\r\n")
     lines.append(b"\r\n")
     return b"".join(lines)
@@ -109,22 +114,33 @@ def _named_by_connection(headers: Headers) -> frozenset[bytes]:
     return HOP_BY_HOP | named
 
 
-def response_head(head: ResponseHead, request_id: bytes, *, framing: bytes, connection: bytes) -> bytes:
+def response_head(
+    head: ResponseHead, request_id: bytes, *, framing: bytes, connection: bytes, cors: bytes = b""
+) -> bytes:
     """The head of a worker's answer, for the client.
 
     framing     the field that tells how the body ends, with CRLF; empty when the closing tells it
     connection  the Connection field with CRLF, or empty
+    cors        the router's own fields of that kind, each with CRLF: they take the place of the worker's
     """
     start = b"HTTP/1.1 %d %s" % (head.status, head.reason or REASONS.get(head.status, b""))
     if head.plain:  # as a rule: the fields go on as they came, their Content-Length among them
-        return b"".join((start, head.fields, b"\r\nx-request-id: ", request_id, b"\r\n", connection, b"\r\n"))
+        fields = _without_cors(head) if cors else head.fields
+        return b"".join((start, fields, b"\r\nx-request-id: ", request_id, b"\r\n", connection, cors, b"\r\n"))
     dropped = _RESPONSE_DROPPED | _named_by_connection(head.headers)
     lines = [start, b"\r\n"]
     for name, value in head.headers:
-        if name not in dropped:
+        if name not in dropped and not (cors and name.startswith(_CORS)):
             lines += (name, b": ", value, b"\r\n")
-    lines += (b"x-request-id: ", request_id, b"\r\n", framing, connection, b"\r\n")
+    lines += (b"x-request-id: ", request_id, b"\r\n", framing, connection, cors, b"\r\n")
     return b"".join(lines)
+
+
+def _without_cors(head: ResponseHead) -> bytes:
+    if _CORS not in head.fields.lower():
+        return head.fields
+    kept = (b"\r\n%s: %s" % field for field in head.headers if not field[0].startswith(_CORS))
+    return b"".join(kept)
 
 
 def answer(
@@ -151,4 +167,6 @@ def error_answer(error: RouterError, request_id: bytes, connection: bytes) -> by
     extra = [(b"x-request-id", request_id), (b"x-smg-error-code", error.code.encode())]
     if error.retry_after is not None:
         extra.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
+    if error.challenge:
+        extra.append((b"www-authenticate", error.challenge.encode()))
     return answer(error.status, error.body(), extra=extra, connection=connection)

@@ -13,6 +13,8 @@ in order. After a mistake the parser is done: where the next message would begin
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import httptools
 import msgspec
 
@@ -25,6 +27,9 @@ from sglang_router.errors import (
     URITooLong,
     VersionNotSupported,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _FRAMING_PER_BYTE = 16
 """Bytes of chunk framing that one byte of content may cost for long; a chunk of one byte costs six."""
@@ -47,7 +52,8 @@ class Request(msgspec.Struct, gc=False):
     """One whole request.
 
     `body` has its transfer coding removed and is otherwise what the client sent; `target` is path and query, also when
-    it came in absolute form.
+    it came in absolute form. With a `refusal` that is the answer, and the body was not read. `client` is the name of
+    its key, where one is asked for.
     """
 
     method: bytes
@@ -57,12 +63,18 @@ class Request(msgspec.Struct, gc=False):
     body: bytes = b""
     http10: bool = False
     keep_alive: bool = True
+    refusal: RouterError | None = None
+    client: str = ""
 
 
 class RequestParser:
-    """The parser of one connection."""
+    """The parser of one connection.
+
+    admit  asked when a head is here, with the request and whether a body follows; may set refusal and client
+    """
 
     __slots__ = (
+        "_admit",
         "_error",
         "_head_bytes",
         "_headers",
@@ -83,8 +95,9 @@ class RequestParser:
     _parser: httptools.HttpRequestParser | None
     _size: int
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, admit: Callable[[Request, bool], None] | None = None) -> None:
         self._limits = limits
+        self._admit = admit
         self._long = False  # a head that ends in this read may be over the limit
         self._error: RouterError | None = None
         self._ready: list[Request | RouterError] = []
@@ -109,7 +122,8 @@ class RequestParser:
         try:
             parser.feed_data(data)
         except httptools.HttpParserError as exc:
-            self._error = self._error or _verdict(exc)
+            if self._parser is not None:
+                self._error = self._error or _verdict(exc)
         if self.mid_head:
             # A field that never ends makes no callback. A read in which the head began behind other messages is not
             # counted; the head itself is measured when it is whole.
@@ -169,15 +183,26 @@ class RequestParser:
             self._fail(VersionNotSupported())
         if parser.should_upgrade():
             self._fail(UpgradeRefused())
-        self._check(headers, http10)
+        has_body = self._check(headers, http10)
         url = self._url
         if not url.startswith(b"/"):
             url = _origin_form(url)
         path = url.partition(b"?")[0]
         self._request = Request(parser.get_method(), url, path, headers, b"", http10, parser.should_keep_alive())
+        if self._admit is not None:
+            self._ask_for(self._request, self._admit, has_body)
 
-    def _check(self, headers: Headers, http10: bool) -> None:
-        """What llhttp leaves to its user."""
+    def _ask_for(self, request: Request, admit: Callable[[Request, bool], None], has_body: bool) -> None:
+        """A body that nobody will look at is not read: the request is complete without it, and the last one."""
+        admit(request, has_body)
+        if request.refusal is not None and has_body:
+            request.keep_alive = self.wants_continue = False
+            self._parser = None
+            self._ready.append(request)
+            raise BadHTTP  # only to leave llhttp; nobody hears of it
+
+    def _check(self, headers: Headers, http10: bool) -> bool:
+        """What llhttp leaves to its user. Returns whether a body follows."""
         hosts = length = 0
         coded = expects = False
         for name, value in headers:
@@ -203,7 +228,9 @@ class RequestParser:
             self._fail(BadHTTP("HTTP/1.0 has no Transfer-Encoding."))
         if length > self._limits.body_bytes:
             self._fail(PayloadTooLarge())
-        self.wants_continue = expects and not http10 and (length > 0 or coded)
+        has_body = length > 0 or coded
+        self.wants_continue = expects and not http10 and has_body
+        return has_body
 
     def on_body(self, piece: bytes) -> None:
         self._pieces.append(piece)

@@ -1,4 +1,4 @@
-"""Slow start, workers whose process was lost or given up, and fleets that somebody lets grow."""
+"""Who is a candidate for the moment: slow start, room, outliers, lost and given-up processes, fleets that grow."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from fleets import Log, spec
 from sglang_router.core.fleet import Fleet
+from sglang_router.core.outliers import Outliers
 from sglang_router.core.worker import Breaker, BreakerRules, Health, Outcome, Worker
-from sglang_router.errors import NoWorkers, Unavailable, WorkersStarting
+from sglang_router.errors import NoWorkers, Unavailable, WorkersFull, WorkersStarting
 
 SLOW = 30.0
 
@@ -202,3 +203,91 @@ def test_requests_may_wait_for_the_first_worker_of_a_fleet_that_grows() -> None:
     assert isinstance(fleet.unavailable(0.0), NoWorkers)
     fleet.elastic = True
     assert isinstance(fleet.unavailable(0.0), WorkersStarting)
+
+
+# -- room --------------------------------------------------------------------------------------------------------------
+
+
+def test_full_workers_are_no_candidates_and_when_all_are_requests_may_wait() -> None:
+    fleet, _, (one, other) = a_fleet(2)
+    fleet.most_load = 2
+    leases = [fleet.lease(one), fleet.lease(one)]
+    assert fleet.candidates(100.0) == (other,)
+    assert fleet.candidates(100.0) is fleet.candidates(100.0)
+    leases += [fleet.lease(other), fleet.lease(other)]
+    assert fleet.candidates(100.0) == ()
+    assert fleet.able(100.0) == (one, other)
+    assert isinstance(fleet.unavailable(100.0), WorkersFull)
+    leases[0].close(Outcome.SERVED, 100.0)
+    assert fleet.candidates(100.0) == (one,)
+
+
+def test_where_nobody_is_able_there_is_nothing_to_wait_for() -> None:
+    fleet, _, (one,) = a_fleet(1)
+    fleet.most_load = 1
+    fleet.lease(one)
+    fleet.down(one, "gone")
+    assert type(fleet.unavailable(100.0)) is Unavailable
+
+
+# -- outliers ----------------------------------------------------------------------------------------------------------
+
+
+def judged(count: int) -> tuple[Fleet, Log, list[Worker]]:
+    fleet, log, workers = a_fleet(count)
+    fleet.outliers = Outliers()
+    fleet.breaker_rules = BreakerRules(enabled=False)
+    return fleet, log, workers
+
+
+def answers(fleet: Fleet, worker: Worker, *outcomes: Outcome) -> None:
+    for outcome in outcomes:
+        fleet.lease(worker).close(outcome, 100.0)
+
+
+def test_a_worker_that_fails_is_held_off_and_comes_back() -> None:
+    fleet, log, (bad, *good) = judged(3)
+    answers(fleet, bad, *[Outcome.FAILED, Outcome.FAILED, Outcome.SERVED] * 10)
+    for worker in good:
+        answers(fleet, worker, *[Outcome.SERVED] * 30)
+    fleet.judge(101.0)
+    assert fleet.candidates(101.0) == tuple(good)
+    assert bad.held_off.startswith("20 of 30 requests failed in 30 s (67%)")
+    fleet.judge(132.0)
+    assert fleet.candidates(132.0) == (bad, *good)
+    assert log.moves("outlier") == [("kept", "held_off"), ("held_off", "kept")]
+
+
+def test_one_held_off_is_better_than_a_sick_one() -> None:
+    fleet, _, (bad, good) = judged(2)
+    answers(fleet, bad, *[Outcome.FAILED] * 30)
+    answers(fleet, good, *[Outcome.SERVED] * 30)
+    fleet.judge(101.0)
+    assert fleet.candidates(101.0) == (good,)
+    for _ in range(3):
+        fleet.probed(good, "sick", 102.0)
+    assert fleet.candidates(102.0) == (bad,)
+
+
+def test_a_lost_process_takes_its_bad_name_with_it() -> None:
+    fleet, _, (bad, good) = judged(2)
+    answers(fleet, bad, *[Outcome.FAILED] * 30)
+    answers(fleet, good, *[Outcome.SERVED] * 30)
+    fleet.judge(101.0)
+    fleet.lost(bad, 102.0)
+    fleet.probed(bad, None, 103.0)
+    assert set(fleet.candidates(103.0)) == {bad, good}
+
+
+def test_streams_that_wait_for_their_first_byte_are_counted() -> None:
+    fleet, _, (one,) = judged(1)
+    begun, given_up, plain = (fleet.lease(one) for _ in range(3))
+    begun.streams(1000, 100.0)
+    given_up.streams(1000, 100.0)
+    assert one.waiting == 2
+    begun.began(100.5)
+    begun.began(100.7)
+    assert (one.waiting, begun.first_byte) == (1, 0.5)
+    for lease in (begun, given_up, plain):
+        lease.close(Outcome.SERVED, 101.0)
+    assert (one.waiting, given_up.place) == (0, 0)

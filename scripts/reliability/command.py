@@ -1,0 +1,43 @@
+"""What the commands `chaos` and `soak` share: a folder for logs, one line for a mistake, an orderly end."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from scripts.reliability.field import ReliabilityError
+
+
+def say(line: str) -> None:
+    """To standard error: standard output is for tables."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def run(name: str, work: Callable[[Path], bool]) -> int:
+    """The exit status of a command: 0 if `work` says that all is well, 1 if not, 2 if it could not be told.
+
+    `work` gets a folder for logs, which is kept unless all is well.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # engines and routers are ended in a `finally`
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    folder = Path(tempfile.mkdtemp(prefix=f"sglang-router-{name}-"))
+    try:
+        if work(folder):
+            shutil.rmtree(folder)
+            return 0
+        status = 1
+    except (ReliabilityError, AssertionError, OSError) as error:
+        say(f"{name}: {error}")
+        status = 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        status = 130
+    say(f"logs: {folder}")
+    return status

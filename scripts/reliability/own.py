@@ -1,0 +1,205 @@
+"""Faults that need a router of their own, in front of the same engines: it ends, or something is taken from it.
+
+Each starts it, strikes, and gives what the load saw and what was wrong, invariants included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from scripts.real_engines.launched import Launched
+from scripts.reliability.faults import CUT
+from scripts.reliability.field import Field, Router, Watch, megabytes, start_router, stop_router
+from scripts.reliability.load import Load
+from scripts.reliability.shim import Shim
+
+from routers import free_port
+
+WORKERS = 1000
+ALIVE = 60
+"""Of the thousand; the others are addresses of this machine where nobody listens."""
+DESCRIPTORS = 256
+SMALL = 64 << 10
+"""Bytes that a log may have, until the disk is full."""
+SOON = 0.25
+"""Seconds before SIGTERM from which on a request may not have been read when it comes."""
+
+
+class Seen(NamedTuple):
+    """What came of a fault."""
+
+    load: Load
+    wrong: list[str]
+    megabytes: float = 0.0
+
+
+class OwnFault(NamedTuple):
+    name: str
+    strike: Callable[[Field, float], Seen]
+    allowed: tuple[str, ...] = ()
+
+
+def _own(field: Field, strike: Callable[[Router, Load], list[str]], *flags: str, urls: Sequence[str] = ()) -> Seen:
+    """A router with a load while `strike` goes on, and its settling."""
+    router = start_router(field.folder, urls or field.urls, *field.flags, *flags)
+    wrong: list[str] = []
+    try:
+        router.until_healthy(*field.urls)
+        load = field.load(lambda: router.port)
+        watch = Watch(router)
+        load.start()
+        try:
+            wrong += strike(router, load)
+        finally:
+            load.stop()
+        wrong += watch.settle(workers=len(urls) or len(field.urls))
+        used = watch.router.facts().megabytes
+    finally:
+        wrong += stop_router(router)
+    return Seen(load, wrong, used)
+
+
+def thousand(field: Field, seconds: float) -> Seen:
+    """Most of them dead. The router goes on checking all."""
+    aliases = [f"127.0.4.{number}" for number in range(1, ALIVE + 1)]
+    alive = field.more(Shim(free_port(), field.engines[1].port, aliases))
+    dead = [f"http://127.1.{n // 250}.{n % 250 + 1}:9" for n in range(WORKERS - ALIVE - len(field.urls))]
+    urls = [*field.urls, *(f"http://{alias}:{alive.port}" for alias in aliases), *dead]
+
+    def strike(router: Router, load: Load) -> list[str]:
+        time.sleep(seconds)
+        known = router.workers()
+        well = sum(worker["is_healthy"] for worker in known.values())
+        return [] if len(known) == WORKERS and well >= len(field.urls) else [f"{well} of {len(known)} are healthy"]
+
+    pace = ("--worker-startup-check-interval", "5", "--health-check-interval-secs", "5")
+    return _own(field, strike, *pace, "--engine-report-interval-secs", "0", urls=urls)
+
+
+def full_disk(field: Field, seconds: float) -> Seen:
+    """No log takes a line any more, for half of the time; then there is room again."""
+    folder = field.folder / f"logs-{time.monotonic_ns():x}"
+
+    def strike(router: Router, load: Load) -> list[str]:
+        pid = router.process.pid
+        _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        full = max([SMALL, *(path.stat().st_size for path in folder.iterdir())])
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (full, hard))
+        router.until(lambda: router.samples().total("sgl_router_log_lines_lost_total") > 0, 20 * seconds)
+        time.sleep(0.5 * seconds)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
+        sizes = {path: path.stat().st_size for path in folder.iterdir()}
+        time.sleep(0.5 * seconds)
+        more = any(path.stat().st_size > size for path, size in sizes.items())
+        return [] if more else ["nothing is logged although there is room again"]
+
+    return _own(field, strike, "--log-dir", str(folder), "--log-level", "debug")
+
+
+def few_descriptors(field: Field, seconds: float) -> Seen:
+    """256 descriptors, and more idle clients than that for half of the time."""
+
+    def strike(router: Router, load: Load) -> list[str]:
+        resource.prlimit(router.process.pid, resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
+        time.sleep(0.1 * seconds)
+        with contextlib.ExitStack() as stack:
+            for _ in range(2 * DESCRIPTORS):
+                client = stack.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex(("127.0.0.1", router.port))
+            time.sleep(0.5 * seconds)
+            most = len(os.listdir(f"/proc/{router.process.pid}/fd"))
+        answered = load.tally().answered
+        time.sleep(0.4 * seconds)
+        router.until(lambda: load.tally().answered > answered)
+        return [] if most <= DESCRIPTORS else [f"{most} descriptors"]
+
+    return _own(field, strike)
+
+
+def sigterm(field: Field, seconds: float) -> Seen:
+    """What was asked is answered; then another router takes the place."""
+    first = start_router(field.folder, field.urls, *field.flags)
+    port = first.port
+    wrong: list[str] = []
+    routers = [first]
+    try:
+        first.until_healthy(*field.urls)
+        load = field.load(lambda: port)
+        load.start()
+        time.sleep(0.4 * seconds)
+        asked = time.monotonic()
+        first.send_signal(signal.SIGTERM)
+        if (status := first.exit_status(60.0)) != 0:
+            wrong.append(f"exit status {status}")
+        routers.append(start_router(field.folder, field.urls, *field.flags, port=port))
+        field.outage = time.monotonic() - asked
+        routers[1].until_healthy(*field.urls)
+        time.sleep(0.4 * seconds)
+        load.stop()
+        early = [result for result in load.results if result.began < asked - SOON]
+        lost = [r for r in early if r.fate.value in ("lost", "refused", "failed", "cut")]
+        wrong += [f"asked before SIGTERM, and {result.fate.value} {result.reason}" for result in lost]
+        wrong += Watch(routers[1]).settle()
+        used = routers[1].facts().megabytes
+    finally:
+        for router in routers:
+            wrong += stop_router(router)
+    return Seen(load, wrong, used)
+
+
+def launched(field: Field, seconds: float) -> Seen:
+    """launch_server: its replicas are killed one after the other, then all are restarted one after the other."""
+    flags = ("--backend", "builtin", "--dp-size", "2", "--router-restart-initial-backoff-secs", "0.1")
+    more = ("--router-health-check-interval-secs", "0.5", "--router-dp-worker-base-port", str(free_port()))
+    server = Launched(field.folder / f"launched-{time.monotonic_ns():x}", [*flags, *more], {})
+    wrong: list[str] = []
+    try:
+        server.until(lambda: server.healthy() == 2, 60.0, "both replicas healthy")
+        load = field.load(lambda: server.port)
+        load.start()
+        try:
+            for rank in range(2):
+                time.sleep(0.1 * seconds)
+                replica = next(w["replica"] for w in server.workers() if w["replica"]["rank"] == rank)
+                os.kill(replica["pid"], signal.SIGKILL)
+                server.until(lambda: server.healthy() < 2, 30.0, "the loss of a replica noticed")
+                server.until(lambda: server.healthy() == 2, 60.0, "the replica back")
+            server.ask("POST", "/restart_workers")
+            server.until(lambda: server.ask("GET", "/restart_workers").json()["state"] != "running", 120.0, "restarts")
+            state = server.ask("GET", "/restart_workers").json()["state"]
+            wrong += [] if state == "done" else [f"the rolling restart: {state}"]
+            time.sleep(0.1 * seconds)
+        finally:
+            load.stop()
+        server.until(lambda: not any(w["load"] for w in server.workers()), 30.0, "loads of 0")
+        used = megabytes(server.process.pid)
+        server.interrupt()
+        if (status := server.process.wait(60.0)) != 0:
+            wrong.append(f"exit status {status}")
+        wrong += [f"{left} is left" for left in server.left()]
+        wrong += ["a traceback in its log"] if "Traceback" in _text(server.log) else []
+    finally:
+        server.end()
+    return Seen(load, wrong, used)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace")
+
+
+OWN_FAULTS = (
+    OwnFault("1,000 workers", thousand),
+    OwnFault("full disk for logs", full_disk),
+    OwnFault("256 descriptors", few_descriptors, ("lost on a new connection", "failed worker_unreachable")),
+    OwnFault("SIGTERM under load", sigterm, ("refused", "lost", "failed shutting_down")),
+    OwnFault("launch_server: kill -9, restart", launched, CUT),
+)

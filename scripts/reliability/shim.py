@@ -1,0 +1,126 @@
+"""The network between router and engine, and what can happen to it.
+
+    router ──> Shim ──> engine         mode      what becomes of connections
+
+                                       pass      bytes go through
+                                       slow      each read is held back for `delay` seconds, in both directions
+                                       hole      accepted, and then silence; what was sent arrives when it is over
+                                       reset     those there are get an RST, new ones as soon as something is asked
+                                       refuse    nobody listens; those there are go on
+
+`aliases` are more addresses at which it listens: a fleet of any size in front of one engine. Lives on an event loop
+that somebody else runs; `set` is for that loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Literal
+
+Mode = Literal["pass", "slow", "hole", "reset", "refuse"]
+_READ = 65536
+
+
+class Shim:
+    """See the module. `port` is where it listens, `target` the engine's port."""
+
+    def __init__(self, port: int, target: int, aliases: Sequence[str] = ("127.0.0.1",), delay: float = 0.2) -> None:
+        self.port = port
+        self.target = target
+        self.url = f"http://{aliases[0]}:{port}"
+        self._aliases = list(aliases)
+        self._delay = delay
+        self._mode: Mode = "pass"
+        self._open = asyncio.Event()
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def start(self) -> None:
+        self._open.set()
+        self._server = await asyncio.start_server(
+            self._serve, self._aliases, self.port, reuse_address=True, backlog=512
+        )
+
+    async def set(self, mode: Mode) -> None:
+        """From now on it is like this."""
+        self._mode = mode
+        if mode == "hole":
+            self._open.clear()
+        else:
+            self._open.set()
+        if mode == "refuse":
+            self._close()
+        elif self._server is None:
+            await self.start()
+        if mode == "reset":
+            for writer in list(self._writers):
+                _reset(writer)
+
+    async def stop(self) -> None:
+        self._close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _close(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        # asyncio's streams report a cancelled handler as a fault, so it ends quietly instead.
+        try:
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                await self._relay(reader, writer)
+        finally:
+            self._tasks.discard(task)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        pumps: list[asyncio.Task[None]] = []
+        other: asyncio.StreamWriter | None = None
+        try:
+            first = await reader.read(_READ)
+            await self._open.wait()
+            if self._mode == "reset":
+                _reset(writer)
+                return
+            if not first:
+                return
+            there, other = await asyncio.open_connection("127.0.0.1", self.target)
+            other.write(first)
+            pumps = [asyncio.create_task(self._pump(*pair)) for pair in ((reader, other), (there, writer))]
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._writers.discard(writer)
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            if other is None and self._mode == "pass":
+                _reset(writer)  # the engine is gone: a proxy cannot refuse what it has accepted
+            for each in (writer, other):
+                if each is not None:
+                    each.close()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(_READ):
+            if self._mode == "slow":
+                await asyncio.sleep(self._delay)
+            await self._open.wait()
+            writer.write(data)
+            await writer.drain()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    sock = writer.get_extra_info("socket")
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()

@@ -1,0 +1,237 @@
+"""Keys that let people in: read from flags, the environment and files, each in one grammar.
+
+    of clients              KEY   or   NAME KEY     --api-key 'alice 5up3r'       --api-key-file FILE
+    of the control plane    ID:NAME:ROLE:KEY        --control-plane-api-keys ..   --control-plane-api-keys-file FILE
+
+A file or a variable has one entry in a line; in a file, `#` begins a line of comment. A key is visible ASCII without
+spaces, so the space after a name cannot be part of one, and everything behind the third colon is the key, colons too.
+
+No message and no `repr` here ever shows a key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from sglang_router.errors import ConfigError
+
+ROLES = ("admin", "user")
+CONTROL_FORM = "ID:NAME:ROLE:KEY with the role admin or user"
+
+_VISIBLE = re.compile(r"[\x21-\x7e]+")
+_ANOTHER = re.compile(r",[^:]+:[^:]*:(admin|user):")
+_LARGEST = 1 << 20
+"""Bytes of a file of keys; more is not one."""
+_OTHERS = 0o006
+"""Permission bits of those who are neither the owner nor of the group."""
+
+
+class ClientKey(NamedTuple):
+    """A key of a client. `name` is what logs call it, "" until `load` gives it one."""
+
+    name: str
+    key: str
+
+    def __repr__(self) -> str:
+        return f"ClientKey({self.name!r}, ***)"
+
+
+class ControlKey(NamedTuple):
+    """A key of the control plane; the reference keeps its four parts in this order."""
+
+    id: str
+    name: str
+    key: str
+    role: str
+
+    def __repr__(self) -> str:
+        return f"ControlKey({self.id!r}, {self.name!r}, ***, {self.role!r})"
+
+
+@dataclass(frozen=True)
+class KeyRing:
+    """All keys, each there once. `warnings` are for the log: files that others on the machine may read."""
+
+    client: tuple[ClientKey, ...] = ()
+    control: tuple[ControlKey, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+# -- from text ---------------------------------------------------------------------------------------------------------
+
+
+def lines(value: object) -> list[object]:
+    """The entries of an option: those of a list, or the lines of a text.
+
+    Raises: ValueError for anything else.
+    """
+    if isinstance(value, str):
+        return list(filter(None, map(str.strip, value.splitlines()))) or [""]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    raise ValueError
+
+
+def one_word(words: list[str]) -> object:
+    """The words of one flag, of which there must be one: `--api-key NAME KEY` would make a key of the name.
+
+    Raises: ConfigError
+    """
+    if len(words) != 1:
+        raise ConfigError("each key needs a flag of its own; a name goes into the same word: 'NAME KEY'")
+    return words
+
+
+def client_keys(entries: list[object]) -> list[ClientKey]:
+    """The check of --api-key; entries are texts, or keys that were read before.
+
+    Raises: ValueError that counts entries and shows none.
+    """
+    return _each(entries, client_key)
+
+
+def control_keys(entries: list[object]) -> list[ControlKey]:
+    """The check of --control-plane-api-keys; a tuple is taken as (id, name, key, role).
+
+    Raises: ValueError that counts entries and shows none.
+    """
+    return _each(entries, control_key)
+
+
+def client_key(entry: object) -> ClientKey:
+    """One entry: `KEY`, `NAME KEY`, or (name, key)."""
+    parts = _parts(entry, lambda text: text.split())
+    if len(parts) == 1:
+        parts = ["", *parts]
+    if len(parts) != 2:
+        raise ValueError("this is not KEY or 'NAME KEY'")
+    name, key = parts
+    _check(key)
+    if not name.isprintable():
+        raise ValueError("the name holds characters that do not print")
+    return ClientKey(name, key)
+
+
+def control_key(entry: object) -> ControlKey:
+    """One entry: `id:name:role:key`, or (id, name, key, role)."""
+    parts = _parts(entry, _split)
+    if len(parts) != 4 or parts[3] not in ROLES:
+        raise ValueError(f"this is not {CONTROL_FORM}")
+    ident, name, key, role = parts
+    if not _VISIBLE.fullmatch(ident) or not name.isprintable():
+        raise ValueError("the id must be visible ASCII without spaces, the name must print")
+    _check(key)
+    if _ANOTHER.search(key):
+        raise ValueError("the key seems to hold the next entry; each needs a line or a word of its own, not a comma")
+    return ControlKey(ident, name, key, role)
+
+
+def _split(text: str) -> list[str]:
+    ident, name, role, key, *_ = *(part.strip() for part in text.split(":", 3)), "", "", ""
+    return [ident, name, key, role]
+
+
+def _parts(entry: object, split: Callable[[str], list[str]]) -> list[str]:
+    found = split(entry) if isinstance(entry, str) else list(entry) if isinstance(entry, (list, tuple)) else []
+    if not all(isinstance(part, str) for part in found):
+        raise ValueError("a key and what belongs to it must be texts")
+    return found
+
+
+def _check(key: str) -> None:
+    if not _VISIBLE.fullmatch(key):
+        raise ValueError("the key must consist of visible ASCII characters without spaces")
+
+
+T = TypeVar("T")
+
+
+def _each(entries: list[object], read: Callable[[object], T]) -> list[T]:
+    found: list[T] = []
+    for number, entry in enumerate(entries, 1):
+        try:
+            found.append(read(entry))
+        except ValueError as error:
+            raise ValueError(f"entry {number}: {error}" if len(entries) > 1 else str(error)) from None
+    return found
+
+
+# -- together ----------------------------------------------------------------------------------------------------------
+
+
+def load(
+    api_keys: Iterable[ClientKey] = (),
+    api_key_file: str | None = None,
+    control_plane_api_keys: Iterable[ControlKey] = (),
+    control_plane_api_keys_file: str | None = None,
+) -> KeyRing:
+    """All keys of the four options. A client key without a name is called after its place: key-1, key-2.
+
+    Raises: ConfigError for a file that cannot be used, and for keys or ids that are there twice; also for a key that is
+    both a client's and the control plane's, because every client would then rule the router.
+    """
+    clients = _placed("--api-key", api_keys) + _file(api_key_file, client_key)
+    controls = _placed("--control-plane-api-keys", control_plane_api_keys)
+    controls += _file(control_plane_api_keys_file, control_key)
+    keys = [(where, client.key) for where, client in clients] + [(where, control.key) for where, control in controls]
+    _distinct(keys, "key")
+    _distinct([(where, control.id) for where, control in controls], "id")
+    named = [ClientKey(client.name or f"key-{place}", client.key) for place, (_, client) in enumerate(clients, 1)]
+    warnings = [exposure(path) for path in (api_key_file, control_plane_api_keys_file) if path]
+    return KeyRing(tuple(named), tuple(control for _, control in controls), tuple(filter(None, warnings)))
+
+
+def exposure(path: str) -> str | None:
+    """A warning if others on this machine may read or change a file that holds a secret."""
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError:  # gone since it was read
+        return None
+    return f"{path} holds secrets and is open to everybody on this machine: chmod o= {path}" if mode & _OTHERS else None
+
+
+def _placed(flag: str, found: Iterable[T]) -> list[tuple[str, T]]:
+    return [(f"{flag}, entry {number}", each) for number, each in enumerate(found, 1)]
+
+
+def _file(path: str | None, read: Callable[[object], T]) -> list[tuple[str, T]]:
+    """The keys of a file, each with the place where it stands."""
+    if path is None:
+        return []
+    found: list[tuple[str, T]] = []
+    for number, line in enumerate(_text(Path(path)).split("\n"), 1):
+        entry = line.strip()
+        if entry and not entry.startswith("#"):
+            try:
+                found.append((f"{path}:{number}", read(entry)))
+            except ValueError as error:
+                raise ConfigError(f"{path}:{number}: {error}") from None
+    if not found:  # a file that was emptied by accident must not open the door
+        raise ConfigError(f"{path} holds no keys; to let everybody in, leave the option away")
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text") from None
+    if len(content) > _LARGEST:
+        raise ConfigError(f"{path} is too large for a file of keys")
+    return text
+
+
+def _distinct(placed: list[tuple[str, str]], what: str) -> None:
+    first: dict[str, str] = {}
+    for where, value in placed:
+        if value in first:
+            raise ConfigError(f"{where}: the same {what} as in {first[value]}; each may be there once")
+        first[value] = where

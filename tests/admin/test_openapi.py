@@ -1,0 +1,325 @@
+"""The OpenAPI document is true: all that is served is in it, and what is answered has the status and shape it says.
+
+Three ways to see that: the tables against the document, the code of each handler against the errors declared for it,
+and a router that is brought to give every answer there is.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from fake_worker import CLOSE, answer
+from sglang_router.admin import broadcast, context, contract, engine_metrics, info, openapi, replicas, shapes, workers
+from sglang_router.admin.app import ROUTES, Row
+from sglang_router.admin.context import Handler
+from sglang_router.admin.contract import CONTRACTS
+from sglang_router.core.access import Kind
+from sglang_router.core.request import ENDPOINTS
+from sglang_router.errors import Conflict, RouterError
+from stack import Reply, Stack, stack
+
+ROWS = [row for rows in ROUTES.values() for row in rows]
+DOCUMENT = openapi.document(ROUTES)
+OPERATIONS = {
+    (method.upper(), path): operation
+    for path, methods in DOCUMENT["paths"].items()
+    for method, operation in methods.items()
+}
+
+
+# -- the document ------------------------------------------------------------------------------------------------------
+
+
+def test_every_path_and_method_is_in_it_and_nothing_else() -> None:
+    served = {(method, openapi.plain(row.path)) for row in ROWS for method in row.methods}
+    assert OPERATIONS.keys() == served | {("POST", path.decode()) for path in ENDPOINTS}
+
+
+def test_every_handler_has_a_contract_and_every_contract_a_handler() -> None:
+    assert CONTRACTS.keys() == {row.handler for row in ROWS if row.path != openapi.PATH}
+
+
+def test_it_is_served_to_whoever_asks() -> None:
+    with stack() as router:
+        reply = router.get("/openapi.json")
+    assert (reply.status, reply.headers["content-type"]) == (200, "application/json")
+    assert reply.json() == json.loads(json.dumps(DOCUMENT))
+
+
+def test_what_it_refers_to_is_there() -> None:
+    references = set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(DOCUMENT)))
+    assert references
+    for reference in references:
+        found: Any = DOCUMENT
+        for step in reference.split("/"):
+            found = found[step]
+    used = {reference.rpartition("/")[2] for reference in references if reference.startswith("components/schemas/")}
+    assert used == DOCUMENT["components"]["schemas"].keys()
+
+
+def test_operations_have_names_of_their_own_groups_that_exist_and_all_parameters_of_their_paths() -> None:
+    names = [operation["operationId"] for operation in OPERATIONS.values()]
+    assert len(names) == len(set(names))
+    groups = {tag["name"] for tag in DOCUMENT["tags"]}
+    for (_, path), operation in OPERATIONS.items():
+        assert set(operation["tags"]) <= groups
+        declared = {each["name"] for each in operation.get("parameters", ()) if each["in"] == "path"}
+        assert declared == set(re.findall(r"\{(.+?)\}", path))
+
+
+def test_keys_are_asked_for_everywhere_but_where_everybody_may_look() -> None:
+    public = {(method, openapi.plain(row.path)) for row in ROWS for method in row.methods if row.kind is Kind.PUBLIC}
+    assert {key for key, operation in OPERATIONS.items() if not operation["security"]} == public
+    for key, operation in OPERATIONS.items():
+        assert ({"401", "403"} <= operation["responses"].keys()) == (key not in public)
+
+
+def test_regular_expressions_are_those_of_json_schema() -> None:
+    patterns = re.findall(r'"pattern": "(.*?)"[,}]', json.dumps(DOCUMENT))
+    assert patterns
+    assert not any(r"\\Z" in pattern or "(?P" in pattern for pattern in patterns)
+
+
+# -- the code of handlers ----------------------------------------------------------------------------------------------
+
+MODULES = (broadcast, context, engine_metrics, info, replicas, workers)
+DEEPER: dict[str, tuple[type[RouterError], ...]] = {
+    "unavailable": contract.NOBODY,
+    "restart_worker": (Conflict,),
+    "restart_all": (Conflict,),
+}
+"""What is raised further down, by the name of the method that is called."""
+
+
+def functions() -> dict[tuple[str, str], ast.AsyncFunctionDef | ast.FunctionDef]:
+    """By module and name."""
+    found = {}
+    for module in MODULES:
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                found[module.__name__, node.name] = node
+    return found
+
+
+FUNCTIONS = functions()
+
+
+def raised_by(handler: Handler) -> set[type[RouterError]]:
+    """The errors that a handler's code raises, here or in what it calls."""
+    found: set[type[RouterError]] = set()
+    seen: set[tuple[str, str]] = set()
+    left = [(handler.__module__, handler.__name__)]
+    while left:
+        where = left.pop()
+        if where in seen:
+            continue
+        seen.add(where)
+        for node in ast.walk(FUNCTIONS[where]):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                found.update(errors_in(where[0], node.exc))
+            left += called(where[0], node)
+            if isinstance(node, ast.Attribute):
+                found.update(DEEPER.get(node.attr, ()))
+    return found
+
+
+def errors_in(module: str, raised: ast.expr) -> Iterator[type[RouterError]]:
+    """The classes that stand in what is raised; one of two may."""
+    names = vars(next(each for each in MODULES if each.__name__ == module))
+    for node in ast.walk(raised):
+        named = names.get(node.id) if isinstance(node, ast.Name) else None
+        if isinstance(named, type) and issubclass(named, RouterError):
+            yield named
+
+
+def called(module: str, node: ast.AST) -> list[tuple[str, str]]:
+    """The functions of the control plane that are named here, and the methods of its context."""
+    if isinstance(node, ast.Name):
+        named = vars(next(each for each in MODULES if each.__name__ == module)).get(node.id)
+        where = (getattr(named, "__module__", ""), getattr(named, "__name__", ""))
+        return [where] if where in FUNCTIONS else []
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "context":
+        where = (context.__name__, node.attr)
+        return [where] if where in FUNCTIONS else []
+    return []
+
+
+@pytest.mark.parametrize("handler", CONTRACTS, ids=lambda handler: handler.__name__)
+def test_the_errors_a_handler_raises_are_those_declared(handler: Handler) -> None:
+    assert raised_by(handler) == set(CONTRACTS[handler].errors)
+
+
+def test_the_code_is_really_read() -> None:
+    assert raised_by(workers.create) >= {Conflict}
+    assert raised_by(info.models) == set(contract.NOBODY)
+    assert raised_by(info.health) == set()
+
+
+# -- a router that gives every answer ----------------------------------------------------------------------------------
+
+MODELS = answer(200, {"object": "list", "data": [{"id": "m", "object": "model"}]})
+WELL = {
+    "GET /health_generate": answer(200),
+    "GET /v1/models": MODELS,
+    "GET /get_model_info": answer(200, {}),
+    "GET /get_server_info": answer(200, {}),
+    "GET /metrics": answer(200, b"up 1\n"),
+}
+ILL = {f"GET {path}": CLOSE for path in ("/health_generate", "/metrics", "/get_model_info", "/get_server_info")}
+TOLD = [row.path for row in ROWS if row.handler in (broadcast.broadcast, broadcast.update_weights)]
+BY_KEYS = {"401", "403"}
+"""What keys bring about, and tests of access see to."""
+ELSEWHERE = {
+    "/scale": {"200"},
+    "/restart_workers": {"200", "202"},
+    "/workers/{id}/restart": {"202"},
+    "/add_worker": {"503"},
+}
+"""Answers that need engines run by the router, scaling, or the router's end: black-box tests see to those."""
+
+
+class Asker:
+    """Asks, sees that the answer is one of those declared, and notes which ones there were."""
+
+    def __init__(self, router: Stack) -> None:
+        self.router = router
+        self.seen: set[tuple[str, str, str]] = set()
+
+    def __call__(self, route: str, body: object = None, **path: str) -> Reply:
+        method, _, target = route.partition(" ")
+        template, _, query = target.partition("?")
+        target = template.format(**path) + (f"?{query}" if query else "")
+        content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        reply = self.router.ask(method, target, content)
+        self.seen.add((method, template, conforms(method, template, reply)))
+        return reply
+
+
+def conforms(method: str, template: str, reply: Reply) -> str:
+    """The declared status that an answer has; its shape is checked."""
+    responses = OPERATIONS[method, template]["responses"]
+    status = str(reply.status) if str(reply.status) in responses else f"{reply.status // 100}XX"
+    assert status in responses, (method, template, reply)
+    declared = responses[status]
+    media = reply.headers.get("content-type", "").partition(";")[0]
+    media = media if "*/*" not in declared["content"] else "*/*"
+    assert media in declared["content"], (method, template, reply)
+    for name, field in declared.get("headers", {}).items():
+        required = DOCUMENT["components"]["headers"][field["$ref"].rpartition("/")[2]].get("required")
+        assert name in reply.headers or not required
+    shape = declared["content"][media]["schema"].get("$ref", "").rpartition("/")[2]
+    if shape:
+        named = {each.__name__: each for each in openapi.structs()}
+        msgspec.json.decode(reply.body, type=named[shape])
+    return status
+
+
+def declared() -> set[tuple[str, str, str]]:
+    """All that a router can answer in this test."""
+    return {
+        (method, path, status)
+        for (method, path), operation in OPERATIONS.items()
+        if path.encode() not in ENDPOINTS
+        for status in operation["responses"].keys() - BY_KEYS - ELSEWHERE.get(path, set()) - {"default"}
+    }
+
+
+def test_every_answer_is_declared_and_every_declared_answer_is_given() -> None:
+    with stack(startup_timeout=0.01) as router:
+        ask = Asker(router)
+        without_workers(ask)
+        with_two_workers(ask)
+        the_family(ask)
+    missing, undeclared = declared() - ask.seen, ask.seen - declared()
+    assert (missing, undeclared) == (set(), set())
+
+
+def without_workers(ask: Asker) -> None:
+    for (method, path), operation in OPERATIONS.items():
+        plain = "{" not in path and "requestBody" not in operation
+        if method == "GET" or (plain and path.encode() not in ENDPOINTS):
+            ask(f"{method} {path}", id="x", model="x")
+    for path in TOLD:
+        ask(f"POST {path}", {})
+
+
+def with_two_workers(ask: Asker) -> None:
+    """Both do as they are told, then one, then none."""
+    flushed = {f"{method} {path}": answer(200) for method in ("GET", "POST") for path in (*TOLD, "/flush_cache")}
+    fakes = ask.router.fakes({**WELL, **flushed}, {**WELL, **flushed})
+    for number in range(3):
+        for path in TOLD:
+            ask(f"POST {path}", {})
+        for method in ("GET", "POST"):
+            ask(f"{method} /flush_cache")
+        if number < 2:
+            for route in flushed:
+                fakes[number].script[route] = answer(500)
+    for row in ROWS:
+        if row.methods == ["GET"]:
+            ask(f"GET {openapi.plain(row.path)}", id=ask.router.worker(fakes[0].url).id, model="m")
+    ask("GET /v1/models/{model}", model="unknown")
+    own_words = ("/get_model_info", "/model_info", "/get_server_info", "/server_info")
+    for fake in fakes:
+        for path in own_words:
+            fake.script[f"GET {path}"] = answer(404)
+    for path in own_words:
+        ask(f"GET {path}")
+    for fake in fakes:
+        fake.script.update(ILL | {f"GET {path}": CLOSE for path in own_words})
+    for path in (*own_words, "/engine_metrics", "/health_generate"):
+        ask(f"GET {path}")
+
+
+def the_family(ask: Asker) -> None:
+    fake = ask.router.fake()
+    url, key = fake.url, fake.url.replace("/", "%2F")
+    assert ask("POST /add_worker?url=http://127.0.0.1:9").status == 400
+    ask.router.context.startup_timeout = 20.0
+    assert ask(f"POST /add_worker?url={url}").status == 200
+    assert ask(f"POST /remove_worker?url={url}").status == 200
+    ask(f"POST /remove_worker?url={url}")
+    assert ask("POST /workers", {"url": url, "runtime": "x", "labels": {"a": "b"}}).status == 202
+    for body in ({"url": url}, b"{", {"url": "ftp://x"}, {}):
+        ask("POST /workers", body)
+    ask("GET /list_workers")
+    ask("GET /workers")
+    for name in (key, "nobody"):
+        ask("GET /workers/{id}", id=name)
+        for body in (b"{}", b"{", b'{"cost": "1"}'):
+            ask("PUT /workers/{id}", body, id=name)
+        for action in ("drain", "resume", "restart"):
+            ask(f"POST /workers/{{id}}/{action}", id=name)
+        ask("DELETE /workers/{id}", id=name)
+
+
+def test_a_worker_that_is_a_rank_is_declared_too() -> None:
+    rows = [{"dp_rank": rank, "num_running_reqs": 0, "num_waiting_reqs": 0, "num_total_tokens": 0} for rank in (0, 1)]
+    told = {"GET /server_info": answer(200, {"dp_size": 2}), "GET /v1/loads": answer(200, {"loads": rows})}
+    with stack(dp_aware=True) as router:
+        fake = router.fake(told)
+        assert router.post("/add_worker", url=fake.url).status == 200
+        found = msgspec.json.decode(router.get("/workers").body, type=shapes.WorkerList)
+    assert [worker.base_url for worker in found.workers] == [fake.url] * 2
+
+
+def test_nothing_that_is_not_declared_passes() -> None:
+    """The tests here would see it."""
+    with pytest.raises(msgspec.ValidationError, match="unknown field"):
+        msgspec.json.decode(b'{"urls": [], "more": 1}', type=shapes.URLs)
+    with pytest.raises(AssertionError):
+        conforms("GET", "/health", Reply(418, {"content-type": "text/plain"}, b""))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.route)
+def test_what_any_path_may_answer_is_said_too(row: Row) -> None:
+    for method in row.methods:
+        assert "default" in OPERATIONS[method, openapi.plain(row.path)]["responses"]
