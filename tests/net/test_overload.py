@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import json
 import socket
 from collections.abc import Callable, Coroutine
@@ -421,6 +422,30 @@ async def test_no_connection_in_time_is_tried_elsewhere_and_is_504_in_the_end() 
             assert [(await client.response()).status for client in clients] == [200, 200]
         for filler in fillers:
             filler.close()
+
+
+@on_loop
+async def test_a_name_that_nobody_knows_is_no_fault_of_the_router_however_late_that_is_told() -> None:
+    """A look-up goes on when its time is over; nobody may complain of its failure then (warnings are errors here)."""
+    async with Play(workers=0, retries=RetryRules(per_worker=1), connect_timeout=0.0005) as play:
+        url = "http://no-such-host.invalid:80"
+        play.fleet.add(WorkerSpec(url=url, health=HealthRules(enabled=False)), 0.0)
+        response = await (await ask(play)).response()
+        assert code(response.body) in ("connect_timeout", "worker_unreachable")
+        with pytest.raises(OSError, match=r"not known|Name|failure"):
+            await asyncio.get_running_loop().getaddrinfo("no-such-host.invalid", 80)
+        gc.collect()
+
+
+@on_loop
+async def test_all_addresses_of_a_name_are_tried() -> None:
+    async with Play(workers=1) as play:
+        play.fleet.remove(play.workers[0])
+        port = play.played[0].port
+        play.fleet.add(WorkerSpec(url=f"http://localhost:{port}", health=HealthRules(enabled=False)), 0.0)
+        client = await ask(play)
+        await serve(await play.leg())
+        assert (await client.response()).status == 200
 
 
 # -- retries -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ s, or after a streamed reply without saying so): the leg is sent again on a fres
 from __future__ import annotations
 
 import asyncio
+import re
+import socket
 import ssl
 from collections import deque
 from typing import TYPE_CHECKING, Protocol, cast
@@ -34,6 +36,7 @@ from sglang_router.wire.response import Framing, ResponseHead, framing_of, parse
 if TYPE_CHECKING:
     from sglang_router.core.worker import Worker
 
+_ADDRESS = re.compile(r"[0-9.]+|[0-9a-f.]*:[0-9a-f:.]*")
 _COPY_BELOW = 65536
 """Bytes of a body that are cheaper to join with the head than to send in a second write."""
 _MOST_INTERIM = 8
@@ -62,6 +65,7 @@ class Origin(msgspec.Struct, frozen=True):
     """Where a worker listens, and the start of each request to it. `fields` stand in the head of all of them."""
 
     host: str
+    named: bool  # the host is a name, not an address
     port: int
     secure: bool
     prefix: bytes
@@ -91,7 +95,9 @@ def origin_of(url: str, rank: int | None = None) -> Origin:
     fields = b"host: %s\r\n" % parts.netloc.encode()
     if rank is not None:
         fields += b"x-data-parallel-rank: %d\r\n" % rank
-    return Origin(parts.hostname or "", port, secure, prefix, fields, {})
+    host = parts.hostname or ""
+    named = _ADDRESS.fullmatch(host) is None
+    return Origin(host, named, port, secure, prefix, fields, {})
 
 
 class Connection(asyncio.Protocol):
@@ -337,17 +343,35 @@ class Upstream:
         opening.task.add_done_callback(self._opening.discard)
         return opening
 
+    async def _connect(self, worker: Worker, origin: Origin) -> Connection:
+        """Tries the addresses of a worker in turn. A name is looked up here, because uvloop's own look-up goes on when
+        its time is up, and then complains that nobody heard of its failure.
+
+        Raises: OSError, that of the last address.
+        """
+        addresses = [origin.host]
+        if origin.named:
+            found = await self._loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+            addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+        for address in addresses:
+            try:
+                _, connection = await self._loop.create_connection(
+                    lambda: Connection(self, worker),
+                    address,
+                    origin.port,
+                    ssl=self._context() if origin.secure else None,
+                    server_hostname=origin.host if origin.secure else None,
+                )
+                break
+            except OSError:
+                if address == addresses[-1]:
+                    raise
+        return connection
+
     async def _open(self, worker: Worker, sink: Sink, head: bytes, body: bytes, opening: Opening) -> None:
         origin = self.origin(worker)
-        connecting = self._loop.create_connection(
-            lambda: Connection(self, worker),
-            origin.host,
-            origin.port,
-            ssl=self._context() if origin.secure else None,
-            server_hostname=origin.host if origin.secure else None,
-        )
         try:
-            _, connection = await asyncio.wait_for(connecting, self._connect_timeout)
+            connection = await asyncio.wait_for(self._connect(worker, origin), self._connect_timeout)
         except (TimeoutError, asyncio.TimeoutError):
             sink.broken(Outcome.UNCONNECTED, f"No connection to the worker within {self._connect_timeout:g} s.")
             return
