@@ -17,6 +17,7 @@ import argparse
 import os
 import platform
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -234,6 +235,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/overload", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="short measurements; docs/overload.md is left alone")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # engines and router end in a `finally`
     length = Length(3.0, 4.0) if options.quick else Length(5.0, 12.0)
     try:
         rate, rows = run(length, lambda line: print(line, file=sys.stderr, flush=True))

@@ -14,13 +14,11 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import uvloop
-
-T = TypeVar("T")
 
 GROUPS = 8
 _BEGINNINGS = [" ".join(random.Random(group).choices("abcdefgh", k=100)) for group in range(GROUPS)]
@@ -88,7 +86,7 @@ def offer(url: str, arrivals: Sequence[Arrival], patience: float) -> list[Answer
             asking.append(asyncio.create_task(_ask(url, request(number, arrival.tokens), began, patience)))
         return list(await asyncio.gather(*asking))
 
-    return _on_loop(run)
+    return uvloop.run(run())
 
 
 def keep_busy(url: str, clients: int, seconds: float, patience: float) -> list[Answer]:
@@ -107,15 +105,7 @@ def keep_busy(url: str, clients: int, seconds: float, patience: float) -> list[A
         await asyncio.gather(*map(client, range(clients)))
         return answers
 
-    return _on_loop(run)
-
-
-def _on_loop(run: Callable[[], Awaitable[T]]) -> T:
-    loop = uvloop.new_event_loop()
-    try:
-        return loop.run_until_complete(run())
-    finally:
-        loop.close()
+    return uvloop.run(run())
 
 
 async def _ask(url: str, data: bytes, start: float, patience: float) -> Answer:

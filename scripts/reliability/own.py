@@ -199,7 +199,7 @@ def _text(path: Path) -> str:
 OWN_FAULTS = (
     OwnFault("1,000 workers", thousand),
     OwnFault("full disk for logs", full_disk),
-    OwnFault("256 descriptors", few_descriptors, ("lost on a new connection", "failed worker_unreachable")),
+    OwnFault("256 descriptors", few_descriptors, ("lost on a new connection", "failed too_many_connections")),
     OwnFault("SIGTERM under load", sigterm, ("refused", "lost", "failed shutting_down")),
     OwnFault("launch_server: kill -9, restart", launched, CUT),
 )

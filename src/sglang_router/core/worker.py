@@ -15,6 +15,7 @@ How a leg ended is an `Outcome`; one table says for each what follows from it:
     TIMEOUT          no                 failure (answer)     no answer in time; the engine may be at work, so no retry
     SILENT           no                 failure (answer)     the answer began, and nothing more of it came
     STALE            no                 nothing              a kept connection had been closed; sent again on a new one
+    STARVED          no                 nothing              the router has no descriptor left for a connection
     GONE             no                 nothing              the client left
     ABANDONED        no                 nothing              the router gave the leg up
 
@@ -85,6 +86,7 @@ class Outcome(enum.Enum):
     TIMEOUT = ("timeout", False, Hears.ANSWER_FAILURE)
     SILENT = ("silent", False, Hears.ANSWER_FAILURE)
     STALE = ("stale", False, Hears.NOTHING)
+    STARVED = ("starved", False, Hears.NOTHING)
     GONE = ("gone", False, Hears.NOTHING)
     ABANDONED = ("abandoned", False, Hears.NOTHING)
 

@@ -169,6 +169,8 @@ class Prober:
             if not answer.ok:
                 error = f"GET {rules.endpoint} answered {answer.status}"
         except FetchError as exc:
+            if exc.outcome is Outcome.STARVED:  # the router's own trouble says nothing of the worker
+                return worker.health is Health.HEALTHY
             error = str(exc)
             refused = exc.outcome is Outcome.REFUSED
         except Exception as exc:  # a fault here must not end the checks: the worker would keep its state for ever

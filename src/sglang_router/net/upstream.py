@@ -18,6 +18,7 @@ s, or after a streamed reply without saying so): the leg is sent again on a fres
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 import socket
 import ssl
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from sglang_router.core.worker import Worker
 
 _ADDRESS = re.compile(r"[0-9.]+|[0-9a-f.]*:[0-9a-f:.]*")
+_STARVED = (errno.EMFILE, errno.ENFILE)
 _COPY_BELOW = 65536
 """Bytes of a body that are cheaper to join with the head than to send in a second write."""
 _MOST_INTERIM = 8
@@ -266,6 +268,8 @@ class Connection(asyncio.Protocol):
 def _unreachable(error: Exception, secure: bool) -> str:
     """What went wrong on the way to a worker, for people."""
     why = explain(error) if secure and isinstance(error, OSError) else ""
+    if not why and isinstance(error, OSError) and error.strerror:
+        why = error.strerror
     return f"The worker could not be reached: {why or error.__class__.__name__}."
 
 
@@ -379,6 +383,9 @@ class Upstream:
             sink.broken(Outcome.REFUSED, "The worker refuses connections.")
             return
         except (OSError, UnicodeError) as exc:
+            if isinstance(exc, OSError) and exc.errno in _STARVED:
+                sink.broken(Outcome.STARVED, "The router has no descriptor left; raise its limit (ulimit -n).")
+                return
             sink.broken(Outcome.UNREACHABLE, _unreachable(exc, origin.secure))
             return
         if opening.given_up:  # the cancellation came too late to stop the connection
