@@ -161,8 +161,9 @@ def _become(argv: list[str], warden: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != warden:  # it died before that
         return
-    for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # where Python has its own ways
-        signal.signal(number, signal.SIG_DFL)
+    # Python has its own ways with some; a shell's `nohup` and `&` leave others ignored, which engines would inherit.
+    for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGPIPE", "SIGXFSZ"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, _CHANNEL)
     try:
