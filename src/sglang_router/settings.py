@@ -108,7 +108,6 @@ def admission_rules(args: RouterArgs) -> Admission[Relay] | None:
         AdmissionRules(
             max_concurrent=most if most > 0 else None,
             queue_size=args.queue_size,
-            queue_timeout=args.queue_timeout_secs,
             rate=rate or None,
         )
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 from hypothesis import given, settings
@@ -16,13 +15,11 @@ from sglang_router.core.admission import (
     TokenBucket,
     Waiting,
 )
-from sglang_router.errors import QueueFull, QueueTimeout, RateLimited
+from sglang_router.errors import QueueFull, RateLimited
 
 
-def admission(
-    places: int | None = 2, size: int = 2, timeout: float = 10.0, rate: float | None = None
-) -> Admission[str]:
-    return Admission(AdmissionRules(max_concurrent=places, queue_size=size, queue_timeout=timeout, rate=rate))
+def admission(places: int | None = 2, size: int = 2, rate: float | None = None) -> Admission[str]:
+    return Admission(AdmissionRules(max_concurrent=places, queue_size=size, rate=rate))
 
 
 def filled(tickets: str, now: float = 0.0, *, size: int = 10) -> Admission[str]:
@@ -43,7 +40,7 @@ def test_as_many_begin_as_there_are_places_then_as_many_wait_as_fit() -> None:
         held.enter("e", 0.0)
     assert (refusal.value.status, refusal.value.code) == (429, "queue_full")
     assert (held.running, list(held.waiting)) == (2, ["c", "d"])
-    assert held.refused == {"rate_limited": 0, "queue_full": 1, "queue_timeout": 0}
+    assert held.refused == {"rate_limited": 0, "queue_full": 1}
     assert repr(held) == "<Admission 2 of 2 running, 2 waiting>"
 
 
@@ -88,23 +85,6 @@ def test_without_limits_all_begin() -> None:
     assert held.running == 1000
     assert [held.leave(ticket, 1.0) for ticket in range(1000)] == [None] * 1000
     assert held.running == 0
-    assert held.overdue(1e9) == []
-
-
-# -- waiting too long --------------------------------------------------------------------------------------------------
-
-
-def test_those_who_waited_too_long_come_out_in_order() -> None:
-    held = filled("ab")
-    for moment, ticket in enumerate("cdef"):
-        held.enter(ticket, float(moment))
-    assert held.waiting.due_at == 10.0
-    assert held.overdue(9.99) == []
-    assert held.overdue(11.5) == ["c", "d"]
-    assert held.waiting.due_at == 12.0
-    assert held.leave("c", 11.5) is None  # its relay ends, too
-    assert (held.running, list(held.waiting), held.refused["queue_timeout"]) == (2, ["e", "f"], 2)
-    assert (QueueTimeout.status, QueueTimeout.code) == (408, "queue_timeout")
 
 
 # -- when to come again ------------------------------------------------------------------------------------------------
@@ -203,22 +183,16 @@ def test_one_who_comes_again_when_told_is_let_in(pauses: list[float], rate: floa
 
 def test_a_queue_keeps_order_and_bound() -> None:
     queue: Waiting[str] = Waiting(3)
-    assert [queue.add(ticket, 0.0) for ticket in "abcd"] == [True, True, True, False]
+    assert [queue.add(ticket) for ticket in "abcd"] == [True, True, True, False]
     assert queue.full
     assert "d" not in queue
     assert (queue.remove("b"), queue.remove("b")) == (True, False)
     assert (list(queue), len(queue), queue.full) == (["a", "c"], 2, False)
-    assert queue.add("b", 1.0)
+    assert queue.add("b")
     assert [queue.pop(), queue.pop(), queue.pop()] == ["a", "c", "b"]
     with pytest.raises(KeyError):
         queue.pop()
     assert repr(queue) == "<Waiting 0 of 3>"
-
-
-def test_a_queue_without_a_longest_wait_never_calls_one_overdue() -> None:
-    queue: Waiting[str] = Waiting(3)
-    queue.add("a", 0.0)
-    assert (queue.overdue(1e12), queue.due_at) == ([], math.inf)
 
 
 # -- beside a model ----------------------------------------------------------------------------------------------------
@@ -227,19 +201,18 @@ def test_a_queue_without_a_longest_wait_never_calls_one_overdue() -> None:
 class AdmissionBesideModel(RuleBasedStateMachine):
     """The model keeps lists and looks through them. Each ticket is in exactly one of its lists."""
 
-    @initialize(places=st.integers(1, 4), size=st.integers(0, 5), timeout=st.sampled_from([1.0, 5.0]))
-    def begin(self, places: int, size: int, timeout: float) -> None:
+    @initialize(places=st.integers(1, 4), size=st.integers(0, 5))
+    def begin(self, places: int, size: int) -> None:
         self.held: Admission[int] = Admission(
-            AdmissionRules(max_concurrent=places, queue_size=size, queue_timeout=timeout, rate=2.0, burst=6.0)
+            AdmissionRules(max_concurrent=places, queue_size=size, rate=2.0, burst=6.0)
         )
-        self.places, self.size, self.timeout = places, size, timeout
+        self.places, self.size = places, size
         self.now, self.tokens = 0.0, 6.0
         self.entered = 0
         self.running: list[int] = []
-        self.waiting: list[tuple[int, float]] = []
+        self.waiting: list[int] = []
         self.full: list[int] = []
         self.limited: list[int] = []
-        self.late: list[int] = []
         self.left: list[int] = []
 
     @rule(seconds=st.sampled_from([0.25, 0.5, 1.0, 4.0]))
@@ -268,13 +241,13 @@ class AdmissionBesideModel(RuleBasedStateMachine):
             if free:
                 self.running.append(ticket)
             else:
-                self.waiting.append((ticket, self.now + self.timeout))
+                self.waiting.append(ticket)
 
     @rule(pick=st.integers(0, 1000))
     def end(self, pick: int) -> None:
         if self.running:
             ticket = self.running.pop(pick % len(self.running))
-            following = self.waiting.pop(0)[0] if self.waiting else None
+            following = self.waiting.pop(0) if self.waiting else None
             if following is not None:
                 self.running.append(following)
             self.left.append(ticket)
@@ -283,33 +256,26 @@ class AdmissionBesideModel(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 1000))
     def give_up(self, pick: int) -> None:
         if self.waiting:
-            ticket, _ = self.waiting.pop(pick % len(self.waiting))
+            ticket = self.waiting.pop(pick % len(self.waiting))
             self.left.append(ticket)
             assert self.held.leave(ticket, self.now) is None
 
     @rule(pick=st.integers(0, 1000))
     def leave_again(self, pick: int) -> None:
-        gone = self.left + self.late + self.full + self.limited
+        gone = self.left + self.full + self.limited
         if gone:
             assert self.held.leave(gone[pick % len(gone)], self.now) is None
-
-    @rule()
-    def overdue(self) -> None:
-        late = [ticket for ticket, deadline in self.waiting if deadline <= self.now]
-        self.waiting = [entry for entry in self.waiting if entry[1] > self.now]
-        self.late += late
-        assert self.held.overdue(self.now) == late
 
     @invariant()
     def same(self) -> None:
         assert self.held.running == len(self.running) <= self.places
-        assert list(self.held.waiting) == [ticket for ticket, _ in self.waiting]
+        assert list(self.held.waiting) == self.waiting
         assert len(self.held.waiting) <= self.size
         assert not self.waiting or len(self.running) == self.places
-        counts = {"rate_limited": len(self.limited), "queue_full": len(self.full), "queue_timeout": len(self.late)}
+        counts = {"rate_limited": len(self.limited), "queue_full": len(self.full)}
         assert self.held.refused == counts
-        everyone = [*self.running, *(ticket for ticket, _ in self.waiting), *self.left]
-        assert sorted(everyone + self.full + self.limited + self.late) == list(range(self.entered))
+        everyone = [*self.running, *self.waiting, *self.left]
+        assert sorted(everyone + self.full + self.limited) == list(range(self.entered))
 
 
 TestAdmissionBesideModel = AdmissionBesideModel.TestCase

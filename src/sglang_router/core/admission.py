@@ -7,8 +7,9 @@
 
     leave(ticket, now)     a running one ended: its place passes to the first that waits, which is returned
                            a waiting one's client left: its place in the queue is free at once
-                           anyone else: nothing, so that leaving twice, or after `overdue`, does no harm
-    overdue(now)           those who waited too long, taken out: QueueTimeout (408)
+                           anyone else: nothing, so that leaving twice does no harm
+
+Who has waited too long is told so by its own connection, whose deadline that is, and leaves.
 
 A place is handed over, never free for a moment, so nobody overtakes: while one waits, all places are taken. The limit
 on places and the limit on rate know nothing of each other; one request takes one place and one token.
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import msgspec
 
-from sglang_router.errors import QueueFull, QueueTimeout, RateLimited
+from sglang_router.errors import QueueFull, RateLimited
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,76 +46,57 @@ class AdmissionRules(msgspec.Struct, frozen=True):
 
     max_concurrent  requests under way at once, >= 1
     queue_size      requests that may wait; 0: none
-    queue_timeout   seconds one may wait
     rate            requests per second, > 0
     burst           requests that may come at once after a pause, >= 1; None: one second's worth
     """
 
     max_concurrent: int | None = None
     queue_size: int = 100
-    queue_timeout: float = 60.0
     rate: float | None = None
     burst: float | None = None
 
 
 class Waiting(Generic[T]):
-    """First in, first out, with a bound and a longest wait; each operation takes the same time however many wait.
-
-    size     tickets it holds at most
-    timeout  seconds after which one is overdue
-    """
+    """First in, first out, `size` tickets at most; each operation takes the same time however many wait."""
 
     # A plain dict keeps the order too, but finds its first key only past all that were deleted before it: with 100,000
     # waiting, taking one and adding one costs 17 us in a dict, 3 us here.
-    __slots__ = ("_deadlines", "size", "timeout")
+    __slots__ = ("_tickets", "size")
 
-    def __init__(self, size: int, timeout: float = math.inf) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size
-        self.timeout = timeout
-        self._deadlines: OrderedDict[T, float] = OrderedDict()
+        self._tickets: OrderedDict[T, bool] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._deadlines)
+        return len(self._tickets)
 
     def __iter__(self) -> Iterator[T]:
-        return iter(self._deadlines)
+        return iter(self._tickets)
 
     def __contains__(self, ticket: T) -> bool:
-        return ticket in self._deadlines
+        return ticket in self._tickets
 
     def __repr__(self) -> str:
         return f"<Waiting {len(self)} of {self.size}>"
 
     @property
     def full(self) -> bool:
-        return len(self._deadlines) >= self.size
+        return len(self._tickets) >= self.size
 
-    @property
-    def due_at(self) -> float:
-        """When the next one is overdue; infinity when none waits."""
-        return next(iter(self._deadlines.values()), math.inf)
-
-    def add(self, ticket: T, now: float) -> bool:
+    def add(self, ticket: T) -> bool:
         """Puts a new ticket at the end; False when there is no room."""
-        if len(self._deadlines) >= self.size:
+        if len(self._tickets) >= self.size:
             return False
-        self._deadlines[ticket] = now + self.timeout
+        self._tickets[ticket] = True
         return True
 
     def remove(self, ticket: T) -> bool:
         """Takes one out, wherever it stands; False when it does not wait."""
-        return self._deadlines.pop(ticket, None) is not None
+        return self._tickets.pop(ticket, False)
 
     def pop(self) -> T:
         """Takes the first one out. Raises: KeyError when none waits."""
-        return self._deadlines.popitem(last=False)[0]
-
-    def overdue(self, now: float) -> list[T]:
-        """Takes out those who waited too long, in order."""
-        late: list[T] = []
-        while self.due_at <= now:
-            late.append(self.pop())
-        return late
+        return self._tickets.popitem(last=False)[0]
 
 
 class TokenBucket:
@@ -150,8 +132,8 @@ class Admission(Generic[T]):
 
     def __init__(self, rules: AdmissionRules) -> None:
         self.rules = rules
-        self.waiting: Waiting[T] = Waiting(rules.queue_size, rules.queue_timeout)
-        self.refused = {RateLimited.code: 0, QueueFull.code: 0, QueueTimeout.code: 0}
+        self.waiting: Waiting[T] = Waiting(rules.queue_size)
+        self.refused = {RateLimited.code: 0, QueueFull.code: 0}
         self._running: set[T] = set()
         self._most = math.inf if rules.max_concurrent is None else rules.max_concurrent
         self._bucket = None if rules.rate is None else TokenBucket(rules.rate, rules.burst)
@@ -189,7 +171,7 @@ class Admission(Generic[T]):
             if len(running) == self._most:
                 self._busy_since = now
         else:
-            self.waiting.add(ticket, now)
+            self.waiting.add(ticket)
         return begins
 
     def leave(self, ticket: T, now: float) -> T | None:
@@ -208,12 +190,6 @@ class Admission(Generic[T]):
         following = self.waiting.pop()
         running.add(following)
         return following
-
-    def overdue(self, now: float) -> list[T]:
-        """Takes out those who waited too long, in order; each is to be answered with QueueTimeout."""
-        late = self.waiting.overdue(now)
-        self.refused[QueueTimeout.code] += len(late)
-        return late
 
     def wait(self, now: float) -> float:
         """Seconds until those who wait now will have begun, by the pace of late: what Retry-After should say."""
