@@ -143,6 +143,6 @@ def timeouts(args: RouterArgs) -> Timeouts:
 
 
 def most_connections() -> int:
-    """Of clients, so that each can have a worker's connection too, and some are left for files and farewells."""
+    """Of clients and to workers, so that some descriptors are left for files, checks and farewells."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(16, (soft - _SPARE_DESCRIPTORS) // 2)
+    return max(16, soft - _SPARE_DESCRIPTORS)

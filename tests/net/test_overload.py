@@ -472,3 +472,24 @@ async def test_retries_stay_within_their_budget() -> None:
             assert (await client.response()).status == 500
         failing.cancel()
         assert 300 < legs <= 300 * 1.2 + 3 * 10 + 1
+
+
+# -- connections -------------------------------------------------------------------------------------------------------
+
+
+@on_loop
+async def test_there_are_no_more_connections_than_descriptors() -> None:
+    async with Play() as play:
+        play.service.most_connections = 2
+        first, second = await play.client(), await play.client()
+        await play.until(lambda: len(play.service.connections) == 2)
+        third = await play.client()
+        response = await third.response()
+        assert (response.status, code(response.body)) == (503, "too_many_connections")
+        assert response.headers["connection"] == "close"
+        third.close()
+        first.close()
+        await play.until(lambda: len(play.service.connections) == 1)
+        await second.send(post(CHAT, body()))
+        await serve(await play.leg())
+        assert (await second.response()).status == 200

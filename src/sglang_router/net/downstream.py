@@ -94,7 +94,7 @@ class Downstream(asyncio.Protocol):
         self.deadline = self._service.clock() + self._service.timeouts.head
         peer = transport.get_extra_info("peername")
         self.peer = peer[0] if isinstance(peer, tuple) else ""
-        if len(self._service.connections) > self._service.most_connections:
+        if len(self._service.connections) + self._service.upstream.open > self._service.most_connections:
             self.refuse(TooManyConnections(retry_after=1.0))
 
     def data_received(self, data: bytes) -> None:

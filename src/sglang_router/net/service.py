@@ -87,7 +87,7 @@ class Service:
     most_waiting   requests that may wait for a worker to start
     most_queued    requests that may wait for a worker to have room
     most_buffered  bytes of requests held at once; beyond that reading pauses
-    most_connections  of clients at once; more are refused
+    most_connections  of clients and to workers, together; further clients are refused
     """
 
     def __init__(
