@@ -125,7 +125,7 @@ def warm_up(place: Field) -> None:
     assert watch is not None
     load: Load = place.load(lambda: router.port)
     load.start()
-    time.sleep(WARM_UP)
+    time.sleep(WARM_UP)  # how long it lasts; nothing is waited for
     load.stop()
     if wrong := watch.settle():
         raise ReliabilityError("not at rest after the warm-up: " + "; ".join(wrong))
