@@ -18,8 +18,8 @@ from scripts.reliability.shim import Mode, Shim
 
 from routers import free_port
 
-# The sleeps here are how long a state lasts, a share of the fault's time, while the load goes on; nothing is waited for by
-# them. An answer cut without a word is one with no place for an error event: a whole answer, or a break inside a chunk.
+# The sleeps here are how long a state lasts, a share of the fault's time, while the load goes on; nothing is waited for
+# by them. An answer is cut without a word where no error event has a place: in a whole answer, or inside a chunk.
 CUT = ("cut stream_broken", "cut without a word")
 NOBODY = ("failed no_available_workers", "failed worker_unreachable", "failed worker_broken", "failed workers_starting")
 
