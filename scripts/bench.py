@@ -1,13 +1,14 @@
-"""Measures this router beside the reference (sglang-router 0.3.2, in Rust), HAProxy, and no router at all.
+"""Measure this router, the reference router (sglang-router 0.3.2, in Rust), HAProxy, and no router at all.
 
     load or streams ──> target ──> worker (4 ports)      native clients and workers (scripts/native), all on loopback
           |                |
       rates, delays    CPU time and memory of its whole session, from /proc
 
 `scripts/bench` (a shell script) prepares the environments and runs this. All targets run at the same time and are
-measured one after the other, round by round, in an order that rotates: a disturbance of the machine meets them all.
-They get the same prompts. Printed are medians over the rounds. CPU time is the figure to trust on a small or shared
-machine: requests per second also depend on what clients and workers leave of it. `direct` is what these can do alone.
+measured one after the other, round by round, in an order that rotates, so that a disturbance of the machine affects
+all of them. They get the same prompts. The tables show medians over the rounds. On a small or shared machine, trust the
+CPU time: requests per second also depend on how much CPU clients and workers use. `direct` is clients and workers
+without a router.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,8 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "scripts" / "native"
 PLACE = ROOT / ".bench-venv"
 OURS, REFERENCE, HAPROXY, DIRECT = "sglang_router", "reference 0.3.2", "haproxy", "direct"
+BEFORE = "before"
 WORKERS = 4
-GROUPS = 64  # of prompts that share their first three quarters
+GROUPS = 64  # groups of prompts; those of a group share their first three quarters
 READY_WITHIN = 60.0  # seconds, as all times here
 ENDS_WITHIN = 10.0
 TICK = os.sysconf("SC_CLK_TCK")
@@ -49,24 +51,24 @@ MEMORY_STEPS, MEMORY_STEP = 6, 50_000  # distinct prompts: 300,000
 
 
 class BenchError(Exception):
-    """The benchmark cannot go on; its text is for the user."""
+    """The benchmark cannot continue. The text is for the user."""
 
 
 def say(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
-# -- what is started ---------------------------------------------------------------------------------------------------
+# -- processes ---------------------------------------------------------------------------------------------------------
 
 
 def _die_with_parent() -> None:
-    """Runs in the child: the kernel ends it if the benchmark itself is killed (PR_SET_PDEATHSIG of prctl(2))."""
+    """Called in the child: the kernel kills it if the benchmark itself is killed (PR_SET_PDEATHSIG of prctl(2))."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 @dataclass
 class Server:
-    """A command in a session of its own, with all processes it starts, listening on `port`."""
+    """A command in its own session, with all processes that it starts. It listens on `port`."""
 
     name: str
     port: int
@@ -74,23 +76,23 @@ class Server:
     log: Path
 
     def _stats(self) -> Iterator[list[str]]:
-        """For each process: the fields of /proc/PID/stat from the third on (proc(5))."""
+        """Yield, for each process, the fields of /proc/PID/stat from the third on (proc(5))."""
         for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):  # it has just ended
+            with contextlib.suppress(OSError):  # the process has just ended
                 told = path.read_text().rpartition(")")[2].split()
                 if int(told[3]) == self.process.pid:
                     yield told
 
     def cpu(self) -> float:
-        """Seconds in user and system mode since the start, all processes; in steps of 1 / TICK each."""
+        """Return the seconds of all processes in user and system mode since the start, in steps of 1 / TICK each."""
         return sum(int(stat[11]) + int(stat[12]) for stat in self._stats()) / TICK
 
     def memory(self) -> float:
-        """Resident memory of all processes, in MB."""
+        """Return the resident memory of all processes, in MB."""
         return sum(int(stat[21]) for stat in self._stats()) * PAGE / 1e6
 
     def wait_ready(self) -> Server:
-        """Returns itself when it serves with all workers."""
+        """Wait until it serves with all workers; return itself."""
         deadline = time.monotonic() + READY_WITHIN
         while healthy_workers(self.port) < WORKERS:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -104,7 +106,7 @@ class Server:
         return BenchError("\n    ".join([f"{self.name} {what}. Its log ends with:", *lines]))
 
     def end(self) -> None:
-        """SIGTERM, then SIGKILL, to the whole group."""
+        """Send SIGTERM, then SIGKILL, to the whole process group."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self.process.pid, number)
@@ -114,10 +116,10 @@ class Server:
 
 
 def healthy_workers(port: int) -> int:
-    """What a router's /readiness tells; 0 while it does not answer."""
+    """Return the number of healthy workers in a router's /readiness; 0 while it does not answer."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/readiness", timeout=5) as answer:
-            return int(json.load(answer).get("healthy_workers", WORKERS))  # HAProxy passes the question to a worker
+            return int(json.load(answer).get("healthy_workers", WORKERS))  # HAProxy forwards the request to a worker
     except (OSError, http.client.HTTPException):
         return 0
 
@@ -131,14 +133,14 @@ def free_ports() -> tuple[int, int]:
 
 @dataclass
 class Bench:
-    """Starts what is measured and what measures; all has ended when `stack` is closed."""
+    """Starts routers, workers and clients. All have ended when `stack` is closed."""
 
     folder: Path  # for logs and configurations
     natives: Path = PLACE / "native"
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def build(self) -> None:
-        """Compiles the workers and clients. BenchError if there is no compiler."""
+        """Compile the workers and clients. Raises: BenchError if there is no compiler."""
         self.natives.mkdir(parents=True, exist_ok=True)
         for name in ("worker", "load", "streams"):
             command = [os.environ.get("CC", "cc"), "-std=gnu11", "-O2", "-Wall", "-Wextra"]
@@ -148,13 +150,14 @@ class Bench:
             except (OSError, subprocess.CalledProcessError) as error:
                 raise BenchError(f"a C compiler is needed (apt-get install gcc libc6-dev): {error}") from None
 
-    def start(self, name: str, port: int, *command: object, told: bool = False) -> Server:
-        """Runs `command`; with `told`, its standard output is a pipe instead of the log."""
+    def start(self, name: str, port: int, *command: object, told: bool = False, source: Path | None = None) -> Server:
+        """Run `command`; with `told`, its standard output is a pipe instead of the log. `source`: of this package."""
         log = self.folder / f"{name}.log"
         with log.open("ab") as sink:
             process = subprocess.Popen(
                 [str(word) for word in command],
-                cwd=self.folder,  # not the checkout: the reference would import this package
+                cwd=self.folder,  # not the checkout, where the reference router would import this package
+                env=os.environ if source is None else {**os.environ, "PYTHONPATH": str(source)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if told else sink,
                 stderr=sink,
@@ -167,7 +170,7 @@ class Bench:
         return server
 
     def workers(self, chunks: int, interval_ms: int) -> tuple[Server, list[int]]:
-        """Starts the workers, all in one process; it and their ports."""
+        """Start the workers, all in one process; return it and their ports."""
         started = self.start(DIRECT, 0, self.natives / "worker", WORKERS, chunks, interval_ms, told=True)
         assert started.process.stdout is not None
         ports = [int(word) for word in started.process.stdout.readline().split()]
@@ -176,25 +179,46 @@ class Bench:
         started.port = ports[0]
         return started, ports
 
-    def router(self, name: str, python: Path | str, workers: Sequence[int], flags: Sequence[str]) -> Server:
+    def router(
+        self, name: str, python: Path | str, workers: Sequence[int], flags: Sequence[str], source: Path | None = None
+    ) -> Server:
         port, metrics_port = free_ports()
         command = [python, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", port, *flags]
         urls = [f"http://127.0.0.1:{worker}" for worker in workers]
-        server = self.start(name, port, *command, "--prometheus-port", metrics_port, "--worker-urls", *urls)
+        server = self.start(
+            name, port, *command, "--prometheus-port", metrics_port, "--worker-urls", *urls, source=source
+        )
         return server.wait_ready()
 
     def haproxy(self, program: str, workers: Sequence[int]) -> Server:
-        """The limit of what a proxy can do: one thread in C that does not look at bodies."""
+        """Return HAProxy, the lower bound for a proxy: one thread in C that does not read bodies."""
         port, _ = free_ports()
         lines = [f"  bind 127.0.0.1:{port}", *(f"  server w{n} 127.0.0.1:{w}" for n, w in enumerate(workers))]
         path = self.folder / "haproxy.cfg"
         path.write_text("\n".join([(NATIVE / "haproxy.cfg").read_text().rstrip(), *lines, ""]))
         return self.start(HAPROXY, port, program, "-db", "-f", path).wait_ready()
 
+    def sources_of(self, revision: str) -> Path:
+        """Unpack this package as it was at a revision. Raises: BenchError if there is no such revision."""
+        place = self.folder / "before"
+        if not place.exists():
+            archive = ["git", "-C", str(ROOT), "archive", revision, "src"]
+            packed = subprocess.run(archive, capture_output=True, check=False)
+            if packed.returncode:
+                raise BenchError(f"--against {revision}: {packed.stderr.decode().strip()}")
+            place.mkdir()
+            subprocess.run(["tar", "-x", "-C", str(place)], input=packed.stdout, check=True)
+        return place / "src"
+
     def targets(self, part: Part, options: argparse.Namespace) -> list[Server]:
-        """All there are. The reference logs errors only: its lines for every request would cost it time."""
+        """Return all targets. The reference router logs errors only: a line for every request would cost it time."""
         direct, workers = self.workers(part.chunks, part.interval_ms)
         found = [self.router(OURS, sys.executable, workers, options.flags)]
+        if options.against:
+            return [
+                *found,
+                self.router(BEFORE, sys.executable, workers, options.flags, self.sources_of(options.against)),
+            ]
         if options.reference.exists():
             flags = ("--policy", "cache_aware", "--log-level", "error")
             found.append(self.router(REFERENCE, options.reference, workers, flags))
@@ -203,7 +227,7 @@ class Bench:
         return [*found, direct]
 
     def client(self, name: str, target: Server, connections: int, seconds: float, *words: object) -> dict[str, float]:
-        """Runs a client to its end; what it told."""
+        """Run a client to its end; return what it printed."""
         command = map(str, (self.natives / name, target.port, connections, seconds, *words))
         told = subprocess.run([*command], stdout=subprocess.PIPE, check=True, timeout=seconds + READY_WITHIN).stdout
         os.truncate(target.log, 0)  # it may get a line for each request
@@ -215,7 +239,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Load:
-    """One kind of load: a row for each target. `size` is that of a prompt, in bytes."""
+    """One kind of load: a row for each target. `size` is the size of a prompt in bytes."""
 
     label: str
     client: str
@@ -226,7 +250,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Part:
-    """Loads that are measured with the same workers and targets. CPU time is divided by the number of `unit`."""
+    """Loads that are measured with the same workers and targets. CPU time is divided by the number of `unit`s."""
 
     unit: str
     heads: Sequence[str]  # of rate, median and p99
@@ -245,9 +269,13 @@ PARTS = (
 )
 
 
+BEFORE_AND_AFTER = (replace(PARTS[0], loads=CALLS[:2]), replace(PARTS[1], loads=PACED[:1]))
+"""What a change of the hot path is measured by, with --against."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One target under one load in one round, or the medians of several. Times in microseconds, memory in MB."""
+    """The result of one target under one load in one round, or the medians of several. Times in us, memory in MB."""
 
     rate: float
     p50: float
@@ -268,11 +296,11 @@ def measure(bench: Bench, part: Part, load: Load, target: Server, seconds: float
 
 
 def run_part(bench: Bench, part: Part, options: argparse.Namespace) -> Results:
-    """All rounds of a part: the samples of each target under each load."""
+    """Measure all rounds of a part; return the samples of each target under each load."""
     targets = bench.targets(part, options)
     results: Results = {load: {target.name: [] for target in targets} for load in part.loads}
     for target in targets:
-        measure(bench, part, part.loads[0], target, 0.5, 0)  # code and connections get warm
+        measure(bench, part, part.loads[0], target, 0.5, 0)  # warm up code and connections
     for number in range(options.rounds):
         turn = number % len(targets)
         for load in part.loads:
@@ -286,7 +314,7 @@ def run_part(bench: Bench, part: Part, options: argparse.Namespace) -> Results:
 
 
 def measure_memory(bench: Bench, size: int, groups: int, flags: Sequence[str]) -> list[str]:
-    """Resident memory while distinct prompts go through this router: a row of the table."""
+    """Measure resident memory while distinct prompts go through this router; return a row of the table."""
     label = f"{size:,} B, {'three quarters' if groups else 'nothing'} shared"
     target = bench.router(OURS, sys.executable, bench.workers(1, 0)[1], flags)
     readings, errors, rates = [target.memory()], 0.0, []
@@ -301,17 +329,17 @@ def measure_memory(bench: Bench, size: int, groups: int, flags: Sequence[str]) -
     return [label, *map("{:.0f}".format, readings), f"{statistics.median(rates):,.0f}", f"{errors:.0f}", verdict]
 
 
-# -- what is shown -----------------------------------------------------------------------------------------------------
+# -- tables ------------------------------------------------------------------------------------------------------------
 
 
 def median_of(samples: Sequence[Sample]) -> Sample:
-    """Medians, but the sum of the errors."""
+    """Return the medians, except for errors: their sum."""
     middle = {f.name: statistics.median(getattr(sample, f.name) for sample in samples) for f in fields(Sample)}
     return Sample(**{**middle, "errors": sum(sample.errors for sample in samples)})
 
 
 def spread(samples: Sequence[Sample]) -> str:
-    """Of CPU time over the rounds: half of the range, relative to the median."""
+    """Return the spread of CPU time over the rounds: half of the range, relative to the median."""
     values = [sample.cpu for sample in samples]
     half = (max(values) - min(values)) / 2
     return f"{half / statistics.median(values):.0%}" if half else "-"
@@ -320,7 +348,7 @@ def spread(samples: Sequence[Sample]) -> str:
 def rows_of(results: Results) -> Iterator[list[str]]:
     for load, by_target in results.items():
         medians = {name: median_of(samples) for name, samples in by_target.items()}
-        peer = medians.get(REFERENCE)
+        peer = medians.get(BEFORE) or medians.get(REFERENCE)
         for name, got in medians.items():
             cells = [f"{got.rate:,.0f}", f"{got.p50 / 1e3:.2f}", f"{got.p99 / 1e3:.2f}"]
             cells += [f"{got.p99 / peer.p99:.2f}" if peer and peer.p99 else "-"]
@@ -333,7 +361,7 @@ def rows_of(results: Results) -> Iterator[list[str]]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:
-    """Aligned, also in Markdown. The first columns hold words, up to the one called `target` if there is one."""
+    """Return an aligned table, in Markdown if wanted. The columns up to `target`, if there is one, contain words."""
     lefts = [n == 0 or "target" in head[n:] for n in range(len(head))]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     shapes = list(zip(widths, lefts, strict=True))
@@ -348,7 +376,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) ->
 
 
 def machine(flags: Sequence[str]) -> str:
-    """What the figures were measured on and with."""
+    """Describe the machine and the versions of a measurement."""
     facts = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((fact.partition(":")[2].strip() for fact in facts if "model name" in fact), platform.machine())
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
@@ -360,7 +388,7 @@ def machine(flags: Sequence[str]) -> str:
 
 
 def show_memory(bench: Bench, options: argparse.Namespace) -> bool:
-    """The table of `--memory`; whether the limit held and no request failed."""
+    """Print the table of `--memory`; return whether memory stayed below the limit and no request failed."""
     steps = [f"{step * MEMORY_STEP:,}" for step in range(1, MEMORY_STEPS + 1)]
     head = ["MB after ... distinct prompts", "none", *steps, "requests/s", "errors", f"<= {MEMORY_LIMIT} MB"]
     print(machine(options.flags), flush=True)
@@ -370,14 +398,16 @@ def show_memory(bench: Bench, options: argparse.Namespace) -> bool:
 
 
 def show_speed(bench: Bench, options: argparse.Namespace) -> bool:
-    """The tables of requests and streams; whether all requests to this router succeeded."""
-    if not options.reference.exists():
+    """Print the tables of requests and streams; return whether all requests to this router succeeded."""
+    if options.against:
+        say(f"beside revision {options.against}")
+    elif not options.reference.exists():
         say("skipped: sglang-router==0.3.2, not installed (scripts/bench does that where PyPI answers)")
-    if not options.haproxy:
+    if not options.against and not options.haproxy:
         say("skipped: HAProxy, not installed (apt-get install haproxy)")
     print(f"{machine(options.flags)} Medians of {options.rounds} rounds of {options.seconds:g} s.", flush=True)
     good = True
-    for part in PARTS:
+    for part in BEFORE_AND_AFTER if options.against else PARTS:
         results = run_part(bench, part, options)
         good = good and not any(sample.errors for by_target in results.values() for sample in by_target[OURS])
         head = ["load", "target", *part.heads, "of ref.", f"CPU us/{part.unit[:-1]}", "+-", "of ref.", "RSS MB"]
@@ -392,6 +422,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one round of 1 s: rough")
     parser.add_argument("--memory", action="store_true", help="resident memory over 300,000 distinct prompts instead")
     parser.add_argument("--markdown", action="store_true", help="tables for docs/performance.md")
+    parser.add_argument("--against", metavar="REVISION", help="measure beside this package as it was at a revision")
     parser.add_argument("--reference", type=Path, default=PLACE / "reference/bin/python", help="Python that has 0.3.2")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="of this router; must come last")
     options = parser.parse_args()
@@ -404,7 +435,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # also where SIGINT was ignored before us
+        signal.signal(number, signal.default_int_handler)  # also if the parent process ignored SIGINT
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each stream takes two of a router
     with tempfile.TemporaryDirectory(prefix="sglang-router-bench-") as folder:
@@ -420,7 +451,7 @@ def main() -> int:
             return 130
         finally:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)  # nothing may interrupt the ending
+                signal.signal(number, signal.SIG_IGN)  # nothing may interrupt the clean-up
             bench.stack.close()
 
 

@@ -1,8 +1,8 @@
-"""Times the prefix tree by itself: `python scripts/bench_tree.py [--texts N] [--slots N]`.
+"""Measure the prefix tree by itself: `python scripts/bench_tree.py [--texts N] [--slots N]`.
 
-Every text is new and shares three quarters with one of 32 stored prefixes, as chats under a few system prompts do.
-Each row is timed twice: while the tree fills, and when it is full, so that each insertion also evicts. Then what a
-node costs in memory, the longest single pause, and what the cyclic collector makes of a large tree.
+Every text is new and shares three quarters with one of 32 stored prefixes, as chats with a few system prompts do. Each
+row is measured twice: while the tree fills, and when it is full, so that each insertion also evicts. Then follow the
+memory per node, the longest single pause, and the cost of a large tree for the cyclic garbage collector.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import random
 import time
 import tracemalloc
 
-from sglang_router.core.tree import Tree
+from sglang_router.routing.prefix_tree.tree import Tree
 
 SIZES = (200, 1024, 4096, 16384, 65536)
 NAMESPACE = b"model"
 
 
 def make_texts(rng: random.Random, size: int, count: int) -> list[bytes]:
-    """Texts of `size` bytes, three quarters of each one of 32 shared prefixes."""
+    """Return texts of `size` bytes; three quarters of each are one of 32 shared prefixes."""
     shared = [rng.randbytes(size * 3 // 4) for _ in range(32)]
     return [shared[i % 32] + rng.randbytes(size - size * 3 // 4) for i in range(count)]
 
 
 def fill(tree: Tree, slots: list[int], texts: list[bytes], start: int = 0) -> tuple[list[int], list[int]]:
-    """Matches and inserts each text; returns the nanoseconds that each match and each insertion took."""
+    """Match and insert each text; return the nanoseconds of each match and of each insertion."""
     clock = time.perf_counter_ns
     matching, inserting = [], []
     for i, text in enumerate(texts):
@@ -42,7 +42,7 @@ def fill(tree: Tree, slots: list[int], texts: list[bytes], start: int = 0) -> tu
 
 
 def quantile(nanoseconds: list[int], share: float) -> float:
-    """In microseconds."""
+    """Return a quantile in microseconds."""
     return sorted(nanoseconds)[int(len(nanoseconds) * share)] / 1000
 
 
@@ -64,14 +64,14 @@ def speed(rng: random.Random, count: int, slot_count: int) -> None:
 
 
 def collection() -> float:
-    """Milliseconds of a full garbage collection."""
+    """Return the milliseconds of a full garbage collection."""
     begin = time.thread_time_ns()
     gc.collect()
     return (time.thread_time_ns() - begin) / 1e6
 
 
 def space(rng: random.Random, count: int) -> None:
-    """Short texts under one prefix: memory besides the text, the collector's walk, the longest pauses."""
+    """Measure short texts under one prefix: memory besides the text, garbage collection, the longest pauses."""
     texts = [b"a system prompt that all share. " + rng.randbytes(32) for _ in range(count)]
     tree = Tree(1 << 30, max_entries=1 << 30)
     slot = tree.add_slot()
@@ -84,7 +84,7 @@ def space(rng: random.Random, count: int) -> None:
     print(f"\n{count:,} texts of 64 bytes: {tree.nodes:,} nodes, {(used - tree.held) / count:.0f} bytes a text")
     print(f"a full garbage collection: {before:.1f} ms before, {collection():.1f} ms with the tree")
     tree.retire(slot)
-    clock = time.thread_time_ns  # CPU time: other processes' turns are not the tree's pauses
+    clock = time.thread_time_ns  # CPU time, so that other processes do not count as pauses of the tree
     moments = [clock()]
     while tree.reclaim(100):
         moments.append(clock())
@@ -108,7 +108,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rng = random.Random(7)
     gc.collect()
-    gc.disable()  # the router collects by its own schedule
+    gc.disable()  # as in the router, which has its own schedule of collections
     speed(rng, arguments.texts, arguments.slots)
     space(rng, 50 * arguments.texts)
 

@@ -1,8 +1,9 @@
-"""Faults, one after the other, while a load checks every answer; and what must be true after each of them.
+"""Cause faults, one after the other, while a load checks every answer; check invariants after each of them.
 
-Invariants: every request got exactly one answer, or an end that says that it is none; no byte of a stream is missing or
-comes twice; loads are 0 again; descriptors and tasks are back at their level; memory is flat; the bytes that the prefix
-tree says it holds are the sum over its edges. `scripts/chaos` (a shell script) prepares the environment and runs this.
+Invariants: every request got exactly one answer, or an end that shows that it is incomplete; no byte of a stream is
+missing or duplicated; loads are 0 again; descriptors and tasks are back to their level; memory is flat; the bytes that
+the prefix tree reports equal the sum over its edges. `scripts/chaos` (a shell script) prepares the environment and runs
+this.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from scripts.reliability.page import write_tables
 
 WARM_UP = 4.0
 IN_FLIGHT = 2.0
-"""Clients for each request a second: enough that those who wait for an engine that hangs do not hold up others."""
+"""Clients per request a second: enough clients stay free while others wait for an engine that hangs."""
 SLICE = (
     *("kill -9", "SIGSTOP, SIGCONT", "connections refused", "connections reset", "black hole", "flapping"),
     *("all workers gone and back", "rolling drain with streams", "add/remove storm"),
@@ -37,7 +38,7 @@ HEAD = ("fault", "requests", "answered", "failed", "longest gap s", "router MB",
 
 @dataclass
 class Row:
-    """What came of one fault."""
+    """The outcome of one fault."""
 
     fault: str
     requests: int
@@ -55,17 +56,17 @@ class Row:
 
 
 def row_of(name: str, allowed: Sequence[str], tally: Tally, limit: float, megabytes: float, wrong: list[str]) -> Row:
-    """The verdict: what clients saw that they may not see, beside what is wrong already."""
+    """Return the row of a fault. Its verdict: `wrong` so far, and everything that clients saw but must not see."""
     told = [f"{n} x {what}" for what, n in tally.bad.items() if not any(what.startswith(one) for one in allowed)]
     if tally.gap > limit:
-        told.append(f"nobody was answered for {tally.gap:.1f} s")
+        told.append(f"no request was answered for {tally.gap:.1f} s")
     if not tally.answered:
-        told.append("nobody was answered")
+        told.append("no request was answered")
     return Row(name, tally.requests, tally.answered, dict(tally.bad), tally.gap, megabytes, told + wrong)
 
 
 def strike(place: Field, fault: Fault, seconds: float, patience: float) -> Row:
-    """One fault of the router that all share."""
+    """Cause one fault of those that share the same router, under load; return its row."""
     router, watch = place.router, place.watch
     assert router is not None
     assert watch is not None
@@ -85,7 +86,7 @@ def strike(place: Field, fault: Fault, seconds: float, patience: float) -> Row:
 
 
 def allowed_of(place: Field, fault: Fault) -> tuple[str, ...]:
-    """With --resume-streams no stream may break while an engine is left."""
+    """With --resume-streams, no stream may break as long as one engine is left."""
     if "--resume-streams" not in place.flags or NOBODY[0] in fault.allowed:
         return fault.allowed
     return tuple(what for what in fault.allowed if what not in CUT)
@@ -98,7 +99,7 @@ def strike_own(place: Field, fault: OwnFault, seconds: float, patience: float) -
 
 
 def strike_all(options: argparse.Namespace, names: Sequence[str], folder: Path) -> list[Row]:
-    """All faults that are asked for, told of as they are over."""
+    """Run all selected faults; print each as it is over."""
     rows = []
     shared = {fault.name: fault for fault in FAULTS}
     own = {fault.name: fault for fault in OWN_FAULTS}
@@ -119,13 +120,13 @@ def strike_all(options: argparse.Namespace, names: Sequence[str], folder: Path) 
 
 
 def warm_up(place: Field) -> None:
-    """Caches fill, code gets warm; what the router has then is the level it must return to."""
+    """Fill caches and warm up code. What the router uses afterwards is the level it must return to."""
     router, watch = place.router, place.watch
     assert router is not None
     assert watch is not None
     load: Load = place.load(lambda: router.port)
     load.start()
-    time.sleep(WARM_UP)  # how long it lasts; nothing is waited for
+    time.sleep(WARM_UP)  # the duration of the warm-up, not a wait for an event
     load.stop()
     if wrong := watch.settle():
         raise ReliabilityError("not at rest after the warm-up: " + "; ".join(wrong))
@@ -153,7 +154,7 @@ def parse() -> argparse.Namespace:
 
 
 def show(options: argparse.Namespace, folder: Path) -> bool:
-    """All faults and their table; whether every promise held."""
+    """Run all faults and print their table; return whether every promise held."""
     started = machine(["options of scripts/reliability/field.py", *options.flags])
     rows = strike_all(options, options.faults, folder)
     cells = [row.cells() for row in rows]

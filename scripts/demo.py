@@ -1,12 +1,12 @@
-"""The demo: the same requests through the router twice, with `round_robin` and with `cache_aware`.
+"""The demo: send the same requests through the router twice, with `round_robin` and with `cache_aware`.
 
     load (threads) ── HTTP ──> router ── HTTP ──> engines     each a process of its own, on loopback,
                                                               each with a cache too small for all groups
 
-The requests come in groups. Those of a group share a long beginning, as requests with one system prompt or
-one document do. An engine that holds the beginning in its cache need not compute it again, and says so in
-`usage`. Engines and router are started anew for each policy: both begin with empty caches. `scripts/demo` (a
-shell script) prepares the environment and runs this.
+The requests come in groups. Those of a group share a long prefix, as requests with the same system prompt or document
+do. An engine that has the prefix in its cache need not compute it again, and reports that in `usage`. Engines and
+router are restarted for each policy, so that both policies start with empty caches. `scripts/demo` (a shell script)
+prepares the environment and runs this.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ ENDS_WITHIN = 5.0
 
 
 class DemoError(Exception):
-    """The demo cannot go on; its text is for the user."""
+    """The demo cannot continue. The text is for the user."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is shown: the engines and the load on them."""
+    """The engines and the load on them."""
 
     title: str
     engines: int
     flags: Sequence[str]  # of each engine
     groups: int
     rounds: int
-    rules: int  # sentences in the beginning that a group shares
+    rules: int  # sentences in the prefix that a group shares
     answer_tokens: int
     concurrency: int
 
 
-# An engine has room for the beginnings of its share of the groups, not for all: where every engine gets
-# requests of every group, they push each other out.
+# The cache of an engine has room for the prefixes of its share of the groups, not for all of them: if every engine gets
+# requests of every group, they evict each other.
 LLAMA = Scene(
     title=f"2 llama.cpp engines, {SMOLLM2.name.partition('.')[0]}, one thread each",
     engines=2,
@@ -76,7 +76,7 @@ LLAMA = Scene(
     concurrency=2,
 )
 SIMULATED = Scene(
-    title="4 built-in engines (simulated: a real prefix cache, modelled time, invented text)",
+    title="4 built-in engines (simulated: a real prefix cache, modelled time, text without a model)",
     engines=4,
     flags=("--prefill-tokens-per-s", "4000", "--capacity-tokens", "6000"),
     groups=8,
@@ -91,10 +91,10 @@ SIMULATED = Scene(
 
 
 def messages_of(scene: Scene) -> list[list[dict[str, str]]]:
-    """The chats to send: in rounds, each with one of every group in an order drawn by lot (the same in all runs).
+    """Return the chats to send: rounds with one chat of every group, in a random order that is the same in all runs.
 
-    So no policy is favoured, and two of one group are hardly ever under way at the same time: that would cost
-    llama.cpp a second slot, whatever the router does.
+    So no policy has an advantage, and two chats of a group are rarely in flight at the same time: that would occupy a
+    second slot of llama.cpp, whatever the router does.
     """
     chats, lot = [], random.Random(7)
     for n in range(1, scene.rounds + 1):
@@ -108,7 +108,7 @@ def messages_of(scene: Scene) -> list[list[dict[str, str]]]:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one request. Times in seconds; tokens as the engine reports them."""
+    """The result of one request. Times in seconds; tokens as the engine reports them."""
 
     text: str = ""
     error: str = ""
@@ -118,7 +118,7 @@ class Reply:
 
 
 def ask(address: str, messages: list[dict[str, str]], max_tokens: int) -> Reply:
-    """Send one streamed chat request to the router and read it to its end."""
+    """Send one streamed chat request to the router and read the answer to its end."""
     body = {"model": "demo", "messages": messages, "max_tokens": max_tokens, "temperature": 0}
     data = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
     connection = http.client.HTTPConnection(address, timeout=READY_WITHIN)
@@ -151,14 +151,14 @@ def _read_stream(response: http.client.HTTPResponse, began: float) -> Reply:
             text += content
             usage = event.get("usage") or usage
     if not ended:
-        return Reply(error="the stream broke off")
+        return Reply(error="the stream ended early")
     details = usage.get("prompt_tokens_details") or {}
     first = first or time.monotonic() - began  # an empty answer
     return Reply(text, "", first, usage.get("prompt_tokens", 0), details.get("cached_tokens", 0))
 
 
 def send_all(address: str, scene: Scene, progress: Callable[[int, int], None]) -> list[Reply]:
-    """All requests of the scene, `scene.concurrency` at a time."""
+    """Send all requests of the scene, `scene.concurrency` at a time."""
     chats, replies = messages_of(scene), []
     pool = ThreadPoolExecutor(scene.concurrency)
     try:
@@ -175,7 +175,7 @@ def send_all(address: str, scene: Scene, progress: Callable[[int, int], None]) -
 
 
 def _die_with_parent() -> None:
-    """Runs in the child: the kernel ends it if the demo itself is killed (PR_SET_PDEATHSIG of prctl(2))."""
+    """Called in the child: the kernel kills it if the demo itself is killed (PR_SET_PDEATHSIG of prctl(2))."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
@@ -187,7 +187,7 @@ class Processes:
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, name: str, *arguments: str) -> tuple[subprocess.Popen[bytes], Path]:
-        """`python -m arguments`, in a group of its own; the process and its log."""
+        """Start `python -m arguments` in its own process group; return the process and its log."""
         log = self.folder / f"{name}.log"
         with log.open("wb") as sink:
             process = subprocess.Popen(
@@ -195,14 +195,14 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is ours to handle: the engines end after the router
+                start_new_session=True,  # the demo handles Ctrl-C: the engines must end after the router
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
         self.running.append(process)
         return process, log
 
     def end(self) -> None:
-        """Last started, first ended: the router before its engines. SIGTERM, then SIGKILL, by group."""
+        """End the processes in reverse order, the router before its engines: SIGTERM, then SIGKILL, by group."""
         while self.running:
             process = self.running[-1]
             for number in (signal.SIGTERM, signal.SIGKILL):
@@ -214,7 +214,7 @@ class Processes:
 
 
 def until(ready: Callable[[], str], process: subprocess.Popen[bytes], log: Path, what: str) -> str:
-    """The first answer of `ready` that is not empty. DemoError with the log's tail if there is none."""
+    """Return the first answer of `ready` that is not empty. Raises: DemoError with the end of the log if none comes."""
     deadline = time.monotonic() + READY_WITHIN
     while not (answer := ready()):
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -231,7 +231,7 @@ def tail(log: Path, lines: int = 15) -> str:
 
 
 def answers(url: str) -> str:
-    """`url` if a GET of it is answered with 200, else nothing."""
+    """Return `url` if GET answers 200, else ""."""
     try:
         with urllib.request.urlopen(url, timeout=5):
             return url
@@ -240,13 +240,13 @@ def answers(url: str) -> str:
 
 
 def healthy_engine(log: Path) -> str:
-    """The URL that an engine told in its log, once it is healthy; else nothing."""
+    """Return the URL in an engine's log once the engine is healthy, else ""."""
     told = re.search(r"(http://\S+)\n", log.read_text(errors="replace"))
     return told[1] if told and answers(told[1] + "/health") else ""
 
 
 def start_engines(processes: Processes, scene: Scene, model: Sequence[str]) -> list[str]:
-    """Start the scene's engines at the same time; their URLs when all are healthy."""
+    """Start the scene's engines at the same time; return their URLs when all are healthy."""
     flags = (*model, "--port", "0", *scene.flags)
     started = [processes.start(f"engine{n}", "sglang_router.engine", *flags) for n in range(scene.engines)]
     return [until(partial(healthy_engine, log), process, log, "an engine") for process, log in started]
@@ -259,7 +259,7 @@ def free_port() -> int:
 
 
 def start_router(processes: Processes, urls: Sequence[str], policy: str) -> tuple[str, str]:
-    """Start the router in front of `urls`; when it is ready, its address and the URL of its metrics."""
+    """Start the router in front of `urls`; when it is ready, return its address and the URL of its metrics."""
     port, metrics_port = free_port(), free_port()
     arguments = ["--policy", policy, "--port", str(port), "--prometheus-port", str(metrics_port)]
     arguments += ["--worker-urls", *urls]
@@ -269,11 +269,11 @@ def start_router(processes: Processes, urls: Sequence[str], policy: str) -> tupl
     return address, f"http://127.0.0.1:{metrics_port}/metrics"
 
 
-# -- what is shown ----------------------------------------------------------------------------------------
+# -- output -----------------------------------------------------------------------------------------------
 
 
 class Bar:
-    """A progress bar: redrawn in place on a terminal; in a file one line at each quarter."""
+    """A progress bar: redrawn in place on a terminal; elsewhere one line for each quarter."""
 
     WIDTH = 30
 
@@ -328,7 +328,7 @@ def table(results: dict[str, Result]) -> str:
 
 
 def requests_per_engine(metrics_url: str, urls: Sequence[str]) -> list[int]:
-    """What the router counted: `sgl_router_processed_requests_total` of each worker."""
+    """Return the router's `sgl_router_processed_requests_total` of each worker."""
     with urllib.request.urlopen(metrics_url, timeout=5) as answer:
         text = answer.read().decode()
     counts = []
@@ -342,7 +342,7 @@ def requests_per_engine(metrics_url: str, urls: Sequence[str]) -> list[int]:
 
 
 def run(processes: Processes, scene: Scene, model: Sequence[str], policy: str) -> tuple[Result, Reply]:
-    """The whole load under one policy on fresh engines, and one question afterwards."""
+    """Run the whole load with one policy on new engines, then ask one question."""
     urls = start_engines(processes, scene, model)
     address, metrics_url = start_router(processes, urls, policy)
     began = time.monotonic()
@@ -357,13 +357,13 @@ def run(processes: Processes, scene: Scene, model: Sequence[str], policy: str) -
 
 
 def show(processes: Processes, simulated: bool) -> bool:
-    """The demo; whether every request was answered."""
+    """Run the demo; return whether every request was answered."""
     scene = SIMULATED if simulated else LLAMA
     print(scene.title, flush=True)
     model: list[str] = []
     if not simulated:
         model = ["--backend", "llamacpp", "--model-path", str(fetch_smollm2(Bar("model", "MB", 10**6)))]
-    print(f"{scene.groups} groups of {scene.rounds} chats; those of a group begin alike\n", flush=True)
+    print(f"{scene.groups} groups of {scene.rounds} chats; those of a group share a prefix\n", flush=True)
     results, answer = {}, Reply()
     for policy in POLICIES:
         results[policy], answer = run(processes, scene, model, policy)
@@ -379,7 +379,7 @@ def main() -> int:
     parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # also where SIGINT was ignored before us
+        signal.signal(number, signal.default_int_handler)  # also if the parent process ignored SIGINT
     with tempfile.TemporaryDirectory(prefix="sglang-router-demo-") as folder:
         processes, complete = Processes(Path(folder)), False
         try:
@@ -390,7 +390,7 @@ def main() -> int:
             print("\ndemo: interrupted", file=sys.stderr)
         finally:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)  # nothing may interrupt the ending
+                signal.signal(number, signal.SIG_IGN)  # nothing may interrupt the clean-up
             processes.end()
     print(f"\n{time.time() - options.started:.0f} s in all; nothing is left running")
     return 0 if complete else 1

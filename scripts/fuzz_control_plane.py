@@ -1,4 +1,4 @@
-"""The work of scripts/fuzz-control-plane: three engines, a router, a client that asks and asks, and schemathesis."""
+"""The work of scripts/fuzz-control-plane: three engines, a router, a client that sends requests, and schemathesis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _WITHIN = 3600.0
 
 
 def main(flags: list[str]) -> int:
-    """Runs it and reports; `flags` are schemathesis' own. Raises: AssertionError, if the router does not end well."""
+    """Run it and print a report; `flags` go to schemathesis. Raises: AssertionError if the router does not end
+    cleanly."""
     with (
         tempfile.TemporaryDirectory() as folder,
         engine_processes(3, *ENGINES) as urls,

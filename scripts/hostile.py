@@ -1,14 +1,14 @@
-"""Attacks on a router that runs here, and a polite client beside each of them.
+"""Attack a router on this machine, and measure how a polite client is served during each attack.
 
     attackers (this process) ──┐
-                               ├──> router ──> worker that lies when asked to      each a process of its own
+                               ├──> router ──> worker that misbehaves on request      each a process of its own
     polite client ─────────────┘
 
-The polite client asks for one small answer of the router's own (that its body is no JSON) after the other and notes how
-long it waits: the worker, which floods as fast as it can, is in nobody's way but its own. Printed for each attack: what
-came of it, the polite client's p50, p99 and longest wait, and the router's memory and descriptors during and after.
-`scripts/hostile` (a shell script) prepares the environment and runs this. The same attacks, smaller, are tests in
-tests/hostile; workers and clients come from there.
+The polite client sends one small request after the other whose answer comes from the router itself (an error: the body
+is not JSON), and measures how long it waits. So the worker, which sends as fast as it can, does not delay it. Printed
+for each attack: its outcome, the polite client's p50, p99 and longest wait, and the router's memory and descriptors
+during and after it. `scripts/hostile` (a shell script) prepares the environment and runs this. The same attacks,
+smaller, are tests in tests/hostile; workers and clients come from there.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DEEP = b'{"text": %s}' % (b"[" * 100_000 + b"]" * 100_000)
 
 
 def endless(start: bytes, more: bytes) -> Lie:
-    """A worker that says `start` and then `more` without end."""
+    """A worker that sends `start` and then `more` forever."""
 
     async def lie(leg: Leg) -> None:
         await leg.send(start)
@@ -66,7 +66,7 @@ LIES: dict[str, bytes | Lie] = {
 
 
 def be_worker() -> None:
-    """Tells its URL, then answers until standard input ends."""
+    """Print its URL, then answer until standard input ends."""
     with lying_worker() as worker:
         worker.lies |= LIES
         print(worker.url, flush=True)
@@ -74,7 +74,7 @@ def be_worker() -> None:
 
 
 def be_polite(port: int) -> None:
-    """Asks until standard input ends; then tells all waits, in seconds, and what went wrong."""
+    """Send requests until standard input ends; then print all waits, in seconds, and what went wrong."""
     polite = Polite(port, post("/generate", b"no JSON"), 400)
     polite.start()
     sys.stdin.read()
@@ -94,11 +94,11 @@ class Part:
         return self.process.stdout.readline().strip()
 
     def end(self) -> str:
-        """What it still had to say."""
+        """End it; return the rest of its output."""
         return self.process.communicate("", timeout=60)[0]
 
 
-# -- what is attacked --------------------------------------------------------------------------------------------------
+# -- the router under attack -------------------------------------------------------------------------------------------
 
 
 class Field:
@@ -110,7 +110,7 @@ class Field:
         self.port = urlsplit(router.url).port or 0
 
     def until(self) -> float:
-        """When an attack that begins now is over."""
+        """Return when an attack that begins now is over."""
         return time.monotonic() + self.seconds
 
     def clients(self, stack: contextlib.ExitStack, count: int, receive_buffer: int = 0) -> list[Client]:
@@ -135,13 +135,13 @@ def _tally(answers: Iterable[Answer | None]) -> str:
 
 
 def nothing(field: Field) -> str:
-    """For comparison."""
+    """Do nothing, for comparison."""
     time.sleep(field.seconds)
     return "-"
 
 
 def idle_connections(field: Field) -> str:
-    """Each is served once and then only waits."""
+    """Open connections that are served once and then stay idle."""
     with contextlib.ExitStack() as stack:
         end = field.until()
         clients = field.clients(stack, min(IDLE, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200))
@@ -153,7 +153,7 @@ def idle_connections(field: Field) -> str:
 
 
 def churn(field: Field) -> str:
-    """Connections that are opened and left, with and without a beginning of a request."""
+    """Open connections and close them, with and without the beginning of a request."""
     count, end = 0, field.until()
     while time.monotonic() < end:
         client = Client(field.port)
@@ -186,7 +186,7 @@ def _at_once(client: Client) -> Answer | None:
 
 
 def slow_headers(field: Field) -> str:
-    """Heads that come byte by byte; 0 stands for those that nobody has answered yet."""
+    """Send heads byte by byte; status 0 counts those that have no answer yet."""
     return _dripping(field, b"POST /generate HTTP/1.1\r\nHost: x\r\nA: ", b"b")
 
 
@@ -194,8 +194,8 @@ def slow_bodies(field: Field) -> str:
     return _dripping(field, b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{", b" ")
 
 
-def floods_nobody_reads(field: Field) -> str:
-    """Streams without end whose clients never read."""
+def floods_that_are_not_read(field: Field) -> str:
+    """Request endless streams and never read them."""
     with contextlib.ExitStack() as stack:
         for client in field.clients(stack, FLOODED, receive_buffer=4096):
             client.send(post("/generate?lie=flood", b'{"stream": true}'))
@@ -204,7 +204,7 @@ def floods_nobody_reads(field: Field) -> str:
 
 
 def slow_readers(field: Field) -> str:
-    """Streams of which a byte a second is read."""
+    """Request streams and read one byte per second."""
     with contextlib.ExitStack() as stack:
         clients = field.clients(stack, FLOODED, receive_buffer=4096)
         for client in clients:
@@ -227,7 +227,7 @@ def _again_and_again(field: Field, raw: bytes) -> str:
 
 
 def bodies_of_100_mb(field: Field) -> str:
-    """With a limit of 10 MB, told only by their coming."""
+    """Send bodies above the limit of 10 MB without a Content-Length."""
     start = b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5f5e100\r\n"
     return _again_and_again(field, start + b"x" * 100_000_000)
 
@@ -240,8 +240,8 @@ def deep_json(field: Field) -> str:
     return _again_and_again(field, post("/generate", DEEP))
 
 
-def pipelines_nobody_reads(field: Field) -> str:
-    """Requests one behind the other, and no answer read."""
+def pipelines_that_are_not_read(field: Field) -> str:
+    """Pipeline requests and read no answer."""
     sent, raw = 0, post("/generate", b"no JSON") * 100
     with contextlib.ExitStack() as stack:
         clients = field.clients(stack, 10, receive_buffer=4096)
@@ -257,7 +257,7 @@ def pipelines_nobody_reads(field: Field) -> str:
 
 
 def lies(field: Field) -> str:
-    """Interim answers and heads without end, two lengths, garbage among chunks."""
+    """Let the worker send endless interim answers and heads, two lengths, and garbage between chunks."""
     answers, end = [], field.until()
     while time.monotonic() < end:
         for lie in ("interim", "head", "lengths", "garbage"):
@@ -267,7 +267,7 @@ def lies(field: Field) -> str:
     return _tally(answers)
 
 
-# -- other people's tools ----------------------------------------------------------------------------------------------
+# -- third-party tools -------------------------------------------------------------------------------------------------
 
 
 def _tool(command: Sequence[str], pattern: str) -> str:
@@ -312,8 +312,8 @@ ATTACKS: tuple[Callable[[Field], str], ...] = (
     slow_headers,
     slow_bodies,
     slow_readers,
-    floods_nobody_reads,
-    pipelines_nobody_reads,
+    floods_that_are_not_read,
+    pipelines_that_are_not_read,
     bodies_of_100_mb,
     five_thousand_headers,
     deep_json,
@@ -383,7 +383,7 @@ def main() -> int:
     print(f"{'':<24}{'a polite client: asked, p50, p99, longest [ms]':<34}")
     print(f"{'attack':<24}{'asked':>7}{'p50':>9}{'p99':>9}{'longest':>9}{'MB':>8}{'fds':>7}  what came of it")
     failed = False
-    for attack in attacks:  # a router for each: memory and descriptors are those of this attack
+    for attack in attacks:  # a new router for each attack, so that memory and descriptors belong to it
         with running(3.0 if chosen.quick else 10.0) as field:
             row = _row(field, attack)
         failed = failed or "FAILED" in row

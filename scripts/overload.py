@@ -1,14 +1,15 @@
-"""Goodput under overload: requests answered in time per second, as more and more are offered.
+"""Measure goodput under overload: requests answered in time per second, as the offered load grows.
 
     clients that do not wait for each other ──> router ──> 2 built-in engines, 8 requests at a time each
 
-1. The capacity is what a closed loop gets out of the engines. The sustainable load is the largest part of it at which,
-   without any limits, 99 of 100 requests that come by chance (a Poisson process) are answered in time: 1x.
-2. 0.5x to 5x are offered to a router with limits, which follow from the goal and that rate (`limits`), then to one
-   without.
+1. The capacity is the throughput of a closed loop. The sustainable load (1x) is the largest part of it at which,
+   without any limits, 99 of 100 requests that arrive at random (a Poisson process) are answered in time.
+2. 0.5x to 5x are offered to a router with limits, which follow from the goal and that rate (`limits`), then to a router
+   without limits.
 
-In time: the first token within two seconds, the end of the stream within four, when the client leaves. Only requests
-that come after a warm-up count, so that a queue has had the time to grow. `scripts/overload` (a shell script) runs it.
+In time means: the first token within two seconds, and the end of the stream within four, when the client disconnects.
+Only requests that arrive after a warm-up count, so that a queue has had the time to grow. `scripts/overload` (a shell
+script) runs it.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 GOAL = 2.0
 """Seconds to the first token."""
 PATIENCE = 4.0
-"""Seconds after which a client leaves."""
+"""Seconds after which a client disconnects."""
 WAIT = 1.5
-"""Seconds a request may wait in the router: the goal, but for what an engine needs to the first token."""
+"""Seconds that a request may be queued: the goal minus the time that an engine needs for the first token."""
 ENGINES = 2
 BATCH = 8
 ENGINE = ("--max-running-requests", str(BATCH), "--decode-base-ms", "16")
 PARTS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
-"""Of the capacity: those tried for the sustainable load."""
+"""Shares of the capacity that are tried for the sustainable load."""
 FACTORS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 NEEDED = 0.9
-"""Goodput at 3x, as a share of that at 1x."""
+"""Least goodput at 3x, as a share of that at 1x."""
 SETTLES_WITHIN = 30.0
 WIDTH = 50
 HEAD = (
@@ -58,12 +59,12 @@ HEAD = (
 
 
 class OverloadError(Exception):
-    """The run cannot go on; its text is for the user."""
+    """The run cannot continue. The text is for the user."""
 
 
 @dataclass(frozen=True)
 class Length:
-    """Seconds of a measurement: before anything counts, and what counts."""
+    """Seconds of a measurement: of the warm-up, and of the part that counts."""
 
     warm_up: float
     counted: float
@@ -71,7 +72,7 @@ class Length:
 
 @dataclass
 class Row:
-    """What came of one load. Rates per second, times in seconds; the counts are requests."""
+    """The result of one load. Rates per second, times in seconds; the counts are requests."""
 
     factor: float
     limited: bool
@@ -81,7 +82,7 @@ class Row:
 
     @property
     def firsts(self) -> list[float]:
-        """Times to the first token of those in time, in order."""
+        """Times to first token of the requests that were answered in time, sorted."""
         return sorted(answer.first for answer in self.answers if answer.within(GOAL))
 
     @property
@@ -90,7 +91,7 @@ class Row:
 
     @property
     def late(self) -> int:
-        """Streams that began late, or whose client had left before the end."""
+        """Streams that began late, or whose client disconnected before their end."""
         return sum(not answer.within(GOAL) and answer.status in (0, 200) for answer in self.answers)
 
     def cells(self, one: float) -> list[str]:
@@ -116,7 +117,7 @@ class Row:
 
 
 def limits(rate: float) -> tuple[str, ...]:
-    """The options that keep the goal at so many requests per second."""
+    """Return the options that keep the goal at this rate of requests per second."""
     return (
         *("--max-running-per-worker", str(BATCH)),
         *("--queue-timeout-secs", f"{WAIT:g}"),
@@ -130,7 +131,7 @@ def limits(rate: float) -> tuple[str, ...]:
 def measure(
     router: RouterProcess, urls: Sequence[str], factor: float, rate: float, length: Length, limited: bool
 ) -> Row:
-    """Offers `rate` and waits until nothing is left of it in the engines."""
+    """Offer `rate`, then wait until no request is left in the engines."""
     lot = random.Random(f"{factor}")  # the same requests with limits and without
     everything = offer(router.url, schedule(rate, length.warm_up + length.counted, lot), PATIENCE)
     answers = [answer for answer in everything if answer.at >= length.warm_up]
@@ -152,9 +153,9 @@ def idle(url: str) -> bool:
 
 
 def sustainable(router: RouterProcess, urls: Sequence[str], length: Length, say: Callable[[str], None]) -> float:
-    """Requests per second that the engines can answer in time when they come by chance."""
+    """Return the requests per second that the engines can answer in time when requests arrive at random."""
     seconds = length.warm_up + length.counted / 2
-    answers = keep_busy(router.url, 2 * ENGINES * BATCH, seconds, PATIENCE)  # twice: no engine ever has a place free
+    answers = keep_busy(router.url, 2 * ENGINES * BATCH, seconds, PATIENCE)  # twice, so that no engine is ever idle
     capacity = sum(answer.whole and answer.at >= 1 for answer in answers) / (seconds - 1)
     say(f"a closed loop gets {capacity:.1f} requests/s")
     for part in PARTS:
@@ -167,7 +168,7 @@ def sustainable(router: RouterProcess, urls: Sequence[str], length: Length, say:
 
 
 def run(length: Length, say: Callable[[str], None]) -> tuple[float, list[Row]]:
-    """The sustainable rate, and a row for each load: with limits and then without."""
+    """Measure the sustainable rate, and a row for each load: with limits, then without."""
     common = ("--disable-access-log", "--prometheus-port", "0")
     rows = []
     with engine_processes(ENGINES, *ENGINE) as urls:
@@ -182,7 +183,7 @@ def run(length: Length, say: Callable[[str], None]) -> tuple[float, list[Row]]:
     return rate, rows
 
 
-# -- what is shown -----------------------------------------------------------------------------------------------------
+# -- tables ------------------------------------------------------------------------------------------------------------
 
 
 def goodput_at(rows: Sequence[Row], factor: float, limited: bool) -> float:
@@ -190,7 +191,7 @@ def goodput_at(rows: Sequence[Row], factor: float, limited: bool) -> float:
 
 
 def curve(rows: Sequence[Row]) -> str:
-    """A bar for each row; a full line is the largest goodput."""
+    """Draw a bar for each row; a full line is the largest goodput."""
     most = max(row.goodput for row in rows)
     lines = []
     for factor in FACTORS:
@@ -201,7 +202,7 @@ def curve(rows: Sequence[Row]) -> str:
 
 
 def report(rate: float, rows: Sequence[Row]) -> str:
-    """Figures, table and curve, in Markdown."""
+    """Return figures, table and curve in Markdown."""
     cells = [row.cells(goodput_at(rows, 1.0, row.limited)) for row in rows]
     flags = f"{' '.join(ENGINE)}` each; limits: `{' '.join(limits(rate))}"
     facts = f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, {__version__}"
@@ -220,22 +221,22 @@ def write(text: str) -> None:
 
 
 def faults(rows: Sequence[Row]) -> list[str]:
-    """What is not as it must be."""
+    """Return what is wrong."""
     found = []
     share = goodput_at(rows, 3.0, True) / max(goodput_at(rows, 1.0, True), 1e-9)
     if share < NEEDED:
         found.append(f"goodput at 3x is {share:.0%} of that at 1x, which is less than {NEEDED:.0%}")
     mute = sum(not refusal.retry_after for row in rows for refusal in row.refusals)
     if mute:
-        found.append(f"{mute} refusals do not say when to come again")
+        found.append(f"{mute} error answers have no Retry-After")
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/overload", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="short measurements; docs/overload.md is left alone")
+    parser.add_argument("--quick", action="store_true", help="short measurements; docs/overload.md stays unchanged")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # engines and router end in a `finally`
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a `finally` ends engines and router
     length = Length(3.0, 4.0) if options.quick else Length(5.0, 12.0)
     try:
         rate, rows = run(length, lambda line: print(line, file=sys.stderr, flush=True))

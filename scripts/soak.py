@@ -1,13 +1,13 @@
-"""Hours of ordinary trouble in as many minutes as there are: does anything grow, leak or get slower?
+"""Run the router under load and frequent faults for a long time, and check that nothing grows, leaks or gets slower.
 
-The router carries 70 % of the load that it is first measured to sustain here, from clients that check every answer, of
-prompts that never come twice, while engines die, hang, come back cold and the network fails, several times a minute.
-Printed each minute: what became of the requests, times, memory, descriptors, the prefix tree; and, beside the p99 of
-the calm part of the minute, that of a few requests which go to an engine directly: a busy machine holds both up. A line
-is fitted to each after the warm-up (least squares); growing by more than its tolerance over the run is a failure.
+The router gets 70 % of the load that it can sustain here, which is measured first. Clients check every answer, and no
+prompt is sent twice. Several times a minute an engine dies, hangs or restarts with a cold cache, or the network fails.
+Printed each minute: outcomes of the requests, times, memory, descriptors, the prefix tree; and, next to the p99 of the
+calm part of the minute, the p99 of a few requests that go to an engine directly: a busy machine delays both. After the
+warm-up, a line is fitted to each column (least squares); the run fails if one grows by more than its tolerance.
 
-10,000,000 prompts an hour, of 200 bytes each, is what the tree takes in: as the engines here answer fewer requests than
-that, each prompt is longer. `scripts/soak` (a shell script) prepares the environment and runs this.
+The tree takes in as much text as 10,000,000 prompts an hour of 200 bytes: as the engines here answer fewer requests,
+each prompt is longer. `scripts/soak` (a shell script) prepares the environment and runs this.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from scripts.reliability.page import write_tables
 from scripts.reliability.slopes import Tolerance, growth
 
 CHURN = 10_000_000 * 200 / 3600
-"""Bytes of new text a second."""
+"""Bytes of new text per second."""
 SHARE = 0.7
 CLIENTS = 16
-"""That ask all the time, to find what is sustained."""
+"""Clients that send requests all the time, to measure the sustainable load."""
 PACED_CLIENTS = 96
-"""That keep the pace: so many that some are left when a fault holds others up."""
+"""Clients that keep the rate: enough that some are free while a fault delays others."""
 CONTROL = 20.0
-"""Requests a second that go to an engine directly. What they wait is the machine's doing, not the router's."""
+"""Requests per second that go to an engine directly. Their delay is caused by the machine, not by the router."""
 TOKENS = (2, 12)
 SIZES = (200, 12_000)
 """Least and most bytes of a prompt."""
 FAULT_LASTS = 7.0
 CALM_SHARE = 0.35
-"""Of each minute, at its end: without faults. Its p99 is what the slope is fitted to."""
+"""Share of each minute, at its end, that is without faults. The slope is fitted to the p99 of this part."""
 RECOVERS_IN = 2.0
 ENGINE = ("--speed", "20")
 ROUTER = ("--max-tree-size", str(4 << 20))
@@ -72,18 +72,18 @@ TOLERANCES = (
     Tolerance("tree MB", share=0.05, least=0.5),
     Tolerance("tree entries", share=0.1, least=200.0),
 )
-"""How much each may grow over the run, after the warm-up."""
+"""How much each column may grow over the run, after the warm-up."""
 
 
 @dataclass
 class Minute:
-    """What was seen in one window of time, and at its end. Times in seconds."""
+    """The figures of one window of time, and those at its end. Times in seconds."""
 
     number: float
     all: Tally
     calm: Tally
-    direct: Tally  # of the same time as `calm`
-    cpu: float  # of the router, for each request
+    direct: Tally  # during the same time as `calm`
+    cpu: float  # of the router, per request
     megabytes: float
     fds: int
     tree: float
@@ -110,7 +110,7 @@ class Minute:
 
 
 def sustainable(place: Field, port: Callable[[], int], size: int, seconds: float) -> float:
-    """Requests a second when every client asks as soon as it was answered."""
+    """Measure the requests per second when every client sends the next request as soon as it has its answer."""
     load = place.load(port, clients=CLIENTS, size=size, tokens=TOKENS)
     load.start()
     time.sleep(seconds)
@@ -119,8 +119,8 @@ def sustainable(place: Field, port: Callable[[], int], size: int, seconds: float
 
 
 def measured(place: Field, port: Callable[[], int], seconds: float) -> tuple[float, int]:
-    """The rate that is sustained, and the size of prompts that makes the churn of it. The larger they are, the fewer
-    are answered, so it is looked for in three steps."""
+    """Return the sustainable rate, and the size of prompts at which it gives the wanted bytes per second. Larger
+    prompts lower the rate, so it is searched for in three steps."""
     size, rate = 2000, 0.0
     for _ in range(3):
         rate = max(sustainable(place, port, size, seconds), 1.0)
@@ -129,7 +129,7 @@ def measured(place: Field, port: Callable[[], int], seconds: float) -> tuple[flo
 
 
 def window(place: Field, load: Load, control: Load, faults: list[Fault], number: float, seconds: float) -> Minute:
-    """Some faults, then calm, then what the router has."""
+    """Cause some faults, stay calm for a while, then record the router's figures."""
     router = place.router
     assert router is not None
     began, cpu = time.monotonic(), cpu_of(router.process.pid)
@@ -151,13 +151,13 @@ def window(place: Field, load: Load, control: Load, faults: list[Fault], number:
 
 
 def cpu_of(pid: int) -> float:
-    """Seconds of processor time that a process has used."""
+    """Return the seconds of CPU time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def verdict(minutes: Sequence[Minute]) -> tuple[list[list[str]], list[str]]:
-    """Rows of the table of slopes, and what is wrong."""
+    """Return the rows of the table of slopes, and what is wrong."""
     warm = max(1, round(0.2 * len(minutes)))
     settled = minutes[warm:]
     rows, wrong = [], []
@@ -176,7 +176,7 @@ def verdict(minutes: Sequence[Minute]) -> tuple[list[list[str]], list[str]]:
 
 
 def soak(options: argparse.Namespace, folder: Path) -> tuple[str, list[Minute], list[str]]:
-    """What was measured first, in words; the minutes; and what was wrong at the end."""
+    """Run the soak. Return the first measurement in words, the minutes, and what was wrong at the end."""
     minutes: list[Minute] = []
     lot = random.Random(options.seed)
     faults = [fault for fault in FAULTS if fault.name not in OUTAGES]
@@ -220,7 +220,7 @@ def parse() -> argparse.Namespace:
 
 
 def show(options: argparse.Namespace, folder: Path) -> bool:
-    """The whole run and its tables; whether all is well."""
+    """Do the whole run and print its tables; return whether nothing was wrong."""
     started = machine(["options of scripts/reliability/field.py"])
     said, minutes, wrong = soak(options, folder)
     slopes, more = verdict(minutes)

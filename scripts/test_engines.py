@@ -1,8 +1,9 @@
-"""Real engines behind launch_server: installs them, sends each over the course, writes its row in docs/engines.md.
+"""Real engines behind launch_server: install each, run all checks (`real_engines.course`), write its row in
+docs/engines.md.
 
 scripts/test-engines [llamacpp|vllm|sglang ...]      (a shell script; prepares the environment and runs this)
 
---quick     the tiny model only, nothing downloaded, no row written: for the test suite
+--quick     only the tiny model, no download, no row written: for the test suite
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def row(engine: Engine, python: str, results: Results) -> str:
 
 
 def write(name: str, line: str) -> None:
-    """Puts an engine's row into the table, in place of the one it had."""
+    """Replace an engine's row in the table."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
     table, _, after = rest.partition(END)
     rows = {other.split("|")[1].strip(): other for other in table.splitlines(keepends=True)[2:]}
@@ -62,7 +63,7 @@ def write(name: str, line: str) -> None:
 
 
 def run(engine: Engine, quick: bool) -> Results:
-    """The whole course of one engine; what is wrong is in the results."""
+    """Run all checks of one engine; the results contain what is wrong."""
     results = Results()
     folder = Path(tempfile.mkdtemp(prefix=f"{engine.name}-"))
     print(engine.name, flush=True)
@@ -90,7 +91,7 @@ def _in_format(engine: Engine, gguf: Path) -> Path:
 
 def _progress(done: int, total: int) -> None:
     if done == total:
-        print(f"  fetched SmolLM2, {total >> 20} MiB", flush=True)
+        print(f"  downloaded SmolLM2, {total >> 20} MiB", flush=True)
 
 
 def main() -> int:
@@ -100,7 +101,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.engines) - set(ENGINES):
         parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(ENGINES)}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the launcher's end is in a `finally`
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a `finally` ends the launcher
     os.chdir(CHECKOUT)
     wrong = {}
     try:

@@ -1,11 +1,11 @@
-"""Streams that come whether or not those before them were answered (an open loop), and what became of each.
+"""Requests at given times, whether or not earlier ones were answered (an open loop), and the result of each.
 
     answers = offer(url, schedule(rate=30, seconds=10, lot=random.Random(1)), patience=4)
     sum(answer.within(first=2) for answer in answers) / 10       # goodput: useful answers per second
 
-A closed loop, in which each client waits for its answer before it asks again, slows down with the server and so never
-overloads it; users do not know of each other and come all the same. Each request has a connection of its own. A client
-leaves when its patience is over, as people do, and does not come again: what is refused is counted as refused.
+In a closed loop each client waits for its answer before it sends the next request, so it slows down with the server and
+never overloads it; users do not wait for each other. Each request has a connection of its own. A client leaves when its
+patience is over, as people do, and does not retry: a refused request counts as refused.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _DONE = b"data: [DONE]"
 
 
 class Arrival(NamedTuple):
-    """When a request comes, in seconds from the start, and how many tokens it asks for."""
+    """When a request is sent, in seconds from the start, and how many tokens it asks for."""
 
     at: float
     tokens: int
 
 
 class Answer(NamedTuple):
-    """What came of a request. Times in seconds from its start.
+    """The result of a request. Times in seconds from its start.
 
-    at           when it was sent, in seconds from the start
+    at           when it was sent, in seconds from the start of the run
     status       0: none; the client left, or the connection broke
     code         the router's error code, or ""
-    retry_after  as the answer says; "" if it does not
+    retry_after  as in the answer; "" without one
     first        the first token; 0.0 without one
     whole        the stream came to its end
     """
@@ -51,14 +51,14 @@ class Answer(NamedTuple):
     whole: bool = False
 
     def within(self, first: float) -> bool:
-        """Whether it is of use: a whole answer that began in time."""
+        """Return whether it is useful: a complete answer that began in time."""
         return self.whole and self.first <= first
 
 
 def schedule(
     rate: float, seconds: float, lot: random.Random | None = None, tokens: tuple[int, int] = (8, 24)
 ) -> list[Arrival]:
-    """Arrivals at so many per second: a Poisson process by `lot`, without it evenly and with answers of one length."""
+    """Return arrivals at this rate per second: a Poisson process drawn from `lot`, or evenly with equal lengths."""
     arrivals, at = [], 0.0
     while at < seconds:
         arrivals.append(Arrival(at, lot.randint(*tokens) if lot else sum(tokens) // 2))
@@ -67,7 +67,7 @@ def schedule(
 
 
 def request(number: int, tokens: int) -> bytes:
-    """A streamed completion: a beginning that an eighth share, then words that never come again."""
+    """Return a streamed completion: a prefix that one eighth of the requests share, then words that occur only once."""
     prompt = f"{_BEGINNINGS[number % GROUPS]} question {number} {random.Random(number).getrandbits(64):x}"
     body = {"model": "built-in", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}
     data = json.dumps(body).encode()
@@ -76,7 +76,7 @@ def request(number: int, tokens: int) -> bytes:
 
 
 def offer(url: str, arrivals: Sequence[Arrival], patience: float) -> list[Answer]:
-    """Sends each at its time; returns when all have ended."""
+    """Send each request at its time; return when all have ended."""
 
     async def run() -> list[Answer]:
         began = time.monotonic()
@@ -90,7 +90,7 @@ def offer(url: str, arrivals: Sequence[Arrival], patience: float) -> list[Answer
 
 
 def keep_busy(url: str, clients: int, seconds: float, patience: float) -> list[Answer]:
-    """A closed loop: each client asks again when it was answered, until the time is over."""
+    """Run a closed loop: each client sends the next request when it was answered, until the time is over."""
 
     async def run() -> list[Answer]:
         began = time.monotonic()
@@ -112,7 +112,7 @@ async def _ask(url: str, data: bytes, start: float, patience: float) -> Answer:
     began = time.monotonic()
     try:
         answer = await asyncio.wait_for(_exchange(url, data, began), patience)
-    except (asyncio.TimeoutError, asyncio.IncompleteReadError, OSError):  # it left; or the connection broke
+    except (asyncio.TimeoutError, asyncio.IncompleteReadError, OSError):  # the client left, or the connection broke
         answer = Answer(0.0)
     return answer._replace(at=began - start)
 

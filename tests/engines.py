@@ -1,11 +1,10 @@
-"""Real engine processes for tests: started on free ports, waited for, and ended by their process ids.
+"""Real engine processes for tests: start them on free ports, wait for them, end them by their process ids.
 
     with engine_processes(2, "--speed", "0") as urls:
         ...                                  # urls == ["http://127.0.0.1:40123", "http://127.0.0.1:40127"]
 
-Each engine binds port 0 itself and tells its URL on the first line of its standard output, so no two tests
-can race for a port. Every process is ended on the way out, also when the test fails, and one that does not
-end is an error.
+Each engine binds port 0 itself and prints its URL on the first line of its standard output, so no two tests can race
+for a port. Every process is ended at the end of the block, also when the test fails; one that does not end is an error.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ ENDS_WITHIN = 5.0
 
 
 def start_engine(*flags: str) -> tuple[subprocess.Popen[str], str]:
-    """A new engine process and its URL; it listens, but may not be healthy yet."""
+    """Start an engine; return its process and URL. It listens, but may not be healthy yet."""
     port = () if "--port" in flags else ("--port", "0")
     process = subprocess.Popen(
         [sys.executable, "-m", "sglang_router.engine", *port, *flags], stdout=subprocess.PIPE, text=True
@@ -53,7 +52,7 @@ def wait_until_healthy(url: str, within: float = READY_WITHIN) -> None:
 
 
 def end_engine(process: subprocess.Popen[str]) -> int:
-    """End one engine: SIGTERM, then SIGKILL. Its exit status, negative where a signal killed it."""
+    """End one engine: SIGTERM, then SIGKILL. Return its exit status, negative where a signal killed it."""
     process.terminate()
     try:
         return process.wait(ENDS_WITHIN)
@@ -67,7 +66,7 @@ def end_engine(process: subprocess.Popen[str]) -> int:
 
 @contextlib.contextmanager
 def engine_processes(n: int, *flags: str) -> Iterator[list[str]]:
-    """`n` healthy engines with the same `flags`; their URLs. Fails if one does not end cleanly afterwards."""
+    """Yield the URLs of `n` healthy engines with the same `flags`. Fail if one does not end cleanly afterwards."""
     started: list[tuple[subprocess.Popen[str], str]] = []
     try:
         started.extend(start_engine(*flags) for _ in range(n))

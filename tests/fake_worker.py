@@ -1,13 +1,13 @@
-"""A worker that does as it is told, broken ways included: a raw HTTP server on the test's own event loop.
+"""A worker that follows a script, errors included: a raw HTTP server on the test's own event loop.
 
     worker = FakeWorker({"GET /health": answer(200), "GET /get_load": HANG, "POST /flush_cache": b"nonsense"})
     await worker.start()                       # worker.url
     ...
     worker.script["GET /health"] = answer(503)   # from now on
-    await worker.asked("GET /health", 3)         # returns when it was asked that three times
+    await worker.asked("GET /health", 3)         # returns after the third such request
 
-What is not in the script is answered with 404. HANG never answers, CLOSE closes without an answer; a `Gate` answers
-when the test opens it.
+Requests that are not in the script are answered with 404. HANG never answers, CLOSE closes without an answer; a `Gate`
+answers when the test opens it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Gate:
 
 
 def answer(status: int, body: Any = b"", content_type: str = "") -> bytes:
-    """A whole HTTP response. A body that is not bytes goes as JSON."""
+    """Return a complete HTTP response. A body that is not bytes is sent as JSON."""
     if not isinstance(body, bytes):
         body, content_type = json.dumps(body).encode(), content_type or "application/json"
     content: bytes = body
@@ -49,7 +49,7 @@ def answer(status: int, body: Any = b"", content_type: str = "") -> bytes:
 
 
 class FakeWorker:
-    """See the module. Healthy unless the script says otherwise."""
+    """See the module. It is healthy unless the script says otherwise."""
 
     def __init__(self, script: Mapping[str, bytes | Gate] | None = None) -> None:
         self.script: dict[str, bytes | Gate] = {"GET /health": answer(200), **(script or {})}
@@ -65,13 +65,13 @@ class FakeWorker:
         return f"http://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
-        """Listens; after `stop`, on the same port again."""
+        """Listen; after `stop`, on the same port again."""
         self._up = True
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
-        """Refuses connections and cuts those there are, and one that is being accepted at this moment."""
+        """Refuse connections, and close existing ones and one that is just being accepted."""
         self._up = False
         if self._server is not None:
             self._server.close()
@@ -81,7 +81,7 @@ class FakeWorker:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def hung_up(self) -> None:
-        """Waits until nobody is connected."""
+        """Wait until no client is connected."""
 
         async def none_left() -> None:
             while self._tasks:
@@ -93,7 +93,7 @@ class FakeWorker:
         return sum(seen.route == route for seen in self.seen)
 
     async def asked(self, route: str, times: int = 1) -> None:
-        """Waits until that was asked `times` times in all."""
+        """Wait until such a request came `times` times in all."""
 
         async def enough() -> None:
             while self.count(route) < times:
@@ -113,7 +113,7 @@ class FakeWorker:
             return
         self._tasks.add(task)
         try:
-            # asyncio's streams report a cancelled handler as a fault, so it ends quietly instead.
+            # asyncio's streams report a cancelled handler as an error, so it ends quietly instead.
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
                 while await self._exchange(reader, writer):
                     pass
@@ -137,7 +137,7 @@ class FakeWorker:
             await reply.open.wait()
             reply = reply.answer
         if reply is HANG:
-            await reader.read()  # until the router gives up
+            await reader.read()  # until the router closes
         if reply in (HANG, CLOSE):
             return False
         writer.write(reply)

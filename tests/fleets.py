@@ -1,11 +1,17 @@
-"""Fleets, policies and routers as arithmetic: no socket, no clock, and a listener that writes everything down.
+"""Fleets, policies and routers without sockets and clocks, and a listener that records everything.
 
     bench = Bench(3, "cache_aware")            # three healthy workers: bench.workers, at http://w0:1 ...
-    plan = bench.route(b"a prompt", now=0.0)
+    attempt = bench.route(b"a prompt", now=0.0)
+    attempt.worker, attempt.branch             # the worker of its plan, and the policy's reason
+    attempt.end(Outcome.SERVED, now=1.0)       # or attempt.retry(Outcome.FAILED, now=1.0): the next attempt, or None
     bench.fleet.remove(bench.workers[0])
     bench.log.whats()                          # ["added", ..., "removed"]
 
-Workers come without health checks, so that they are healthy at once; `checked=True` gives them the usual ones.
+    asked = bench.ask(facts(b"a prompt"), 0.0) # may be queued: asked.waits says for what
+    bench.settle(1.0)                          # runs what the router scheduled with `soon`
+    asked.answers                              # all answers of the router: [Wait, Plan]
+
+Workers come without health checks, so that they are healthy at once; with `checked=True` they have the usual ones.
 """
 
 from __future__ import annotations
@@ -13,16 +19,27 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-from sglang_router.core.events import Listener, Listeners, Routed, WorkerChanged
-from sglang_router.core.fleet import Fleet
-from sglang_router.core.policies import POLICIES, Choice, PolicySettings
-from sglang_router.core.request import ENDPOINTS, Facts
-from sglang_router.core.router import Plan, PolicyListener, RetryRules, Router
-from sglang_router.core.worker import BreakerRules, HealthRules, Outcome, Worker, WorkerSpec
+from sglang_router.routing.decider import Delivered
+from sglang_router.routing.events import Listener, Listeners, Routed, WorkerChanged
+from sglang_router.routing.facts import ENDPOINTS, Facts
+from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.plan import Plan, RequestTag, Route, Wait
+from sglang_router.routing.policies import POLICIES
+from sglang_router.routing.policies.base import Choice, Policy
+from sglang_router.routing.pools import PoolKey, one_pool
+from sglang_router.routing.queue import Queue
+from sglang_router.routing.retry_budget import RetryBudget
+from sglang_router.routing.router import Router
+from sglang_router.routing.rules import FleetRules, HealthRules, PolicySettings, QueueRules, RetryRules
+from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.worker import Worker
 
 GENERATE = ENDPOINTS[b"/generate"]
+ROUTE = Route("POST", "/generate", "generate")
 
 
 class Log(Listener):
@@ -39,11 +56,11 @@ class Log(Listener):
         self.decisions.append(event)
 
     def whats(self, worker: Worker | None = None) -> list[str]:
-        """What changed, of one worker or of all."""
+        """Return what changed, of one worker or of all."""
         return [change.what for change in self.changes if worker is None or change.worker is worker]
 
     def moves(self, what: str) -> list[tuple[str, str]]:
-        """From where to where, of one kind of change."""
+        """Return old and new state of each change of one kind."""
         return [(change.old, change.new) for change in self.changes if change.what == what]
 
 
@@ -51,56 +68,197 @@ def spec(name: str, *, checked: bool = False, **health: Any) -> WorkerSpec:
     return WorkerSpec(url=f"http://{name}:1", health=HealthRules(enabled=checked, **health))
 
 
-def facts(text: bytes = b"", *, namespace: bytes = b"", key: bytes = b"", scaffold: int = 0) -> Facts:
-    return Facts(GENERATE, namespace=namespace, text=text, scaffold=scaffold, routing_key=key, size=len(text))
+def facts(
+    text: bytes = b"",
+    *,
+    namespace: bytes = b"",
+    key: bytes = b"",
+    scaffold: int = 0,
+    model: bytes = b"",
+    streaming: bool = False,
+) -> Facts:
+    return Facts(GENERATE, namespace, text, scaffold, streaming, model, key, len(text))
+
+
+def by_model(worker: Worker) -> PoolKey:
+    """Return a pool for each model and role; the engine's report counts if the operator named no model."""
+    model = worker.spec.model_id or worker.report.model or ""
+    return PoolKey(b'"%b"' % model.encode() if model else b"", worker.spec.worker_type)
+
+
+def any_policy() -> Policy:
+    """Return the policy of a fleet in which no request is routed."""
+    return Policy(PolicySettings(), random.Random(0))
+
+
+class Attempt:
+    """A plan of one leg, and its worker. It ends once: by `end` or by `retry`."""
+
+    def __init__(self, bench: Bench, asked: Asked, plan: Plan) -> None:
+        (self.leg,) = plan.legs
+        worker = bench.fleet.by_url(self.leg.target.name)
+        assert worker is not None
+        assert self.leg.target == worker.target
+        self.worker = worker
+        self.plan = plan
+        self.asked = asked
+        self._bench = bench
+
+    @property
+    def branch(self) -> str:
+        return self.leg.branch
+
+    @property
+    def matched(self) -> int:
+        return self.leg.matched
+
+    @property
+    def total(self) -> int:
+        return self.leg.total
+
+    @property
+    def delay(self) -> float:
+        return self.plan.delay
+
+    @property
+    def retries(self) -> int:
+        return self.plan.retries
+
+    def end(self, outcome: Outcome = Outcome.SERVED, now: float = 0.0) -> None:
+        self._bench.router.ended(self.asked.tag, self.leg, outcome, now)
+
+    def retry(self, outcome: Outcome, now: float = 0.0) -> Attempt | None:
+        """Fail the leg; return the next attempt. None: no retry, and the request is ended as the relay does it."""
+        asked = self.asked
+        answer = self._bench.router.retry(asked.tag, self.leg, asked.facts, outcome, now)
+        if answer is None:
+            self.end(outcome, now)
+            return None
+        asked.hear(answer)
+        return asked.attempt
+
+
+class Asked:
+    """A request, and all that the router answered, at once and later."""
+
+    def __init__(self, bench: Bench, tag: RequestTag, facts: Facts) -> None:
+        self.tag = tag
+        self.facts = facts
+        self.answers: list[Delivered] = []
+        self._bench = bench
+        self._attempt: Attempt | None = None
+
+    def hear(self, answer: Delivered) -> None:
+        self.answers.append(answer)
+        self._attempt = Attempt(self._bench, self, answer) if isinstance(answer, Plan) else None
+
+    @property
+    def waits(self) -> tuple[str, float] | None:
+        """What it waits for, and until when; None when it is not queued any more."""
+        last = self.answers[-1]
+        return (last.why, last.until) if isinstance(last, Wait) else None
+
+    @property
+    def attempt(self) -> Attempt:
+        """The latest plan."""
+        assert self._attempt is not None
+        return self._attempt
 
 
 class Bench:
-    """See the module. What is not named is a setting of the policy."""
+    """See the module. Further arguments are settings of the policy.
+
+    checked    workers for which the router requested a health check
+    soon       what the router scheduled for after the current call, see `settle`
+    """
 
     def __init__(
         self,
         count: int,
-        policy: str = "round_robin",
+        policy: str | type[Policy] = "round_robin",
         *,
         checked: bool = False,
-        breaker: BreakerRules | None = None,
+        rules: FleetRules | None = None,
         retries: RetryRules | None = None,
+        queue: QueueRules | None = None,
+        assign: Callable[[Worker], PoolKey] = one_pool,
         seed: int = 1,
         **settings: Any,
     ) -> None:
         self.log = Log()
+        self.checked: list[Worker] = []
+        self.soon: list[Callable[[float], None]] = []
+        self._asked: dict[int, Asked] = {}
         rng = random.Random(seed)
-        self.policy = POLICIES[policy](PolicySettings(**settings), rng)
         listeners = Listeners()
-        listeners.add(PolicyListener(self.policy))
         listeners.add(self.log)
         ids = itertools.count()
-        self.fleet = Fleet(listeners, lambda: f"id{next(ids)}", breaker)
-        self.router = Router(self.fleet, self.policy, listeners, rng, retries)
+        kind = POLICIES[policy] if isinstance(policy, str) else policy
+        self.fleet = Fleet(
+            listeners,
+            lambda: f"id{next(ids)}",
+            lambda: kind(PolicySettings(**settings), rng),
+            rules,
+            assign,
+        )
+        self.pool = self.fleet.pools.default
+        self.policy = self.pool.policy
+        self.router = Router(
+            self.fleet,
+            Queue(queue or QueueRules()),
+            listeners,
+            retries or RetryRules(),
+            RetryBudget(),
+            rng,
+            self.soon.append,
+            self.checked.append,
+        )
+        self.router.deliver = self._deliver
+        listeners.add(self.router)
         self.workers = [self.fleet.add(spec(f"w{n}", checked=checked), 0.0) for n in range(count)]
 
-    def send(self, request: Facts, now: float = 0.0) -> Plan:
-        """Routes a request and ends it well."""
-        plan = self.router.route(request, now)
-        plan.lease.close(Outcome.SERVED, now)
-        return plan
+    def _deliver(self, number: int, answer: Delivered) -> None:
+        self._asked[number].hear(answer)
 
-    def route(self, text: bytes = b"", *, now: float = 0.0, namespace: bytes = b"", key: bytes = b"") -> Plan:
-        """Routes one request and leaves it running."""
-        return self.router.route(facts(text, namespace=namespace, key=key), now)
+    def settle(self, now: float = 0.0) -> None:
+        """Run what the router scheduled, and what it schedules meanwhile."""
+        while self.soon:
+            self.soon.pop(0)(now)
 
-    def serve(self, text: bytes = b"", *, now: float = 0.0, namespace: bytes = b"", key: bytes = b"") -> Plan:
-        """Routes one request and ends it well."""
+    def ask(self, request: Facts, now: float = 0.0) -> Asked:
+        """Ask where a request goes.
+
+        Raises: RouterError, when it is refused.
+        """
+        number = len(self._asked) + 1
+        asked = self._asked[number] = Asked(self, RequestTag(number, b"r%d" % number, now, ROUTE), request)
+        asked.hear(self.router.ask(asked.tag, request, now))
+        return asked
+
+    def send(self, request: Facts, now: float = 0.0) -> Attempt:
+        """Route a request and end it as served."""
+        attempt = self.ask(request, now).attempt
+        attempt.end(now=now)
+        return attempt
+
+    def route(self, text: bytes = b"", *, now: float = 0.0, namespace: bytes = b"", key: bytes = b"") -> Attempt:
+        """Route one request and leave it in flight."""
+        return self.ask(facts(text, namespace=namespace, key=key), now).attempt
+
+    def serve(self, text: bytes = b"", *, now: float = 0.0, namespace: bytes = b"", key: bytes = b"") -> Attempt:
+        """Route one request and end it as served."""
         return self.send(facts(text, namespace=namespace, key=key), now)
 
     def choose(self, *among: int, text: bytes = b"", key: bytes = b"") -> Choice:
-        """Asks the policy alone: no lease. `among` are the numbers of the candidates; none means all."""
+        """Ask the policy and let it record; no lease. `among` are the numbers of the candidates; none means all."""
         workers = tuple(self.workers[n] for n in among) or tuple(self.workers)
-        return self.policy.choose(facts(text, key=key), workers, 0.0)
+        asked = facts(text, key=key)
+        choice = self.policy.choose(asked, workers, 0.0)
+        self.policy.chosen(choice, asked, 0.0)
+        return choice
 
     def load(self, *loads: int) -> None:
-        """Brings each worker up to a load, in order."""
+        """Bring each worker up to a load, in order."""
         for worker, load in zip(self.workers, loads, strict=True):
             for _ in range(load - worker.load):
                 self.fleet.lease(worker)
@@ -109,7 +267,7 @@ class Bench:
     def number(self, worker: Worker) -> int:
         return self.workers.index(worker)
 
-    def spread(self, plans: list[Plan]) -> list[int]:
-        """How many of the plans each worker got."""
-        counts = Counter(plan.worker for plan in plans)
+    def spread(self, attempts: list[Attempt]) -> list[int]:
+        """Return how many of the attempts each worker got."""
+        counts = Counter(attempt.worker for attempt in attempts)
         return [counts[worker] for worker in self.workers]

@@ -7,8 +7,8 @@
         await leg.answer(200, b"{}")
         assert (await client.response()).status == 200
 
-Sockets are real (loopback); only the peers' minds are the test's. On the way out everything is checked to be back at
-rest: no load, no request under way, each accepted request finished exactly once.
+Sockets are real (loopback); the test decides what the peers do. At the end of the block everything must be at rest: no
+load, no request in flight, each accepted request finished exactly once.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ import asyncio
 import random
 import socket
 import struct
-import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import uvloop
 
-from sglang_router.core.events import Finished, Listener, Listeners, Routed, WorkerChanged
-from sglang_router.core.fleet import Fleet
-from sglang_router.core.policies import POLICIES, PolicySettings
-from sglang_router.core.request import ENDPOINTS
-from sglang_router.core.router import PolicyListener, RetryRules, Router
-from sglang_router.core.worker import BreakerRules, Worker, WorkerSpec
-from sglang_router.net.downstream import Downstream
-from sglang_router.net.service import Service, Timeouts
-from sglang_router.net.upstream import Upstream
-from sglang_router.wire.request import Limits
+from sglang_router.app.build import Seams, build
+from sglang_router.config import RouterArgs
+from sglang_router.relay.client import ClientConnection
+from sglang_router.relay.deadlines import Due
+from sglang_router.routing.decider import Decider
+from sglang_router.routing.events import Finished, FirstByte, Listener, Routed, WorkerChanged
+from sglang_router.routing.facts import ENDPOINTS, Endpoint
+from sglang_router.routing.router import Router
+from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.worker import Worker
+from sglang_router.workers.engine_survey import EngineSurvey
+from sglang_router.workers.health_checks import HealthChecks
 
 PATIENCE = 10.0
-"""Seconds after which something that should have happened is called missing."""
+"""Seconds after which a test that waits fails."""
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Runs an async test on the event loop the product uses."""
+    """Run an async test on the event loop that the product uses."""
     loop = uvloop.new_event_loop()
     try:
         loop.run_until_complete(main)
@@ -49,7 +50,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 
 def post(path: str, body: bytes, *headers: str, version: str = "1.1") -> bytes:
-    """A POST with a JSON body."""
+    """Return a POST request with a JSON body."""
     lines = [f"POST {path} HTTP/{version}", "Host: router", "Content-Type: application/json", *headers]
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
 
@@ -74,7 +75,7 @@ class Peer:
         await asyncio.wait_for(self.writer.drain(), PATIENCE)
 
     async def head(self) -> tuple[str, list[tuple[str, str]]]:
-        """Start line and fields of the next message."""
+        """Return start line and fields of the next message."""
         data = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), PATIENCE)
         start, *lines = data.decode("latin-1").rstrip().split("\r\n")
         fields = [line.partition(": ") for line in lines]
@@ -87,31 +88,31 @@ class Peer:
         return await asyncio.wait_for(self.reader.readuntil(end), PATIENCE)
 
     async def rest(self) -> bytes:
-        """Everything until the other side closes."""
+        """Return everything until the other side closes."""
         try:
             return await asyncio.wait_for(self.reader.read(), PATIENCE)
         except ConnectionResetError:
             return b""
 
     async def closed(self) -> None:
-        """Returns when the other side has closed; fails if it sent anything else."""
+        """Return when the other side has closed; fail if it sent anything else."""
         assert await self.rest() == b""
 
     def close(self) -> None:
         self.writer.close()
 
     def reset(self) -> None:
-        """Closes with RST, as a killed process with unread bytes does."""
+        """Close with RST, as a killed process with unread bytes does."""
         sock: socket.socket = self.writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
 
 
 class Client(Peer):
-    """The client's end."""
+    """The client's end of a connection."""
 
     async def response(self) -> Response:
-        """The next response, decoded; `complete` tells whether it ended as its head said."""
+        """Return the next response, decoded; `complete` says whether it ended as its head announced."""
         start, fields = await self.head()
         status, headers = int(start.split(" ")[1]), dict(fields)
         assert len(headers) == len(fields), f"a field came twice: {fields}"
@@ -137,14 +138,14 @@ class Client(Peer):
         return body, True
 
     async def chunk(self) -> bytes:
-        """The next chunk of a stream."""
+        """Return the next chunk of a stream."""
         data = await self.exactly(int(await self.until(b"\r\n"), 16))
         assert await self.exactly(2) == b"\r\n"
         return data
 
 
 class Leg(Peer):
-    """A worker's end of a connection that has brought a request."""
+    """A worker's end of a connection that has carried a request."""
 
     def __init__(self, worker: PlayedWorker, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         super().__init__(reader, writer)
@@ -158,7 +159,7 @@ class Leg(Peer):
         return dict(self.fields)
 
     async def request(self) -> None:
-        """Reads the next request on this connection."""
+        """Read the next request on this connection."""
         self.start, self.fields = await self.head()
         self.body = await self.exactly(int(self.headers.get("content-length", "0")))
 
@@ -178,7 +179,7 @@ class Leg(Peer):
 
 
 class PlayedWorker:
-    """A listening worker. Connections that brought a request are handed to the test in that order."""
+    """A listening worker. The test gets the connections that carried a request, in the order of the requests."""
 
     def __init__(self, legs: asyncio.Queue[Leg]) -> None:
         self._legs = legs
@@ -192,12 +193,12 @@ class PlayedWorker:
         return f"http://127.0.0.1:{self.port}"
 
     async def listen(self) -> None:
-        """Listens; after `refuse`, on the same port again."""
+        """Listen; after `refuse`, on the same port again."""
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, limit=1 << 27)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def refuse(self) -> None:
-        """Refuses connections from now on; those there are stay."""
+        """Refuse connections from now on; existing ones stay."""
         assert self._server is not None
         self._server.close()
 
@@ -228,10 +229,14 @@ class Recorder(Listener):
     def __init__(self) -> None:
         self.routes: list[Routed] = []
         self.ends: list[Finished] = []
+        self.firsts: list[FirstByte] = []
         self.changes: list[WorkerChanged] = []
 
     def routed(self, event: Routed) -> None:
         self.routes.append(event)
+
+    def first_byte(self, event: FirstByte) -> None:
+        self.firsts.append(event)
 
     def finished(self, event: Finished) -> None:
         self.ends.append(event)
@@ -240,27 +245,67 @@ class Recorder(Listener):
         self.changes.append(event)
 
 
+class NoChecks(HealthChecks):
+    """Health checks that are never made; `asked` records the workers for which one was requested."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.asked: list[Worker] = []
+
+    def start(self, worker: Worker) -> None:
+        """Do nothing: the test sets the health of a worker."""
+
+    def check_now(self, worker: Worker) -> None:
+        self.asked.append(worker)
+
+
+class NoSurvey(EngineSurvey):
+    """An engine survey without questions to engines."""
+
+    def start(self, worker: Worker) -> None:
+        """Do nothing: the test sets what an engine reports."""
+
+
+async def no_app(scope: Any, receive: Any, send: Any) -> None:
+    raise AssertionError("this play has no control plane")
+
+
+QUICK: dict[str, Any] = {
+    "policy": "round_robin",
+    "retry_initial_backoff_ms": 1,
+    "retry_max_backoff_ms": 10,
+    "connect_timeout_secs": 5.0,
+    "slow_start_secs": 0.0,
+    "disable_outlier_ejection": True,
+    "max_concurrent_requests": -1,
+}
+
+
 class Play:
-    """See the module. `healthy=False` leaves the workers starting; the rest has the meaning of the classes it goes
-    to."""
+    """See the module.
+
+    healthy    False: the workers stay in health STARTING
+    app        the control plane
+    decider    returns the decider that the relay asks
+    endpoints  the relayed endpoints
+    options    further options of the router
+    """
 
     def __init__(
         self,
         workers: int = 1,
         *,
-        policy: str = "round_robin",
         healthy: bool = True,
-        retries: RetryRules | None = None,
-        breaker: BreakerRules | None = None,
-        timeouts: Timeouts | None = None,
-        limits: Limits | None = None,
-        connect_timeout: float = 5.0,
-        app: Any = None,
-        everything: bool = False,
+        app: Any = no_app,
+        decider: Callable[[Router], Decider] = lambda router: router,
+        endpoints: Mapping[bytes, Endpoint] = ENDPOINTS,
+        **options: Any,
     ) -> None:
         loop = asyncio.get_running_loop()
-        rng = random.Random(1)
-        listeners = Listeners()
+        seams = Seams(
+            rng=random.Random(1), endpoints=endpoints, decider=decider, checks=NoChecks, survey=NoSurvey, app=app
+        )
+        self.app = built = build(RouterArgs(**{**QUICK, **options}), loop, seams=seams)
         self._count, self._healthy = workers, healthy
         self._clients: list[Client] = []
         self._seen: list[Leg] = []
@@ -270,48 +315,37 @@ class Play:
         self.legs: asyncio.Queue[Leg] = asyncio.Queue()
         self.played: list[PlayedWorker] = []
         self.workers: list[Worker] = []
-        self.prodded: list[Worker] = []
         self.events = Recorder()
-        self.policy = POLICIES[policy](PolicySettings(), rng)
-        self.fleet = Fleet(listeners, lambda: str(uuid.uuid4()), breaker)
-        rules = retries or RetryRules(initial_backoff=0.001, max_backoff=0.01)
-        self.router = Router(self.fleet, self.policy, listeners, rng, rules)
-        self.upstream = Upstream(loop, connect_timeout=connect_timeout)
-        self.service = Service(
-            loop,
-            self.router,
-            self.upstream,
-            listeners,
-            app,
-            rng,
-            endpoints=ENDPOINTS,
-            prod=self.prodded.append,
-            timeouts=timeouts,
-            limits=limits,
-            forward_everything=everything,
-        )
-        listeners.add(PolicyListener(self.policy))
-        listeners.add(self.events)
+        self.clock = built.clock
+        self.fleet = built.fleet
+        self.router = built.router
+        self.clients = built.clients
+        self.connections = built.connections
+        assert isinstance(built.checks, NoChecks)
+        self.checked = built.checks.asked
+        built.listeners.add(self.events)
 
     async def __aenter__(self) -> Play:
         for _ in range(self._count):
             await self.add_worker()
-        self._server = await self.loop.create_server(lambda: Downstream(self.service), "127.0.0.1", 0)
+        self._server = await self.loop.create_server(
+            lambda: cast("asyncio.Protocol", ClientConnection(self.app.frontend)), "127.0.0.1", 0
+        )
         self._sweep()
         return self
 
     def _sweep(self) -> None:
-        self.service.sweep()
+        self.clients.sweep()
         self._sweeper = self.loop.call_later(0.01, self._sweep)
 
     async def add_worker(self, key: str | None = None) -> Worker:
-        """One more worker, listening and (if the play says so) healthy."""
+        """Add a worker, listening and (unless healthy=False) healthy."""
         played = PlayedWorker(self.legs)
         await played.listen()
         self.played.append(played)
-        worker = self.fleet.add(WorkerSpec(url=played.url, api_key=key), self.service.clock())
+        worker = self.fleet.add(WorkerSpec(url=played.url, api_key=key), self.clock())
         if self._healthy:
-            self.fleet.probed(worker, None, self.service.clock())
+            self.fleet.probed(worker, None, self.clock())
         self.workers.append(worker)
         return worker
 
@@ -328,12 +362,12 @@ class Play:
         if kind is None:
             await self.at_rest()
         self._sweeper.cancel()
-        await self.upstream.close()
-        await self.until(lambda: not self.upstream.open and not self.service.connections)
+        await self.connections.close()
+        await self.until(lambda: not self.connections.open and not self.clients.connections)
         await self.until(lambda: all(played.idle for played in self.played))
 
     async def client(self, limit: int = 1 << 27) -> Client:
-        """A new connection; its end buffers up to twice `limit` bytes nobody has read."""
+        """Open a connection; its end buffers up to twice `limit` bytes that were not read."""
         assert self._server is not None
         port = self._server.sockets[0].getsockname()[1]
         client = Client(*await asyncio.open_connection("127.0.0.1", port, limit=limit))
@@ -341,13 +375,13 @@ class Play:
         return client
 
     async def leg(self) -> Leg:
-        """The next request that reached a worker."""
+        """Return the next request that reached a worker."""
         leg = await asyncio.wait_for(self.legs.get(), PATIENCE)
         self._seen.append(leg)
         return leg
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Returns when it holds; the loop turns meanwhile."""
+        """Return when a condition holds; the loop runs meanwhile."""
 
         async def turning() -> None:
             while not holds():  # noqa: ASYNC110  # what is waited for is the router's, which has no event for it
@@ -356,13 +390,19 @@ class Play:
         await asyncio.wait_for(turning(), PATIENCE)
 
     async def ended(self, count: int) -> list[Finished]:
-        """All ends, once there are that many."""
+        """Return all Finished events, once there are that many."""
         await self.until(lambda: len(self.events.ends) >= count)
         return self.events.ends
 
     async def at_rest(self) -> None:
-        """Returns when nothing is under way any more; fails when something stays, or ended twice."""
-        await self.until(lambda: not self.service.active and not any(worker.load for worker in self.workers))
-        assert not self.service.waiting
-        ids = [end.request_id for end in self.events.ends if end.endpoint]
+        """Return when nothing is in flight any more; fail when something stays, or a request ended twice."""
+        await self.until(lambda: not self.clients.active and not any(worker.load for worker in self.workers))
+        await self.until(
+            lambda: not self.clients.budget.held or any(c.deadline[0] is Due.BODY for c in self.clients.connections)
+        )
+        assert not len(self.router.queue)
+        assert not self.app.relay.queued
+        assert not self.router.leases
+        assert not self.clients.budget.held
+        ids = [end.tag.id for end in self.events.ends if end.tag.route.endpoint]
         assert len(ids) == len(set(ids)), "a request ended twice"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sglang_router.core.tree import Tree
-from sglang_router.core.tree_node import Node, Use, find_use, owned_below
+from sglang_router.routing.prefix_tree.node import Node, Use
+from sglang_router.routing.prefix_tree.slot import find_use, owned_below
+from sglang_router.routing.prefix_tree.tree import Tree
 
 BIG = 1 << 30
 Prefix = tuple[bytes, bytes]  # namespace, text
@@ -54,7 +55,7 @@ def shape(tree: Tree) -> list[tuple[bytes, int]]:
 
 
 def check(tree: Tree) -> None:
-    """All that the head of core/tree.py promises of the structure."""
+    """All that the head of routing/prefix_tree/tree.py promises of the structure."""
     nodes = attached = total = 0
     for _, node in walk(tree):
         nodes += 1

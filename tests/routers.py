@@ -1,12 +1,12 @@
 """Real router processes for tests: the command as users start it, on free ports, ended as users end it.
 
     with engine_processes(2, "--speed", "0") as urls, router_process(urls, "--policy", "round_robin") as router:
-        router.post("/generate", {"text": "x"}).status     # speaks HTTP to it
+        router.post("/generate", {"text": "x"}).status      # sends it a request
         router.samples().total("sgl_router_retries_total")  # what it counted
         router.until(lambda: router.worker(urls[0])["load"] == 0)
 
-Whatever the test is about, the process must then end on SIGTERM with status 0 within seconds, and its log may hold no
-traceback and no warning of Python's. A test that ends the router itself asks for `router.exit_status()`.
+Whatever the test is about, the process must end on SIGTERM with status 0 within seconds, and its log may contain no
+traceback and no warning of Python. A test that ends the router itself calls `router.exit_status()`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from engines import start_engine
 
 WITHIN = 30.0
-"""Seconds after which a test that waits has failed; a busy machine is slow."""
+"""Seconds after which a test that waits fails; a busy machine is slow."""
 ENDS_WITHIN = 10.0
 COMMAND = (sys.executable, "-W", "error", "-m", "sglang_router.launch_router")
 _PORTS = (10_000, 29_000)
-"""Below those that the system gives to outgoing connections: one of them could take the port of a server that is away,
-and a connection to such a port can even meet itself."""
+"""Ports below those that the system uses for outgoing connections. One of those could take the port of a server that is
+down, and a connection to such a port can even connect to itself."""
 
 
 class Answer(NamedTuple):
@@ -65,21 +65,24 @@ class Samples:
         }
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum over the samples of that name that have these labels; those there are none of count 0."""
+        """Return the sum over the samples of that name that have these labels; 0 without any."""
         wanted = set(labels.items())
         return sum(value for (known, has), value in self.all.items() if known == name and wanted <= set(has))
 
     def by(self, name: str, label: str, **labels: str) -> dict[str, float]:
-        """The same, by the values of one label; what is 0 is left out."""
+        """Return the same by the values of one label, without those that are 0."""
         values = {dict(has)[label] for known, has in self.all if known == name and label in dict(has)}
         totals = {value: self.total(name, **{label: value}, **labels) for value in values}
         return {value: total for value, total in totals.items() if total}
 
 
 class RouterProcess:
-    """A router that runs. `url` is where clients reach it, `metrics_url` the scrape of its own port for that.
+    """A router that runs.
 
-    `key` is shown with every request that does not say otherwise; with `tls` the router is spoken to by that.
+    url          where clients reach it
+    metrics_url  the metrics port
+    key          sent with every request that has no other
+    tls          the context for requests to an https URL
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class RouterProcess:
     # -- its door ----------------------------------------------------------------------------------------
 
     def ask(self, method: str, target: str, value: Any = None, **headers: str) -> Answer:
-        """One request on a connection of its own; `value` goes as JSON, bytes as they are."""
+        """Send one request on a connection of its own; `value` goes as JSON, bytes as they are."""
         if self._key:
             headers.setdefault("authorization", f"Bearer {self._key}")
         return ask(self.url, method, target, value, self._tls, **headers)
@@ -115,18 +118,18 @@ class RouterProcess:
         return self.ask("POST", target, value, **headers)
 
     def workers(self) -> dict[str, dict[str, Any]]:
-        """What GET /workers tells, by URL."""
+        """Return the answer of GET /workers, by URL."""
         return {worker["url"]: worker for worker in self.get("/workers").json()["workers"]}
 
     def worker(self, url: str) -> dict[str, Any]:
-        """What GET /workers/{id} tells."""
+        """Return the answer of GET /workers/{id}."""
         answer = self.get("/workers/" + quote(url, safe=""))
         assert answer.status == 200, answer
         found: dict[str, Any] = answer.json()
         return found
 
     def samples(self, url: str = "") -> Samples:
-        """A scrape of /metrics, or of `url`."""
+        """Return a scrape of /metrics, or of `url`."""
         parts = urlsplit(url)
         answer = ask(f"{parts.scheme}://{parts.netloc}", "GET", parts.path) if url else self.get("/metrics")
         assert answer.status == 200, answer
@@ -135,7 +138,7 @@ class RouterProcess:
     # -- its life ----------------------------------------------------------------------------------------
 
     def until(self, holds: Callable[[], bool], within: float = WITHIN) -> None:
-        """Waits until something is true, which only asking can tell. The log goes with the failure."""
+        """Wait until a condition holds; poll, because only requests can tell. A failure shows the log."""
         deadline = time.monotonic() + within
         while not holds():
             assert self.process.poll() is None, f"the router ended:\n{self.log()}"
@@ -143,7 +146,7 @@ class RouterProcess:
             time.sleep(0.01)
 
     def until_healthy(self, *urls: str) -> None:
-        """Waits until these workers, or all there are, take requests."""
+        """Wait until these workers, or all workers, take requests."""
 
         def well() -> bool:
             workers = self.workers()
@@ -152,23 +155,23 @@ class RouterProcess:
         self.until(well)
 
     def log(self) -> str:
-        """What it has written to standard error; after its end as well."""
+        """Return what it has written to standard error; after its end as well."""
         return self._written or self._log.read_text(errors="replace")
 
     def records(self) -> list[dict[str, Any]]:
-        """The lines of a log in JSON; the last one may still be on its way."""
+        """Return the lines of a log in JSON; without an incomplete last line."""
         return [json.loads(line) for line in self.log().splitlines(keepends=True) if line.endswith("\n")]
 
     def send_signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
     def exit_status(self, within: float = ENDS_WITHIN) -> int:
-        """Waits for its end, which the test has brought about."""
+        """Wait for its end, which the test has caused."""
         self._asked = True
         return self.process.wait(within)
 
     def end(self) -> None:
-        """SIGTERM must do, and nothing may have gone wrong inside."""
+        """End it with SIGTERM, and check that nothing went wrong inside."""
         if not self._asked:
             assert self.process.poll() is None, f"ended before its time, {self.process.returncode}:\n{self.log()}"
             self.process.terminate()
@@ -182,7 +185,7 @@ class RouterProcess:
 def ask(
     url: str, method: str, target: str, value: Any = None, tls: ssl.SSLContext | None = None, /, **headers: str
 ) -> Answer:
-    """One request to a base URL on a connection of its own."""
+    """Send one request to a base URL on a connection of its own."""
     host = urlsplit(url).netloc
     connection = http.client.HTTPConnection(host, timeout=WITHIN)
     if tls is not None:
@@ -196,10 +199,11 @@ def ask(
 
 
 class PlainWorker(http.server.ThreadingHTTPServer):
-    """A worker that gives the same answers again and again, in threads of the test's process.
+    """A worker that always gives the same answers, in threads of the test's process.
 
-    `answers` by path: status, headers, body; what is not there is 200 and empty, so it is healthy. `asked` counts them,
-    `seen` keeps the headers of the last request for each path.
+    answers  status, headers and body by path; any other path is 200 and empty, so the worker is healthy
+    asked    number of requests by path
+    seen     headers of the last request by path
     """
 
     daemon_threads = True
@@ -212,7 +216,7 @@ class PlainWorker(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """The router may hang up at any time; nobody wants to read of it."""
+        """Ignore errors: the router may close a connection at any time."""
 
 
 class _PlainHandler(http.server.BaseHTTPRequestHandler):
@@ -237,12 +241,12 @@ class _PlainHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Not to standard error."""
+        """Write nothing to standard error."""
 
 
 @contextlib.contextmanager
 def plain_worker(answers: Mapping[str, tuple[int, Mapping[str, str], bytes]]) -> Iterator[PlainWorker]:
-    """A PlainWorker that listens."""
+    """Yield a PlainWorker that listens."""
     with PlainWorker(answers) as worker:
         thread = threading.Thread(target=worker.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -254,7 +258,7 @@ def plain_worker(answers: Mapping[str, tuple[int, Mapping[str, str], bytes]]) ->
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port on which nobody listens now; who wants it must still expect to find it taken."""
+    """Return a port on which nothing listens now; it may be taken before the caller uses it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     while True:
         port = random.randrange(*_PORTS)
@@ -263,7 +267,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def engine_on_fixed_port(*flags: str) -> tuple[subprocess.Popen[str], str]:
-    """An engine that can be started again with the same URL: its port is none the system gives away."""
+    """Start an engine that can be started again with the same URL: the system gives its port to nothing else."""
     for _ in range(5):
         with contextlib.suppress(AssertionError):
             return start_engine("--port", str(free_port()), *flags)
@@ -271,7 +275,7 @@ def engine_on_fixed_port(*flags: str) -> tuple[subprocess.Popen[str], str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment without options for the router."""
+    """Return the environment without options for the router."""
     return {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_ROUTER_")}
 
 
@@ -284,7 +288,7 @@ def start_router(
     tls: ssl.SSLContext | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> RouterProcess:
-    """A router process that answers GET /health; its workers may still be starting."""
+    """Start a router process that answers GET /health; its workers may still be starting."""
     for _ in range(5):
         port, metrics_port = free_port(host), free_port(host)
         words = ["--host", host, "--port", str(port), *flags]
@@ -310,7 +314,7 @@ def start_router(
             process.kill()
             process.wait()
             raise
-        if "is in use" not in router.log():  # else somebody was quicker: other ports
+        if "is in use" not in router.log():  # another process took the port first: try other ports
             break
     raise AssertionError(f"the router did not start, exit status {process.returncode}:\n{router.log()}")
 
@@ -329,7 +333,7 @@ def _listens(router: RouterProcess) -> bool:
 def router_process(
     urls: Sequence[str], *flags: str, host: str = "127.0.0.1", healthy: bool = True, **more: Any
 ) -> Iterator[RouterProcess]:
-    """A router in front of `urls`; `healthy`: the block begins when all of them are. `more`: see `start_router`."""
+    """Yield a router in front of `urls`; with `healthy` when all of them are healthy. `more`: see `start_router`."""
     with tempfile.TemporaryDirectory() as folder:
         router = start_router(urls, *flags, log=Path(folder) / "router.log", host=host, **more)
         try:

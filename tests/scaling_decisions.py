@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from sglang_router.core.scaling import Decision, Reading, ScalingRules, wants_of
+from sglang_router.autoscale.scaler import Decision, Reading, ScalingRules, wants_of
 
 WITHIN = 20.0
 RULES = ScalingRules(fewest=1, most=4)

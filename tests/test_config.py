@@ -1,4 +1,4 @@
-"""Options: each reads, refuses and documents itself; the order of sources; what other launchers rely on."""
+"""Options: reading, errors and documentation of each; precedence of sources; what other launchers rely on."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from sglang_router.config import (
     parse,
     parse_worker_url,
 )
-from sglang_router.config.checks import Range
+from sglang_router.config.checks import NumberRange
 from sglang_router.config.flags import new_parser
-from sglang_router.core.policies import POLICIES
 from sglang_router.errors import ConfigError
+from sglang_router.routing.policies import POLICIES
 
 A, B = "http://a:8000", "http://b:8000"
 
@@ -159,13 +159,13 @@ def sample(option: Option) -> tuple[str, Any]:
     if option.kind.metavar in ("N", "X"):
         if option.kind.nargs == "*":
             return "1 2.5", [1, 2.5]
-        bounds = option.check if isinstance(option.check, Range) else Range(1)
+        bounds = option.check if isinstance(option.check, NumberRange) else NumberRange(1)
         number = next(n for n in (bounds.low + 1, bounds.low + 2, 0.75) if n != option.default and fits(bounds, n))
         return f"{number:g}", number
     return SAMPLES[option.name] if option.name in SAMPLES else TEXTS[option.kind.metavar]
 
 
-def fits(bounds: Range, number: float) -> bool:
+def fits(bounds: NumberRange, number: float) -> bool:
     try:
         return bounds(number) == number
     except ValueError:
@@ -245,10 +245,12 @@ def test_default_is_a_value_and_never_shared(option: Option) -> None:
     assert not isinstance(option.default, (list, dict)) or option.fresh_default() is not option.default
 
 
-@pytest.mark.parametrize("option", [o for o in OPTIONS.values() if isinstance(o.check, Range)], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    "option", [o for o in OPTIONS.values() if isinstance(o.check, NumberRange)], ids=lambda o: o.name
+)
 def test_range(option: Option) -> None:
     bounds = option.check
-    assert isinstance(bounds, Range)
+    assert isinstance(bounds, NumberRange)
     highest = [] if bounds.high is None else [bounds.high]
     outside = [bounds.low - 1, *(high + 1 for high in highest)]
     (outside if bounds.open else highest).append(bounds.low)
@@ -281,7 +283,7 @@ def test_policies_are_those_of_core() -> None:
     assert set(POLICY_NAMES) == set(POLICIES)
 
 
-# -- what people read --------------------------------------------------------------------------------------
+# -- help and documentation --------------------------------------------------------------------------------
 
 
 def test_page_is_up_to_date() -> None:
@@ -296,7 +298,7 @@ def test_help_tells_everything() -> None:
         assert option.help.split(".")[0] in text
         assert all(choice in text for choice in option.choices)
     assert text.count("[default: ") + text.count("; default: ") == len(OPTIONS)
-    assert text.count("not available yet: refused") == sum(o.status == "later" for o in OPTIONS.values())
+    assert text.count("not available yet") == sum(o.status == "later" for o in OPTIONS.values())
     for words in (
         "default: 536870912 bytes (512 MiB)",
         "default: 30 s",
@@ -315,6 +317,7 @@ def test_flag_beats_environment_beats_file(tmp_path: Path) -> None:
     args = read(f"--config {file} --port 3", PORT="2", HOST="e")
     assert (args.port, args.host, args.policy, args.cache_threshold) == (3, "e", "random", 0.5)
     assert args.given == {"config", "port", "host", "policy"}
+    assert args.from_file == {"policy"}
     assert read("", CONFIG=str(file)).port == 1
 
 
@@ -366,7 +369,7 @@ def test_switch_in_the_environment(switch: str) -> None:
         ("r.yaml", "a: !!python/object:os.system x", ": could not determine a constructor"),
         ("r.yaml", "a: \x01", ": unacceptable character"),
         ("r.toml", "a = ", ": Invalid value"),
-        ("r.json", "{}", ": name it .yaml, .yml or .toml"),
+        ("r.json", "{}", ": the name of the file must end in .yaml, .yml or .toml"),
         ("r.yaml", "verbose: 7", ": verbose: 7 is not true or false"),
         ("r.yaml", "eviction-interval: 5\neviction-interval-secs: 6", " two names of one option"),
     ],
@@ -420,12 +423,12 @@ def test_unreadable_file(tmp_path: Path) -> None:
             "--control-plane-api-keys i:n:root:hush",
             "--control-plane-api-keys: this is not ID:NAME:ROLE:KEY with the role admin or user",
         ),
-        ("--api-key alice hush", "each key needs a flag of its own; a name goes into the same word: 'NAME KEY'"),
+        ("--api-key alice hush", "each key needs a flag of its own; quote a name together with its key: 'NAME KEY'"),
         ("--tls-cert-path c", "--tls-cert-path and --tls-key-path belong together; give both"),
         ("--client-key-path k", "--client-cert-path and --client-key-path belong together; give both"),
         (
             "--control-plane-open --control-plane-api-keys-file f",
-            "--control-plane-open is for a control plane without keys; give one or the other",
+            "--control-plane-open cannot be used with control-plane keys; give only one of them",
         ),
         ("--cors-allowed-origins chat.example.com", "'chat.example.com' is not an origin, as in https://"),
         ("--cors-allowed-origins https://h/path", "'https://h/path' is not an origin"),
@@ -485,7 +488,7 @@ def test_both_names_must_agree() -> None:
 
 def test_retries_as_either_router_counts_them() -> None:
     assert read("--max-total-retries 4 --retry-max-retries 5").checked().max_total_retries == 4
-    assert "disagree" in refused("--max-total-retries 4 --retry-max-retries 4")
+    assert "conflict" in refused("--max-total-retries 4 --retry-max-retries 4")
     assert refused("--retry-max-retries 0") == "--retry-max-retries: '0' is not a whole number of at least 1"
 
 
@@ -499,7 +502,7 @@ def test_set_level_after_verbose_wins() -> None:
     assert args.checked().log_level == "warn"
 
 
-# -- from what was said to what is run with ----------------------------------------------------------------
+# -- derived values ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS.values() if o.status == "later"], ids=lambda o: o.name)
@@ -573,6 +576,7 @@ def test_file_named_by_hand(tmp_path: Path) -> None:
     file.write_text("port: 5\npolicy: random\n")
     args = RouterArgs(config=str(file), policy="manual").checked()
     assert (args.port, args.policy) == (5, "manual")
+    assert args.from_file == {"port"}
 
 
 def test_repr_shows_changes_but_no_secrets() -> None:
@@ -584,7 +588,7 @@ def test_repr_shows_changes_but_no_secrets() -> None:
     assert {"worker_api_key", "api_key", "control_plane_api_keys"} <= {option.name for option in secrets}
 
 
-# -- launchers of others -----------------------------------------------------------------------------------
+# -- other launchers ---------------------------------------------------------------------------------------
 
 
 def launcher(prefix: bool, without_address: bool) -> argparse.ArgumentParser:
@@ -732,7 +736,7 @@ def test_a_range_of_workers() -> None:
         ("--autoscale 0:0", "--autoscale: '0:0': MIN must not be above MAX, and MAX must be at least 1"),
         ("--autoscale 1:2 --scale-webhook ftp://h", "--scale-webhook: the webhook must be a URL that begins with http"),
         ("--autoscale 1:2 --scale-webhook http://u:pw@h/", "--scale-webhook: the webhook's URL must not hold cred"),
-        ("--autoscale 1:2 --dp-aware", "--autoscale counts workers, and with --dp-aware one engine is several"),
+        ("--autoscale 1:2 --dp-aware", "--autoscale cannot be used with --dp-aware"),
         ("--scale-webhook http://h/", "--scale-webhook and --scale-command need --autoscale MIN:MAX"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The commands, as processes: what they print, where, and how they end; and the functions behind them."""
+"""The commands as processes: output, exit status; and the functions behind them."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_reader_of_help_may_leave(door: list[str]) -> None:
 
 
 class Server:
-    """Stands in for the real one: keeps what it was started with."""
+    """Replaces the real server and records the options that it was started with."""
 
     def __init__(self) -> None:
         self.started: list[RouterArgs] = []
@@ -182,7 +182,10 @@ def test_launch_refuses_by_exception() -> None:
 
 def test_one_warning_names_all_without_effect(capsys: pytest.CaptureFixture[str]) -> None:
     launch_router(parse_router_args(["--model-path", "m", "--reasoning-parser", "r"]), serve=Server().serve)
-    assert capsys.readouterr().err == "warning: no effect in this router: --model-path, --reasoning-parser\n"
+    assert (
+        capsys.readouterr().err
+        == "warning: these options have no effect in this router: --model-path, --reasoning-parser\n"
+    )
     launch_router(RouterArgs(), serve=Server().serve)
     assert capsys.readouterr().err == ""
 

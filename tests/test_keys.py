@@ -1,4 +1,4 @@
-"""Keys from flags, variables and files: one grammar, clear refusals, and never a key in a message."""
+"""Keys from flags, variables and files: one grammar, clear errors, and no message that contains a key."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_bad_line_is_told_by_file_and_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# nothing but this\n"])
 def test_a_file_without_keys_is_refused_and_does_not_open_the_door(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match="holds no keys"):
+    with pytest.raises(ConfigError, match="contains no keys"):
         load((), written(tmp_path, text))
 
 
@@ -153,7 +153,7 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         load((), str(tmp_path))
     with pytest.raises(ConfigError, match=r"keys.txt is not UTF-8"):
         load((), written(tmp_path, b"\xff\xfe"))
-    with pytest.raises(ConfigError, match=r"keys.txt is too large"):
+    with pytest.raises(ConfigError, match=r"keys.txt is larger than 1 MiB"):
         load((), written(tmp_path, b"x" * (1 << 20) + b"\n"))
 
 
@@ -161,7 +161,7 @@ def test_what_is_there_twice_is_told_by_both_places(tmp_path: Path) -> None:
     path = written(tmp_path, f"one\nbob {SECRET}\n")
     with pytest.raises(ConfigError) as refused:
         load(client_keys(["zero", SECRET]), path)
-    assert str(refused.value) == f"{path}:2: the same key as in --api-key, entry 2; each may be there once"
+    assert str(refused.value) == f"{path}:2: the same key as in --api-key, entry 2; give each key once only"
     with pytest.raises(ConfigError, match="entry 2: the same id as in --control-plane-api-keys, entry 1;"):
         load((), None, control_keys(["ops:A:admin:x", "ops:B:user:y"]))
     with pytest.raises(ConfigError, match="the same key as in --api-key"):

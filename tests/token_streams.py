@@ -1,11 +1,11 @@
-"""An engine that is a list of tokens, for tests of streams that another worker goes on with.
+"""An engine whose answer is a fixed list of tokens, for tests of streams that another worker continues.
 
     body = ask(Style("chat"), limit=5)             # a client's request
     answer(Style("chat"), body, leg=0)             # the data of each event that an engine streams for it
-    seen(Style("chat"), events)                    # what a client makes of them
+    seen(Style("chat"), events)                    # what a client understands of them
 
-It reads a body as engines do, finds out from the prompt how much of the list is written already, and streams the rest
-in the manner of a `Style`. `leg` numbers the engines, each of which gives its answers an id of its own.
+It reads a body as engines do, finds from the prompt how much of the list is already written, and streams the rest in a
+`Style`. `leg` numbers the engines, each of which gives its answers an id of its own.
 """
 
 from __future__ import annotations
@@ -14,18 +14,25 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sglang_router.core.generation import DONE
-from sglang_router.core.request import ENDPOINTS, Endpoint
+from sglang_router.resume.generation import DONE
+from sglang_router.routing.facts import ENDPOINTS, Endpoint
 
 TOKENS = ("Hel", "lo", ' "wör', "ld\\", "\n", " and", " \U0001f600", " more", ".")
-IDS = tuple(range(101, 101 + len(TOKENS) + 1))  # the last is the end of the text, which has none
+IDS = tuple(range(101, 101 + len(TOKENS) + 1))  # the last one ends the text, and has none
 PROMPT, PROMPT_IDS = 'Say "hällo"', [1, 2, 3]
 PATHS = {"generate": b"/generate", "chat": b"/v1/chat/completions", "completions": b"/v1/completions"}
 
 
 class Style(NamedTuple):
-    """How an engine streams. `ids`: the prompt is token ids; `bare`: the stream tells none. `joined`: the reason for
-    the end comes with the usage."""
+    """How an engine streams.
+
+    incremental  each event holds only the new text (/generate)
+    continuous   each event holds a usage
+    merged       the finish reason comes with the last token
+    ids          the prompt is token ids
+    joined       the finish reason comes with the usage
+    bare         the stream contains no token ids
+    """
 
     endpoint: str
     incremental: bool = False
@@ -58,7 +65,7 @@ STYLES = (
 
 
 def ask(style: Style, limit: int | None = 50, usage: bool = True, **more: Any) -> bytes:
-    """A client's request."""
+    """Return a client's request."""
     body: dict[str, Any] = {"model": "m", "stream": True, "x": [1.50, 1e3]}
     sampling: dict[str, Any] = {"temperature": 0} | ({} if limit is None else {"max_tokens": limit})
     prompt: Any = PROMPT_IDS if style.ids else PROMPT
@@ -75,7 +82,7 @@ def ask(style: Style, limit: int | None = 50, usage: bool = True, **more: Any) -
 
 
 def already(style: Style, body: dict[str, Any]) -> int:
-    """How many tokens of the answer the prompt holds."""
+    """Return how many tokens of the answer the prompt already holds."""
     if style.endpoint == "chat":
         go_on = body.get("continue_final_message", False)
         assert body.get("add_generation_prompt", True) is not go_on
@@ -92,7 +99,7 @@ def already(style: Style, body: dict[str, Any]) -> int:
 
 
 def answer(style: Style, raw: bytes, leg: int) -> list[bytes]:
-    """The events of an engine that is sent this body."""
+    """Return the events of an engine that is sent this body."""
     body = json.loads(raw)
     start = already(style, body)
     sampling = body["sampling_params"] if style.endpoint == "generate" else body
@@ -163,7 +170,7 @@ def chunks(style: Style, leg: int, prompt: int, written: list[int], stopped: boo
 
 
 class Seen(NamedTuple):
-    """What a client makes of a stream."""
+    """What a client understands of a stream."""
 
     ids: set[str]
     text: str

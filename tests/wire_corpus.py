@@ -1,16 +1,16 @@
-"""Raw HTTP messages with the verdict they must get, and two readers that take a message in any split.
+"""Raw HTTP messages with their expected verdicts, and two readers that read a message in any split.
 
-A corpus file is read line by line; `\\r`, `\\x00` and the like stand for the bytes:
+A corpus file is read line by line. In it, `\\r`, `\\x00` and the like are bytes:
 
     # why these cases are here
     @ POST / HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: {}\\r\\n\\r\\nhello    the message; {} is where the cases differ
     400 | +5                        verdict | case
     ok | 005 | POST / hello         verdict | case | what was understood
-    431 | A: {66000 x b}            the text behind the number and the x comes that many times
+    431 | A: {66000 x b}            the text after the number and the x is repeated that often
 
-Verdicts: `ok` (served), `more` (the message is not all there), and for what is refused the status of the answer.
+Verdicts: `ok` (served), `more` (the message is not complete), or the status of the answer to a refused message.
 Requests are understood as "METHOD PATH BODY, METHOD PATH BODY"; responses as "STATUS PAYLOAD", followed by `+N` where N
-bytes stand behind the message and by `...` where the payload lasts until the connection closes.
+bytes come after the message and by `...` where the payload ends when the connection closes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from typing import NamedTuple
 import pytest
 
 from sglang_router.errors import RouterError, WorkerInvalid
-from sglang_router.wire.request import Limits, Request, RequestParser
-from sglang_router.wire.response import Framing, ResponseHead, framing_of, parse_head
+from sglang_router.wire.framing import Framing
+from sglang_router.wire.limits import Limits
+from sglang_router.wire.request import Request, RequestParser
+from sglang_router.wire.response import ResponseHead, framing_of, parse_head
 
 CORPUS = Path(__file__).parent / "wire" / "corpus"
 _REPEATED = re.compile(rb"\{(\d+) x ([^}]*)\}")
@@ -35,7 +37,7 @@ _MANY = 1500
 
 
 class Case(NamedTuple):
-    """One message of a corpus, and what must come of it."""
+    """One message of a corpus, and its expected result."""
 
     name: str
     raw: bytes
@@ -60,24 +62,26 @@ def _cases(name: str) -> Iterator[Case]:
 
 
 def corpus(name: str) -> list[Case]:
-    """The cases of a file, in their order."""
+    """Return the cases of a file, in their order."""
     return list(_cases(name))
 
 
 def each_case(name: str) -> pytest.MarkDecorator:
-    """Runs a test with each `case` of a file."""
+    """Run a test with each `case` of a file."""
     return pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in corpus(name)])
 
 
 def pieces(raw: bytes, cuts: Iterable[int]) -> list[bytes]:
-    """The message as it arrives when reads end at `cuts`."""
+    """Return the message as it arrives when reads end at `cuts`."""
     places = [0, *sorted(cuts), len(raw)]
     return [raw[start:end] for start, end in itertools.pairwise(places)]
 
 
 def splits(raw: bytes) -> Iterator[list[bytes]]:
-    """Whole; in two at each place; byte by byte. Of a long message, whose middle is all alike: at each place near its
-    start and its end, at some between, and in reads of 500 bytes."""
+    """Yield the message whole; in two at each position; byte by byte.
+
+    A long message is cut at each position near its start and its end, at some between, and into reads of 500 bytes.
+    """
     size = len(raw)
     yield [raw]
     if size <= _MANY:
@@ -93,7 +97,7 @@ def splits(raw: bytes) -> Iterator[list[bytes]]:
 
 
 class Asked(NamedTuple):
-    """What a client's bytes came to."""
+    """What a parser made of a client's bytes."""
 
     requests: list[Request]
     error: RouterError | None
@@ -112,7 +116,7 @@ class Asked(NamedTuple):
 
 
 def read_requests(reads: Iterable[bytes], limits: Limits | None = None) -> Asked:
-    """Feeds one connection's reads to a parser."""
+    """Feed the reads of one connection to a parser."""
     parser = RequestParser(limits or Limits())
     requests: list[Request] = []
     error: RouterError | None = None
@@ -132,13 +136,13 @@ def read_requests(reads: Iterable[bytes], limits: Limits | None = None) -> Asked
 
 
 class Answered(NamedTuple):
-    """What a worker's bytes came to."""
+    """What a parser made of a worker's bytes."""
 
     head: ResponseHead | None = None
     interim: tuple[int, ...] = ()
     payload: bytes = b""
     end: int = -1
-    """Where the message ends in all the bytes; -1 while it goes on."""
+    """Where the message ends in all the bytes; -1 while it continues."""
     framing: Framing | None = None
     invalid: bool = False
 
@@ -157,7 +161,7 @@ class Answered(NamedTuple):
 
 
 def read_response(reads: Iterable[bytes]) -> Answered:
-    """Reads one answer to a POST, as the upstream connection does; bytes behind it are left alone."""
+    """Read one answer to a POST, as the upstream connection does; bytes after it are left alone."""
     answered, buffer, consumed = Answered(), b"", 0
     payload: list[bytes] = []
     try:

@@ -2,8 +2,8 @@
  *
  *     load PORT CONNECTIONS SECONDS SIZE GROUPS SEED [stream | REQUESTS]
  *
- * Ends after SECONDS, or after REQUESTS if they come first, once the requests under way are answered; none is
- * broken off. `stream` asks for streamed answers. See client.h for SIZE and GROUPS; the same SEED gives the same
+ * Ends after SECONDS, or after REQUESTS if they come first, once the requests in flight are answered; none is
+ * cut short. `stream` requests streamed answers. See client.h for SIZE and GROUPS; the same SEED gives the same
  * prompts. Prints one JSON object; latencies in microseconds, from the first byte written to the last byte read. An
  * error is an answer that is not 200, or none: a connection refused, broken, or silent for 10 s at the end.
  */

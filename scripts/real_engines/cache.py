@@ -1,10 +1,10 @@
-"""Cached tokens: what the router predicts of each request, and what the engine reports of it.
+"""Compare, for each request, the cached tokens that the router predicts with those that the engine reports.
 
-    the router    matched bytes: by how much its metrics rise; worker, branch, share: its access log
+    the router    matched bytes: the increase of its metrics; worker, branch, share: its access log
     the engine    cached tokens in the answer's usage
 
-Nothing else runs meanwhile, and characters are tokens (see `text`). So the bytes tell how many tokens the worker should
-have found, and each engine's rule (`Engine.reports`) makes of that the number it must report, to the token.
+No other request runs meanwhile, and characters are tokens (see `text`). So the bytes give the number of tokens that the
+worker should find, and each engine's rule (`Engine.reports`) gives the exact number that it must report.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ THRESHOLD = 0.5
 
 
 class Prompt(NamedTuple):
-    """One request. `head` tokens come before its text."""
+    """One request. `head` is the number of tokens before its text."""
 
     path: str
     body: dict[str, Any]
@@ -33,7 +33,7 @@ class Prompt(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What the metrics told of a request, which its line in the log must tell again."""
+    """The facts of a request from the metrics; its line in the access log must agree."""
 
     name: str
     request_id: str
@@ -43,7 +43,7 @@ class Told(NamedTuple):
 
 
 class Cache:
-    """Sends requests one after the other and compares. `results` get the sums, and what is wrong."""
+    """Sends requests one after the other and compares. The sums and what is wrong go to `results`."""
 
     def __init__(self, run: Launched, engine: Engine, results: Results) -> None:
         self._run = run
@@ -53,7 +53,7 @@ class Cache:
         self._counted = _counted(run)
 
     def send(self, name: str, prompt: Prompt) -> str:
-        """One request; the worker that served it."""
+        """Send one request; return the worker that answered it."""
         answer = self._run.ask("POST", prompt.path, prompt.body)
         if answer.status != 200:
             raise CourseError(f"{name}: {answer.status} {answer.body[:300]!r}")
@@ -61,7 +61,7 @@ class Cache:
         tokens, reported = _usage(answer)
         self._results.requests += 1
         self._results.expect(tokens >= len(prompt.text) + prompt.head, f"{name}: {tokens} prompt tokens?")
-        # the opening quote is matched as well, and is no token
+        # the opening quote is matched as well, but it is not a token
         shared = tokens if matched == total else prompt.head + matched - 1 if matched else 0
         branch = "hit" if matched > THRESHOLD * total else "miss"
         self._compare(name, self._engine.reports(shared, tokens), reported, branch)
@@ -69,7 +69,7 @@ class Cache:
         return worker
 
     def _metered(self) -> tuple[str, int, int]:
-        """The worker of the last request, the bytes it was believed to hold, and the bytes there were."""
+        """Return the worker of the last request, the bytes predicted as cached, and all bytes."""
         before, self._counted = self._counted, _counted(self._run)
         for worker, (matched, total) in self._counted.items():
             had, of = before.get(worker, (0, 0))
@@ -78,7 +78,7 @@ class Cache:
         raise CourseError("the metrics do not know of the last request")
 
     def _compare(self, name: str, predicted: int, reported: int, branch: str) -> None:
-        if self._engine.slots and branch == "miss":  # any slot may have served it
+        if self._engine.slots and branch == "miss":  # any slot may have processed it
             self._results.expect(reported <= predicted, f"{name}: {reported} cached tokens, {predicted} at most")
             return
         self._results.expect(reported == predicted, f"{name}: {reported} cached tokens, {predicted} predicted")
@@ -86,7 +86,7 @@ class Cache:
         self._results.reported += reported
 
     def read_log(self) -> None:
-        """Compares the log with what the metrics told."""
+        """Compare the access log with the facts from the metrics."""
         lines: dict[str, dict[str, Any]] = {}
 
         def all_written() -> bool:
@@ -102,7 +102,7 @@ class Cache:
 
 
 def conversation(engine: Engine) -> Iterator[tuple[str, Prompt]]:
-    """What the cache test sends, each with its name: by document, then what is done with it."""
+    """Return the requests of the cache test, each with its name: document, then step."""
     documents = {str(n): f"{n}0 " + document(f"DOCUMENT {n}", 700) for n in range(4)}
     one, two, three = (document(f"QUESTION {n}", 200 + 40 * n) for n in range(3))
     steps = {"first": one, "again": one, "other question": two, "and again": two, "longer": two + three}
@@ -134,7 +134,7 @@ def _generation(text: str) -> Prompt:
 
 
 def _usage(answer: Answer) -> tuple[int, int]:
-    """Prompt tokens, and how many of them were cached."""
+    """Return the prompt tokens, and how many of them were cached."""
     said = answer.json()
     if "meta_info" in said:
         return said["meta_info"]["prompt_tokens"], said["meta_info"]["cached_tokens"]
@@ -143,7 +143,7 @@ def _usage(answer: Answer) -> tuple[int, int]:
 
 
 def _counted(run: Launched) -> dict[str, tuple[int, int]]:
-    """Of each worker: bytes of routing text that it was believed to hold, and bytes in all."""
+    """Return, for each worker, the bytes of routing text predicted as cached, and all bytes."""
     found: dict[str, dict[str, int]] = {MATCHED: {}, TOTAL: {}}
     text = run.ask("GET", "/metrics").body.decode()
     ours = "".join(line + "\n" for line in text.splitlines() if "sgl_router_prefix_" in line)

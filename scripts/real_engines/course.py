@@ -1,4 +1,4 @@
-"""What is checked of every engine, in two runs of launch_server with two replicas of it.
+"""The checks of every engine, in two runs of launch_server with two replicas of it.
 
     first run, a tiny model                                  second run, a model that can answer
       answers      openai client, plain HTTP, streams          answer       the capital of France
@@ -8,7 +8,7 @@
       rolling      restart of all, under load
       Ctrl-C       under load; nothing is left
 
-How predicted and reported tokens are compared: `cache`. What becomes of requests under load: `load`.
+`cache` compares predicted and reported tokens; `load` counts the outcomes of requests under load.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from scripts.real_engines.text import document
 
 REPLICAS = 2
 STARTS_WITHIN = 600.0
-"""Seconds. Two engines at once on two cores that others use as well."""
+"""Seconds. Two engines start at once on two cores that other programs use as well."""
 ENDS_WITHIN = 40.0
 
 
 class Course:
-    """One engine's way through all checks. `say` is told what is going on."""
+    """All checks of one engine. `say` prints the progress."""
 
     def __init__(self, engine: Engine, python: str, folder: Path, results: Results) -> None:
         self._engine = engine
@@ -81,7 +81,7 @@ class Course:
         self._results.expect(not run.open_ports(), f"ports open to other machines: {', '.join(run.open_ports())}")
 
     def _answers(self, run: Launched) -> None:
-        """Each kind of answer, by the clients that people use."""
+        """Check each kind of answer, with the clients that people use."""
         self.say("answers")
         expect = self._results.expect
         client = openai.OpenAI(base_url=f"http://{run.address}/v1", api_key="none", max_retries=0, timeout=120)
@@ -114,7 +114,7 @@ class Course:
         self._results.expect(found == tokens, f"{what}: {found} tokens instead of {tokens}")
 
     def _generate(self, run: Launched) -> None:
-        """SGLang's own endpoint; the last event of its stream holds the whole text."""
+        """Check SGLang's own endpoint; the last event of its stream contains the whole text."""
         body = {"text": document("GENERATE", 200), "sampling_params": {"max_new_tokens": 8, "temperature": 0}}
         whole = run.ask("POST", "/generate", body).json()
         self._results.expect(whole["meta_info"]["completion_tokens"] == 8, "/generate: not 8 tokens")
@@ -126,7 +126,7 @@ class Course:
     # -- predicted and reported -----------------------------------------------------------------------------
 
     def _cache(self, run: Launched) -> None:
-        """Four documents with questions in turn; each prediction compared with the engine's report."""
+        """Ask questions about four documents in turn; compare each prediction with the engine's report."""
         self.say("cached tokens: predicted and reported")
         cache = Cache(run, self._engine, self._results)
         homes: dict[str, str] = {}
@@ -150,7 +150,7 @@ class Course:
     # -- under load -----------------------------------------------------------------------------------------
 
     def _kill(self, run: Launched) -> None:
-        """kill -9 of a replica in the middle of requests."""
+        """Kill a replica (kill -9) under load."""
         self.say("kill -9 of a replica under load")
         load = self._load(run, "tiny")
         victim: dict[str, Any] = {}
@@ -165,7 +165,7 @@ class Course:
         run.until(lambda: run.healthy() < REPLICAS, 10, "the dead replica is not taken out")
         run.until(lambda: run.healthy() == REPLICAS, STARTS_WITHIN, "the dead replica does not come back")
         self._results.back = time.monotonic() - began
-        again = run.workers()[0]["replica"]  # the order stays
+        again = run.workers()[0]["replica"]  # the order does not change
         self._results.expect(again["restarts"] == 1, f"restarts: {again['restarts']}, not 1")
         self._finish(load, cuts=True)
         self.say(f"it came back after {self._results.back:.1f} s; streams cut: {self._results.cut}")
@@ -182,7 +182,7 @@ class Course:
         self._results.expect(not lost, f"{lost} of {fates.total()} requests were lost: {reasons}")
 
     def _rolling(self, run: Launched) -> None:
-        """POST /restart_workers under load loses nothing, not even a stream."""
+        """Check that POST /restart_workers under load loses no request and no stream."""
         self.say("rolling restart under load")
         pids = [worker["replica"]["pid"] for worker in run.workers()]
         load = self._load(run, "tiny")
@@ -204,7 +204,7 @@ class Course:
         self.say(f"took {self._results.rolling:.1f} s")
 
     def _interrupt(self, run: Launched) -> None:
-        """Ctrl-C: what is under way is finished, then everything ends."""
+        """Check that Ctrl-C finishes the requests in flight and then ends all processes."""
         self.say("Ctrl-C under load")
         load = self._load(run, "tiny")
         run.until(lambda: any(worker["load"] for worker in run.workers()), 30, "the load does not reach the router")
@@ -227,7 +227,7 @@ class Course:
     # -- the second run -------------------------------------------------------------------------------------
 
     def second(self, name: str, model: Path) -> None:
-        """One replica that becomes two and one again. Only a model with a name of its own is asked a question."""
+        """Check scaling from one replica to two and back to one. Only a real model is asked a question."""
         scaling = ["--router-autoscale", f"1:{REPLICAS}", "--router-autoscale-target-load", "2"]
         scaling += ["--router-autoscale-up-cooldown-secs", "1", "--router-autoscale-down-cooldown-secs", "3"]
         run = self._launch(name, model, "--dp-size", "1", *scaling)
@@ -258,7 +258,7 @@ class Course:
         run.until(lambda: run.healthy() == REPLICAS, STARTS_WITHIN, "no second replica under load")
         self.say("two replicas")
         self._finish(load, cuts=False)
-        load = self._load(run, name, threads=1)  # a little load goes on, so that something could be lost
+        load = self._load(run, name, threads=1)  # a little load, so that a lost request would be noticed
         run.until(lambda: len(run.workers()) == 1, 120, "the second replica is not stopped")
         self.say("one replica")
         self._finish(load, cuts=False)

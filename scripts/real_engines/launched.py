@@ -1,8 +1,8 @@
-"""One run of launch_server, watched from outside: its door, its processes, its end.
+"""One run of launch_server, observed from outside: its HTTP port, its processes, its end.
 
-Every process that was ever seen below the launcher is kept with its start time, so that at the end each can be
-asked for, whatever became of its parents; and what we started can be told by a variable in its environment, for
-a process that came and went between two looks.
+Every process that was ever seen below the launcher is recorded with its start time, so that each can be found at the
+end, whatever happened to its parents. In addition, a variable in the environment marks all processes of the run, to
+find those that started between two checks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LISTENING = "0A"
 
 
 class CourseError(Exception):
-    """The test cannot go on; its text is for the user."""
+    """The test cannot continue. The text is for the user."""
 
 
 class Answer(NamedTuple):
@@ -41,7 +41,7 @@ class Answer(NamedTuple):
 
 
 class Process(NamedTuple):
-    """A process, for good: a pid alone is used again."""
+    """A process, identified by pid and start time, because the system reuses pids."""
 
     pid: int
     started: str
@@ -54,12 +54,12 @@ def free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """Runs in the child: the kernel ends it if the test itself is killed (PR_SET_PDEATHSIG of prctl(2))."""
+    """Called in the child: the kernel kills it if the test itself is killed (PR_SET_PDEATHSIG of prctl(2))."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 class Launched:
-    """A launcher that runs. `folder` gets its logs; `log` is its own, each engine writes rank-N.log beside."""
+    """A running launcher. Its logs go to `folder`: its own is `log`, and each engine's is rank-N.log."""
 
     def __init__(self, folder: Path, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,20 +78,20 @@ class Launched:
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is sent by the test, to the whole group as a terminal does
+                start_new_session=True,  # the test sends Ctrl-C to the whole process group, as a terminal does
                 preexec_fn=_end_with_parent,
                 env={**os.environ, "TMPDIR": str(folder), **environ, name: value},
             )
         self._seen: set[Process] = set()
 
-    # -- its door -------------------------------------------------------------------------------------------
+    # -- HTTP -----------------------------------------------------------------------------------------------
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
     def ask(self, method: str, path: str, value: Any = None) -> Answer:
-        """One request on a connection of its own; the body is sent as JSON."""
+        """Send one request on its own connection; the body is sent as JSON."""
         connection = http.client.HTTPConnection(self.address, timeout=120)
         with contextlib.closing(connection):
             body = (
@@ -106,23 +106,23 @@ class Launched:
         return found
 
     def healthy(self) -> int:
-        """How many workers take requests; 0 while the router does not answer yet."""
+        """Return how many workers get requests; 0 while the router does not answer yet."""
         try:
             return sum(worker["is_healthy"] for worker in self.workers())
         except (OSError, http.client.HTTPException):
             return 0
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The router's log; its last line may still be on its way."""
+        """Return the router's log; its last line may not be written yet."""
         for path in sorted(self.folder.glob("sglang-router.*.log")):
             for line in path.read_text().splitlines(keepends=True):
                 if line.endswith("\n"):
                     yield json.loads(line)
 
-    # -- its life -------------------------------------------------------------------------------------------
+    # -- life cycle -----------------------------------------------------------------------------------------
 
     def until(self, holds: Callable[[], bool], within: float, what: str) -> None:
-        """Waits for something that only asking can tell. CourseError, with the logs' ends, if it does not come."""
+        """Poll until a condition holds. Raises: CourseError with the ends of the logs if it does not hold in time."""
         deadline = time.monotonic() + within
         while not holds():
             if self.process.poll() is not None:
@@ -133,7 +133,7 @@ class Launched:
             time.sleep(0.05)
 
     def tails(self, lines: int = 12) -> str:
-        """The ends of all logs."""
+        """Return the ends of all logs."""
         ends = []
         for path in sorted(self.folder.glob("*.log")):
             text = path.read_text(errors="replace").splitlines()[-lines:]
@@ -141,7 +141,7 @@ class Launched:
         return "\n".join(ends)
 
     def interrupt(self) -> None:
-        """Ctrl-C."""
+        """Send Ctrl-C."""
         self.look()
         os.killpg(self.process.pid, signal.SIGINT)
 
@@ -150,7 +150,7 @@ class Launched:
         self.process.kill()
 
     def end(self) -> None:
-        """Whatever happened: leave nothing of it. Called last, after what is left has been looked for."""
+        """Kill all processes that are left. Call it last, after the check for left-over processes."""
         self.look()
         if self.process.poll() is None:
             self.process.terminate()
@@ -161,10 +161,10 @@ class Launched:
                 os.kill(process.pid, signal.SIGKILL)
         self.process.wait()
 
-    # -- its processes --------------------------------------------------------------------------------------
+    # -- processes ------------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Remembers all processes below the launcher."""
+        """Record all processes below the launcher."""
         children: dict[int, list[Process]] = {}
         for process, parent in _processes():
             children.setdefault(parent, []).append(process)
@@ -175,23 +175,23 @@ class Launched:
             waiting += [process.pid for process in below]
 
     def left(self) -> list[Process]:
-        """Those of them that still run, and whatever else of this run does, the launcher apart."""
+        """Return the recorded or marked processes that still run, without the launcher."""
         running = {process for process, _ in _processes()}
         return sorted((running & self._seen) | {p for p in running if p.pid != self.process.pid and self._ours(p.pid)})
 
     def _ours(self, pid: int) -> bool:
         try:
             return self._mark.encode() in Path(f"/proc/{pid}/environ").read_bytes()
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             return False
 
     def open_ports(self) -> list[str]:
-        """Sockets of the engines that other machines could reach, as `command:port`."""
+        """Return the sockets of the engines that other machines can reach, as `command:port`."""
         self.look()
         ports = dict(_listening())
         found = set()
         for process in self._seen:
-            with contextlib.suppress(OSError):  # it ends while we look
+            with contextlib.suppress(OSError):  # the process has just ended
                 command = Path(f"/proc/{process.pid}/comm").read_text().strip()
                 links = [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
                 found |= {f"{command}:{ports[link]}" for link in links if link in ports}
@@ -199,17 +199,17 @@ class Launched:
 
 
 def _processes() -> Iterator[tuple[Process, int]]:
-    """All that run, with their parents; those that have ended and only wait to be collected are left out."""
+    """Return all running processes with their parents, without zombies."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
-            with contextlib.suppress(OSError):  # it ends while we look
+            with contextlib.suppress(OSError):  # the process has just ended
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
                 if fields[0] not in "ZX":
                     yield Process(int(folder.name), fields[19]), int(fields[1])
 
 
 def _listening() -> Iterator[tuple[str, int]]:
-    """Listening TCP sockets that are not on loopback: what their descriptors link to, and the port."""
+    """Return the listening TCP sockets that are not on loopback: link target of the descriptor, and port."""
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             _, local, _, state, *_, inode = line.split()[:10]

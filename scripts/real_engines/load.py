@@ -1,9 +1,9 @@
-"""Load from some threads, and what became of each request.
+"""Load from several threads, and the outcome of each request.
 
-answered    the whole answer came
-failed      there was none: no connection, or an error status. The router could have asked another worker, so this
-            must never happen
-cut         the answer began and broke off, or ended in an error event: the worker died in the middle of it
+answered    the whole answer arrived
+failed      no answer: no connection, or an error status. The router could have asked another worker, so this must not
+            happen
+cut         the answer began and ended early, or ended with an error event: the worker died in the middle of it
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from scripts.real_engines.text import document
 
 PAUSE = 0.2
-"""Seconds between two requests of a thread: an engine that starts beside the load needs the processors more."""
+"""Seconds between two requests of a thread: it leaves CPU to an engine that starts under load."""
 PREFIXES = 6
 TIMEOUT = 120.0
 
@@ -32,7 +32,8 @@ class Fate(enum.Enum):
 
 
 class Load:
-    """Begins at once. Half of the requests are streams; of `lengths`, the tokens of an answer, one is drawn by lot."""
+    """A load that begins at once. Half of the requests are streams; the tokens of an answer are drawn from
+    `lengths`."""
 
     def __init__(self, address: str, model: str, lengths: Sequence[int], threads: int = 4) -> None:
         self._address = address
@@ -47,11 +48,11 @@ class Load:
             thread.start()
 
     def stop(self) -> None:
-        """No more requests; those under way go on."""
+        """Send no more requests; those in flight continue."""
         self._stop.set()
 
     def join(self) -> Counter[Fate]:
-        """Waits for those under way."""
+        """Wait for the requests in flight."""
         self.stop()
         for thread in self._threads:
             thread.join(TIMEOUT)
@@ -77,7 +78,7 @@ class Load:
 
 
 def send(address: str, path: str, body: dict[str, Any]) -> tuple[Fate, str]:
-    """One request on a connection of its own: what became of it, and why if not well."""
+    """Send one request on its own connection; return its outcome, and the reason if it was not answered."""
     connection = http.client.HTTPConnection(address, timeout=TIMEOUT)
     begun = False
     try:

@@ -1,4 +1,4 @@
-"""The two models of the engine tests, in the two formats that engines want.
+"""The two models of the engine tests, in the two formats that engines need.
 
     tests/tiny_gguf.py  ──> tiny.gguf    ──┐   random weights, 1 MB, made in a second: counts, streams and caches
                                            │
@@ -6,12 +6,12 @@
                                            │
           llama.cpp takes the file as is <─┴─> GGUF to Hugging Face ──> folder for SGLang and vLLM
 
-The conversion reads a GGUF of the `llama` architecture and writes what transformers expects of a
-LlamaForCausalLM: config.json, model.safetensors (bfloat16), tokenizer.json, tokenizer_config.json. It needs
-numpy and gguf only. So the three engines run the same weights with the same tokens, and their counts compare.
+The conversion reads a GGUF of the `llama` architecture and writes the files of a LlamaForCausalLM for transformers:
+config.json, model.safetensors (bfloat16), tokenizer.json, tokenizer_config.json. It needs numpy and gguf only. So the
+three engines run the same weights with the same tokens, and their counts can be compared.
 
-Two things differ between the formats besides names: GGUF keeps the rows of Q and K in the order of adjacent
-rotary pairs, transformers in two halves; and an output layer that shares the embedding is simply left out.
+Besides names, the formats differ in two ways: GGUF stores the rows of Q and K in the order of adjacent rotary pairs,
+transformers in two halves; and transformers omits an output layer that shares the embedding.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ NAMES = {
 
 
 def tiny(folder: Path) -> Path:
-    """The model with random weights, as a GGUF file in `folder`."""
+    """Write the model with random weights as a GGUF file into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tiny.gguf"
     return path if path.exists() else tiny_gguf.make(path)
 
 
 def smollm2(progress: Callable[[int, int], None]) -> Path:
-    """SmolLM2-135M-Instruct as a GGUF file, fetched on first use. `progress` hears bytes, total."""
+    """Return SmolLM2-135M-Instruct as a GGUF file, downloaded on first use. `progress` gets (bytes, total)."""
     return fetch_smollm2(progress)
 
 
 def hugging_face(path: Path, folder: Path) -> Path:
-    """The GGUF file `path` as a Hugging Face model in `folder`/its name; done before: nothing to do."""
+    """Convert the GGUF file `path` to a Hugging Face model in `folder`/its name, unless it exists already."""
     target = folder / path.stem
     done = target / "tokenizer_config.json"  # written last
     if not done.exists():
@@ -115,20 +115,20 @@ def _weights(reader: gguf.GGUFReader, config: dict[str, Any]) -> dict[str, Float
 
 
 def _two_halves(rows: Floats, heads: int) -> Floats:
-    """Rows of each head from rotary pairs (0, 1), (2, 3), ... to (0, d/2), (1, d/2 + 1), ..."""
+    """Reorder the rows of each head from rotary pairs (0, 1), (2, 3), ... to (0, d/2), (1, d/2 + 1), ..."""
     pairs = rows.reshape(heads, -1, 2, rows.shape[1])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
 def _bfloat16(values: Floats) -> bytes:
-    """The upper halves of the floats, rounded to nearest."""
+    """Return the upper halves of the floats, rounded to nearest (bfloat16)."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     halves: npt.NDArray[np.uint16] = ((bits + np.uint32(0x8000)) >> np.uint32(16)).astype("<u2")
     return halves.tobytes()
 
 
 def _write_safetensors(path: Path, weights: dict[str, Floats]) -> None:
-    """A length of 8 bytes, a JSON header with a place for each tensor, the tensors."""
+    """Write a safetensors file: a length of 8 bytes, a JSON header with the position of each tensor, the tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, values in weights.items():
@@ -143,7 +143,7 @@ def _write_safetensors(path: Path, weights: dict[str, Floats]) -> None:
 
 
 def _tokenizer(facts: dict[str, Any]) -> dict[str, Any]:
-    """What the `tokenizers` library reads: byte-level BPE; `smollm` takes digits one by one besides."""
+    """Return the file for the `tokenizers` library: byte-level BPE; `smollm` also splits digits one by one."""
     tokens, types = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
     digits = {"type": "Digits", "individual_digits": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

@@ -1,4 +1,4 @@
-"""What one engine's course found: the row of the table, and what was wrong."""
+"""The results of one engine's checks: the row of the table, and what was wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scripts.real_engines.load import Fate
 
 @dataclass
 class Results:
-    """Times in seconds. `requests`, `failed` and `cut` are counted over both runs, `predicted` and `reported` are the
+    """Times in seconds. `requests`, `failed` and `cut` are counts over both runs; `predicted` and `reported` are the
     cached tokens of the cache test."""
 
     start: float = 0.0

@@ -1,7 +1,7 @@
-"""Prompts of the tiny model whose tokens can be counted without a tokenizer.
+"""Prompts for the tiny model whose tokens can be counted without a tokenizer.
 
-It knows the 256 bytes and a few pairs of small letters. A text of digits, capitals and spaces is therefore as many
-tokens as it has characters, and two texts share as many tokens as they share characters.
+Its vocabulary is the 256 bytes and a few pairs of lower-case letters. A text of digits, capitals and spaces therefore
+has as many tokens as characters, and two texts share as many tokens as characters.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import string
 
 LETTERS = string.ascii_uppercase + string.digits
 CHAT_HEAD = 5
-"""Tokens that every chat begins with: <|im_start|>, `u`, `s`, `er`, and a newline."""
+"""Tokens at the beginning of every chat: <|im_start|>, `u`, `s`, `er`, and a newline."""
 
 
 def document(seed: str, length: int) -> str:
-    """`length` characters that are the same for the same seed, in words."""
+    """Return `length` characters in words, the same for the same seed."""
     lot = random.Random(seed)
     return "".join(" " if n % 8 == 7 else lot.choice(LETTERS) for n in range(length))

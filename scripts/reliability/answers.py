@@ -1,12 +1,12 @@
-"""Questions to built-in engines, and the one right answer to each, byte for byte.
+"""Questions to built-in engines, and the only right answer to each, byte for byte.
 
-An answer of the built-in engine is a function of its prompt (`sglang_router.engine.text`), so the client knows it
-beforehand, whichever engine writes it:
+The answer of a built-in engine depends on the prompt only (`sglang_router.engine.text`), so the client knows it in
+advance, whichever engine writes it:
 
     Questions.next() -> Question(path, raw request, text, streamed)
-    fault_of(question, body, whole) -> "" or what is wrong: bytes missing, doubled, out of order, of another answer
+    fault_of(question, body, whole) -> "" or what is wrong: bytes missing, duplicated, out of order, of another answer
 
-A stream that broke off must have brought a beginning of the right text, in whole events, and end in an error event.
+A stream that ended early must contain a prefix of the right text, in whole events, and end with an error event.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from sglang_router.engine.kv import pack
-from sglang_router.engine.text import Tokenizer, Writer, render_chat
+from sglang_router.engine.text import AnswerWriter, Tokenizer, render_chat
 
 PATHS = ("/generate", "/v1/completions", "/v1/chat/completions")
 GROUPS = 16
@@ -28,7 +28,7 @@ _DONE = b"data: [DONE]"
 
 
 class Question(NamedTuple):
-    """`text` is the answer, `head` and `body` the request; `head` lacks what the connection is to become."""
+    """`text` is the answer, `head` and `body` the request; `head` has no Connection header yet."""
 
     path: str
     body: bytes
@@ -42,11 +42,11 @@ class Question(NamedTuple):
 
 
 class Questions:
-    """Distinct prompts, drawn by lot: a beginning that many share, then about `size` bytes that never come again.
+    """Distinct random prompts: a prefix that many share, then about `size` bytes that are never sent again.
 
-    size    bytes of a prompt behind the shared beginning
-    tokens  least and most tokens of an answer
-    tokenizer  may be shared with others
+    size       bytes of a prompt after the shared prefix
+    tokens     least and most tokens of an answer
+    tokenizer  may be shared with other instances
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class Questions:
 
     def _answer(self, prompt: str, limit: int) -> str:
         tokens = self._tokenizer.encode(prompt)
-        writer = Writer(pack(tokens), tokens[-2:], limit)
+        writer = AnswerWriter(pack(tokens), tokens[-2:], limit)
         while writer.reason is None:
             writer.next()
         return writer.text
 
 
 def _words(lot: random.Random, size: int) -> str:
-    """Text of at least `size` bytes."""
+    """Return text of at least `size` bytes."""
     words, length = [], 0
     while length < size:
         word = "".join(lot.choices(_SYLLABLES, k=lot.randint(1, 4)))
@@ -98,7 +98,7 @@ def _words(lot: random.Random, size: int) -> str:
 
 
 def fault_of(question: Question, body: bytes, whole: bool) -> str:
-    """What is wrong with an answer of status 200; "" if nothing. `whole`: it has ended as HTTP wants it."""
+    """Return what is wrong with an answer of status 200; "" if nothing. `whole`: its HTTP message is complete."""
     try:
         if question.streamed:
             return _fault_of_stream(question, body, whole)
@@ -108,12 +108,12 @@ def fault_of(question: Question, body: bytes, whole: bool) -> str:
 
 
 def aborted(body: bytes) -> bool:
-    """The engine itself was told to end, and gave the answer up."""
+    """Whether the engine itself aborted the answer because it was told to end."""
     return b'"type":"abort"' in body or b'"finish_reason":"abort"' in body
 
 
 def error_event(body: bytes) -> str:
-    """The code of the error event at the end of a stream; "" if there is none."""
+    """Return the code of the error event at the end of a stream; "" if there is none."""
     last = body.rstrip(b"\n").rpartition(_END)[2]
     data = last.rpartition(b"data: ")[2]
     try:
@@ -155,7 +155,7 @@ def _fault_of_stream(question: Question, body: bytes, whole: bool) -> str:
 
 
 def _before_the_break(events: list[bytes], told: bool) -> list[bytes]:
-    """What came of a broken stream: without the error event, the blank lines before it, and an event that was torn."""
+    """Return a broken stream without its error event, the blank lines before it, and an incomplete event."""
     left = [event.strip(b"\n") for event in events[: len(events) - told]]
     left = [event for event in left if event]
     if told and left and not left[-1].endswith(b"}"):
@@ -164,7 +164,8 @@ def _before_the_break(events: list[bytes], told: bool) -> list[bytes]:
 
 
 def _cumulative(events: list[Any]) -> str | None:
-    """The text of SGLang's events, each of which holds all so far. Only the last may bring nothing new."""
+    """Return the text of SGLang's events, each of which contains the text so far. Only the last may have nothing
+    new."""
     text = ""
     for number, event in enumerate(events):
         longer = event["text"]
@@ -180,7 +181,7 @@ def _cumulative(events: list[Any]) -> str | None:
 
 
 def _deltas(path: str, events: list[Any]) -> str | None:
-    """The text of OpenAI's events, each of which brings some more."""
+    """Return the text of OpenAI's events, each of which contains the next part."""
     text, finished = "", False
     for number, event in enumerate(events):
         (choice,) = event["choices"]

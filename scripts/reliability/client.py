@@ -1,16 +1,16 @@
-"""One client's connection, which tells how a request ended and misses nothing that is too much.
+"""One client's connection, which reports how a request ended and notices every surplus byte.
 
     Connection.ask(question) -> Result        one of
 
     answered   the whole right answer
     failed     an error status instead of it; `reason` is the router's code, or the engine's status
-    cut        the answer began and broke off, and said so: an error event, or a connection without a clean end
-    left       the client went away, on purpose
-    refused    nobody listens
+    cut        the answer began and ended early, and said so: an error event, or a connection without a clean end
+    left       the client disconnected on purpose
+    refused    no process listens
     lost       the connection ended without an answer
-    wrong      bytes are missing, doubled or of another answer; two answers; none within the time
+    wrong      bytes are missing, duplicated or of another answer; two answers; none within the time
 
-llhttp (httptools) reads the answers: a second one, or a byte behind the first, cannot hide.
+llhttp (httptools) parses the answers, so that a second answer, or a byte after the first, is noticed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import httptools
 from scripts.reliability.answers import Question, aborted, error_event, fault_of
 
 PATIENCE = 40.0
-"""Seconds a client waits for the end of its answer; then it is called missing."""
+"""Seconds that a client waits for the end of its answer; then the answer counts as missing."""
 
 
 class Fate(enum.Enum):
@@ -38,7 +38,7 @@ class Fate(enum.Enum):
 
 
 class Result(NamedTuple):
-    """Times by the monotonic clock, in seconds."""
+    """The result of a request. Times of the monotonic clock, in seconds."""
 
     fate: Fate
     reason: str
@@ -65,7 +65,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
 
     async def ask(self, question: Question, *, close: bool, leave: float = 0.0) -> Result:
-        """Sends a request and waits for the end of its answer; `leave`: goes away after so many seconds."""
+        """Send a request and wait for the end of its answer; `leave`: disconnect after this many seconds."""
         began = time.monotonic()
         self._end = asyncio.get_running_loop().create_future()
         self._expecting = True
@@ -74,7 +74,7 @@ class Connection(asyncio.Protocol):
         self._body = []
         if self.usable:
             self.transport.write(question.raw(close))
-        else:  # closed since it was looked at
+        else:  # closed since the last check
             self._over()
         try:
             await asyncio.wait_for(self._end, leave or PATIENCE)
@@ -117,7 +117,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if not self._expecting:
-            self.fault = self.fault or "bytes that nobody asked for"
+            self.fault = self.fault or "bytes after the answer"
             self.usable = False
             return
         try:

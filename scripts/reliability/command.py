@@ -1,4 +1,4 @@
-"""What the commands `chaos` and `soak` share: a folder for logs, one line for a mistake, an orderly end."""
+"""The common part of the commands `chaos` and `soak`: a folder for logs, one line for a mistake, an orderly end."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from scripts.reliability.field import ReliabilityError
 
 
 def say(line: str) -> None:
-    """To standard error: standard output is for tables."""
+    """Print to standard error: standard output is for tables."""
     print(line, file=sys.stderr, flush=True)
 
 
 def run(name: str, work: Callable[[Path], bool]) -> int:
-    """The exit status of a command: 0 if `work` says that all is well, 1 if not, 2 if it could not be told.
+    """Return the exit status of a command: 0 if `work` returns True, 1 if False, 2 if it could not run.
 
-    `work` gets a folder for logs, which is kept unless all is well.
+    `work` gets a folder for logs, which is kept unless it returns True.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # engines and routers are ended in a `finally`
+        signal.signal(number, signal.default_int_handler)  # a `finally` ends engines and routers
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     folder = Path(tempfile.mkdtemp(prefix=f"sglang-router-{name}-"))

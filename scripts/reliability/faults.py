@@ -1,8 +1,8 @@
-"""Faults that happen to a router which goes on: one function each, which takes the seconds it may last.
+"""Faults that happen to a router that keeps running: one function each, with the seconds that it may last.
 
-A fault begins after a moment of peace and is over before the time is up, so that the load sees the way there and back.
-`allowed` says what clients may see of it besides right answers; everything else is wrong. A stream that breaks because
-its engine died may end in an error event; nothing else may fail while one engine is left.
+A fault begins after a calm moment and is over before the time is up, so that the load sees the change and the recovery.
+`allowed` lists what clients may see besides right answers; everything else is wrong. A stream that breaks because its
+engine died may end with an error event; no other request may fail as long as one engine is left.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from scripts.reliability.shim import Mode, Shim
 
 from routers import free_port
 
-# The sleeps here are how long a state lasts, a share of the fault's time, while the load goes on; nothing is waited for
-# by them. An answer is cut without a word where no error event has a place: in a whole answer, or inside a chunk.
+# The sleeps here are the duration of a state, a share of the fault's time, under load; they are no waits for an event.
+# An answer is "cut without a word" if there is no place for an error event: in an unstreamed answer, or inside a chunk.
 CUT = ("cut stream_broken", "cut without a word")
 NOBODY = ("failed no_available_workers", "failed worker_unreachable", "failed worker_broken", "failed workers_starting")
 
 
 class Fault(NamedTuple):
-    """`strike(field, seconds)` makes it. `allowed`: what may become of requests besides right answers."""
+    """`strike(field, seconds)` causes it. `allowed`: outcomes of requests that are allowed besides right answers."""
 
     name: str
     strike: Callable[[Field, float], None]
@@ -37,7 +37,7 @@ def nothing(field: Field, seconds: float) -> None:
 
 
 def kill(field: Field, seconds: float) -> None:
-    """Two engines, one after the other, killed under load and started again."""
+    """Kill two engines, one after the other, under load, and start them again."""
     for engine in field.engines[:2]:
         time.sleep(0.1 * seconds)
         engine.kill()
@@ -47,7 +47,8 @@ def kill(field: Field, seconds: float) -> None:
 
 
 def pause(field: Field, seconds: float) -> None:
-    """An engine that is stopped takes connections and says nothing; its requests are answered when it goes on."""
+    """Stop an engine (SIGSTOP): it accepts connections and sends nothing; its requests are answered when it
+    continues."""
     engine = field.engines[0]
     time.sleep(0.1 * seconds)
     engine.signal(signal.SIGSTOP)
@@ -68,7 +69,7 @@ def _network(mode: Mode, most: float = 12.0) -> Callable[[Field, float], None]:
 
 
 def flapping(field: Field, seconds: float) -> None:
-    """A worker that comes and goes faster than health checks can follow."""
+    """Start and end a worker faster than health checks can notice."""
     end = time.monotonic() + 0.8 * seconds
     modes: tuple[Mode, ...] = ("refuse", "pass", "reset", "pass")
     for mode in itertools.cycle(modes):
@@ -81,7 +82,7 @@ def flapping(field: Field, seconds: float) -> None:
 
 
 def cold(field: Field, seconds: float) -> None:
-    """An engine is told to end, and comes back with nothing in its cache: the router must have forgotten it too."""
+    """End an engine and start it again with an empty cache: the router must have dropped its prefixes as well."""
     router = field.router
     assert router is not None
     engine = field.engines[1]
@@ -95,7 +96,7 @@ def cold(field: Field, seconds: float) -> None:
 
 
 def all_gone(field: Field, seconds: float) -> None:
-    """No engine is left, then all are back."""
+    """End all engines, then start all again."""
     time.sleep(0.2 * seconds)
     gone = time.monotonic()
     for engine in field.engines:
@@ -108,7 +109,7 @@ def all_gone(field: Field, seconds: float) -> None:
 
 
 def replaced(field: Field, seconds: float) -> None:
-    """Another engine under the same URL, with the order that an operator keeps: remove, wait, replace, add."""
+    """Replace an engine at the same URL in the order that an operator uses: remove, wait, replace, add."""
     router, engine, url = field.router, field.engines[1], field.urls[1]
     assert router is not None
     time.sleep(0.2 * seconds)
@@ -125,7 +126,7 @@ def replaced(field: Field, seconds: float) -> None:
 
 
 def drain(field: Field, seconds: float) -> None:
-    """A rolling restart of all engines, by drain and resume: nothing may get lost, streams included."""
+    """Restart all engines one after the other, with drain and resume: no request and no stream may be lost."""
     router = field.router
     assert router is not None
     for engine, url in zip(field.engines, field.urls, strict=True):
@@ -144,7 +145,7 @@ def _until_idle(router: Router, url: str, engine: Engine) -> None:
 
 
 def storm(field: Field, seconds: float) -> None:
-    """Workers that are added and removed all the time, alive ones and dead ones."""
+    """Add and remove workers all the time, live ones and dead ones."""
     router = field.router
     assert router is not None
     aliases = [f"127.0.2.{number}" for number in range(1, 9)]

@@ -1,11 +1,11 @@
-"""What the faults happen to: engines and a router as real processes, and what must be true again afterwards.
+"""The subject of the faults: engines and a router as real processes, and what must be true again after a fault.
 
     load ──> router ──┬──> engine 0
                       ├──> engine 1
-                      └──> shim ──> engine 2      the network that faults of the network happen in
+                      └──> shim ──> engine 2      the network in which network faults happen
 
-`Watch` remembers what a router has when nothing happens (descriptors, tasks, memory); `Watch.settle` waits until it is
-there again, and names what is not.
+`Watch` records what an idle router uses (descriptors, tasks, memory); `Watch.settle` waits until the router is back at
+that level, and names what is not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from routers import RouterProcess, ask, environment, free_port
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TREE = 200_000
-"""Bytes of text the router remembers for a worker: few, so that they are evicted all the time."""
+"""Bytes of text that the router keeps for a worker: few, so that evictions happen all the time."""
 FLAGS = (
     *("--health-check-interval-secs", "0.5", "--health-check-timeout-secs", "1", "--health-failure-threshold", "2"),
     *("--worker-startup-check-interval", "0.2", "--connect-timeout-secs", "2", "--request-timeout-secs", "30"),
@@ -41,15 +41,15 @@ FLAGS = (
 STARTS_WITHIN = 30.0
 SETTLES_WITHIN = 30.0
 GROWS_BY = 24.0
-"""MB that a router may have gained since it was first at rest: caches that fill, pages the allocator keeps."""
+"""MB by which a router may have grown since it was first idle: caches that fill, pages that the allocator keeps."""
 
 
 class ReliabilityError(Exception):
-    """The run cannot go on; its text is for the user."""
+    """The run cannot continue. The text is for the user."""
 
 
 class Engine:
-    """A built-in engine that can go and come back at its URL."""
+    """A built-in engine that can end and start again at its URL."""
 
     def __init__(self, *flags: str) -> None:
         self.port = free_port()
@@ -58,7 +58,7 @@ class Engine:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, *more: str) -> None:
-        """Returns when it is healthy."""
+        """Start it; return when it is healthy."""
         self._process, _ = start_engine("--port", str(self.port), *self._flags, *more)
         wait_until_healthy(self.url)
 
@@ -71,7 +71,7 @@ class Engine:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """kill -9; returns when it is gone."""
+        """Send SIGKILL; return when it has ended."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -80,20 +80,20 @@ class Engine:
             process.stdout.close()
 
     def end(self) -> None:
-        """SIGTERM, as an operator does."""
+        """End it by SIGTERM, as an operator does."""
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(signal.SIGCONT)
             end_engine(process)
 
     def at_rest(self) -> bool:
-        """Nothing runs or waits there."""
+        """Whether no request is running or queued there."""
         loads = ask(self.url, "GET", "/get_load").json()
         return not any(load["num_reqs"] + load["num_waiting_reqs"] for load in loads)
 
 
 class Facts(NamedTuple):
-    """What a router has."""
+    """What a router uses."""
 
     fds: int
     tasks: int
@@ -101,7 +101,7 @@ class Facts(NamedTuple):
 
 
 class Router(RouterProcess):
-    """A router process that can be asked for its tasks and its tree."""
+    """A router process that reports its tasks and its tree on request."""
 
     def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path, door: Path) -> None:
         super().__init__(process, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port}/metrics", log)
@@ -109,7 +109,7 @@ class Router(RouterProcess):
         self._door = door
 
     def until(self, holds: Callable[[], bool], within: float = STARTS_WITHIN) -> None:
-        """Waits until something is true, which only asking can tell; ReliabilityError when it does not come."""
+        """Poll until a condition holds. Raises: ReliabilityError if it does not hold in time."""
         deadline = time.monotonic() + within
         while not holds():
             if self.process.poll() is not None:
@@ -120,7 +120,7 @@ class Router(RouterProcess):
             time.sleep(0.05)
 
     def inside(self) -> dict[str, Any]:
-        """What scripts.reliability.inspected tells."""
+        """Return the report of scripts.reliability.inspected."""
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(STARTS_WITHIN)
             client.connect(str(self._door))
@@ -135,13 +135,13 @@ class Router(RouterProcess):
 
 
 def megabytes(pid: int) -> float:
-    """The resident memory of a process."""
+    """Return the resident memory of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def start_router(folder: Path, urls: Sequence[str], *flags: str, port: int = 0) -> Router:
-    """A router process whose workers are healthy. `port`: where, else anywhere."""
+    """Start a router and wait until its workers are healthy. Without `port`, it gets any free port."""
     for _ in range(5):
         number = port or free_port()
         door = folder / f"router-{number}.{time.monotonic_ns():x}"
@@ -159,7 +159,7 @@ def start_router(folder: Path, urls: Sequence[str], *flags: str, port: int = 0) 
         router = Router(process, number, log, door)
         if _answers(router):
             return router
-        if "is in use" not in router.log() or port:  # else somebody was quicker: another port
+        if "is in use" not in router.log() or port:  # otherwise another process took the port: try another port
             break
     raise ReliabilityError(f"the router did not start, exit status {process.returncode}:\n{router.log()}")
 
@@ -175,7 +175,7 @@ def _answers(router: Router) -> bool:
 
 
 def stop_router(router: Router) -> list[str]:
-    """Ends a router as an operator does; what was wrong about its end or in its log."""
+    """End a router as an operator does; return what was wrong with its end or in its log."""
     try:
         router.end()
     except (AssertionError, subprocess.TimeoutExpired) as error:
@@ -188,7 +188,7 @@ def stop_router(router: Router) -> list[str]:
 
 
 class Watch:
-    """What a router has at rest, and whether it has that again."""
+    """Records what an idle router uses, and checks that it is back at that level."""
 
     def __init__(self, router: Router) -> None:
         self.router = router
@@ -196,7 +196,7 @@ class Watch:
         self.level = router.facts()
 
     def settle(self, workers: int | None = None) -> list[str]:
-        """Waits until the router is at rest again; what is not. `workers`: how many there should be."""
+        """Wait until the router is idle again; return what is not. `workers`: the expected number of workers."""
         found = ["the router has ended"]
 
         def at_rest() -> bool:
@@ -208,11 +208,11 @@ class Watch:
         return found
 
     def rebase(self) -> None:
-        """What it has now is what it has at rest: after a warm-up."""
+        """Record the current level as that of an idle router; call it after a warm-up."""
         self.level = self.router.facts()
 
     def _restless(self) -> list[str]:
-        """What is under way, or sick."""
+        """Return which requests are in flight, and which workers are not healthy."""
         wrong = []
         samples = self.router.samples()
         loads = {url: worker["load"] for url, worker in self.router.workers().items() if worker["load"]}
@@ -232,7 +232,7 @@ class Watch:
             wrong.append(f"not healthy: {', '.join(sick)}")
         if workers is not None and len(known) != workers:
             wrong.append(f"{len(known)} workers instead of {workers}")
-        slack = 2 * len(known)  # a health check and a report of each may be under way
+        slack = 2 * len(known)  # a health check and a load query of each worker may be in flight
         if now.fds > level.fds + slack:
             wrong.append(f"{now.fds} descriptors, {level.fds} before")
         if now.tasks > level.tasks + slack:
@@ -246,14 +246,14 @@ class Watch:
         return wrong
 
     def _until(self, holds: Callable[[], bool]) -> None:
-        """Returns when it holds, or when there was time enough for it."""
+        """Return when the condition holds, or after the time limit."""
         deadline = time.monotonic() + SETTLES_WITHIN
         while not holds() and time.monotonic() < deadline and self.router.process.poll() is None:
             time.sleep(0.05)
 
 
 class Field:
-    """See the module. `urls` are the workers' as the router knows them; `rate` and `clients` are those of its loads."""
+    """See the module. `urls` are the workers' URLs for the router; `rate` and `clients` are those of its loads."""
 
     def __init__(self, folder: Path, seed: int, engine: Sequence[str], router: Sequence[str]) -> None:
         self.folder = folder
@@ -268,11 +268,11 @@ class Field:
         self.router: Router | None = None
         self.watch: Watch | None = None
         self.outage = 0.0
-        """Seconds in which no engine was there; a fault that makes it so says it."""
+        """Seconds without any engine; set by a fault that ends all engines."""
         self._more: list[Shim] = []
 
     def start(self) -> None:
-        """Engines, shim and the router that most faults share."""
+        """Start the engines, the shim and the router that most faults share."""
         for engine in self.engines:
             engine.start()
         self.loop.run(self.shim.start())
@@ -281,9 +281,9 @@ class Field:
         self.watch = Watch(self.router)
 
     def stop(self) -> list[str]:
-        """Ends all; what was wrong about the router's end."""
+        """End all processes; return what was wrong with the router's end."""
         wrong = stop_router(self.router) if self.router is not None else []
-        with contextlib.suppress(Exception):  # an end that fails must not keep the others from theirs
+        with contextlib.suppress(Exception):  # a failure to end one process must not keep the others running
             for shim in (self.shim, *self._more):
                 self.loop.run(shim.stop())
         for engine in self.engines:
@@ -292,17 +292,17 @@ class Field:
         return wrong
 
     def more(self, shim: Shim) -> Shim:
-        """Another way to an engine; it stays until the end, as what runs over it may go on."""
+        """Add another shim in front of an engine. It stays until the end, because connections through it may stay."""
         self.loop.run(shim.start())
         self._more.append(shim)
         return shim
 
     def load(self, port: Callable[[], int], **more: Any) -> Load:
-        """A load that is yet to be started; `more` as in Load."""
+        """Return a load that is not started yet; `more` as in Load."""
         return Load(self.loop, port, seed=self.seed, **({"clients": self.clients, "rate": self.rate} | more))
 
     def mend(self) -> None:
-        """Whatever a fault left: all engines run, the network works, the router knows the three workers again."""
+        """Undo a fault: all engines run, the network works, and the router has the three workers again."""
         self.loop.run(self.shim.set("pass"))
         for engine in self.engines:
             if engine.runs:
@@ -322,15 +322,15 @@ class Field:
 
 
 def worker_path(url: str, verb: str = "") -> str:
-    """The path of a worker in the control plane."""
+    """Return the path of a worker in the control plane."""
     path = "/workers/" + url.replace(":", "%3A").replace("/", "%2F")
     return f"{path}/{verb}" if verb else path
 
 
 @contextlib.contextmanager
 def field(folder: Path, seed: int, engine: Sequence[str] = (), router: Sequence[str] = ()) -> Iterator[Field]:
-    """A Field that has started; `engine` and `router` are more flags. What is wrong about its end is a
-    ReliabilityError."""
+    """Return a started Field; `engine` and `router` are more flags. Raises: ReliabilityError if its end was not
+    clean."""
     made = Field(folder, seed, engine, router)
     wrong: list[str] = []
     try:

@@ -1,10 +1,10 @@
-"""The router as `sglang_router.launch_router` starts it, and a door for questions no metric answers.
+"""The router as `sglang_router.launch_router` starts it, with a socket for questions that no metric answers.
 
     python -m scripts.reliability.inspected SOCKET [options of the router]
 
-A line sent to the Unix socket is answered with one of JSON: how many tasks the event loop has, and of what kind; the
-bytes of text the prefix tree says it holds, and what the sum over its edges is; the same for each worker.
-It is a `Crew` of the server, so nothing of the router is another than in production.
+It answers each line on the Unix socket with one line of JSON: the number of tasks of the event loop, by kind; the bytes
+of text that the prefix tree reports, and the sum over its edges; the same for each worker. It runs as a `Crew` of the
+server, so that the router is the same as in production.
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ from typing import Any
 
 import msgspec
 
+from sglang_router.app.lifecycle import Host, serve
 from sglang_router.config import parse
-from sglang_router.core.policies.cache_aware import CacheAware
-from sglang_router.core.tree import Tree
 from sglang_router.launch_router import exit_status, launch_router
-from sglang_router.observe.logs import LogWriter
-from sglang_router.server import Gateway, serve
+from sglang_router.routing.policies.cache_aware import CacheAware
+from sglang_router.routing.prefix_tree.tree import Tree
 
 
 class Inspector:
     """See the module."""
 
-    def __init__(self, gateway: Gateway, path: str) -> None:
+    def __init__(self, host: Host, path: str) -> None:
         self.failed = asyncio.Event()
-        self._gateway = gateway
+        self._host = host
         self._path = path
         self._server: asyncio.Server | None = None
 
@@ -51,13 +50,13 @@ class Inspector:
         kinds = Counter(
             getattr(task.get_coro(), "__qualname__", "?") for task in asyncio.all_tasks() if task is not own
         )
-        policy = self._gateway.policy
+        policy = next(iter(self._host.fleet.pools)).policy
         tree = tree_facts(policy.tree) if isinstance(policy, CacheAware) else {}
-        return {"tasks": kinds.total(), "kinds": kinds, "unanswered": self._gateway.service.active} | tree
+        return {"tasks": kinds.total(), "kinds": kinds, "unanswered": self._host.active()} | tree
 
 
 def tree_facts(tree: Tree) -> dict[str, Any]:
-    """What the tree says of itself, `held` and `sizes`, and what is there, `edges` and `owned`."""
+    """Return what the tree reports (`held`, `sizes`), and what it really contains (`edges`, `owned`)."""
     edges, owned = 0, dict.fromkeys(tree.sizes, 0)
     left = list(tree._roots.values())
     while left:
@@ -81,8 +80,8 @@ def tree_facts(tree: Tree) -> dict[str, Any]:
 def main() -> int:
     path, *words = sys.argv[1:]
 
-    def crew(gateway: Gateway, writer: LogWriter) -> Inspector:
-        return Inspector(gateway, path)
+    def crew(host: Host) -> Inspector:
+        return Inspector(host, path)
 
     return exit_status(lambda: launch_router(parse(words), serve=lambda args: serve(args, crew)))
 

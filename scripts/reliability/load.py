@@ -1,12 +1,12 @@
-"""A load that checks every answer, and what came of it.
+"""A load that checks every answer and counts the outcomes.
 
-    load = Load(loop, lambda: port, clients=12, seed=1)     closed: each client asks when it was answered
-    load = Load(..., rate=200)                              paced: so many requests a second while clients are free
+    load = Load(loop, lambda: port, clients=12, seed=1)     closed: each client sends the next request after its answer
+    load = Load(..., rate=200)                              paced: this many requests a second while clients are free
     load.start() ... load.stop()
-    load.tally(since)                                       Tally of what ended since then
+    load.tally(since)                                       Tally of the requests that ended since then
 
-Some requests go over connections that are kept, some over one of their own; now and then a client leaves without
-waiting for the end of its answer.
+Some requests use kept connections, others a connection of their own; now and then a client disconnects before the end
+of its answer.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from sglang_router.engine.text import Tokenizer
 T = TypeVar("T")
 
 KEPT = 0.7
-"""Share of the requests that go over a kept connection."""
+"""Share of the requests that use a kept connection."""
 LEAVES = 0.02
-"""Share of the requests whose client leaves."""
+"""Share of the requests whose client disconnects."""
 _REST = 0.05
-"""Seconds after which a client that was not answered asks again."""
+"""Seconds after which a client without an answer sends the next request."""
 
 
 class Loop:
-    """An event loop in a thread of its own."""
+    """An event loop in its own thread."""
 
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
@@ -55,9 +55,9 @@ class Loop:
 
 @dataclass
 class Tally:
-    """What became of the requests that ended within a span of time. `gap`: longest time without an answer, in seconds.
+    """Outcomes of the requests that ended within a span of time. `gap`: longest time without an answer, in seconds.
 
-    bad  fates and reasons of all that were not answered, as "cut stream_broken"
+    bad  outcomes and reasons of all that were not answered, as "cut stream_broken"
     """
 
     requests: int = 0
@@ -67,13 +67,13 @@ class Tally:
     latencies: list[float] = field(default_factory=list)
 
     def quantile(self, share: float) -> float:
-        """Of the times of answered requests, in seconds; 0 without any."""
+        """Return a quantile of the durations of answered requests, in seconds; 0 without any."""
         ordered = sorted(self.latencies)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
 class Load:
-    """See the module. `port` is asked before each connection; `size` is that of a prompt's own part, in bytes."""
+    """See the module. `port` is called before each connection; `size` is that of a prompt's own part, in bytes."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class Load:
         self._loop.run(begin())
 
     def stop(self) -> None:
-        """No more requests; returns when those under way have ended."""
+        """Send no more requests; return when those in flight have ended."""
 
         async def end() -> None:
             self._stopping = True
@@ -121,7 +121,8 @@ class Load:
         self._loop.run(end())
 
     def tally(self, since: float = 0.0, until: float = math.inf) -> Tally:
-        """Of what ended between two moments of the monotonic clock. Begin and end of the load count for `gap`, too."""
+        """Return the tally between two times of the monotonic clock. `gap` includes the begin and the end of the
+        load."""
         last = since = since or self.began
         tally = Tally()
         for result in sorted(self.results.copy(), key=lambda result: result.ended):

@@ -1,6 +1,7 @@
-"""Faults that need a router of their own, in front of the same engines: it ends, or something is taken from it.
+"""Faults that need their own router in front of the same engines, because the router ends or loses a resource.
 
-Each starts it, strikes, and gives what the load saw and what was wrong, invariants included.
+Each function starts the router, causes the fault, and returns what the load saw and what was wrong, with the
+invariants.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from routers import free_port
 
 WORKERS = 1000
 ALIVE = 60
-"""Of the thousand; the others are addresses of this machine where nobody listens."""
+"""Live workers among the thousand; the others are addresses of this machine where no process listens."""
 DESCRIPTORS = 256
 SMALL = 64 << 10
-"""Bytes that a log may have, until the disk is full."""
+"""Size of the log in bytes at which the disk is full."""
 SOON = 0.25
-"""Seconds before SIGTERM from which on a request may not have been read when it comes."""
+"""Requests sent within these seconds before SIGTERM may be unread when the signal comes."""
 
 
 class Seen(NamedTuple):
-    """What came of a fault."""
+    """The outcome of a fault."""
 
     load: Load
     wrong: list[str]
@@ -48,7 +49,7 @@ class OwnFault(NamedTuple):
 
 
 def _own(field: Field, strike: Callable[[Router, Load], list[str]], *flags: str, urls: Sequence[str] = ()) -> Seen:
-    """A router with a load while `strike` goes on, and its settling."""
+    """Run a router under load during `strike`, then wait until it is idle."""
     router = start_router(field.folder, urls or field.urls, *field.flags, *flags)
     wrong: list[str] = []
     try:
@@ -68,7 +69,7 @@ def _own(field: Field, strike: Callable[[Router, Load], list[str]], *flags: str,
 
 
 def thousand(field: Field, seconds: float) -> Seen:
-    """Most of them dead. The router goes on checking all."""
+    """Give the router a thousand workers, most of them dead. It must keep checking all of them."""
     aliases = [f"127.0.4.{number}" for number in range(1, ALIVE + 1)]
     alive = field.more(Shim(free_port(), field.engines[1].port, aliases))
     dead = [f"http://127.1.{n // 250}.{n % 250 + 1}:9" for n in range(WORKERS - ALIVE - len(field.urls))]
@@ -85,7 +86,7 @@ def thousand(field: Field, seconds: float) -> Seen:
 
 
 def full_disk(field: Field, seconds: float) -> Seen:
-    """No log takes a line any more, for half of the time; then there is room again."""
+    """Let every log write fail for half of the time; then there is room again."""
     folder = field.folder / f"logs-{time.monotonic_ns():x}"
 
     def strike(router: Router, load: Load) -> list[str]:
@@ -105,7 +106,7 @@ def full_disk(field: Field, seconds: float) -> Seen:
 
 
 def few_descriptors(field: Field, seconds: float) -> Seen:
-    """256 descriptors, and more idle clients than that for half of the time."""
+    """Give the router 256 descriptors, and for half of the time more idle clients than that."""
 
     def strike(router: Router, load: Load) -> list[str]:
         resource.prlimit(router.process.pid, resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
@@ -126,7 +127,7 @@ def few_descriptors(field: Field, seconds: float) -> Seen:
 
 
 def sigterm(field: Field, seconds: float) -> Seen:
-    """What was asked is answered; then another router takes the place."""
+    """End the router by SIGTERM: it must answer all requests; then another router takes its port."""
     first = start_router(field.folder, field.urls, *field.flags)
     port = first.port
     wrong: list[str] = []
@@ -157,7 +158,7 @@ def sigterm(field: Field, seconds: float) -> Seen:
 
 
 def launched(field: Field, seconds: float) -> Seen:
-    """launch_server: its replicas are killed one after the other, then all are restarted one after the other."""
+    """Kill the replicas of launch_server one after the other, then restart all of them one after the other."""
     flags = ("--backend", "builtin", "--dp-size", "2", "--router-restart-initial-backoff-secs", "0.1")
     more = ("--router-health-check-interval-secs", "0.5", "--router-dp-worker-base-port", str(free_port()))
     server = Launched(field.folder / f"launched-{time.monotonic_ns():x}", [*flags, *more], {})

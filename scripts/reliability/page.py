@@ -1,4 +1,4 @@
-"""The page that tables are written to, between markers."""
+"""Write tables into a page, between markers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 
 
 def write_tables(name: str, text: str) -> None:
-    """Puts `text` between the markers `<!-- name: begin -->` and `<!-- name: end -->`.
+    """Put `text` between the markers `<!-- name: begin -->` and `<!-- name: end -->`.
 
-    Raises: ValueError when the page does not have them.
+    Raises: ValueError if the page does not have them.
     """
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
     before, found, rest = PAGE.read_text().partition(begin)

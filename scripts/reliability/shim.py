@@ -1,15 +1,15 @@
-"""The network between router and engine, and what can happen to it.
+"""The network between router and engine, with faults.
 
-    router ──> Shim ──> engine         mode      what becomes of connections
+    router ──> Shim ──> engine         mode      effect on connections
 
                                        pass      bytes go through
-                                       slow      each read is held back for `delay` seconds, in both directions
-                                       hole      accepted, and then silence; what was sent arrives when it is over
-                                       reset     those there are get an RST, new ones as soon as something is asked
-                                       refuse    nobody listens; those there are go on
+                                       slow      each read is delayed by `delay` seconds, in both directions
+                                       hole      accepted, then no byte; sent bytes arrive when the mode ends
+                                       reset     existing ones get an RST, new ones as soon as a request comes
+                                       refuse    no socket listens; existing ones stay
 
-`aliases` are more addresses at which it listens: a fleet of any size in front of one engine. Lives on an event loop
-that somebody else runs; `set` is for that loop.
+`aliases` are more addresses at which it listens: a fleet of any size in front of one engine. It lives on an event loop
+that the caller runs; call `set` on that loop.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Shim:
         )
 
     async def set(self, mode: Mode) -> None:
-        """From now on it is like this."""
+        """Change the mode."""
         self._mode = mode
         if mode == "hole":
             self._open.clear()
@@ -76,7 +76,7 @@ class Shim:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        # asyncio's streams report a cancelled handler as a fault, so it ends quietly instead.
+        # asyncio's streams log a cancelled handler as an error, so return normally instead.
         try:
             with contextlib.suppress(OSError, asyncio.CancelledError):
                 await self._relay(reader, writer)
@@ -105,7 +105,7 @@ class Shim:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
             if other is None and self._mode == "pass":
-                _reset(writer)  # the engine is gone: a proxy cannot refuse what it has accepted
+                _reset(writer)  # the engine is gone; an accepted connection cannot be refused any more
             for each in (writer, other):
                 if each is not None:
                     each.close()

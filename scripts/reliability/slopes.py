@@ -1,4 +1,4 @@
-"""A line through what was measured minute by minute, and how much it may rise."""
+"""Fit a line to the figures of each minute, and limit how much it may rise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Tolerance(NamedTuple):
-    """How much a column may grow: a share of its mean, but no less than `least`."""
+    """How much a column may grow: a share of its mean, but at least `least`."""
 
     column: str
     share: float
@@ -19,7 +19,7 @@ class Tolerance(NamedTuple):
 
 
 def growth(values: Sequence[float]) -> float:
-    """By how much the line of least squares rises from the first value to the last; 0 for fewer than two."""
+    """Return by how much the least-squares line rises from the first value to the last; 0 for fewer than two values."""
     count = len(values)
     if count < 2:
         return 0.0

@@ -1,4 +1,4 @@
-"""`python -m sglang_router` is the console command."""
+"""`python -m sglang_router`: the console command."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The console command `sglang-router`, also `python -m sglang_router`: chooses among the doors.
+"""The console command `sglang-router`, also `python -m sglang_router`: dispatches to its subcommands.
 
 sglang-router launch ...    the router     (as python -m sglang_router.launch_router)
 sglang-router serve ...     engines and the router     (as python -m sglang_router.launch_server; also `server`)
@@ -22,11 +22,11 @@ A fast, cache-aware router for fleets of LLM engines.
 
 commands:
   serve              start engines and the router in front of them, as one OpenAI server;
-                     `sglang-router serve --backend llamacpp` needs no GPU and fetches a small model
+                     `sglang-router serve --backend llamacpp` needs no GPU and downloads a small model
   launch             start the router in front of engines that run already
-  engine             start the built-in engine, a stand-in for an SGLang server that needs no GPU
+  engine             start the built-in engine, which simulates an SGLang server and needs no GPU
 
-`sglang-router COMMAND --help` lists the options of each.
+`sglang-router COMMAND --help` lists the options of a command.
 
 options:
   -h, --help         show this text
@@ -36,7 +36,7 @@ options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     return launch_router.exit_status(lambda: _dispatch(words))
 
@@ -57,7 +57,7 @@ def _launch(words: list[str]) -> int:
 
 
 def _engine(words: list[str]) -> int:
-    from sglang_router.engine.__main__ import main as engine  # late: the router needs none of it
+    from sglang_router.engine.__main__ import main as engine  # imported here: the other commands do not need it
 
     return engine(words)
 

@@ -1,31 +1,37 @@
-"""Every error the router itself answers with, in one place, ordered by who can mend it.
+"""All errors that the router answers with, ordered by who can fix them: the client, or the operator.
 
 An error is an exception with an HTTP status, a stable `code` for programs, a `type` in OpenAI's vocabulary and a
-message for people that says what to do. `RouterError.body()` is the only place that knows the shape of an error answer:
+message for people that says what to do. Only `RouterError.body()` knows the shape of an error answer:
 
     {"error": {"message": "...", "type": "...", "code": "...", "param": null}}
 
-The code is also sent in the header `x-smg-error-code` (the reference router's name for it). Answers of workers are not
-errors of the router: they pass through as they are.
+The code is also sent in the header `x-smg-error-code` (the reference router's name for it). Error answers of workers
+are not in this file: they pass through unchanged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import msgspec
 
 
 class RouterError(Exception):
-    """An answer made by the router. `retry_after` is in seconds; `close` ends the client's connection after it."""
+    """An answer made by the router.
+
+    param        the field of the request that is wrong, if it is one
+    retry_after  seconds until the client should try again; sent as Retry-After
+    close        close the client's connection after the answer
+    fields       further header fields of the answer
+    """
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     type: ClassVar[str] = "server_error"
-    message: ClassVar[str] = "The router failed to handle this request; its log says why."
+    message: ClassVar[str] = "The router failed to handle this request. See the router's log for the reason."
     close: ClassVar[bool] = False
-    challenge: ClassVar[str] = ""
-    """The answer's WWW-Authenticate field, if it has one."""
+    fields: tuple[tuple[str, str], ...] = ()
 
     def __init__(self, message: str = "", *, param: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message or self.message)
@@ -33,13 +39,13 @@ class RouterError(Exception):
         self.retry_after = retry_after
 
     def body(self) -> bytes:
-        """The JSON body, in the shape the OpenAI clients understand."""
+        """Return the JSON body, in the shape that OpenAI clients understand."""
         return msgspec.json.encode(
             {"error": {"message": str(self), "type": self.type, "code": self.code, "param": self.param}}
         )
 
 
-# -- what the client can mend ------------------------------------------------------------------------------------------
+# -- errors that the client can fix ------------------------------------------------------------------------------------
 
 
 class InvalidRequest(RouterError):
@@ -55,7 +61,7 @@ class InvalidJSON(InvalidRequest):
 
 
 class BadHTTP(InvalidRequest):
-    """The bytes are not an HTTP/1.1 message (RFC 9112), or one that two parsers could read in two ways."""
+    """The bytes are not an HTTP/1.1 message (RFC 9112), or two parsers could read them differently."""
 
     code = "bad_http"
     message = "This is not a well-formed HTTP/1.1 request."
@@ -63,44 +69,50 @@ class BadHTTP(InvalidRequest):
 
 
 class AccessRefused(InvalidRequest):
-    """The key does not open this door (RFC 6750 3)."""
+    """The request has no key, an unknown key, or a key without the needed role (RFC 6750, section 3)."""
 
-    challenge = 'Bearer realm="sglang-router"'
+    fields = (("www-authenticate", 'Bearer realm="sglang-router"'),)
 
 
 class Unauthorized(AccessRefused):
     status = 401
     code = "invalid_api_key"
-    message = "This key is not known here."
+    message = "This API key is not known here. Ask the operator of this router for a valid key."
 
 
 class MissingKey(Unauthorized):
     code = "missing_api_key"
-    message = "A key is needed: send it as `Authorization: Bearer KEY`, or in the header x-api-key."
+    message = "An API key is required: send it as `Authorization: Bearer KEY`, or in the header x-api-key."
 
 
 class Forbidden(AccessRefused):
     status = 403
     code = "forbidden"
     type = "permission_error"
-    message = "This key does not reach that far."
+    message = "The API key does not permit this request."
 
 
 class NotFound(InvalidRequest):
     status = 404
     code = "not_found"
-    message = "There is nothing at this path."
+    message = "The router has no endpoint at this path."
 
 
 class WorkerNotFound(NotFound):
     code = "WORKER_NOT_FOUND"
-    message = "No worker has this id."
+    message = "No worker has this id. GET /workers lists all workers."
 
 
 class MethodNotAllowed(InvalidRequest):
+    """`allow`: the methods that the path takes (RFC 9110 15.5.6)."""
+
     status = 405
     code = "method_not_allowed"
-    message = "This path does not take this method."
+    message = "This endpoint does not accept this method."
+
+    def __init__(self, *, allow: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.fields = (("allow", ", ".join(allow)),)
 
 
 class RequestTimeout(InvalidRequest):
@@ -114,13 +126,13 @@ class QueueTimeout(RouterError):
     status = 408
     code = "queue_timeout"
     type = "timeout_error"
-    message = "The request waited for its turn longer than --queue-timeout-secs allows; try again later."
+    message = "The request was queued for longer than --queue-timeout-secs. Try again later."
 
 
 class Conflict(InvalidRequest):
     status = 409
     code = "conflict"
-    message = "This is at odds with what the router holds."
+    message = "The request conflicts with the router's current state."
 
 
 class PayloadTooLarge(InvalidRequest):
@@ -144,7 +156,7 @@ class UnsupportedMediaType(InvalidRequest):
 
 
 class Unprocessable(InvalidRequest):
-    """Well-formed JSON that does not say what it must."""
+    """The body is well-formed JSON, but a field is missing or has an invalid value."""
 
     status = 422
     code = "unprocessable"
@@ -153,12 +165,12 @@ class Unprocessable(InvalidRequest):
 class HeadTooLarge(InvalidRequest):
     status = 431
     code = "head_too_large"
-    message = "The header block is larger than --max-head-bytes or --max-header-count allows."
+    message = "The request's headers are larger than --max-head-bytes, or more than --max-header-count."
     close = True
 
 
 class Overload(RouterError):
-    """The router has enough to do; `retry_after` says when to come again."""
+    """The router is overloaded. `retry_after` says in how many seconds to try again."""
 
     status = 429
     type = "rate_limit_error"
@@ -166,48 +178,48 @@ class Overload(RouterError):
 
 class RateLimited(Overload):
     code = "rate_limited"
-    message = "More requests per second than --rate-limit-tokens-per-second allows; slow down."
+    message = "There are more requests per second than --rate-limit-tokens-per-second allows. Send fewer."
 
 
 class QueueFull(Overload):
     code = "queue_full"
-    message = "As many requests wait already as --queue-size allows; try again later."
+    message = "The queue is full: --queue-size requests are queued already. Try again later."
 
 
 class TooManyWaiting(Overload):
     code = "too_many_waiting"
-    message = "Too many requests wait already until a worker is ready."
+    message = "All workers are starting, and too many requests are queued already. Try again later."
 
 
 class BufferFull(Overload):
     code = "buffer_full"
-    message = "The router holds as many bytes of requests as --max-buffered-request-bytes allows; try again later."
+    message = "The request bodies in the router's memory have reached --max-buffered-request-bytes. Try again later."
 
 
 class UpgradeRefused(InvalidRequest):
     status = 501
     code = "upgrade_not_supported"
-    message = "The router speaks HTTP/1.1 only: no Upgrade, no CONNECT, no HTTP/2 without negotiation."
+    message = "The router supports HTTP/1.1 only. It does not support Upgrade, CONNECT or HTTP/2."
     close = True
 
 
 class VersionNotSupported(InvalidRequest):
     status = 505
     code = "http_version_not_supported"
-    message = "The router speaks HTTP/1.1 and HTTP/1.0."
+    message = "The router supports HTTP/1.1 and HTTP/1.0 only."
     close = True
 
 
-# -- what the operator can mend ----------------------------------------------------------------------------------------
+# -- errors that the operator can fix ----------------------------------------------------------------------------------
 
 
 class Unavailable(RouterError):
-    """No worker may take the request now. `retry_after` says when one may."""
+    """No worker can take the request now. `retry_after` says in how many seconds one may be able to."""
 
     status = 503
     code = "no_available_workers"
     type = "service_unavailable"
-    message = "No worker can take this request: all are unhealthy, draining or held off by their circuit breakers."
+    message = "No worker can take this request: all are unhealthy, draining, ejected, or have an open circuit breaker."
 
 
 class NoWorkers(Unavailable):
@@ -219,19 +231,19 @@ class NoWorkers(Unavailable):
 
 class WorkersStarting(Unavailable):
     code = "workers_starting"
-    message = "All workers are still starting."
+    message = "All workers are still starting. Try again later."
 
 
 class WorkersFull(Unavailable):
-    """The request may wait for one to have room."""
+    """Every worker has its most requests. The router queues the request until one of them ends."""
 
     code = "workers_full"
-    message = "All workers have as many requests as --max-running-per-worker allows."
+    message = "Each worker has --max-running-per-worker requests already. Try again later."
 
 
 class TooManyConnections(Unavailable):
     code = "too_many_connections"
-    message = "The router holds as many connections as it has descriptors for; raise its limit (ulimit -n)."
+    message = "The router has no file descriptors left for this connection. Raise its limit (ulimit -n)."
     close = True
 
 
@@ -245,12 +257,12 @@ class WorkerBroken(RouterError):
     status = 502
     code = "worker_broken"
     type = "server_error"
-    message = "The worker broke off before it answered."
+    message = "The worker closed the connection before it answered."
 
 
 class WorkerUnreachable(WorkerBroken):
     code = "worker_unreachable"
-    message = "The worker could not be reached."
+    message = "The router could not connect to the worker."
 
 
 class WorkerInvalid(WorkerBroken):
@@ -272,29 +284,29 @@ class ConnectTimeout(WorkerTimeout):
 
 class FirstByteTimeout(WorkerTimeout):
     code = "first_byte_timeout"
-    message = "The worker began no answer within --first-byte-timeout-secs."
+    message = "The worker sent no first byte of its answer within --first-byte-timeout-secs."
 
 
 class StreamSilent(WorkerTimeout):
     code = "chunk_timeout"
-    message = "The worker fell silent inside its answer for longer than --chunk-timeout-secs."
+    message = "The worker sent nothing more of its answer for --chunk-timeout-secs."
 
 
 class Overdue(WorkerTimeout):
     code = "request_overdue"
-    message = "The request took longer than --request-timeout-secs allows."
+    message = "The request took longer than --request-timeout-secs."
 
 
 class StreamBroken(WorkerBroken):
-    """Sent as an event inside a stream: the head is gone already, so its status is never seen."""
+    """Sent as an event inside a stream. The head has been sent already, so clients never see the status."""
 
     code = "stream_broken"
-    message = "The worker broke off in the middle of its answer."
+    message = "The worker closed the connection in the middle of its answer."
 
 
 class InternalError(RouterError):
-    """A fault of the router itself."""
+    """The router itself is at fault: a bug."""
 
 
 class ConfigError(Exception):
-    """A mistake in options or files: ends the command with one line and exit status 2."""
+    """A mistake in options or files: the command prints one line and exits with status 2."""

@@ -1,4 +1,4 @@
-"""`python -m sglang_router.launch_router`: starts a router; and the same for programs.
+"""Start a router: `python -m sglang_router.launch_router`, or from a program:
 
 from sglang_router.launch_router import launch_router, parse_router_args
 launch_router(parse_router_args(["--worker-urls", "http://127.0.0.1:8000"]))
@@ -20,9 +20,9 @@ _PROG = "python -m sglang_router.launch_router"
 
 
 def parse_router_args(args: Sequence[str]) -> RouterArgs:
-    """The options from a command line (without the program's name), the environment and a file.
+    """Read the options from a command line (without the program's name), the environment and a file.
 
-    A mistake ends the program as argparse does: one line on standard error, SystemExit(2).
+    A mistake ends the program as argparse does: one line on standard error, then SystemExit(2).
     """
     try:
         return parse(args)
@@ -32,32 +32,32 @@ def parse_router_args(args: Sequence[str]) -> RouterArgs:
 
 
 def launch_router(args: object, *, serve: Callable[[RouterArgs], int] | None = None) -> int:
-    """Runs a router until it is told to stop; returns its exit status.
+    """Run a router until it is stopped; return its exit status.
 
-    `args` is a RouterArgs, or any object with such attributes (a namespace); older names of fields are
-    understood and missing ones take their defaults. It stays as it is. `serve` replaces the server in tests.
+    `args` is a RouterArgs, or any object with the same attributes, such as a namespace. Older names of attributes work
+    as well, and missing attributes get their defaults. `args` is not changed. Tests pass `serve` instead of the server.
 
     Raises: ConfigError if the router cannot start with these options.
     """
     given = args if isinstance(args, RouterArgs) else RouterArgs.from_cli_args(args)
     checked = given.checked()
     if ignored := checked.without_effect():
-        print(f"warning: no effect in this router: {', '.join(ignored)}", file=sys.stderr)
+        print(f"warning: these options have no effect in this router: {', '.join(ignored)}", file=sys.stderr)
     if serve is None:
-        from sglang_router.server import serve as run  # late: --help and mistakes need none of it
+        from sglang_router.app.lifecycle import serve as run  # imported here: --help and mistakes do not need it
 
         serve = run
     return serve(checked)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
-    """The command: options to exit status."""
+    """Run the command; return its exit status."""
     words = sys.argv[1:] if argv is None else argv
     return exit_status(lambda: launch_router(parse(words, prog=prog)))
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """Runs a command. What its user can mend becomes one line and 2, Ctrl-C 130, a closed pipe 141."""
+    """Run a command. A ConfigError prints one line and gives status 2, Ctrl-C 130, a closed output pipe 141."""
     try:
         try:
             return command()
@@ -69,7 +69,7 @@ def exit_status(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # the reader of --help left; nothing may be flushed there when Python ends
+        # The reader of standard output has gone. Redirect it, so that Python's final flush does not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

@@ -1,10 +1,10 @@
-"""`python -m sglang_router.launch_server`: starts replicas of an engine and the router in front of them; for programs:
+"""Start replicas of an engine and the router in front of them: `python -m sglang_router.launch_server`; in a program:
 
 from sglang_router.launch_server import launch_server
 launch_server(["--backend", "builtin", "--dp-size", "2"])
 
-What is to be started is worked out and checked first (`launch.crew.Start`). Then one process runs the router and, on
-the same event loop, the supervisor of the engines; the engines are processes of their own.
+First, `launch.crew.Start` computes and checks what to start. Then one process runs the router and, on the same event
+loop, the supervisor of the engines. The engines are separate processes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
+from sglang_router.config import RouterArgs
 from sglang_router.launch.options import CommandLine, parse
 from sglang_router.launch_router import exit_status, launch_router
-
-if TYPE_CHECKING:
-    from sglang_router.config import RouterArgs
 
 __all__ = ["launch_server", "main"]
 
@@ -28,28 +26,28 @@ _PROG = "python -m sglang_router.launch_server"
 
 
 def launch_server(argv: Sequence[str], environ: Mapping[str, str] = os.environ, prog: str = _PROG) -> int:
-    """Runs engines and router until they are told to stop; returns the exit status, 1 if no engine could be started.
+    """Run engines and router until they are stopped; return the exit status, 1 if no engine could be started.
 
-    Raises: ConfigError if it cannot be done as asked; SystemExit(0) after --help.
+    Raises: ConfigError if they cannot start with these options; SystemExit(0) after --help.
     """
     line = parse(argv, environ, prog)
     return launch_router(line.router, serve=lambda args: _serve(line, args))
 
 
 def _serve(line: CommandLine, args: RouterArgs) -> int:
-    from sglang_router.launch.crew import Start  # late: --help and mistakes need neither server nor engines
-    from sglang_router.launch.machine import Machine
-    from sglang_router.server import serve
+    from sglang_router.app.lifecycle import serve
+    from sglang_router.launch.crew import Start  # imported here: --help and mistakes need neither server nor engines
+    from sglang_router.launch.machine import LocalMachine
 
-    with _ended_by_signals():
-        start = Start(line, args, Machine.here())
+    with _signals_end_process():
+        start = Start(line, args, LocalMachine.here())
     return serve(args, start.crew)
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Before there is an event loop to hear of them, signals end the process in order, as Ctrl-C does: a download
-    cleans up after itself."""
+def _signals_end_process() -> Iterator[None]:
+    """Before the event loop handles signals, let them end the process by an exception, as Ctrl-C does: a download then
+    removes its temporary files."""
 
     def end(number: int, _: object) -> NoReturn:
         raise SystemExit(128 + number)
@@ -63,7 +61,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
-    """The command: options to exit status."""
+    """Run the command; return its exit status."""
     words = sys.argv[1:] if argv is None else argv
     return exit_status(lambda: launch_server(words, prog=prog))
 

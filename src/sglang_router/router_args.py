@@ -1,4 +1,4 @@
-"""`sglang_router.router_args`: where programs written for the reference router look for RouterArgs."""
+"""RouterArgs under the module name that programs written for the reference router import."""
 
 from sglang_router.config import RouterArgs
 

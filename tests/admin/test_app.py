@@ -1,4 +1,5 @@
-"""The table of paths: what is served, what is refused and how, and that the page about it is true."""
+"""The table of the control plane: each row is served, other paths and methods are refused, docs/endpoints.md is up to
+date."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from sglang_router.admin.app import ROUTES, Row, create_metrics_app, markdown
-from sglang_router.core.access import Kind
-from sglang_router.core.request import ENDPOINTS
+from sglang_router.access.permissions import AccessKind
+from sglang_router.admin.app import create_metrics_app
+from sglang_router.admin.page import markdown
+from sglang_router.admin.routes import ROUTES
+from sglang_router.admin.rows import ControlRow, relayed_rows
 from stack import stack
 
 PAGE = Path(__file__).parents[2] / "docs" / "endpoints.md"
@@ -17,32 +20,34 @@ PAGE = Path(__file__).parents[2] / "docs" / "endpoints.md"
 ROWS = [row for rows in ROUTES.values() for row in rows]
 
 
-def test_the_page_of_endpoints_is_made_of_the_tables() -> None:
+def test_docs_endpoints_md_is_made_from_the_tables() -> None:
     assert PAGE.read_text() == markdown(), "run: python -m sglang_router.admin.app --markdown > docs/endpoints.md"
 
 
-def test_a_path_and_method_stand_in_the_table_once() -> None:
+def test_each_path_and_method_has_one_row() -> None:
     pairs = [(method, row.path) for row in ROWS for method in row.methods]
     assert len(pairs) == len(set(pairs))
-    assert not {row.path.encode() for row in ROWS} & set(ENDPOINTS)
+    assert not {row.path for row in ROWS} & {row.path for row in relayed_rows()}
 
 
 def test_who_may_ask() -> None:
-    """Whatever is not named here is for admins, so a row that is forgotten lets nobody in."""
-    kinds = {kind: {row.path for row in ROWS if row.kind is kind} for kind in Kind}
-    assert kinds[Kind.PUBLIC] == {"/health", "/liveness", "/readiness"}
+    """A row that is not named here is for admins: a forgotten one lets nobody in."""
+    kinds = {kind: {row.path for row in ROWS if row.kind is kind} for kind in AccessKind}
+    assert kinds[AccessKind.PUBLIC] == {"/health", "/liveness", "/readiness"}
     about_models = {"/get_model_info", "/model_info", "/get_server_info", "/server_info"}
-    assert kinds[Kind.INFERENCE] == {"/health_generate", "/v1/models", "/v1/models/{model:path}", *about_models}
-    reads = {row.path for row in ROWS if row.kind is Kind.CONTROL_READ}
+    assert kinds[AccessKind.INFERENCE] == {"/health_generate", "/v1/models", "/v1/models/{model:path}", *about_models}
+    reads = {row.path for row in ROWS if row.kind is AccessKind.CONTROL_READ}
     looks = {"/get_loads", "/metrics", "/engine_metrics", "/list_workers", "/scale", "/openapi.json"}
     assert reads == {*looks, "/workers", "/workers/{id:path}", "/restart_workers"}
     for row in ROWS:
-        assert row.kind is Kind.CONTROL_CHANGE or row.methods == ["GET"], "a body is read from who may change things"
+        assert row.kind is AccessKind.CONTROL_CHANGE or row.methods == ["GET"], (
+            "a body is read from who may change things"
+        )
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.route)
-def test_every_row_is_served(row: Row) -> None:
-    """Without workers: whatever the answer, it is neither "no such path" nor a fault."""
+def test_every_row_is_served(row: ControlRow) -> None:
+    """Without workers the answer may be an error, but neither an unknown path nor a fault."""
     path = row.path.replace("{id:path}", "x").replace("{model:path}", "x")
     with stack() as router:
         for method in row.methods:
@@ -111,7 +116,7 @@ def test_the_clients_request_id_comes_back() -> None:
 
 def test_the_metrics_app_serves_metrics_on_any_path() -> None:
     with stack() as router:
-        router.service.app = create_metrics_app(lambda accept: (b"up 1\n", "text/plain"))
+        router.plane.app = create_metrics_app(lambda accept: (b"up 1\n", "text/plain"))
         assert router.get("/metrics").text == "up 1\n"
         assert router.ask("HEAD", "/metrics").headers["content-length"] == "5"
         assert router.post("/metrics").status == 405

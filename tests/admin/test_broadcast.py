@@ -1,4 +1,4 @@
-"""What is said to all workers: everyone hears it unchanged, everyone's result is told, lost caches are forgotten."""
+"""Requests that go to all workers: sent unchanged, all results in the answer, flushed caches forgotten."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from engines import engine_processes
 from fake_worker import CLOSE, FakeWorker, Gate, answer
-from sglang_router.core.worker import Health, HealthRules
+from sglang_router.routing.rules import HealthRules
+from sglang_router.routing.states import Health
 from stack import Stack, stack
 
 FLUSH = "POST /flush_cache"
@@ -30,16 +31,16 @@ PASSED_ON = (
 
 
 def tree_size(router: Stack, url: str) -> int:
-    """Bytes of routing text the router believes to be cached there."""
+    """Bytes of routing text that the router believes to be cached there."""
     size: int = router.get("/workers/" + router.worker(url).id).json()["tree_size"]
     return size
 
 
 def remembering(router: Stack, fakes: list[FakeWorker]) -> None:
-    """Sends each worker a prompt of its own."""
+    """Send each worker a prompt of its own."""
     for fake in fakes:
         fake.script["POST /generate"] = answer(200, {})
-    for number in range(len(fakes)):  # strangers go to the smallest tree
+    for number in range(len(fakes)):  # a prompt without a match goes to the smallest tree
         assert router.post("/generate", PROMPT.replace(b"a prompt", b"%d prompt" % number)).status == 200
     assert all(tree_size(router, fake.url) for fake in fakes)
 
@@ -70,7 +71,7 @@ def test_every_worker_gets_the_body_as_it_is_with_its_own_key(path: str) -> None
             assert seen.headers["authorization"] == f"Bearer key{number}"
 
 
-def test_results_are_told_worker_by_worker() -> None:
+def test_the_answer_has_the_result_of_each_worker() -> None:
     with stack() as router:
         fakes = router.fakes({DISK: answer(200, b"done")}, {DISK: answer(400, {"success": False})}, {DISK: CLOSE}, {})
         reply = router.post("/update_weights_from_disk", {"model_path": "x"})
@@ -84,7 +85,7 @@ def test_results_are_told_worker_by_worker() -> None:
         assert (unknown["status"], unknown["body"], unknown["error"]) == (404, None, "HTTP 404")
 
 
-def test_all_failed_is_an_error_and_so_is_nobody_there() -> None:
+def test_it_is_an_error_if_all_fail_or_there_are_no_workers() -> None:
     with stack() as router:
         reply = router.post("/abort_request", {"rid": "x"})
         assert (reply.status, reply.json()["error"]["code"]) == (503, "no_workers")
@@ -93,12 +94,12 @@ def test_all_failed_is_an_error_and_so_is_nobody_there() -> None:
         assert (reply.status, reply.json()["status"], reply.json()["succeeded"]) == (502, "failed", 0)
 
 
-def test_workers_that_are_not_well_or_drained_are_told_too() -> None:
+def test_unhealthy_and_drained_workers_are_asked_too() -> None:
     with stack() as router:
         ill, drained = router.fakes({DISK: answer(200)}, {DISK: answer(200)})
         ill.script["GET /health"] = answer(500)
         worker = router.worker(ill.url)
-        router.call(lambda: router.prober.prod(worker))
+        router.call(lambda: router.checks.check_now(worker))
         router.until(lambda: worker.health is Health.UNHEALTHY)
         router.post(f"/workers/{router.worker(drained.url).id}/drain")
         starting = router.fake({"GET /health": answer(503), DISK: answer(200)})
@@ -106,8 +107,8 @@ def test_workers_that_are_not_well_or_drained_are_told_too() -> None:
         assert router.post("/update_weights_from_disk", {}).json()["succeeded"] == 3
 
 
-def test_workers_are_told_at_the_same_time() -> None:
-    """Two workers that answer only when both have been asked."""
+def test_workers_are_asked_at_the_same_time() -> None:
+    """Two workers that answer only once both have been asked."""
     with stack() as router:
         gates = [Gate(answer(200)), Gate(answer(200))]
         one, two = router.fakes({DISK: gates[0]}, {DISK: gates[1]})
@@ -160,7 +161,7 @@ def test_a_worker_that_did_not_flush_keeps_its_tree() -> None:
         assert tree_size(router, bad.url) > 0
 
 
-def test_flushing_nothing_or_nowhere() -> None:
+def test_flush_without_workers_or_success() -> None:
     with stack() as router:
         reply = router.ask("GET", "/flush_cache")
         assert (reply.status, reply.json()["workers_flushed"]) == (200, 0)
@@ -170,14 +171,14 @@ def test_flushing_nothing_or_nowhere() -> None:
         assert (reply.status, reply.json()["status"]) == (502, "failed")
 
 
-def test_an_engine_that_names_it_otherwise_is_flushed_too() -> None:
+def test_an_engine_with_another_name_for_it_is_flushed_too() -> None:
     with stack() as router:
         router.fakes({"POST /reset_prefix_cache": answer(200)})
         assert router.post("/flush_cache").status == 200
 
 
 @pytest.mark.parametrize("path", PASSED_ON)
-def test_only_new_weights_make_prefixes_worthless(path: str) -> None:
+def test_only_new_weights_make_prefixes_stale(path: str) -> None:
     with stack() as router:
         fakes = router.fakes({f"POST {path}": answer(200)}, {f"POST {path}": answer(500)})
         remembering(router, fakes)

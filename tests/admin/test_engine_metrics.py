@@ -6,7 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engines import engine_processes
 from fake_worker import answer
-from sglang_router.admin.engine_metrics import Merged
+from sglang_router.admin.engine_metrics import MergedMetrics
 from stack import stack
 
 METRICS = "GET /metrics"
@@ -38,7 +38,7 @@ this is { not a sample
 
 
 def merged() -> str:
-    union = Merged()
+    union = MergedMetrics()
     union.add(ONE, "10.0.0.1:8000")
     union.add(TWO, "[::1]:8000")
     return union.exposition()
@@ -74,7 +74,7 @@ def test_each_metric_is_described_once_before_its_samples() -> None:
 
 
 def test_nothing_is_merged_to_nothing() -> None:
-    assert Merged().exposition() == ""
+    assert MergedMetrics().exposition() == ""
 
 
 def test_workers_without_metrics_are_left_out() -> None:

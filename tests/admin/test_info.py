@@ -1,4 +1,4 @@
-"""Health and information: what the router says of itself, and what it passes on of its workers."""
+"""Health and information: what the router answers itself, and what it passes on from workers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 
 from engines import engine_processes
 from fake_worker import CLOSE, HANG, answer
-from sglang_router.core.worker import Outcome
+from sglang_router.routing.outcome import Outcome
 from stack import Reply, stack
 
 MODELS = "GET /v1/models"
 
 
 def error(reply: Reply) -> tuple[int, str]:
-    """Status and code of an error of the router, whose shape and headers are checked."""
+    """Check the shape and headers of an error of the router; return its status and code."""
     body = reply.json()
     assert set(body) == {"error"}
     assert set(body["error"]) == {"message", "type", "code", "param"}
@@ -67,7 +67,7 @@ def test_ready_means_that_a_healthy_worker_can_take_a_request() -> None:
         def fail() -> None:
             router.fleet.lease(worker).close(Outcome.FAILED, router.loop.time())
 
-        for _ in range(router.fleet.breaker_rules.threshold):
+        for _ in range(router.fleet.rules.breaker.threshold):
             router.call(fail)
         assert router.get("/readiness").status == 503  # healthy, but its breaker is open
 
@@ -109,7 +109,7 @@ def test_health_generate_fails_when_no_worker_can() -> None:
         assert "HTTP 404" in reply.text
 
 
-# -- what workers say of themselves ----------------------------------------------------------------------
+# -- what one worker answers ---------------------------------------------------------------------------
 
 
 def test_a_workers_answer_passes_as_it_is() -> None:
@@ -135,7 +135,7 @@ def test_another_worker_is_asked_when_the_first_one_breaks() -> None:
         assert router.get("/get_server_info").json() == {"third": True}
 
 
-def test_an_error_is_answered_when_no_worker_can_tell() -> None:
+def test_it_is_an_error_when_no_worker_answers() -> None:
     with stack() as router:
         router.fakes({"GET /get_model_info": CLOSE})
         assert error(router.get("/get_model_info")) == (502, "worker_unreachable")
@@ -144,7 +144,7 @@ def test_an_error_is_answered_when_no_worker_can_tell() -> None:
 # -- models ----------------------------------------------------------------------------------------------
 
 
-def test_models_are_united_by_id_and_keep_their_fields() -> None:
+def test_models_are_merged_by_id_and_keep_their_fields() -> None:
     one = {"id": "a", "object": "model", "max_model_len": 8192, "owned_by": "sglang"}
     two = {"id": "b/lora", "object": "model", "parent": "a"}
     with stack() as router:
@@ -171,7 +171,7 @@ def test_models_are_not_asked_for_at_every_request_but_again_when_workers_change
 
 
 @pytest.mark.parametrize("broken", [answer(500), answer(200, b"no json"), answer(200, [1, 2]), CLOSE])
-def test_a_model_that_was_learnt_is_listed_while_the_worker_cannot_tell(broken: bytes) -> None:
+def test_a_known_model_is_listed_while_its_worker_does_not_answer(broken: bytes) -> None:
     with stack() as router:
         (fake,) = router.fakes({MODELS: answer(200, {"data": [{"id": "a"}]})})
         fake.script[MODELS] = broken
@@ -188,7 +188,7 @@ def test_what_is_not_a_model_is_not_listed() -> None:
 # -- loads -----------------------------------------------------------------------------------------------
 
 
-def test_loads_are_the_engines_own_reports_else_the_routers_count() -> None:
+def test_loads_are_reported_by_the_engine_or_else_counted_by_the_router() -> None:
     ranks = [{"dp_rank": 0, "num_tokens": 10}, {"dp_rank": 1, "num_tokens": 4}]
     newer = {"loads": [{"num_used_tokens": 5, "num_total_tokens": 7}]}
     older = {"loads": [{"num_used_tokens": 5}]}
@@ -217,7 +217,7 @@ def test_there_are_no_loads_without_workers() -> None:
         assert router.get("/get_loads").json() == {"workers": []}
 
 
-def test_the_engines_own_keys_are_not_told() -> None:
+def test_the_keys_of_engines_are_masked() -> None:
     told = {"version": "0.5", "api_key": "hidden-1", "admin_api_key": "hidden-2", "ssl_keyfile_password": None}
     with stack() as router:
         router.fakes({"GET /get_server_info": answer(200, told)})

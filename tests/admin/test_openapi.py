@@ -1,7 +1,7 @@
-"""The OpenAPI document is true: all that is served is in it, and what is answered has the status and shape it says.
+"""The OpenAPI document is correct: it has every endpoint, and every answer has a declared status and shape.
 
-Three ways to see that: the tables against the document, the code of each handler against the errors declared for it,
-and a router that is brought to give every answer there is.
+Three checks: the tables against the document, the code of each handler against its declared errors, and a router that
+is made to give every declared answer.
 """
 
 from __future__ import annotations
@@ -17,16 +17,27 @@ import msgspec
 import pytest
 
 from fake_worker import CLOSE, answer
-from sglang_router.admin import broadcast, context, contract, engine_metrics, info, openapi, replicas, shapes, workers
-from sglang_router.admin.app import ROUTES, Row
-from sglang_router.admin.context import Handler
+from sglang_router.access.permissions import AccessKind
+from sglang_router.admin import (
+    ask,
+    broadcast,
+    context,
+    contract,
+    engine_metrics,
+    info,
+    openapi,
+    replicas,
+    shapes,
+    workers,
+)
 from sglang_router.admin.contract import CONTRACTS
-from sglang_router.core.access import Kind
-from sglang_router.core.request import ENDPOINTS
+from sglang_router.admin.routes import ROUTES
+from sglang_router.admin.rows import ControlRow, Handler, plain_path, relayed_rows
 from sglang_router.errors import Conflict, RouterError
 from stack import Reply, Stack, stack
 
 ROWS = [row for rows in ROUTES.values() for row in rows]
+RELAYED = {(row.method, plain_path(row.path)) for row in relayed_rows()}
 DOCUMENT = openapi.document(ROUTES)
 OPERATIONS = {
     (method.upper(), path): operation
@@ -39,22 +50,22 @@ OPERATIONS = {
 
 
 def test_every_path_and_method_is_in_it_and_nothing_else() -> None:
-    served = {(method, openapi.plain(row.path)) for row in ROWS for method in row.methods}
-    assert OPERATIONS.keys() == served | {("POST", path.decode()) for path in ENDPOINTS}
+    served = {(method, plain_path(row.path)) for row in ROWS for method in row.methods}
+    assert OPERATIONS.keys() == served | RELAYED
 
 
 def test_every_handler_has_a_contract_and_every_contract_a_handler() -> None:
     assert CONTRACTS.keys() == {row.handler for row in ROWS if row.path != openapi.PATH}
 
 
-def test_it_is_served_to_whoever_asks() -> None:
+def test_it_is_served() -> None:
     with stack() as router:
         reply = router.get("/openapi.json")
     assert (reply.status, reply.headers["content-type"]) == (200, "application/json")
     assert reply.json() == json.loads(json.dumps(DOCUMENT))
 
 
-def test_what_it_refers_to_is_there() -> None:
+def test_every_reference_is_defined() -> None:
     references = set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(DOCUMENT)))
     assert references
     for reference in references:
@@ -65,7 +76,7 @@ def test_what_it_refers_to_is_there() -> None:
     assert used == DOCUMENT["components"]["schemas"].keys()
 
 
-def test_operations_have_names_of_their_own_groups_that_exist_and_all_parameters_of_their_paths() -> None:
+def test_operations_have_unique_names_known_tags_and_all_path_parameters() -> None:
     names = [operation["operationId"] for operation in OPERATIONS.values()]
     assert len(names) == len(set(names))
     groups = {tag["name"] for tag in DOCUMENT["tags"]}
@@ -75,8 +86,8 @@ def test_operations_have_names_of_their_own_groups_that_exist_and_all_parameters
         assert declared == set(re.findall(r"\{(.+?)\}", path))
 
 
-def test_keys_are_asked_for_everywhere_but_where_everybody_may_look() -> None:
-    public = {(method, openapi.plain(row.path)) for row in ROWS for method in row.methods if row.kind is Kind.PUBLIC}
+def test_only_public_paths_need_no_key() -> None:
+    public = {(method, plain_path(row.path)) for row in ROWS for method in row.methods if row.kind is AccessKind.PUBLIC}
     assert {key for key, operation in OPERATIONS.items() if not operation["security"]} == public
     for key, operation in OPERATIONS.items():
         assert ({"401", "403"} <= operation["responses"].keys()) == (key not in public)
@@ -90,17 +101,17 @@ def test_regular_expressions_are_those_of_json_schema() -> None:
 
 # -- the code of handlers ----------------------------------------------------------------------------------------------
 
-MODULES = (broadcast, context, engine_metrics, info, replicas, workers)
+MODULES = (ask, broadcast, context, engine_metrics, info, replicas, workers)
 DEEPER: dict[str, tuple[type[RouterError], ...]] = {
-    "unavailable": contract.NOBODY,
+    "unavailable": contract.NO_WORKER,
     "restart_worker": (Conflict,),
     "restart_all": (Conflict,),
 }
-"""What is raised further down, by the name of the method that is called."""
+"""Errors raised outside of `admin`, by the name of the called method."""
 
 
 def functions() -> dict[tuple[str, str], ast.AsyncFunctionDef | ast.FunctionDef]:
-    """By module and name."""
+    """All functions, by module and name."""
     found = {}
     for module in MODULES:
         for node in ast.walk(ast.parse(inspect.getsource(module))):
@@ -113,7 +124,7 @@ FUNCTIONS = functions()
 
 
 def raised_by(handler: Handler) -> set[type[RouterError]]:
-    """The errors that a handler's code raises, here or in what it calls."""
+    """The errors that a handler raises, itself or in what it calls."""
     found: set[type[RouterError]] = set()
     seen: set[tuple[str, str]] = set()
     left = [(handler.__module__, handler.__name__)]
@@ -132,7 +143,7 @@ def raised_by(handler: Handler) -> set[type[RouterError]]:
 
 
 def errors_in(module: str, raised: ast.expr) -> Iterator[type[RouterError]]:
-    """The classes that stand in what is raised; one of two may."""
+    """The classes of errors in the expression that is raised."""
     names = vars(next(each for each in MODULES if each.__name__ == module))
     for node in ast.walk(raised):
         named = names.get(node.id) if isinstance(node, ast.Name) else None
@@ -141,7 +152,7 @@ def errors_in(module: str, raised: ast.expr) -> Iterator[type[RouterError]]:
 
 
 def called(module: str, node: ast.AST) -> list[tuple[str, str]]:
-    """The functions of the control plane that are named here, and the methods of its context."""
+    """The functions of the control plane that a node names, and the methods of its context."""
     if isinstance(node, ast.Name):
         named = vars(next(each for each in MODULES if each.__name__ == module)).get(node.id)
         where = (getattr(named, "__module__", ""), getattr(named, "__name__", ""))
@@ -159,7 +170,7 @@ def test_the_errors_a_handler_raises_are_those_declared(handler: Handler) -> Non
 
 def test_the_code_is_really_read() -> None:
     assert raised_by(workers.create) >= {Conflict}
-    assert raised_by(info.models) == set(contract.NOBODY)
+    assert raised_by(info.models) == set(contract.NO_WORKER)
     assert raised_by(info.health) == set()
 
 
@@ -176,18 +187,18 @@ WELL = {
 ILL = {f"GET {path}": CLOSE for path in ("/health_generate", "/metrics", "/get_model_info", "/get_server_info")}
 TOLD = [row.path for row in ROWS if row.handler in (broadcast.broadcast, broadcast.update_weights)]
 BY_KEYS = {"401", "403"}
-"""What keys bring about, and tests of access see to."""
+"""Answers that need keys: see the tests of access."""
 ELSEWHERE = {
     "/scale": {"200"},
     "/restart_workers": {"200", "202"},
     "/workers/{id}/restart": {"202"},
     "/add_worker": {"503"},
 }
-"""Answers that need engines run by the router, scaling, or the router's end: black-box tests see to those."""
+"""Answers that need engines run by the router, autoscaling, or a shutdown: see the black-box tests."""
 
 
 class Asker:
-    """Asks, sees that the answer is one of those declared, and notes which ones there were."""
+    """Sends requests, checks that the answers are declared, and keeps which ones were seen."""
 
     def __init__(self, router: Stack) -> None:
         self.router = router
@@ -204,7 +215,7 @@ class Asker:
 
 
 def conforms(method: str, template: str, reply: Reply) -> str:
-    """The declared status that an answer has; its shape is checked."""
+    """Check the shape of an answer; return its declared status."""
     responses = OPERATIONS[method, template]["responses"]
     status = str(reply.status) if str(reply.status) in responses else f"{reply.status // 100}XX"
     assert status in responses, (method, template, reply)
@@ -223,11 +234,11 @@ def conforms(method: str, template: str, reply: Reply) -> str:
 
 
 def declared() -> set[tuple[str, str, str]]:
-    """All that a router can answer in this test."""
+    """All answers that a router can give in this test."""
     return {
         (method, path, status)
         for (method, path), operation in OPERATIONS.items()
-        if path.encode() not in ENDPOINTS
+        if (method, path) not in RELAYED
         for status in operation["responses"].keys() - BY_KEYS - ELSEWHERE.get(path, set()) - {"default"}
     }
 
@@ -245,14 +256,14 @@ def test_every_answer_is_declared_and_every_declared_answer_is_given() -> None:
 def without_workers(ask: Asker) -> None:
     for (method, path), operation in OPERATIONS.items():
         plain = "{" not in path and "requestBody" not in operation
-        if method == "GET" or (plain and path.encode() not in ENDPOINTS):
+        if method == "GET" or (plain and (method, path) not in RELAYED):
             ask(f"{method} {path}", id="x", model="x")
     for path in TOLD:
         ask(f"POST {path}", {})
 
 
 def with_two_workers(ask: Asker) -> None:
-    """Both do as they are told, then one, then none."""
+    """Both succeed, then one, then none."""
     flushed = {f"{method} {path}": answer(200) for method in ("GET", "POST") for path in (*TOLD, "/flush_cache")}
     fakes = ask.router.fakes({**WELL, **flushed}, {**WELL, **flushed})
     for number in range(3):
@@ -265,7 +276,7 @@ def with_two_workers(ask: Asker) -> None:
                 fakes[number].script[route] = answer(500)
     for row in ROWS:
         if row.methods == ["GET"]:
-            ask(f"GET {openapi.plain(row.path)}", id=ask.router.worker(fakes[0].url).id, model="m")
+            ask(f"GET {plain_path(row.path)}", id=ask.router.worker(fakes[0].url).id, model="m")
     ask("GET /v1/models/{model}", model="unknown")
     own_words = ("/get_model_info", "/model_info", "/get_server_info", "/server_info")
     for fake in fakes:
@@ -283,7 +294,8 @@ def the_family(ask: Asker) -> None:
     fake = ask.router.fake()
     url, key = fake.url, fake.url.replace("/", "%2F")
     assert ask("POST /add_worker?url=http://127.0.0.1:9").status == 400
-    ask.router.context.startup_timeout = 20.0
+    rules = ask.router.context.add_rules
+    ask.router.context.add_rules = msgspec.structs.replace(rules, startup_timeout=20.0)
     assert ask(f"POST /add_worker?url={url}").status == 200
     assert ask(f"POST /remove_worker?url={url}").status == 200
     ask(f"POST /remove_worker?url={url}")
@@ -301,7 +313,7 @@ def the_family(ask: Asker) -> None:
         ask("DELETE /workers/{id}", id=name)
 
 
-def test_a_worker_that_is_a_rank_is_declared_too() -> None:
+def test_a_worker_that_is_a_rank_has_the_declared_shape() -> None:
     rows = [{"dp_rank": rank, "num_running_reqs": 0, "num_waiting_reqs": 0, "num_total_tokens": 0} for rank in (0, 1)]
     told = {"GET /server_info": answer(200, {"dp_size": 2}), "GET /v1/loads": answer(200, {"loads": rows})}
     with stack(dp_aware=True) as router:
@@ -311,8 +323,8 @@ def test_a_worker_that_is_a_rank_is_declared_too() -> None:
     assert [worker.base_url for worker in found.workers] == [fake.url] * 2
 
 
-def test_nothing_that_is_not_declared_passes() -> None:
-    """The tests here would see it."""
+def test_undeclared_answers_are_found() -> None:
+    """The tests here would find an undeclared answer."""
     with pytest.raises(msgspec.ValidationError, match="unknown field"):
         msgspec.json.decode(b'{"urls": [], "more": 1}', type=shapes.URLs)
     with pytest.raises(AssertionError):
@@ -320,6 +332,6 @@ def test_nothing_that_is_not_declared_passes() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.route)
-def test_what_any_path_may_answer_is_said_too(row: Row) -> None:
+def test_every_operation_has_the_default_answer(row: ControlRow) -> None:
     for method in row.methods:
-        assert "default" in OPERATIONS[method, openapi.plain(row.path)]["responses"]
+        assert "default" in OPERATIONS[method, plain_path(row.path)]["responses"]

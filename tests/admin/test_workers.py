@@ -1,4 +1,4 @@
-"""Workers that come and go while the router serves."""
+"""Workers are added, changed and removed while the router serves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 
 from engines import engine_processes
 from fake_worker import HANG, Gate, answer
-from sglang_router.core.worker import Breaker, Health, HealthRules
+from sglang_router.routing.rules import HealthRules
+from sglang_router.routing.source import Source
+from sglang_router.routing.states import Breaker, Health
 from stack import Reply, Stack, stack
 
 HEALTH = "GET /health"
@@ -20,7 +22,7 @@ CHAT = b'{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}'
 
 
 def refusal(reply: Reply) -> tuple[int, str]:
-    """Status and message of an error of the router."""
+    """The status and message of an error of the router."""
     return reply.status, reply.json()["error"]["message"]
 
 
@@ -68,6 +70,7 @@ def test_adding_waits_until_the_worker_is_healthy() -> None:
         assert (replies[0].status, replies[0].text) == (200, f"Successfully added worker: {fake.url}")
         assert fake.seen[-1].headers["authorization"] == "Bearer s3cret"
         assert router.get("/workers").json()["workers"][0]["model_id"] == "m"
+        assert router.worker(fake.url).spec.source is Source.API
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def test_a_known_worker_is_refused() -> None:
         assert len(router.get("/list_workers").json()["urls"]) == 1
 
 
-def test_a_worker_that_does_not_become_healthy_is_taken_out_again() -> None:
+def test_a_worker_that_does_not_become_healthy_is_removed_again() -> None:
     with stack(startup_timeout=0.3) as router:
         fake = router.fake({HEALTH: answer(503)})
         status, message = refusal(router.post("/add_worker", url=fake.url))
@@ -112,7 +115,7 @@ def test_a_worker_that_does_not_become_healthy_is_taken_out_again() -> None:
         assert router.get("/list_workers").json() == {"urls": []}
 
 
-def test_a_client_that_leaves_takes_the_worker_with_it() -> None:
+def test_the_worker_is_removed_if_the_client_leaves() -> None:
     with stack() as router:
         fake = router.fake({HEALTH: HANG})
         client = http.client.HTTPConnection("127.0.0.1", router.port, timeout=10)
@@ -141,7 +144,7 @@ def test_what_cannot_be_removed(query: str, status: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["POST /remove_worker?url={url}", "DELETE /workers/{id}"])
-def test_running_requests_of_a_removed_worker_end_as_if_nothing_had_happened(how: str) -> None:
+def test_requests_in_flight_at_a_removed_worker_finish(how: str) -> None:
     with stack() as router:
         gate = Gate(answer(200, {"done": True}))
         (fake,) = router.fakes({"POST /v1/completions": gate})
@@ -161,10 +164,10 @@ def test_running_requests_of_a_removed_worker_end_as_if_nothing_had_happened(how
         router.run(fake.hung_up())
 
 
-# -- the REST family -------------------------------------------------------------------------------------
+# -- the REST API ----------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_is_posted_is_accepted_and_described() -> None:
+def test_a_posted_worker_is_accepted_and_described() -> None:
     with stack(health=HealthRules(interval=3600.0)) as router:
         fake = router.fake({HEALTH: answer(503)})
         wanted = {
@@ -280,7 +283,7 @@ def test_a_worker_is_changed_in_place() -> None:
         router.run(fake.asked(HEALTH, 2))  # the change is followed by a check, with the new key
         assert fake.seen[-1].headers["authorization"] == "Bearer n3w"
         assert router.ask("PUT", f"/workers/{worker.id}", b'{"api_key": ""}').status == 202
-        assert worker.key is None
+        assert (worker.key, worker.target.key) == (None, None)
         assert refusal(router.ask("PUT", f"/workers/{worker.id}", b'{"cost": "x"}'))[0] == 422
 
 
@@ -289,7 +292,7 @@ def test_health_checks_can_be_switched_off_and_on() -> None:
         (fake,) = router.fakes({})
         fake.script[HEALTH] = answer(500)
         worker = router.worker(fake.url)
-        router.call(lambda: router.prober.prod(worker))
+        router.call(lambda: router.checks.check_now(worker))
         router.until(lambda: worker.health is Health.UNHEALTHY)
         router.ask("PUT", f"/workers/{worker.id}", b'{"disable_health_check": true}')
         info = router.get(f"/workers/{worker.id}").json()
@@ -337,7 +340,7 @@ def test_unknown_workers_are_not_found(name: str) -> None:
         assert [(reply.status, reply.headers["x-smg-error-code"]) for reply in asked] == [(404, "WORKER_NOT_FOUND")] * 5
 
 
-def test_the_breaker_is_shown_as_it_stands() -> None:
+def test_the_state_of_the_breaker_is_shown() -> None:
     with stack() as router:
         (fake,) = router.fakes({"POST /v1/completions": answer(500)})
         for _ in range(2):

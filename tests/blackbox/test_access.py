@@ -1,5 +1,5 @@
 """Who is let in, by the real command: keys of clients and of the control plane, changes from this machine only, pages
-of other origins. And that a key which is given to the router is never seen again."""
+of other origins. And that a key which is given to the router is never shown again."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def worker() -> Iterator[PlainWorker]:
 
 
 def told(answer: Answer) -> str:
-    """Status and the router's own code, if the answer is an error of it."""
+    """Return the status and, for an error of the router, its code."""
     return f"{answer.status} {answer.headers.get('x-smg-error-code', '')}".strip()
 
 
@@ -66,13 +66,13 @@ def written(folder: Path, *lines: str) -> str:
 
 
 def seen_of(router: RouterProcess) -> str:
-    """All that the router shows while it runs, but for what the operating system tells of its command line."""
+    """Return all that the router shows while it runs, except its command line as the operating system shows it."""
     pages = [router.get(path) for path in ("/metrics", "/workers", "/list_workers", "/get_loads", "/openapi.json")]
     return router.log() + "".join(page.body.decode() + str(page.headers) for page in pages)
 
 
 def lines_of(router: RouterProcess, mark: str, count: int) -> list[str]:
-    """So many lines of the log with a mark, once they are written."""
+    """Wait for so many lines of the log with a mark; return them."""
 
     def found() -> list[str]:
         return [line for line in router.log().splitlines() if mark in line]
@@ -148,7 +148,7 @@ def test_the_openai_client_tells_a_wrong_key(worker: PlainWorker) -> None:
 
 
 def test_a_strangers_body_is_not_waited_for(worker: PlainWorker) -> None:
-    """The answer comes, and the end, though the body never does; and one behind a good request is in its order."""
+    """The answer and the close come without the body; a refused request after a good one is answered in its order."""
     good = f"POST {CHAT} HTTP/1.1\r\nhost: h\r\nx-api-key: {ALICE}\r\ncontent-length: 2\r\n\r\n{{}}"
     with router_process([worker.url], "--api-key", ALICE, key=ALICE) as router:
         host, _, port = urlsplit(router.url).netloc.rpartition(":")
@@ -187,7 +187,7 @@ def test_a_refused_client_without_a_body_keeps_its_connection(worker: PlainWorke
 
 
 def audit(router: RouterProcess) -> list[dict[str, Any]]:
-    """The audit log, without what belongs to every line."""
+    """Return the audit log, without the fields that every line has."""
     lines = [line for line in router.records() if line["logger"] == "sglang_router.audit"]
     return [{name: item for name, item in line.items() if name not in ("time", "logger")} for line in lines]
 
@@ -234,7 +234,7 @@ def test_roles_of_the_control_plane_and_its_audit_log(worker: PlainWorker) -> No
 
 
 def elsewhere(router: RouterProcess) -> str | None:
-    """The router's URL by an address of this machine that is not loopback, if there is one; nothing is sent."""
+    """Return the router's URL by an address of this machine that is not loopback, if there is one; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect(("192.0.2.1", 9))
         address = probe.getsockname()[0]
@@ -345,7 +345,7 @@ def test_pages_of_listed_origins_may_read_answers(worker: PlainWorker) -> None:
             }
             other = ask(router.url, "OPTIONS", path, origin="https://evil.example", **asked)
             assert (other.status, cors_of(other)) == (200, {})
-        assert router.ask("OPTIONS", CHAT, origin=WEB).status == 405  # no browser's question
+        assert router.ask("OPTIONS", CHAT, origin=WEB).status == 405  # not a preflight
         may_read = {"allow-origin": WEB, "expose-headers": "x-request-id"}
         for answer in (
             router.post(CHAT, BODY, origin=WEB),
@@ -367,7 +367,7 @@ def test_all_origins_and_none(worker: PlainWorker) -> None:
             assert "vary" not in answer.headers
     worker.answers = {CHAT: (200, {**JSON, "access-control-allow-origin": "*"}, b"{}")}
     with router_process([worker.url]) as router:
-        assert cors_of(router.post(CHAT, BODY, origin=WEB)) == {"allow-origin": "*"}  # the worker's own
+        assert cors_of(router.post(CHAT, BODY, origin=WEB)) == {"allow-origin": "*"}  # the worker's own field
         assert cors_of(router.get("/health", origin=WEB)) == {}
         assert router.ask("OPTIONS", CHAT, origin=WEB, access_control_request_method="POST").status == 405
 

@@ -1,4 +1,4 @@
-"""Autoscaling as users meet it: `launch_router` tells others how many workers there should be, `launch_server` acts."""
+"""Autoscaling as users see it: `launch_router` tells others how many workers there should be, `launch_server` acts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engines import engine_processes
 from routers import WITHIN, Answer, RouterProcess, environment, free_port, plain_worker, router_process
 
 SLOW = ("--max-running-requests", "2", "--decode-base-ms", "30")
-"""An engine that computes two requests at a time and takes a third of a second for each."""
+"""An engine that computes two requests at a time and needs a third of a second for each."""
 QUICK = {
     "autoscale-target-queue": "2",
     "autoscale-up-cooldown-secs": "0.2",
@@ -34,7 +34,7 @@ with open(sys.argv[1], "a") as file:
 
 
 def flags(prefix: str = "") -> list[str]:
-    """The quick options as flags."""
+    """Return the fast options as flags."""
     return [word for name, value in QUICK.items() for word in (f"--{prefix}{name}", value)]
 
 
@@ -50,7 +50,7 @@ def scale(router: RouterProcess) -> dict[str, Any]:
 
 
 class Burst:
-    """Clients that ask one stranger after the other, from `with` to its end; none may fail."""
+    """Clients that send one unrelated prompt after the other, from `with` to its end; none may fail."""
 
     def __init__(self, router: RouterProcess, clients: int) -> None:
         self._router = router
@@ -95,7 +95,7 @@ def test_a_router_tells_how_many_there_should_be(tmp_path: Path) -> None:
             newest = scale(router)["decisions"][0]
             assert newest["reason"].startswith("queue: ")
             assert newest["figures"]["queue"] > 2
-            assert router.post("/add_worker?url=" + quote(second, safe="")).status == 200  # as somebody who was told
+            assert router.post("/add_worker?url=" + quote(second, safe="")).status == 200  # as if told by the webhook
             router.until(lambda: scale(router)["current"] == 2)
         router.until(lambda: scale(router)["desired"] == 1)
         router.until(lambda: told_all(router))
@@ -111,7 +111,7 @@ def test_a_router_tells_how_many_there_should_be(tmp_path: Path) -> None:
 
 
 def told_all(router: RouterProcess) -> bool:
-    """Whether both have been told of the last decision."""
+    """Return whether both have received the last decision."""
     webhook, command = scale(router)["actuators"]
     return bool(webhook["waiting"] is None and webhook["told"]["desired"] == 1 and command["last_status"] == 0) and (
         not command["running"]
@@ -120,7 +120,7 @@ def told_all(router: RouterProcess) -> bool:
 
 @contextlib.contextmanager
 def server(log: Path, *more: str) -> Iterator[RouterProcess]:
-    """`launch_server` with built-in engines; ended as by a user."""
+    """Yield `launch_server` with built-in engines; end it as a user would."""
     port = free_port()
     own = ["--backend", "builtin", "--port", str(port), "--router-prometheus-port", str(free_port())]
     own += ["--router-dp-worker-base-port", str(free_port()), "--router-disable-access-log", *more]
@@ -166,11 +166,11 @@ def test_a_server_sleeps_wakes_grows_and_shrinks_to_the_cache_that_is_used(tmp_p
         "0.3",
     ) as router:
         router.until(lambda: len(router.workers()) == 1)
-        router.until(lambda: not router.workers())  # nothing to do: to zero
+        router.until(lambda: not router.workers())  # no load: scale to zero
         assert scale(router)["desired"] == 0
         assert scale(router)["decisions"][0]["reason"].startswith("idle: ")
 
-        with Burst(router, 12):  # held until an engine is there; none fails
+        with Burst(router, 12):  # queued until an engine is ready; none fails
             router.until(lambda: len(router.workers()) == 2)
             router.until_healthy()
             router.until(lambda: all(worker["processed"] > 2 for worker in router.workers().values()))
@@ -185,7 +185,7 @@ def test_a_server_sleeps_wakes_grows_and_shrinks_to_the_cache_that_is_used(tmp_p
         assert set(statuses) == {200}
         (stays,) = workers
         served = {url: worker["processed"] - before[url] for url, worker in workers.items()}
-        assert served[stays] >= len(statuses) - 1 > 1  # it went on with the conversation: the other one left
+        assert served[stays] >= len(statuses) - 1 > 1  # the other worker was removed
         assert ask(router, loved, 2).json()["meta_info"]["cached_tokens"] > 100
         router.until(lambda: not router.workers())
         assert router.samples().total("sgl_router_desired_workers") == 0

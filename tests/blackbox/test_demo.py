@@ -1,5 +1,5 @@
-"""`scripts/demo.py --simulated` as a user runs it (but for the environment that `scripts/demo` makes): what its table
-says, and that nothing is left running."""
+"""`scripts/demo.py --simulated` as a user runs it (except for the environment that `scripts/demo` makes): what its
+table shows, and that no process is left."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ ENDS_WITHIN = 90.0  # it takes 12 s on two free cores
 
 
 def marked() -> dict[str, str]:
-    """An environment by which the demo's processes can be told from all others."""
+    """Return an environment by which the demo's processes can be told from all others."""
     return {**os.environ, "DEMO_UNDER_TEST": uuid.uuid4().hex}
 
 
 def left_running(environment: dict[str, str]) -> list[int]:
-    """Processes that were started with this environment."""
+    """Return the processes that were started with this environment."""
     mark = f"DEMO_UNDER_TEST={environment['DEMO_UNDER_TEST']}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if mark in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
-        except OSError:  # it has ended, or is somebody else's
+        except OSError:  # it has ended, or belongs to another user
             continue
     return found
 
 
 def row(output: str, label: str) -> list[str]:
-    """The two cells of a row of the table: round_robin, cache_aware."""
+    """Return the two cells of a row of the table: round_robin, cache_aware."""
     found = re.search(rf"^  {re.escape(label):<34} *(\S.*)$", output, re.MULTILINE)
     assert found, f"no {label!r} in\n{output}"
     return re.split(r" {2,}", found[1].strip())
@@ -79,7 +79,7 @@ def test_ctrl_c_leaves_nothing_running() -> None:
     try:
         assert process.stdout is not None
         for line in process.stdout:
-            if "round_robin" in line:  # a quarter is done: engines, router and clients are at work
+            if "round_robin" in line:  # a quarter is done: engines, router and clients are running
                 break
         assert len(left_running(environment)) >= 6
         process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""How the command starts and how it ends: signals, taken ports, mistakes, files with options, addresses."""
+"""How the command starts and how it ends: signals, ports in use, errors, files with options, addresses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from engines import end_engine, engine_processes, start_engine, wait_until_healt
 from routers import COMMAND, WITHIN, RouterProcess, ask, environment, free_port, plain_worker, router_process
 
 ENDS_AT_ONCE = 5.0
-"""Seconds; nothing is waited for, only the machine may be slow."""
+"""Seconds; the router does not wait for anything, only the machine may be slow."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def urls() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def running_stream(router: RouterProcess, tokens: int) -> Iterator[http.client.HTTPResponse]:
-    """A stream of so many events, 6.35 ms each, whose first has come."""
+    """Yield a stream of so many events, 6.35 ms each, whose first event has arrived."""
     connection = http.client.HTTPConnection(urlsplit(router.url).netloc, timeout=WITHIN)
     with contextlib.closing(connection):
         sampling = {"max_new_tokens": tokens, "ignore_eos": True}
@@ -47,13 +47,13 @@ def refuses_connections(router: RouterProcess) -> bool:
         socket.create_connection((parts.hostname or "", parts.port or 0), timeout=WITHIN).close()
     except ConnectionRefusedError:
         return True
-    except ConnectionResetError:  # the last moment before
+    except ConnectionResetError:  # the last moment before that
         return False
     return False
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    """A command that ends by itself."""
+    """Run a command that ends by itself."""
     return subprocess.run(
         [*COMMAND, *words], env=environment(), capture_output=True, text=True, timeout=WITHIN, check=False
     )
@@ -105,8 +105,8 @@ def test_the_last_answer_says_that_the_connection_ends(urls: list[str]) -> None:
 
 
 def test_a_slow_reader_gets_the_whole_of_its_last_answer() -> None:
-    """The worker is done with the request, and the router as well but for bytes that the client has not taken."""
-    body = bytes(12 << 20)  # more than the system keeps for a connection
+    """The worker is done with the request, and so is the router, except for bytes that the client has not read."""
+    body = bytes(12 << 20)  # more than the system buffers for a connection
     with plain_worker({"/generate": (200, {}, body)}) as worker, router_process([worker.url]) as router:
         parts = urlsplit(router.url)
         with socket.socket() as client:
@@ -152,7 +152,7 @@ def test_a_second_signal_ends_it_at_once(urls: list[str]) -> None:
 
 
 def test_ctrl_c_while_no_worker_is_there_yet() -> None:
-    """A request that waits for one is told so."""
+    """A request that is queued for a worker is refused."""
     nobody = f"http://127.0.0.1:{free_port()}"
     with router_process([nobody], healthy=False) as router:
         answers = []
@@ -184,7 +184,7 @@ def test_adding_a_worker_does_not_hold_up_the_end() -> None:
 
 
 def test_a_request_waits_for_the_first_worker() -> None:
-    process, url = start_engine("--startup-delay", "1")
+    process, url = start_engine("--startup-delay", "3")
     try:
         with router_process([url], "--worker-startup-check-interval", "0.1", healthy=False) as router:
             assert router.worker(url)["health"] == "starting"
@@ -232,7 +232,7 @@ def test_one_port_for_both_doors_is_one_line_and_status_2() -> None:
 
 def test_the_default_metrics_port_that_is_taken_is_a_warning(tmp_path: Path) -> None:
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):  # taken already: as well
+        with contextlib.suppress(OSError):  # already in use: just as good
             held.enter_context(socket.create_server(("127.0.0.1", 29000)))
         port = free_port()
         with (tmp_path / "log").open("wb") as sink:
@@ -256,7 +256,7 @@ def test_the_default_metrics_port_that_is_taken_is_a_warning(tmp_path: Path) -> 
         (
             ["--host", "192.0.2.1", "--port", "30000"],
             "error: cannot listen on 192.0.2.1:30000: ",
-        ),  # of nobody (RFC 5737)
+        ),  # an address of no host (RFC 5737)
         (["--log-dir", "/proc/nothing/here"], "error: "),
         (["--cache-threshold", "2"], "error: --cache-threshold: '2' is not a number from 0 to 1"),
     ],
@@ -326,7 +326,7 @@ def test_ipv6_on_both_sides() -> None:
         with router_process([url], host="::1") as router:
             answer = router.post("/generate", {"text": "x"})
             assert answer.status == 200
-            assert router.url in router.log()  # what it says can be clicked
+            assert router.url in router.log()  # the URL in the log works
             assert ask(router.url, "GET", "/list_workers").json() == {"urls": [url]}
             assert router.samples(router.metrics_url).by("sgl_router_processed_requests_total", "worker") == {url: 1}
     finally:

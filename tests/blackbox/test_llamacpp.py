@@ -1,7 +1,7 @@
-"""Two real llama.cpp servers behind the router: a cache that is not ours, and manners that are not ours.
+"""Two real llama.cpp servers behind the router: a cache and a way to close connections that are not ours.
 
-That server closes a kept-alive connection after each streamed answer without saying so beforehand
-(tests/engine/test_llamacpp.py pins it down). A request that was sent on such a connection has lost nothing.
+That server closes a kept-alive connection after each streamed answer without announcing it
+(tests/engine/test_llamacpp.py tests that). A request that was sent on such a connection is not lost.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def client(router: RouterProcess) -> Iterator[OpenAI]:
 
 
 def test_a_repeated_prefix_is_reported_as_cached(client: OpenAI, router: RouterProcess) -> None:
-    """Four groups of three chats: the first of each is new to the engines, and the rest is known where it goes."""
+    """Four groups of three chats: the first of each is new to the engines, the rest is cached where it is routed."""
 
     def ask(beginning: str, question: str) -> float:
         messages: Any = [{"role": "system", "content": beginning}, {"role": "user", "content": question}]
@@ -65,7 +65,7 @@ def test_a_repeated_prefix_is_reported_as_cached(client: OpenAI, router: RouterP
 
 
 def test_streams_over_kept_connections(router: RouterProcess, urls: list[str]) -> None:
-    """No error, no retry, no failure of a worker: a connection that turns out closed is replaced by a new one."""
+    """No error, no retry, no failure of a worker: a connection that was closed is replaced by a new one."""
 
     def ask_many(client: int) -> list[bytes]:
         ends = []
@@ -99,14 +99,14 @@ def test_streams_over_kept_connections(router: RouterProcess, urls: list[str]) -
 
 
 def test_streams_and_whole_answers_in_turn(client: OpenAI, router: RouterProcess) -> None:
-    """The next request on the connection is a whole one, for which the router must not wait or fail either."""
+    """The next request on the connection is not streamed; the router must neither wait nor fail for it either."""
     for n in range(10):
         stream = client.completions.create(model="tiny", prompt=f"say {n}", max_tokens=3, stream=True)
         assert list(stream)[-1].choices[0].finish_reason == "length"
         assert client.completions.create(model="tiny", prompt=f"say {n}", max_tokens=3).choices[0].text
     counted = router.samples()
     outcomes = counted.by("sgl_router_worker_outcomes_total", "outcome")
-    # The library hangs up once it has read [DONE], sometimes before the last chunk, which says that this was all.
+    # The library closes once it has read [DONE], sometimes before the last chunk, which ends the answer.
     assert outcomes.pop("gone", 0) + outcomes.pop("served") == 20
     assert outcomes == {}
     assert counted.total("sgl_router_retries_total") == 0

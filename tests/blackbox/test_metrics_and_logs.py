@@ -1,4 +1,4 @@
-"""What the command counts and writes: after traffic that is known, every number and every line is known as well."""
+"""What the command counts and writes: after known traffic, every number and every line is known as well."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from routers import WITHIN, Answer, RouterProcess, Samples, free_port, plain_wor
 WORKER_KEY = "worker-key-8LqzP4"
 CLIENT_KEY = "client-key-T0vXb1"
 PROMPT = "xylophone-prompt-marker"
-"""In no line of a log."""
+"""Must be in no line of a log."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def generate(router: RouterProcess, text: str, **more: Any) -> Answer:
 
 
 def beginnings(n: int) -> list[str]:
-    """Texts that have nothing in common."""
+    """Return texts without a common prefix."""
     return [f"{chr(97 + i)} {PROMPT} of group {i}. " * 10 for i in range(n)]
 
 
@@ -66,7 +66,7 @@ def test_counts_of_served_requests(router: RouterProcess, urls: list[str]) -> No
         assert counted.total("sgl_router_response_bytes_total") == sum(len(answer.body) for answer in answers)
         assert counted.by("sgl_router_worker_health", "worker") == dict.fromkeys(urls, 1)
         assert counted.total("sgl_router_cb_state") == 0
-        # The shares of text: what the workers were believed to hold, and what there was.
+        # The shares of text: bytes that the workers were believed to have cached, and all bytes.
         whole = sum(len(json.dumps(text)) for text in texts)
         assert abs(counted.total("sgl_router_prefix_bytes_total") - whole) < 0.05 * whole
         assert 0.7 * whole < counted.total("sgl_router_prefix_matched_bytes_total") < 0.8 * whole
@@ -76,7 +76,7 @@ def test_counts_of_served_requests(router: RouterProcess, urls: list[str]) -> No
 
 def test_both_doors_tell_the_same(router: RouterProcess) -> None:
     def told(samples: Samples) -> dict[Any, float]:
-        """All but what the scrapes themselves and the passing of time change, and what engines tell meanwhile."""
+        """Return the samples except those that change with scrapes, with time, or with the engines' reports."""
         moving = ("process_", "python_", "smg_http_", "sgl_router_http_", "sgl_router_active_", "sgl_router_engine_")
         return {key: value for key, value in samples.all.items() if not key[0].startswith(moving)}
 
@@ -90,7 +90,7 @@ def test_counts_of_errors(router: RouterProcess) -> None:
     statuses = [
         router.post("/generate", b"{").status,
         router.post("/v1/chat/completions", b"[]").status,
-        router.post("/v1/chat/completions", {"messages": 3}).status,  # the engine's own refusal
+        router.post("/v1/chat/completions", {"messages": 3}).status,  # the engine's own error
         router.post("/v1/chat/completions", {"messages": 3}, content_encoding="gzip").status,
         router.get("/nowhere").status,
         router.ask("DELETE", "/generate").status,
@@ -119,7 +119,7 @@ def test_counts_of_errors(router: RouterProcess) -> None:
 
 @pytest.mark.parametrize("flags", [(), ("--disable-circuit-breaker",)], ids=["breaker", "no breaker"])
 def test_counts_of_retries(urls: list[str], flags: tuple[str, ...]) -> None:
-    """Requests that meet the bad worker are tried again at once, on the good one, to which that is no shame."""
+    """Requests that the bad worker fails are retried at once on the good one, and do not count against the good one."""
     with plain_worker({"/generate": (500, {}, b"no")}) as bad:
         both = [bad.url, urls[0]]
         with router_process(both, "--policy", "round_robin", "--worker-api-key", WORKER_KEY, *flags) as router:
@@ -157,7 +157,7 @@ def test_counts_of_a_breaker() -> None:
 
 @pytest.mark.parametrize("headers", [{"retry-after": "1"}, {}], ids=["with Retry-After", "without"])
 def test_back_pressure_is_no_failure(headers: dict[str, str]) -> None:
-    """503 with Retry-After passes and is not held against the worker; without, it is a failure like 500."""
+    """503 with Retry-After is passed on and is no failure of the worker; without Retry-After it is one, like 500."""
     with (
         plain_worker({"/generate": (503, headers, b"busy")}) as busy,
         router_process([busy.url], "--disable-retries", "--cb-failure-threshold", "4") as router,
@@ -177,7 +177,7 @@ def resident_bytes(router: RouterProcess) -> float:
 
 
 def test_slow_readers_cost_little_memory() -> None:
-    """Ten clients that do not read ten large answers: each holds up its own worker's connection, not the router."""
+    """Ten clients that do not read ten large answers: each pauses the connection to its own worker, not the router."""
     with (
         plain_worker({"/generate": (200, {}, bytes(32 << 20))}) as worker,
         router_process([worker.url]) as router,
@@ -227,7 +227,7 @@ def test_one_access_line_for_each_request(router: RouterProcess, urls: list[str]
         assert line["peer"] == "127.0.0.1"
         assert line["duration_ms"] >= 0
         if answer.status == 200:
-            assert line["out"] >= len(answer.body)  # a stream has its chunked coding, too
+            assert line["out"] >= len(answer.body)  # a stream is counted with its chunked coding
             assert line["duration_ms"] >= line["first_byte_ms"] > 0
             assert line["outcome"] == "served"
     assert (bad["code"], bad["worker"], bad["outcome"]) == ("json_parse_error", None, None)
@@ -246,7 +246,7 @@ def test_text_lines_have_the_same_facts(urls: list[str]) -> None:
 
 
 def test_no_prompt_and_no_key_is_ever_logged(urls: list[str]) -> None:
-    """At the most talkative level, with errors of all kinds, and engines that repeat what they were sent."""
+    """At the lowest log level, with errors of all kinds, and engines that repeat what they were sent."""
     echo = json.dumps({"error": f"{PROMPT} {WORKER_KEY}"}).encode()
     answers: dict[str, tuple[int, dict[str, str], bytes]]
     answers = {"/generate": (500, {}, echo), "/health": (503, {}, echo), "/v1/models": (200, {}, echo)}
@@ -257,7 +257,7 @@ def test_no_prompt_and_no_key_is_ever_logged(urls: list[str]) -> None:
         bodies: list[Any] = [
             {"text": PROMPT, "stream": True},
             {"text": [PROMPT]},
-            b'{"text": "' + PROMPT.encode() + b'"',  # cut off
+            b'{"text": "' + PROMPT.encode() + b'"',  # broken off
             {"text": PROMPT, "sampling_params": {"max_new_tokens": -1}},
         ]
         statuses = Counter(router.post("/generate", body, **key).status for body in bodies * 3)
@@ -283,7 +283,7 @@ def test_a_key_is_used_but_the_clients_own_goes_first(urls: list[str]) -> None:
     try:
         wait_until_healthy(url)
         with router_process([url], "--worker-api-key", WORKER_KEY) as router:
-            assert generate(router, "x").status == 401  # the router's key, which this engine does not take
+            assert generate(router, "x").status == 401  # the router's key, which this engine does not accept
             assert router.post("/generate", {"text": "x"}, authorization=f"Bearer {CLIENT_KEY}").status == 200
     finally:
         end_engine(process)

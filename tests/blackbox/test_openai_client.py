@@ -16,12 +16,12 @@ from routers import RouterProcess, ask, router_process
 
 QUESTION: Any = [{"role": "user", "content": "Who keeps the keys of the harbour?"}]
 ENDLESS: Any = {"ignore_eos": True}
-"""The built-in engine's way, and SGLang's, to write max_tokens tokens whatever comes."""
+"""How to ask the built-in engine, and SGLang, for exactly max_tokens tokens."""
 
 
 @pytest.fixture(scope="module")
 def urls() -> Iterator[list[str]]:
-    # Room for the beginnings of four groups of GROUPS, not for all seven.
+    # Room for the prefixes of four groups of GROUPS, not for all seven.
     with engine_processes(2, "--speed", "0", "--capacity-tokens", "2000", "--context-length", "1500") as urls:
         yield urls
 
@@ -63,7 +63,7 @@ def test_chat_is_the_engines_own_streaming_or_not(client: OpenAI, urls: list[str
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
     assert text == whole(client).choices[0].message.content == expected.choices[0].message.content
-    assert len(chunks) > 40  # a chunk a token, not one for all
+    assert len(chunks) > 40  # one chunk per token, not one for all
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == expected.usage.completion_tokens == 40
 
@@ -85,7 +85,7 @@ def test_responses_streaming_or_not(client: OpenAI) -> None:
 
     assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole.output_text != ""
     assert events[0].type == "response.created"
-    assert events[-1].type in ("response.completed", "response.incomplete")  # 20 tokens were the limit
+    assert events[-1].type in ("response.completed", "response.incomplete")  # the limit was 20 tokens
 
 
 def test_embeddings_and_models(client: OpenAI) -> None:
@@ -98,7 +98,7 @@ def test_embeddings_and_models(client: OpenAI) -> None:
 
 
 def test_many_streams_at_once(router: RouterProcess, urls: list[str]) -> None:
-    """Each gets its own answer, whole; no load is left behind."""
+    """Each gets its own complete answer; no load remains."""
 
     async def one(client: AsyncOpenAI, n: int) -> tuple[str, int]:
         messages: Any = [{"role": "user", "content": f"{n} times the same"}]
@@ -129,7 +129,7 @@ ROUNDS = 6
 
 
 def chats(url: str) -> tuple[float, list[str]]:
-    """A load whose requests share beginnings: the share of prompt tokens the engines had, and the requests' ids."""
+    """Send chats with shared prefixes; return the share of prompt tokens that were cached, and the requests' ids."""
     prompt, cached, ids = 0, 0, []
     with client_of(url) as client:
         for n, beginning in itertools.product(range(ROUNDS), GROUPS):
@@ -148,7 +148,7 @@ def chats(url: str) -> tuple[float, list[str]]:
 
 
 def workers_of_groups(router: RouterProcess, ids: list[str]) -> list[set[str]]:
-    """The workers that served each group, by the access log."""
+    """Return the workers that served each group, by the access log."""
     router.until(lambda: ids[-1] in router.log())
     worker = {line["id"]: line["worker"] for line in router.records() if line.get("message") == "request"}
     return [{worker[one] for one in ids[group :: len(GROUPS)]} for group in range(len(GROUPS))]
@@ -167,7 +167,7 @@ def test_cache_aware_keeps_groups_together_and_the_engines_say_so(urls: list[str
     assert share["round_robin"] < 0.25, told
     assert [len(place) for place in places["cache_aware"]] == [1] * len(GROUPS)
     assert [len(place) for place in places["round_robin"]] == [2] * len(GROUPS)
-    assert set.union(*places["cache_aware"]) == set(urls)  # not all on one
+    assert set.union(*places["cache_aware"]) == set(urls)  # not all on one worker
 
 
 def test_a_repeated_prefix_is_cached_more_with_each_turn(client: OpenAI) -> None:
@@ -201,10 +201,10 @@ def test_errors_become_the_clients_own(client: OpenAI) -> None:
     assert (bad_json.value.code, bad_json.value.type) == ("json_parse_error", "invalid_request_error")
     assert nowhere.value.code == "not_found"
     assert (large.value.status_code, large.value.code) == (413, "payload_too_large")
-    assert "x-smg-error-code" not in engines_own.value.response.headers  # passed through, not the router's
+    assert "x-smg-error-code" not in engines_own.value.response.headers  # passed on, not the router's
     assert "context" in engines_own.value.message
     for error in (bad_json, nowhere, large, engines_own):
-        assert error.value.request_id  # from x-request-id: what to look for in the log
+        assert error.value.request_id  # from x-request-id: the id to search for in the log
 
 
 def test_no_workers_is_a_status_error_with_retry_after() -> None:
@@ -245,7 +245,7 @@ def test_a_killed_engine_is_an_error_in_the_stream_and_not_its_end() -> None:
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_client_that_leaves_frees_its_worker(streaming: bool) -> None:
-    """The request would take ten minutes; the engine hears of the leaving, too."""
+    """The request would take ten minutes; the engine notices that the client left, too."""
     with engine_processes(1) as (url,), router_process([url]) as router:
 
         def running() -> tuple[int, int]:
@@ -261,7 +261,7 @@ def test_a_client_that_leaves_frees_its_worker(streaming: bool) -> None:
                 assert running() == (1, 1)
                 stream.close()
             else:
-                with pytest.raises(openai.APITimeoutError):  # the library hangs up then
+                with pytest.raises(openai.APITimeoutError):  # the library closes the connection then
                     client.with_options(timeout=0.5).completions.create(
                         model="m", prompt="x", max_tokens=100_000, extra_body=ENDLESS
                     )

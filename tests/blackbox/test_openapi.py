@@ -1,4 +1,4 @@
-"""The answers that only a router which runs its engines gives: they have the shapes that GET /openapi.json says."""
+"""The answers that only a router with its own engines gives have the formats that GET /openapi.json describes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORDS = (
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    """launch_server with one engine that is well."""
+    """Yield launch_server with one healthy engine."""
     log = tmp_path_factory.mktemp("server") / "log"
     port, metrics, engine = free_port(), free_port(), free_port()
     ports = ("--port", port, "--router-prometheus-port", metrics, "--router-dp-worker-base-port", engine)
@@ -54,7 +54,7 @@ def ready(router: RouterProcess) -> bool:
 
 def test_a_worker_with_its_replica(server: RouterProcess) -> None:
     (worker,) = msgspec.json.decode(server.get("/workers").body, type=shapes.WorkerList).workers
-    assert isinstance(worker.replica, shapes.Replica)
+    assert isinstance(worker.replica, shapes.ReplicaInfo)
     assert (worker.replica.rank, worker.replica.last_exit) == (0, None)
 
 
@@ -69,8 +69,8 @@ def test_restarts(server: RouterProcess) -> None:
     assert msgspec.json.decode(begun.body, type=shapes.RollingAccepted).total == 1
     assert begun.headers["location"] == "/restart_workers"
 
-    def rolling() -> shapes.Rolling:
-        return msgspec.json.decode(server.get("/restart_workers").body, type=shapes.Rolling)
+    def rolling() -> shapes.RestartProgress:
+        return msgspec.json.decode(server.get("/restart_workers").body, type=shapes.RestartProgress)
 
     server.until(lambda: rolling().state == "done")
     (name,) = (worker["id"] for worker in server.workers().values())
@@ -80,5 +80,5 @@ def test_restarts(server: RouterProcess) -> None:
     server.until(lambda: [each["replica"]["restarts"] for each in server.workers().values()] == [2])
     server.until(lambda: ready(server))
     (worker,) = msgspec.json.decode(server.get("/workers").body, type=shapes.WorkerList).workers
-    assert isinstance(worker.replica, shapes.Replica)
+    assert isinstance(worker.replica, shapes.ReplicaInfo)
     assert worker.replica.last_exit is not None

@@ -1,4 +1,4 @@
-"""More than there is room for, as operators and clients see it: exact limits, order, refusals, and goodput."""
+"""More load than capacity, as operators and clients see it: exact limits, order, refusals, and goodput."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ ENGINE = ("--max-running-requests", str(BATCH), "--decode-base-ms", "20", "--dec
 
 
 class CountingWorker(http.server.ThreadingHTTPServer):
-    """Counts what it has at once, exactly. Nothing is answered before `doors` are open.
+    """Counts its requests in flight, exactly. Nothing is answered before `doors` are open.
 
-    peak    the most requests it had at once
-    bodies  what was asked, in order
+    peak    the most requests in flight at once
+    bodies  bodies of the requests, in order
     """
 
     daemon_threads = True
@@ -44,7 +44,7 @@ class CountingWorker(http.server.ThreadingHTTPServer):
         self.bodies: list[bytes] = []
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client of the router that leaves takes the connection with it."""
+        """Ignore errors: a client of the router that leaves closes the connection too."""
 
 
 class _CountingHandler(http.server.BaseHTTPRequestHandler):
@@ -63,7 +63,7 @@ class _CountingHandler(http.server.BaseHTTPRequestHandler):
             worker.bodies.append(body)
         worker.doors.wait(WITHIN)
         with worker.lock:
-            worker.running -= 1  # before the answer: its last byte gives the place away
+            worker.running -= 1  # before the answer: its last byte frees the place
         self._answer()
 
     def _answer(self) -> None:
@@ -73,7 +73,7 @@ class _CountingHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b"{}")
 
     def log_message(self, format: str, *args: object) -> None:
-        """Not to standard error."""
+        """Write nothing to standard error."""
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def test_200_clients_and_exactly_7_places(option: str) -> None:
 
 
 def refused(router: RouterProcess) -> tuple[int, str, str]:
-    """Status, code and type of a refusal, which says when to come again, on a connection that can be used for that."""
+    """Send a request that is refused with Retry-After; the connection stays usable. Return status, code and type."""
     connection = http.client.HTTPConnection(urlsplit(router.url).netloc, timeout=WITHIN)
     with contextlib.closing(connection):
         connection.request("POST", "/generate", b'{"text": "x"}', {"content-type": "application/json"})
@@ -185,7 +185,7 @@ def test_too_many_in_a_second_are_429() -> None:
     ):
         router.until(lambda: len(worker.bodies) == 1)
         worker.doors.set()
-        answers = [router.post("/generate", {"text": "x"}) for _ in range(3)]  # in less than a second, if all goes well
+        answers = [router.post("/generate", {"text": "x"}) for _ in range(3)]  # normally in less than a second
         limited = [answer for answer in answers if answer.status == 429]
         assert all(answer.json()["error"]["code"] == "rate_limited" for answer in limited)
         assert all(answer.headers["retry-after"] == "1" for answer in limited)
@@ -198,13 +198,13 @@ def test_too_many_in_a_second_are_429() -> None:
 
 @pytest.fixture(scope="module")
 def engines() -> Iterator[list[str]]:
-    """Three of them, each of which computes four requests at once and a pass in 20 ms."""
+    """Three engines, each of which computes four requests at once and a pass in 20 ms."""
     with engine_processes(3, *ENGINE) as urls:
         yield urls
 
 
 def loads(urls: Sequence[str]) -> list[tuple[int, int]]:
-    """Running and waiting requests, by the engines' own count."""
+    """Return the running and waiting requests, by the engines' own count."""
     told = [ask(url, "GET", "/v1/loads").json()["aggregate"] for url in urls]
     return [(load["total_running_reqs"], load["total_waiting_reqs"]) for load in told]
 
@@ -259,7 +259,7 @@ def test_goodput_at_three_times_the_load(engines: list[str]) -> None:
     flags = ("--max-running-per-worker", f"{BATCH}", "--queue-size", "20", "--queue-timeout-secs", "0.7")
     goodput = {}
     with router_process(engines, *flags, *FLAGS) as router:
-        for factor, warm_up in ((1, 0.0), (3, 1.5)):  # so long that without limits all that follow would be late
+        for factor, warm_up in ((1, 0.0), (3, 1.5)):  # so long that without limits all later ones would be late
             answers = offer(router.url, schedule(25.0 * factor, warm_up + 1.5), patience=6.0)
             answers = [answer for answer in answers if answer.at >= warm_up]
             goodput[factor] = sum(answer.within(1.5) for answer in answers) / 1.5

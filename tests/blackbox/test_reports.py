@@ -1,4 +1,4 @@
-"""What engines say of themselves, through the command: in GET /workers, in metrics; and ranks as workers."""
+"""What engines report about themselves, through the command: in GET /workers and in metrics; and ranks as workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def test_reports_are_in_workers_and_metrics() -> None:
         engine_processes(2, *flags) as urls,
         router_process(urls, "--engine-report-interval-secs", "0.05") as router,
     ):
-        router.until(lambda: all(worker["engine"] for worker in router.workers().values()))
+        asserted = {"model", "context_length", "capacity_tokens"}  # told by several answers of the engine
+        router.until(lambda: all(asserted <= worker["engine"].keys() for worker in router.workers().values()))
         for worker in router.workers().values():
             told = worker["engine"]
             assert (told["model"], told["context_length"], told["capacity_tokens"]) == ("tiny", 9000, 40000)

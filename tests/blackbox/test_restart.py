@@ -33,7 +33,7 @@ from routers import (
 )
 
 RESTARTS = int(os.environ.get("RESTARTS", "3"))
-"""The promise is for 20: RESTARTS=20 pytest tests/blackbox/test_restart.py"""
+"""The requirement is 20: RESTARTS=20 pytest tests/blackbox/test_restart.py"""
 CLIENTS = 3
 """Of each kind."""
 
@@ -45,7 +45,7 @@ def urls() -> Iterator[list[str]]:
 
 
 class Routers:
-    """Routers of the same address, one after the other."""
+    """Routers with the same address, one after the other."""
 
     def __init__(self, folder: Path, urls: Sequence[str], *flags: str) -> None:
         self._folder = folder
@@ -55,7 +55,7 @@ class Routers:
         self._started: list[RouterProcess] = []
 
     def start(self) -> RouterProcess:
-        """The next one, which listens."""
+        """Start the next one; return when it listens."""
         log = self._folder / f"router-{len(self._started)}.log"
         with log.open("wb") as sink:
             process = subprocess.Popen(
@@ -68,7 +68,7 @@ class Routers:
         return router
 
     def end(self) -> None:
-        """All of them well."""
+        """Check that all of them ended cleanly."""
         for router in self._started:
             router.end()
 
@@ -90,7 +90,7 @@ def routers(folder: Path, urls: Sequence[str], *flags: str) -> Iterator[Routers]
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    """A command that ends by itself."""
+    """Run a command that ends by itself."""
     return subprocess.run(
         [*COMMAND, *words], env=environment(), capture_output=True, text=True, timeout=WITHIN, check=False
     )
@@ -100,7 +100,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 class Client(threading.Thread):
-    """Sends one request after the other; `keeps` its connection until an answer says that it ends."""
+    """Sends one request after the other; `keeps`: on the same connection until an answer announces its end."""
 
     def __init__(self, url: str, keeps: bool, tls: ssl.SSLContext | None = None) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Client(threading.Thread):
 
 
 def until_served(router: RouterProcess, clients: Sequence[Client]) -> None:
-    """Waits until each client was served some more."""
+    """Wait until each client was served some more times."""
     enough = [client.seen["served"] + 3 for client in clients]
     router.until(lambda: all(client.seen["served"] >= n for client, n in zip(clients, enough, strict=True)))
 
@@ -153,7 +153,7 @@ def test_nor_do_they_with_tls(urls: list[str], tmp_path: Path) -> None:
 def restarted(
     urls: list[str], folder: Path, times: int, *flags: str, tls: ssl.SSLContext | None = None
 ) -> Counter[str]:
-    """What clients saw while a router was replaced so often."""
+    """Replace a router that often; return what its clients saw."""
     with routers(folder, urls, "--disable-access-log", *flags) as them:
         router = them.start()
         clients = [Client(router.url, keeps, tls) for keeps in (True, False) for _ in range(CLIENTS)]
@@ -192,7 +192,7 @@ def test_a_kept_connection_gets_a_last_answer_that_says_so(urls: list[str], tmp_
 
 
 def no_longer_listens(router: RouterProcess) -> bool:
-    """Whether it has closed its copy of the listening socket; another router has one still."""
+    """Return whether it has closed its copy of the listening socket; another router still has one."""
     end = f":{urlsplit(router.url).port:04X}"
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
     (inode,) = {fields[9] for fields in lines if fields[3] == "0A" and fields[1].endswith(end)}
@@ -221,7 +221,7 @@ class GatedWorker(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b"c\r\ndata: last\n\n\r\n0\r\n\r\n")
 
     def log_message(self, format: str, *args: object) -> None:
-        """Not to standard error."""
+        """Write nothing to standard error."""
 
 
 @contextlib.contextmanager
@@ -254,7 +254,7 @@ def test_a_stream_that_runs_is_finished_by_the_old_one(tmp_path: Path) -> None:
             old.until(lambda: no_longer_listens(old))
             gate.set()
             assert stream.read() == b"\ndata: last\n\n"
-            # Its head had gone out before anyone knew: the connection may be used once more, and is told then.
+            # Its head was sent before the drain began: one more request may come, and its answer announces the close.
             connection.request("GET", "/health")
             last = connection.getresponse()
             assert (last.read(), last.getheader("connection")) == (b"OK", "close")
@@ -325,6 +325,25 @@ def test_everything_is_there_after_a_restart(urls: list[str], tmp_path: Path) ->
             assert f"key-of-{url[-5:]}" not in router.log()
 
 
+def test_a_worker_that_a_file_names_comes_back_as_it_was_changed_or_not_at_all(tmp_path: Path) -> None:
+    config = tmp_path / "router.yaml"
+    flags = ("--config", str(config), "--state-file", str(tmp_path / "state"))
+    with plain_worker({}) as named, plain_worker({}) as added:
+        config.write_text(f"worker_urls: [{named.url}]\n")
+        with router_process([], *flags) as router:
+            before = router.worker(named.url)
+            assert router.ask("PUT", f"/workers/{before['id']}", {"labels": {"rack": "7"}}).status == 202
+            assert router.post(f"/workers/{before['id']}/drain").status == 200
+            assert router.post("/workers", {"url": added.url}).status == 202
+        with router_process([], *flags) as router:
+            after = router.worker(named.url)
+            assert (after["id"], after["metadata"], after["draining"]) == (before["id"], {"rack": "7"}, True)
+            assert set(router.workers()) == {named.url, added.url}
+        config.write_text("port: 1\n")
+        with router_process([], *flags) as router:
+            assert list(router.workers()) == [added.url]
+
+
 def test_a_worker_that_was_restarted_meanwhile_is_cold(tmp_path: Path) -> None:
     flags = ("--state-file", str(tmp_path / "state"), "--worker-startup-check-interval", "0.05")
     engine, url = engine_on_fixed_port("--speed", "0")
@@ -362,7 +381,7 @@ def test_a_damaged_file_is_one_warning(urls: list[str], tmp_path: Path) -> None:
         assert router.post("/generate", {"text": "x"}).status == 200
         assert router.log().count("WARN") == 1
         assert "was not written by this router" in router.log()
-    with router_process(urls, "--state-file", str(state)) as router:  # by now it is a good one
+    with router_process(urls, "--state-file", str(state)) as router:  # by now the file is valid
         assert "WARN" not in router.log()
 
 

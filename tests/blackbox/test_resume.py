@@ -1,8 +1,8 @@
-"""Engines are killed under streams: without --resume-streams these break, with it nobody notices.
+"""Engines are killed during streams: without --resume-streams these break, with it no client notices.
 
-Thirty clients read at once, ten of each endpoint; whenever all of them have got a little further, the next of four
+Thirty clients read at once, ten of each endpoint. Whenever all of them have read a little more, the next of four
 engines gets SIGKILL, until one is left. What each client has read is compared with the same request at an engine that
-nobody disturbed.
+was not disturbed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Heard(NamedTuple):
 
 
 def request(number: int) -> tuple[str, Body]:
-    """The path and body of one client; every other answer ends by itself, the rest at its limit."""
+    """Return path and body of one client; every other answer ends by itself, the rest at its limit."""
     prompt = f"Client {number} asks for a long story."
     limits: Body = {"temperature": 0, "ignore_eos": bool(number % 2)}
     stream: Body = {"stream": True, "stream_options": {"include_usage": True}}
@@ -54,7 +54,7 @@ def request(number: int) -> tuple[str, Body]:
 
 
 class Course:
-    """How far each client is; `everybody_is_at(events)` waits for the slowest."""
+    """How many events each client has read; `everybody_is_at(events)` waits for the slowest."""
 
     def __init__(self, clients: int) -> None:
         self._events = [0] * clients
@@ -75,7 +75,7 @@ class Course:
 
 
 def hear(url: str, number: int, course: Course | None = None) -> Heard:
-    """One client's request, read to its end."""
+    """Send one client's request, and read the answer to its end."""
     path, body = request(number)
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=WITHIN)
     events: list[Any] = []
@@ -125,7 +125,7 @@ def undisturbed() -> list[Heard]:
 
 @contextlib.contextmanager
 def doomed(count: int) -> Iterator[tuple[list[str], list[Any]]]:
-    """Engines that may be killed: their URLs and processes."""
+    """Yield engines that may be killed: their URLs and processes."""
     started = [start_engine() for _ in range(count)]
     try:
         for _, url in started:
@@ -137,12 +137,12 @@ def doomed(count: int) -> Iterator[tuple[list[str], list[Any]]]:
 
 
 def disturbed(router: RouterProcess, processes: list[Any], kills: int) -> list[Heard]:
-    """All clients at once, while engines are killed one after the other."""
+    """Run all clients at once, while engines are killed one after the other."""
     course = Course(STREAMS)
     with ThreadPoolExecutor(STREAMS) as pool:
         clients = [pool.submit(hear, router.url, number, course) for number in range(STREAMS)]
         for kill in range(kills):
-            course.everybody_is_at(4 + 6 * kill)  # of about a hundred: on a busy machine some are far ahead
+            course.everybody_is_at(4 + 6 * kill)  # of about a hundred: on a busy machine some clients are far ahead
             processes[kill].kill()
         return [client.result() for client in clients]
 
@@ -192,7 +192,7 @@ def test_what_must_not_be_continued_ends_with_an_error_event() -> None:
 
 
 def test_llama_cpp_goes_on_with_a_chat() -> None:
-    """Asked as the router asks, for the second half of its own answer; it writes too fast to be killed in time."""
+    """The test asks, as the router would, for the second half of an answer: the engine is too fast to be killed."""
     with llama_processes(1) as (url,), OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
 
         def ask(more: list[dict[str, str]], limit: int, **extra: Any) -> tuple[str, int]:

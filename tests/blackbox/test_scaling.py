@@ -1,4 +1,4 @@
-"""Engines come, go, die and return while clients are served: a constant load runs meanwhile and must not notice."""
+"""Engines are added, removed, killed and restarted while clients are served: a constant load must not notice."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from routers import WITHIN, RouterProcess, engine_on_fixed_port, router_process
 QUICK = ("--health-check-interval-secs", "0.1", "--worker-startup-check-interval", "0.05")
 TOKENS = 4
 """An answer takes about 30 ms, nearly all of it before its first byte: an engine that dies while it computes has sent
-nothing yet, and such a request can be given to another one."""
+nothing yet, and such a request can be retried on another one."""
 
 
 class Load:
-    """Clients that ask again as soon as they are answered, each on a kept connection, from `with` to its end.
+    """Clients that send the next request when they are answered, each on a kept connection, from `with` to its end.
 
-    Each begins a conversation of its own with every fourth request: a prefix that nobody knows goes to the worker that
-    knows least, so a worker that came new or empty gets its share.
+    Each begins a new conversation with every fourth request: a new prefix goes to the worker with the smallest tree, so
+    a worker that is new or empty gets its share.
 
-    served   answers with status 200 and the whole text
+    served   answers with status 200 and the complete text
     refused  other statuses, with the answer's headers
-    broken   what there was instead of an answer
+    broken   what came instead of an answer
     """
 
     def __init__(self, url: str, clients: int = 6) -> None:
@@ -59,7 +59,7 @@ class Load:
         assert not any(thread.is_alive() for thread in self._threads)
 
     def until_served(self, more: int) -> None:
-        """Waits for so many more answers."""
+        """Wait for so many more answers."""
         with self._news:
             goal = self.served + more
             assert self._news.wait_for(lambda: self.served >= goal, WITHIN), self.failures()
@@ -100,7 +100,7 @@ class Load:
 
 @contextlib.contextmanager
 def mortal_engines(n: int) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """Engines by URL that a test may kill and `revive`."""
+    """Yield engines by URL that a test may kill and `revive`."""
     engines = {url: process for process, url in (engine_on_fixed_port() for _ in range(n))}
     try:
         for url in engines:
@@ -112,13 +112,13 @@ def mortal_engines(n: int) -> Iterator[dict[str, subprocess.Popen[str]]]:
 
 
 def kill(engines: dict[str, subprocess.Popen[str]], url: str) -> None:
-    """As a crash or the kernel would."""
+    """Kill an engine as a crash or the kernel would."""
     engines[url].kill()
     engines[url].wait(WITHIN)
 
 
 def revive(engines: dict[str, subprocess.Popen[str]], url: str) -> None:
-    """Starts it again at the same place: another process, with an empty cache."""
+    """Start it again at the same address: another process, with an empty cache."""
     end_engine(engines[url])
     engines[url], again = start_engine("--port", str(urlsplit(url).port))
     assert again == url
@@ -237,7 +237,7 @@ def test_workers_by_rest_while_serving(urls: list[str]) -> None:
 
 
 def test_drain_and_resume_while_serving(urls: list[str]) -> None:
-    """A draining worker gets nothing new, keeps what the router knows of its cache, and goes on when told."""
+    """A draining worker gets no new requests, the router keeps its prefixes, and `resume` gives it requests again."""
     with router_process(urls, *QUICK) as router:
         with Load(router.url) as load:
             router.until(lambda: all(worker["processed"] > 3 for worker in router.workers().values()))
@@ -283,7 +283,7 @@ def test_a_killed_engine_costs_no_request_and_rejoins() -> None:
 
 
 def test_a_restarted_engine_is_known_to_be_empty() -> None:
-    """One that is merely away is not: it may have its cache still."""
+    """A worker that only cannot be reached is not: it may still have its cache."""
     with mortal_engines(2) as engines, router_process(list(engines), *QUICK) as router:
         text = {"text": "The beginning that one of the two has. " * 10, "sampling_params": {"max_new_tokens": 1}}
 
@@ -332,7 +332,7 @@ def test_all_gone_is_503_at_once_and_all_back_is_service() -> None:
 
 
 def test_duration_of_a_refusal(urls: list[str]) -> None:
-    """With every breaker open nothing is tried, so the answer takes no time: 200 of them fit into a second or two."""
+    """With every breaker open no request is sent, so the answer takes no time: 200 of them fit into a second or two."""
     with router_process(["http://127.0.0.1:9"], "--disable-health-check", healthy=False) as router:
         first = [router.post("/generate", {"text": "x"}).status for _ in range(3)]
         assert first[0] == 502

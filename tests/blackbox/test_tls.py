@@ -1,4 +1,4 @@
-"""TLS by the real command: for clients, with certificates that are renewed under way, and towards workers."""
+"""TLS by the real command: for clients, with certificates that are renewed while it runs, and towards workers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pair(ca: Authority) -> Pair:
 
 
 class TLSWorker(PlainWorker):
-    """A PlainWorker that speaks TLS; with `clients` it wants a certificate from that authority."""
+    """A PlainWorker that speaks TLS; with `clients` it requires a certificate from that authority."""
 
     def __init__(self, pair: Pair, clients: str | None = None) -> None:
         super().__init__({CHAT: (200, {"content-type": "application/json"}, b'{"id": "c"}')})
@@ -69,7 +69,7 @@ def trusting(ca: Authority) -> ssl.SSLContext:
 
 
 def serial(connection: http.client.HTTPConnection) -> Any:
-    """That of the certificate a connection was opened with."""
+    """Return the serial number of the certificate that a connection was opened with."""
     assert isinstance(connection.sock, ssl.SSLSocket)
     certificate = connection.sock.getpeercert()
     assert certificate is not None
@@ -125,11 +125,11 @@ def test_plain_http_gets_nothing_from_a_tls_port(ca: Authority, pair: Pair) -> N
             client.sendall(b"GET /health HTTP/1.1\r\nhost: h\r\n\r\n")
             assert b"HTTP" not in client.recv(1000)
         assert router.get("/health").status == 200
-        assert router.post("/flush_cache").status == 200  # a change, from this machine: TLS does not hide the peer
+        assert router.post("/flush_cache").status == 200  # a change, from this machine: the router sees the peer
 
 
 def test_a_silent_client_does_not_hold_up_the_end(ca: Authority, pair: Pair) -> None:
-    """Connected, no handshake; and one that has shaken hands and says nothing. `router_process` checks the end."""
+    """Clients without a handshake, and with one but without a request. `router_process` checks that the router ends."""
     flags = ("--tls-cert-path", pair.cert, "--tls-key-path", pair.key)
     with contextlib.ExitStack() as clients, router_process([], *flags, tls=trusting(ca)) as router:
         host, _, port = urlsplit(router.url).netloc.rpartition(":")
@@ -171,7 +171,7 @@ def test_a_certificate_that_cannot_be_used_ends_the_command_with_one_line(
 
 
 def refusal_of(router: RouterProcess, url: str) -> str:
-    """What a client is told when the one worker, whatever its health, cannot be reached."""
+    """Return what a client is told when the one worker, whatever its health, cannot be reached."""
     assert router.ask("PUT", "/workers/" + quote(url, safe=""), {"disable_health_check": True}).status == 202
     router.until_healthy(url)
     answer = router.post(CHAT, BODY)
@@ -232,7 +232,7 @@ def test_https_to_a_worker_without_tls_is_explained(ca: Authority) -> None:
     with tls_worker(ca.issue("w")) as worker:
         plain = worker.url.replace("https", "http")
         with router_process([plain], "--disable-health-check", *ONCE) as router:
-            assert router.post(CHAT, BODY).status == 502  # nothing but that it broke off can be seen of it
+            assert router.post(CHAT, BODY).status == 502  # the router only sees that the connection was closed
 
 
 def test_http_spoken_where_https_is_expected(ca: Authority) -> None:

@@ -1,4 +1,4 @@
-"""What is tested here is in `scripts`, which is no part of the package: found in the checkout."""
+"""The code under test is in `scripts`, which is not part of the package: it is found in the checkout."""
 
 from __future__ import annotations
 

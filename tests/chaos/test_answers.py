@@ -1,6 +1,6 @@
-"""The client of the chaos runs must see what is wrong: a checker that cannot fail proves nothing.
+"""The client of the chaos runs must notice what is wrong: a checker that cannot fail proves nothing.
 
-Real answers of an engine, taken as they are and spoilt in every way that a router could.
+Real answers of an engine, unchanged and damaged in every way that a router could.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Recorded(NamedTuple):
     body: bytes
 
     def spoilt(self, *parts: list[bytes]) -> bytes:
-        """A stream of these events instead."""
+        """Return a stream of these events instead."""
         return b"".join(event + b"\n\n" for part in parts for event in part)
 
     def halves(self) -> tuple[list[bytes], list[bytes]]:
@@ -33,7 +33,7 @@ class Recorded(NamedTuple):
 
 @pytest.fixture(scope="module")
 def recorded() -> Iterator[dict[tuple[str, bool], Recorded]]:
-    """An answer for each path, streamed and whole."""
+    """Return an answer for each path, streamed and whole."""
     found: dict[tuple[str, bool], Recorded] = {}
     questions = Questions(random.Random(1), 60, (30, 40))
     with engine_processes(1, "--speed", "0") as (url,):

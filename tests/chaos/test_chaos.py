@@ -1,6 +1,6 @@
-"""A minute of `scripts/chaos`: the important faults, a few seconds each. Every test is a fault and names it.
+"""A minute of `scripts/chaos`: the important faults, a few seconds each. Every test is named after its fault.
 
-The run is one, as all faults share engines and router; what it found is told fault by fault.
+There is one run, because all faults share engines and router; its results are checked fault by fault.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FAULTS = (
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What came of each fault. A gap in service may be long on a busy machine, but it ends."""
+    """Return the result of each fault. A gap in service may be long on a busy machine, but it ends."""
     told = tmp_path_factory.mktemp("chaos") / "rows.json"
     done = subprocess.run(
         [sys.executable, "-m", "scripts.chaos", "--slice", "--rate", "30", "--patience", "15", "--json", str(told)],

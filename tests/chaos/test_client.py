@@ -1,4 +1,4 @@
-"""How the client of the chaos runs names what becomes of a request, against servers that say exactly these bytes."""
+"""How the client of the chaos runs classifies the end of a request, against servers that send exactly these bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def answer(text: str, more: str = "") -> bytes:
 
 @contextlib.asynccontextmanager
 async def server(said: bytes) -> AsyncIterator[int]:
-    """Says this to each request; nothing: it hangs up. Its port. It has ended when the block has."""
+    """Yield the port of a server that sends this for each request; b"": it closes. It has ended after the block."""
     ended: list[asyncio.Task[None] | None] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -59,7 +59,7 @@ async def client(port: int) -> AsyncIterator[Connection]:
 
 
 async def asked(said: bytes, *, leave: float = 0.0, times: int = 1) -> list[Result]:
-    """What the client makes of a server that says this."""
+    """Return what the client reports of a server that sends this."""
     async with server(said) as port, client(port) as connection:
         return [await connection.ask(question(), close=False, leave=leave) for _ in range(times)]
 

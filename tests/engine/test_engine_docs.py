@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from sglang_router.engine.control import EngineCollector
 from sglang_router.engine.options import EngineOptions
-from sglang_router.engine.runner import Latencies
+from sglang_router.engine.runner import EngineLatencies
 from sglang_router.engine.server import create_app
 
 PAGE = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
@@ -36,7 +36,7 @@ def test_endpoints() -> None:
 
 def test_metrics() -> None:
     registry = CollectorRegistry()
-    Latencies(registry, "m")
+    EngineLatencies(registry, "m")
     registry.register(EngineCollector(EngineOptions().scheduler(), "m"))
     names = {f.name + ("_total" if f.type == "counter" else "") for f in registry.collect()}
     told = set(re.findall(r"`(sglang:\w+)`", PAGE))

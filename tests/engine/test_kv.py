@@ -1,7 +1,7 @@
-"""The KV cache against a brute-force oracle, and the few things worth saying by example.
+"""The KV cache compared with a brute-force oracle, and some examples.
 
-The oracle keeps every node as the whole token sequence from the root to its end, in a plain dict, and finds
-everything by looking at all of them.
+The oracle keeps every node as the whole token sequence from the root to its end, in a plain dict, and searches all of
+them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sglang_router.engine.kv import WIDTH, Handle, KVCache, Node, pack, unpack
+from sglang_router.engine.kv import WIDTH, CacheHandle, CacheNode, KVCache, pack, unpack
 
 Tokens = tuple[int, ...]
 Place = tuple[str, Tokens]
@@ -32,7 +32,7 @@ class OracleHandle:
 
 
 class Oracle:
-    """Node ends with the time of their last use; handles with the path they lock."""
+    """Nodes with the time of their last use; handles with the path they lock."""
 
     def __init__(self, capacity: int, page: int) -> None:
         self.page = page
@@ -108,13 +108,13 @@ class Oracle:
 
 
 class CacheAgainstOracle(RuleBasedStateMachine):
-    """A tiny alphabet and a tiny pool: everything collides, splits and is evicted all the time."""
+    """A tiny alphabet and a tiny pool, so that collisions, splits and evictions happen all the time."""
 
     @initialize(capacity=st.integers(8, 40), page=st.integers(1, 4))
     def start(self, capacity: int, page: int) -> None:
         self.cache = KVCache(capacity, page)
         self.oracle = Oracle(capacity, page)
-        self.open: list[tuple[Handle, OracleHandle, Tokens]] = []
+        self.open: list[tuple[CacheHandle, OracleHandle, Tokens]] = []
 
     @rule(
         tokens=st.lists(st.integers(0, 2), min_size=1, max_size=24).map(tuple),
@@ -171,9 +171,9 @@ class CacheAgainstOracle(RuleBasedStateMachine):
 
 
 def ends_of(cache: KVCache) -> Iterator[Place]:
-    """Where every node of the real tree ends."""
+    """Return the end of every node of the real tree."""
 
-    def walk(node: Node, space: str, tokens: Tokens) -> Iterator[Place]:
+    def walk(node: CacheNode, space: str, tokens: Tokens) -> Iterator[Place]:
         for edge, child in node.children.items():
             below = edge[0] if isinstance(edge, tuple) else space
             path = tokens + tuple(unpack(child.key))
@@ -190,7 +190,7 @@ TestCacheAgainstOracle = CacheAgainstOracle.TestCase
 
 
 def put(cache: KVCache, tokens: list[int], namespace: str = "") -> int:
-    """Compute `tokens` and leave them in the cache; how many were there already."""
+    """Compute `tokens` and leave them in the cache; return how many were cached already."""
     handle = cache.acquire(pack(tokens), namespace)
     assert handle.grow(len(tokens) - handle.length)
     handle.commit(pack(tokens))

@@ -1,6 +1,6 @@
-"""llama.cpp's real server as this package starts it: what it answers, what it says is cached, how it ends.
+"""llama.cpp's real server as this package starts it: its answers, the cached tokens it reports, how it ends.
 
-The last part pins down how it treats kept-alive connections, because the router has to live with that.
+The last part tests how it treats kept-alive connections, because the router depends on that.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def cached(usage: Any) -> int:
     return int(usage.prompt_tokens_details.cached_tokens)
 
 
-# -- what it answers -------------------------------------------------------------------------------------
+# -- answers ---------------------------------------------------------------------------------------------
 
 
 def test_a_repeated_prompt_is_reported_as_cached(client: OpenAI) -> None:
@@ -93,7 +93,7 @@ def test_the_model_is_named_after_its_file(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
-# -- how it ends -----------------------------------------------------------------------------------------
+# -- its end ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -113,7 +113,7 @@ def test_a_signal_ends_it_while_it_generates(model: Path, number: signal.Signals
         end_engine(process)
 
 
-# -- what the user can mend: one line, status 2 ----------------------------------------------------------
+# -- mistakes of the user: one line, status 2 ------------------------------------------------------------
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -188,7 +188,7 @@ def post(path: str, body: dict[str, Any]) -> bytes:
 
 
 def streamed(sock: socket.socket) -> bytes:
-    """Send a streamed request; its whole answer, to the last chunk and not a byte further."""
+    """Send a streamed request; return its answer up to the last chunk, and not a byte more."""
     sock.sendall(post("/v1/completions", {"prompt": "x", "max_tokens": 2, "stream": True}))
     answer = b""
     while not answer.endswith(END_OF_CHUNKS):
@@ -197,7 +197,7 @@ def streamed(sock: socket.socket) -> bytes:
 
 
 def test_it_promises_keep_alive_after_a_stream_and_closes_at_once(url: str) -> None:
-    """The trap: the head promises 5 s and 100 requests, and the FIN follows the last chunk."""
+    """The head promises to keep the connection for 5 s and 100 requests, but the FIN follows the last chunk."""
     with connect(url) as sock:
         head = streamed(sock).partition(b"\r\n\r\n")[0].lower()
         assert b"keep-alive: timeout=5, max=100" in head
@@ -222,7 +222,7 @@ def test_after_a_plain_answer_the_connection_lives(url: str) -> None:
 
 
 def test_idle_connections_do_not_hold_up_others(url: str) -> None:
-    """A pool of idle connections must not use up its threads: it would look unhealthy to the router."""
+    """A pool of idle connections must not use up its threads, or the router would see it as unhealthy."""
     pool = [connect(url) for _ in range(64)]
     try:
         wait_until_healthy(url, within=3.0)

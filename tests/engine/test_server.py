@@ -26,7 +26,7 @@ LONG = "Once upon a time there was a router that knew which worker had read whic
 
 @pytest.fixture(scope="module")
 def fast() -> Iterator[str]:
-    """An engine that waits for nothing. Tests that count cached tokens use prompts of their own."""
+    """An engine that does not wait. Tests that count cached tokens use prompts of their own."""
     with engine_processes(1, "--speed", "0") as (url,):
         yield url
 
@@ -94,7 +94,7 @@ def address(url: str) -> tuple[str, int]:
 
 
 def endless(url: str, **more: object) -> socket.socket:
-    """A stream that writes for ever, begun: its first bytes have arrived."""
+    """An endless stream whose first bytes have arrived."""
     body = {
         "text": LONG,
         "stream": True,

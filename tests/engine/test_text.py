@@ -6,16 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_router.engine.kv import pack
-from sglang_router.engine.text import Tokenizer, Writer, content_text, render_chat, token_id
+from sglang_router.engine.text import AnswerWriter, Tokenizer, content_text, render_chat, token_id
 
 prompts = st.text(max_size=80) | st.lists(st.sampled_from(["The tree", ".", ", ", "\n", " ", "<|im_end|>"])).map(
     "".join
 )
 
 
-def written(prompt: str, limit: int = 60, **how: object) -> Writer:
+def written(prompt: str, limit: int = 60, **how: object) -> AnswerWriter:
     tokens = Tokenizer().encode(prompt)
-    writer = Writer(pack(tokens), tokens[-2:], limit, **how)  # type: ignore[arg-type]
+    writer = AnswerWriter(pack(tokens), tokens[-2:], limit, **how)  # type: ignore[arg-type]
     while writer.reason is None:
         writer.next()
     return writer
@@ -76,7 +76,7 @@ def test_a_stop_string_ends_the_text_before_it() -> None:
 def test_nothing_is_settled_that_a_stop_string_takes_back() -> None:
     stop = written("Tell me", 60, ignore_eos=True).text[40:52]
     tokens = Tokenizer().encode("Tell me")
-    writer = Writer(pack(tokens), tokens[-2:], 60, stop=[stop], ignore_eos=True)
+    writer = AnswerWriter(pack(tokens), tokens[-2:], 60, stop=[stop], ignore_eos=True)
     shown = ""
     while writer.reason is None:
         writer.next()

@@ -1,15 +1,15 @@
-"""A router process between a worker that can lie and clients that mean ill; and a polite client, to see who suffers.
+"""A router process between a worker that can lie and abusive clients; and a polite client, to see who is affected.
 
     with arena("--max-payload-size", "1000") as field:
         field.worker.lies["short"] = b"HTTP/1.1 200 OK\\r\\nContent-Length: 9\\r\\n\\r\\nhi"
-        with field.polite() as polite:                  # asks again and again, and notes how long it waits
+        with field.polite() as polite:                  # sends one request after the other, and measures the waits
             with field.connect() as client:
                 client.send(post("/generate?lie=short"))
                 client.answer().complete                # False
         polite.longest                                  # seconds
 
-The command is the one users start. The worker lives on an event loop in a thread of the test, so nothing of what it
-does is hidden from the test; `field.settle()` returns when the router has read everything that was sent before.
+The command is the one users start. The worker runs on an event loop in a thread of the test, so the test sees all that
+it does; `field.settle()` returns when the router has read everything that was sent before.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from urllib.parse import parse_qs, urlsplit
 from routers import RouterProcess, router_process
 
 PATIENCE = 20.0
-"""Seconds after which something that should have happened is called missing; a busy machine is slow."""
+"""Seconds after which a test that waits fails; a busy machine is slow."""
 POLITE = 5.0
-"""Seconds a polite client may wait while others misbehave: no figure to be proud of, but one that a busy machine keeps;
-what hangs behind an attack waits for ever. `scripts/hostile` shows the real ones."""
+"""Seconds a polite client may wait while others misbehave. Loose, so that a busy machine passes; a router that hangs
+would exceed any limit. `scripts/hostile` shows the real figures."""
 SERVED = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 _MODELS = b'{"object": "list", "data": [{"id": "m", "object": "model"}]}'
 _TOLD = {
@@ -41,11 +41,11 @@ _TOLD = {
 }
 _KEPT = 1 << 16
 _MOST = 1 << 28
-"""Bytes of a body that a client here would take."""
+"""Most bytes of a body that a client here reads."""
 
 
 def post(target: str, body: bytes = b'{"text": "x"}', *fields: str) -> bytes:
-    """A POST as it goes over the wire."""
+    """Return the bytes of a POST request."""
     lines = [f"POST {target} HTTP/1.1", "Host: router", *fields, f"Content-Length: {len(body)}", "", ""]
     return "\r\n".join(lines).encode() + body
 
@@ -60,7 +60,7 @@ class Asked(NamedTuple):
     body: bytes
     size: int
     connection: int
-    """Counts the connections; a number that comes twice is a connection that was used again."""
+    """The number of the connection; a number that occurs twice is a connection that was used again."""
 
 
 class Leg:
@@ -73,13 +73,13 @@ class Leg:
         self.writer = writer
 
     async def send(self, data: bytes) -> None:
-        """Sends, and waits while the router does not read."""
+        """Send, and wait while the router does not read."""
         self.writer.write(data)
         await self.writer.drain()
         self._worker.sent[self._name] += len(data)
 
     async def settle(self) -> None:
-        """Returns when the router has read what was sent."""
+        """Return when the router has read what was sent."""
         await asyncio.to_thread(self._worker.settle)
 
     def half_close(self) -> None:
@@ -91,7 +91,7 @@ class Leg:
         self.writer.transport.abort()
 
     async def hung_up(self) -> None:
-        """Returns when the router has closed."""
+        """Return when the router has closed the connection."""
         with contextlib.suppress(ConnectionError):
             await self.reader.read()
 
@@ -100,17 +100,19 @@ Lie = Callable[[Leg], Awaitable[None]]
 
 
 class LyingWorker:
-    """Healthy, and honest unless asked `?lie=NAME`: then it does what `lies[NAME]` says. Bytes are sent as they are,
-    and then the connection is closed; a function may do anything, and the connection is kept when it returns. One whose
-    name begins with `early` does not wait for the body."""
+    """Healthy and honest, unless the request says `?lie=NAME`: then it does what `lies[NAME]` says.
+
+    Bytes are sent as they are, and then the connection is closed. A function may do anything, and the connection is
+    kept when it returns. A lie whose name begins with `early` does not wait for the body.
+    """
 
     def __init__(self) -> None:
         self.lies: dict[str, bytes | Lie] = {}
         self.asked: list[Asked] = []
         self.sent: Counter[str] = Counter()
-        """Bytes of each lie that the router has taken."""
+        """Bytes of each lie that the router has read."""
         self.hurry = b""
-        """Sent on each new connection, before anything was asked."""
+        """Sent on each new connection, before any request."""
         self.settle: Callable[[], None] = lambda: None
         """See `Arena.settle`."""
         self.port = 0
@@ -122,7 +124,7 @@ class LyingWorker:
         return f"http://127.0.0.1:{self.port}"
 
     def bodies(self) -> dict[str, list[bytes]]:
-        """What was asked for inference, by target."""
+        """Return the bodies of inference requests, by target."""
         found = defaultdict(list)
         for asked in list(self.asked):
             found[asked.target].append(asked.body)
@@ -135,7 +137,7 @@ class LyingWorker:
         self._connections += 1
         number = self._connections
         try:
-            # asyncio's streams report a cancelled handler as a fault, so it ends quietly instead.
+            # asyncio's streams report a cancelled handler as an error, so it ends quietly instead.
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
                 if self.hurry:
                     writer.write(self.hurry)
@@ -187,7 +189,7 @@ class LyingWorker:
 
 @contextlib.contextmanager
 def lying_worker() -> Iterator[LyingWorker]:
-    """A LyingWorker that listens."""
+    """Yield a LyingWorker that listens."""
     worker, loop = LyingWorker(), asyncio.new_event_loop()
     server = loop.run_until_complete(asyncio.start_server(worker.serve, "127.0.0.1", 0, limit=1 << 18, backlog=2048))
     worker.port = server.sockets[0].getsockname()[1]
@@ -216,7 +218,7 @@ class Answer(NamedTuple):
 
     @property
     def code(self) -> str:
-        """The router's own error code; empty for what a worker said."""
+        """The router's own error code; empty for a worker's answer."""
         return self.headers.get("x-smg-error-code", "")
 
 
@@ -239,7 +241,7 @@ class Client:
         self.close()
 
     def send(self, data: bytes) -> bool:
-        """False when the router takes no more: what it has said can still be read."""
+        """Send; return False when the router accepts no more: its answer can still be read."""
         try:
             self.sock.sendall(data)
         except ConnectionError:
@@ -247,7 +249,7 @@ class Client:
         return True
 
     def answer(self, method: str = "POST") -> Answer | None:
-        """The next answer that is not an interim one; None when the connection ends instead."""
+        """Return the next answer that is not an interim one; None when the connection ends instead."""
         try:
             status = 100
             while 100 <= status < 200:
@@ -289,7 +291,7 @@ class Client:
         return body, False
 
     def ended(self) -> bool:
-        """Waits for the end of the connection; False if something else comes."""
+        """Wait for the end of the connection; return False if anything else comes."""
         try:
             return self._file.read(1) == b""
         except ConnectionResetError:
@@ -305,7 +307,7 @@ class Client:
 
 
 class Polite:
-    """A client that asks, waits for the answer, and asks again. `waits` in seconds."""
+    """A client that sends a request, waits for the answer, and repeats. `waits` in seconds."""
 
     def __init__(self, port: int, request: bytes = b"", status: int = 200) -> None:
         self._request = request or post("/generate", b'{"text": "polite"}')
@@ -358,7 +360,7 @@ class Arena:
         return Client(self.port, receive_buffer=receive_buffer)
 
     def ask(self, raw: bytes) -> Answer:
-        """One request on a connection of its own, to its answer."""
+        """Send one request on a connection of its own; return its answer."""
         with self.connect() as client:
             client.send(raw)
             answer = client.answer()
@@ -366,13 +368,13 @@ class Arena:
         return answer
 
     def settle(self) -> None:
-        """Returns when the router's event loop has turned twice: it has read what had come before."""
+        """Return when the router's event loop has run twice: it has read what had been sent before."""
         with self._one_at_a_time:  # a lie may still wait when the test is done with it
             for _ in range(2):
                 self._turn()
 
     def _turn(self) -> None:
-        """One answer of the router's own, on a connection that is kept as long as the router lets it."""
+        """Get one answer of the router itself, on a connection that is kept as long as the router keeps it."""
         self._barrier.send(post("/generate", b"no JSON"))
         answer = self._barrier.answer()
         if answer is None:
@@ -387,7 +389,7 @@ class Arena:
 
     @contextlib.contextmanager
     def polite(self) -> Iterator[Polite]:
-        """A polite client during the block; it must have been served throughout."""
+        """Yield a polite client; it must be served throughout the block."""
         polite = Polite(self.port)
         polite.start()
         try:
@@ -400,23 +402,23 @@ class Arena:
 
     @property
     def rss(self) -> int:
-        """Resident memory of the router, bytes."""
+        """Return the resident memory of the router, in bytes."""
         with open(f"/proc/{self.router.process.pid}/statm", encoding="ascii") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     @property
     def sockets(self) -> int:
-        """Open descriptors of the router."""
+        """Return the number of open descriptors of the router."""
         return len(os.listdir(f"/proc/{self.router.process.pid}/fd"))
 
     def until(self, holds: Callable[[], bool]) -> None:
-        """Waits until something is true of the other processes, which only looking can tell."""
+        """Wait until a condition of the other processes holds; poll, because no event reports it."""
         self.router.until(holds, PATIENCE)
 
 
 @contextlib.contextmanager
 def arena(*flags: str) -> Iterator[Arena]:
-    """A router before one LyingWorker, which must end well. Neither retries nor the breaker hide what a lie does."""
+    """Yield a router before one LyingWorker; it must end cleanly. No retry and no breaker hides what a lie does."""
     plain = ("--disable-retries", "--disable-circuit-breaker", "--disable-access-log")
     with (
         lying_worker() as worker,

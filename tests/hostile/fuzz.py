@@ -1,10 +1,10 @@
-"""schemathesis before the control plane of a router process: what the OpenAPI document says against what is so.
+"""Run schemathesis against the control plane of a router process: compare the OpenAPI document with the answers.
 
     GET /openapi.json --strict()--> fuzz.json --> schemathesis run (a process) --> router --> engines
                                                        '-- hostile.fuzz_hooks
 
-`strict` takes back what the document leaves open: a status that is not declared is a failure then, and workers are only
-at addresses where nobody listens. An answer may be 502, 503 or 504, where that is declared; no other 5xx.
+`strict` removes what the document leaves open: an undeclared status is a failure then, and workers are only at
+addresses where nothing listens. An answer may be 502, 503 or 504 where that is declared; no other 5xx.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hostile.arena import Polite
 from routers import RouterProcess
 
 URL = {"type": "string", "pattern": r"^http://127\.0\.0\.[1-9]:[1-9]$"}
-"""Ports of services that nobody has run for decades: whoever is fuzzed with must not reach anything."""
+"""Ports of services that nobody has run for decades: the addresses that are fuzzed must not reach anything."""
 CONFIG = """\
 [checks]
 not_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", 502, 503, 504]
@@ -37,11 +37,11 @@ checks.positive_data_acceptance.enabled = false
 """
 ENGINES = ("--speed", "0")
 FLAGS = ("--worker-startup-timeout-secs", "0.05", "--disable-access-log")
-"""For a router that is fuzzed: /add_worker waits that long for a worker that never comes."""
+"""Options of a router that is fuzzed: /add_worker waits that long for a worker that never comes."""
 
 
 class Fuzzed(NamedTuple):
-    """How it went: exit status, what was printed, whether it came to its end, and what it counted."""
+    """The result: exit status, output, whether it came to its end, and its counts."""
 
     status: int
     output: str
@@ -51,7 +51,7 @@ class Fuzzed(NamedTuple):
 
 
 def strict(router: RouterProcess, key: str = "") -> dict[str, Any]:
-    """The router's document as it is tested, see the module; with a key, the control plane needs one."""
+    """Return the router's document as it is tested, see the module; with a key, the control plane needs one."""
     fields = {"authorization": f"Bearer {key}"} if key else {}
     document: dict[str, Any] = router.ask("GET", "/openapi.json", **fields).json()
     for operation in operations(document):
@@ -78,7 +78,7 @@ def fuzz(
     *flags: str,
     within: float = 120.0,
 ) -> Fuzzed:
-    """Runs schemathesis. The workers with the URLs `kept` stay as they are; `flags` are schemathesis' own."""
+    """Run schemathesis. The workers with the URLs `kept` are not changed; `flags` are schemathesis' own."""
     schema, config, report = folder / "fuzz.json", folder / "fuzz.toml", folder / "report.json"
     schema.write_text(json.dumps(document))
     config.write_text(CONFIG)
@@ -88,7 +88,7 @@ def fuzz(
     plain = ("--generation-database=none", "--warnings=off", "--no-color", "--request-timeout=20")
     done = subprocess.run(
         [*command, *plain, f"--report-json-path={report}", *flags],
-        cwd=folder,  # where it leaves what it keeps
+        cwd=folder,  # the directory for its own files
         env=os.environ | more | {"PYTHONPATH": str(Path(__file__).parents[1])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -103,5 +103,5 @@ def fuzz(
 
 
 def polite(router: RouterProcess) -> Polite:
-    """A client that asks the engines, and goes on asking."""
+    """Yield a client that sends requests to the engines all the time."""
     return Polite(int(router.url.rpartition(":")[2]))

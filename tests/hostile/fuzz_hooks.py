@@ -1,7 +1,7 @@
-"""What schemathesis must not do, loaded into its process by `hostile.fuzz`.
+"""What schemathesis must not do; `hostile.fuzz` loads this into its process.
 
-It finds out which workers there are and tries everything on them: some must stay as they are, for the polite clients.
-And no worker may be anywhere but at addresses of this machine where nobody listens.
+schemathesis lists the workers and tries every operation on them: some must not change, for the polite clients. And no
+worker may be anywhere but at addresses of this machine where nothing listens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sglang_router.errors import ConfigError
 
 ROUTER: str = os.environ["FUZZ_ROUTER"]
 KEPT: list[str] = json.loads(os.environ["FUZZ_KEPT"])
-"""Ids and URLs of the workers that must stay as they are."""
+"""Ids and URLs of the workers that must not change."""
 NOBODY = "nobody"
 NOWHERE = "http://127.0.0.1:9"
 
@@ -34,7 +34,7 @@ def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, Any]) -
     if isinstance(case.body, dict):
         if _elsewhere(case.body.get("url")):
             case.body["url"] = NOWHERE
-        for name, value in case.body.items():  # to JSON Schema 20.0 is an integer, to the router it is not
+        for name, value in case.body.items():  # in JSON Schema 20.0 is an integer, for the router it is not
             if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
                 case.body[name] = int(value)
 
@@ -47,7 +47,7 @@ def after_call(context: HookContext, case: Case[Any], response: Response) -> Non
 
 
 def _elsewhere(url: object) -> bool:
-    """Whether the router would take this for a worker somewhere else."""
+    """Return whether the router would accept this as the URL of a worker on another machine."""
     try:
         return isinstance(url, str) and not parse_worker_url(url).startswith("http://127.0.0.")
     except ConfigError:

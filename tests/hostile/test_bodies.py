@@ -1,7 +1,7 @@
-"""Bodies that are no good JSON, or good JSON that means no good: served as they are or refused, never a 5xx.
+"""Bodies that are invalid JSON, or valid JSON with invalid content: they are served unchanged or refused, never a 5xx.
 
-What the router reads of a body must not be fooled, and what it passes on are the client's bytes, not its own reading of
-them. The engines behind are the built-in ones: real processes with a parser of their own.
+What the router reads of a body must not be misled, and it passes on the client's bytes, not its own reading of them.
+The engines are the built-in ones: real processes with a parser of their own.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def test_what_reaches_the_worker_is_what_was_sent(field: Arena, body: bytes) -> 
 
 
 def test_same_bodies_for_the_control_plane(field: Arena) -> None:
-    """Nothing here is a worker to add, and none of it may be taken for one."""
+    """None of these bodies describes a worker to add, and none may be accepted as one."""
     before = len(field.router.workers())
     with field.polite():
         for name, body in BODIES.items():

@@ -1,4 +1,4 @@
-"""Clients that are slow, many, silent or greedy. Each is answered or cut, and nobody else notices."""
+"""Clients that are slow, many, silent or greedy. Each is answered or closed, and no other client is affected."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ IDLE = 1000
 CHURN = 1000
 FLOODED = 20
 MOST_PER_CLIENT = 1 << 20
-"""Bytes the router may hold for one client that does not read: what it had read of the worker in one go, and as much as
-the client's transport takes before it says stop."""
+"""Most bytes that the router may hold for one client that does not read: one read of the worker, and what the client's
+transport buffers before it pauses."""
 EVENT = b"data: " + b"x" * 4000 + b"\n\n"
 CHUNK = b"%x\r\n%s\r\n" % (len(EVENT), EVENT)
 SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
@@ -25,14 +25,14 @@ STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encodi
 
 
 async def flood(leg: Leg) -> None:
-    """Events without end."""
+    """Send events without end."""
     await leg.send(STREAM)
     while True:
         await leg.send(CHUNK * 8)
 
 
 def dripped(field: Arena, client: Client, data: Iterator[bytes]) -> None:
-    """Sends bit by bit, at the pace of the router's turns, until the router has said something."""
+    """Send in small pieces, one per iteration of the router's loop, until the router answers."""
     client.sock.setblocking(False)
     for bit in data:
         client.send(bit)
@@ -53,7 +53,7 @@ def endless(start: bytes, more: bytes) -> Iterator[bytes]:
 
 
 def test_slow_header(field: Arena) -> None:
-    """However it drips: the time for a head is counted from its first byte."""
+    """However slowly the bytes come: the time for a head counts from its first byte."""
     with field.polite(), field.connect() as client:
         begun = time.monotonic()
         dripped(field, client, endless(b"POST /generate HTTP/1.1\r\nHost: x\r\nA: ", b"b"))
@@ -65,7 +65,7 @@ def test_slow_header(field: Arena) -> None:
 
 
 def test_slow_header_of_many(field: Arena) -> None:
-    """A row of clients that stop in the middle of a head; all are told so and lose their connection."""
+    """Several clients that stop in the middle of a head; each gets an error and loses its connection."""
     with field.polite(), contextlib.ExitStack() as stack:
         clients = [stack.enter_context(field.connect()) for _ in range(200)]
         for client in clients:
@@ -88,7 +88,7 @@ def test_body_that_stops(field: Arena, body: bytes) -> None:
 
 
 def test_slow_reader(field: Arena) -> None:
-    """One byte at a time, over the time of many polite requests: its worker waits, its bytes are right to the end."""
+    """One byte at a time, while many polite requests are served: its worker is paused, all its bytes are correct."""
     field.worker.lies["long"] = SIZED % len(LONG) + LONG
     with field.polite() as polite, field.connect(receive_buffer=4096) as client:
         client.send(post("/generate?lie=long"))
@@ -104,7 +104,7 @@ def test_slow_reader(field: Arena) -> None:
 
 
 def test_clients_that_never_read_a_flood(field: Arena) -> None:
-    """The worker would send for ever; the router takes what it may hold, and no more until the client reads."""
+    """The worker would send for ever; the router reads as much as it may hold, and no more until the client reads."""
     field.worker.lies["flood"] = flood
     field.worker.sent["flood"] = 0
     with field.polite(), contextlib.ExitStack() as stack:
@@ -113,7 +113,7 @@ def test_clients_that_never_read_a_flood(field: Arena) -> None:
         for client in clients:
             client.send(post("/generate?lie=flood", b'{"stream": true}'))
         sent, steady = 0, 0
-        while steady < 50:  # turns in a row in which nothing was taken of any worker
+        while steady < 50:  # iterations in a row in which nothing was read from any worker
             field.settle()
             steady, sent = (steady + 1 if field.worker.sent["flood"] == sent else 0), field.worker.sent["flood"]
         assert field.rss - before < FLOODED * MOST_PER_CLIENT
@@ -124,7 +124,7 @@ def test_clients_that_never_read_a_flood(field: Arena) -> None:
 
 @pytest.mark.parametrize("lie", ["flood", "long"])
 def test_clients_that_never_read_are_cut_in_the_end(brief: Arena, lie: str) -> None:
-    """Over the time of a request, and of an idle connection, there is nobody to keep bytes and descriptors for."""
+    """After the timeouts of a request and an idle connection, the router keeps no bytes and no descriptor for them."""
     brief.worker.lies |= {"flood": flood, "long": SIZED % len(LONG) + LONG}
     with contextlib.ExitStack() as stack:
         before = brief.sockets
@@ -139,7 +139,7 @@ def test_clients_that_never_read_are_cut_in_the_end(brief: Arena, lie: str) -> N
 
 
 def test_idle_connections(field: Arena) -> None:
-    """Each has been served and waits: they cost some memory, all of them can go on, and all go away."""
+    """Each was served and is idle: they cost some memory, all of them can send again, and all are closed in the end."""
     before, memory = field.sockets, field.rss
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(field.connect()) for _ in range(IDLE)]
@@ -153,11 +153,11 @@ def test_idle_connections(field: Arena) -> None:
                     assert answer.code == "json_parse_error", (turn, answer)
             assert field.sockets >= before + IDLE
         assert field.rss - memory < IDLE * 50_000
-    field.until(lambda: field.sockets <= before + 2)  # polite's own, and its worker's
+    field.until(lambda: field.sockets <= before + 2)  # the polite client's, and its worker's
 
 
 def test_connection_churn(field: Arena) -> None:
-    """Opened and left at once, left in the middle of a head or a body, left with a reset, left before the answer."""
+    """Closed at once, in the middle of a head or a body, with a reset, before the answer."""
     leavings = [
         b"",
         b"POST /gen",
@@ -178,7 +178,7 @@ def test_connection_churn(field: Arena) -> None:
 
 
 def test_pipeline_whose_answers_nobody_reads() -> None:
-    """The router stops reading, too, and goes on when it is read."""
+    """The router stops reading too, and continues when the client reads."""
     request = post("/generate", b"no JSON") * 1000
     with arena() as field, field.polite(), field.connect(receive_buffer=4096) as client:
         before, sent = field.rss, 0
@@ -211,7 +211,7 @@ def test_head_of_ten_megabytes(field: Arena) -> None:
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_body_of_100_mb_is_refused_early(field: Arena, chunked: bool) -> None:
-    """The limit is 1 MB: what is announced is refused before it comes, what is not as soon as it is too much."""
+    """The limit is 1 MB: an announced length is refused before the body comes, any other as soon as it is too long."""
     before = field.rss
     framing = b"Transfer-Encoding: chunked\r\n\r\n5f5e100\r\n" if chunked else b"Content-Length: 100000000\r\n\r\n"
     with field.polite(), field.connect() as client:

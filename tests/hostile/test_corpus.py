@@ -1,7 +1,7 @@
-"""The corpora of tests/wire over real sockets: what the client hears, and what of it reached the worker.
+"""The corpora of tests/wire over real sockets: what the client gets, and what reached the worker.
 
-Whole, in two reads, and byte by byte. The router is known to have read one piece before the next one is sent: in
-between it has answered somebody else (`Arena.settle`).
+Whole, in two reads, and byte by byte. Before the next piece is sent, the router has certainly read the one before: it
+has answered another client in between (`Arena.settle`).
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ def test_requests(field: Arena, cut: Callable[[bytes], list[bytes]], cases: Sequ
 
 
 def _batches(cases: Sequence[Case]) -> Iterator[list[tuple[str, Case]]]:
-    """Each case with a target of its own: only so can be told at the worker where a request came from. Bodies of this
-    endpoint are not read by the router."""
+    """Return the cases, each with its own target, so that the worker can tell where a request came from.
+
+    The router does not read the bodies of this endpoint.
+    """
     for start in range(0, len(cases), _AT_ONCE):
         batch = cases[start : start + _AT_ONCE]
         yield [(f"/v1/audio/transcriptions?case={case.name.split(':')[0]}", case) for case in batch]
@@ -86,7 +88,7 @@ def _check_answers(client: Client, case: Case) -> None:
         assert answer.status < 500, (case, answer)
         assert answer.complete, (case, answer)
         ends = answer.headers.get("connection") == "close"
-    if case.verdict.isdigit() and not ends:  # what follows a request that ends the connection is not even refused
+    if case.verdict.isdigit() and not ends:  # what follows a request that closes the connection gets no answer at all
         refusal = client.answer()
         assert refusal is not None, case
         assert str(refusal.status) == case.verdict, (case, refusal)

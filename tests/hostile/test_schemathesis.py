@@ -1,4 +1,4 @@
-"""schemathesis before the real control plane, while clients are served. `scripts/fuzz-control-plane` tries more."""
+"""schemathesis against the real control plane, while clients are served. `scripts/fuzz-control-plane` tries more."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEED = ("--seed", "4", "--max-examples", "3")
 
 
 def test_the_control_plane_keeps_its_word_and_nobody_notices(tmp_path: Path) -> None:
-    """Two engines serve polite clients, a third is schemathesis' own."""
+    """Two engines serve polite clients, a third one is for schemathesis."""
     with engine_processes(3, *ENGINES) as urls, router_process(urls, *FLAGS) as router:
         document = strict(router)
         client = polite(router)
@@ -52,7 +52,7 @@ def test_without_a_key_there_is_no_way_in(tmp_path: Path) -> None:
         run = fuzz(
             router, document, (), tmp_path, "-H", "Authorization: Bearer a-key", *checks, "--include-path=/health"
         )
-        assert (run.status, run.operations) == (1, 1), run.output  # it would be seen
+        assert (run.status, run.operations) == (1, 1), run.output  # it would be found
         assert "without authentication" in run.output
 
 

@@ -1,5 +1,5 @@
-"""Bodies that describe no worker: POST /workers and PUT /workers/{id} refuse them and say why, and what they do take
-comes out again as it went in."""
+"""Bodies that do not describe a worker: POST /workers and PUT /workers/{id} refuse them with a reason, and return what
+they do accept unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_router.admin import shapes
-from sglang_router.core.worker import HealthRules
+from sglang_router.routing.rules import HealthRules
 from stack import Reply, Stack, stack
 
 DEEP = 100_000
@@ -73,14 +73,14 @@ UNFIT = {
 
 @pytest.fixture(scope="module")
 def router() -> Iterator[Stack]:
-    """One worker, at an address where nobody is."""
+    """One worker, at an address where nothing listens."""
     with stack(health=NEVER) as router:
         router.add(URL)
         yield router
 
 
 def refused(reply: Reply, *statuses: int) -> dict[str, Any]:
-    """An error of the router's own shape and reasonable length, that is not a mistake of the router's."""
+    """Check for an error of the router's format and reasonable length that is not an error of the router itself."""
     assert reply.status in statuses, (reply.status, reply.body[:300])
     error = msgspec.json.decode(reply.body, type=shapes.Error).error
     assert reply.headers["x-smg-error-code"] == error.code
@@ -143,7 +143,7 @@ def test_whatever_is_sent_is_refused_or_kept(router: Stack, body: bytes) -> None
     if reply.status != 202:
         refused(reply, 400, 422)
         return
-    said = json.loads(body)  # a strict reader takes it too
+    said = json.loads(body)  # a strict reader accepts it too
     shown = msgspec.json.decode(router.get(f"/workers/{name}").body, type=shapes.WorkerState)
     if said.get("model_id"):
         assert shown.model_id == said["model_id"]
@@ -154,7 +154,7 @@ def test_whatever_is_sent_is_refused_or_kept(router: Stack, body: bytes) -> None
 
 
 HERE = ("127.0.0.1:9", "127.0.0.2:7", "LOCALHOST:9", "[::1]:9", "127.0.0.1:09")
-"""Ports of this machine where nobody listens: what is registered is asked how it is."""
+"""Ports of this machine where nothing listens: a worker that is registered gets health checks."""
 URLS = st.builds(
     "{}{}{}".format,
     st.sampled_from(

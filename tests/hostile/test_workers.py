@@ -1,8 +1,8 @@
-"""Workers that lie, break off, flood or fall silent: the client gets an honest answer or an honest break, and no more.
+"""Workers that lie, break off, flood or fall silent: the client gets a correct answer or a visible break, nothing else.
 
-What a lie may lead to is in the table: the answer as it stands, an error of the router in its place, or a body that the
-client can see is cut. Nothing a worker said beyond its answer may reach anybody, and a connection on which it lied is
-not used again.
+The table says what a lie may lead to: the answer as it is, an error of the router in its place, or a body that the
+client can see is cut. Nothing that a worker sends beyond its answer may reach any client, and a connection on which it
+lied is not used again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EVIL = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
 
 
 class Outcome(NamedTuple):
-    """What the client must see. `code`: the router's error; `complete`: whether the body ended as announced."""
+    """What the client must get. `code`: the router's error; `complete`: whether the body ended as announced."""
 
     status: int
     code: str = ""
@@ -39,7 +39,7 @@ BROKEN = Outcome(502, "worker_broken")
 
 
 def sent(*parts: bytes, then: Callable[[Leg], Awaitable[None]] | None = None) -> Lie:
-    """Says that, each part in a read of its own, and waits for the router to hang up, or does something else."""
+    """Send that, each part in a read of its own, and wait for the router to close, or do something else."""
 
     async def lie(leg: Leg) -> None:
         for part in parts:
@@ -77,7 +77,7 @@ def reset(*parts: bytes) -> Lie:
 
 
 def forever(start: bytes, more: bytes) -> Lie:
-    """Without end; the router must hang up."""
+    """Send without end; the router must close."""
 
     async def lie(leg: Leg) -> None:
         await leg.send(start)
@@ -89,7 +89,7 @@ def forever(start: bytes, more: bytes) -> Lie:
 
 
 def dripping(head: bytes) -> Lie:
-    """In pieces of a hundred bytes, each as soon as the one before is gone."""
+    """Send in pieces of a hundred bytes, each as soon as the one before is sent."""
 
     async def lie(leg: Leg) -> None:
         for start in range(0, len(head), 100):
@@ -112,7 +112,7 @@ LIES: dict[str, tuple[Lie, Outcome]] = {
     "long body": (sent(SIZED % 2 + b"hello"), Outcome(200, body=b"he")),
     "no framing, closed": (closed(OK + b"\r\nhello"), Outcome(200, body=b"hello")),
     "no framing, half closed": (half_closed(OK + b"\r\nhello"), Outcome(200, body=b"hello")),
-    # another answer behind the answer, and bodies where there are none
+    # another answer after the answer, and bodies where none is allowed
     "an answer behind the answer": (sent(SIZED % 2 + b"{}" + EVIL), Outcome(200, body=b"{}")),
     "an answer behind the last chunk": (sent(CHUNKED + b"0\r\n\r\n" + EVIL), Outcome(200)),
     "204 with a body": (sent(b"HTTP/1.1 204 No\r\nContent-Length: 4\r\n\r\nevil"), Outcome(204)),
@@ -159,8 +159,8 @@ LIES: dict[str, tuple[Lie, Outcome]] = {
 
 
 SILENT = ("nothing", "100")
-"""Lies that begin so leave an old connection without a byte of an answer, as one that had gone stale: they are told
-once more on a new connection."""
+"""Lies that begin like a stale connection: it closes without a byte of an answer. The request is sent once more, on a
+new connection."""
 
 
 @pytest.mark.parametrize("name", LIES)
@@ -188,7 +188,7 @@ def test_lies(field: Arena, name: str) -> None:
 
 
 def test_answer_to_half_a_request(field: Arena) -> None:
-    """It goes to the client; the connection, which the worker then leaves with the rest unread, meets nobody else."""
+    """The answer goes to the client; the connection, on which the worker does not read the rest, is not used again."""
 
     async def early(leg: Leg) -> None:
         await leg.reader.readexactly(10)
@@ -205,7 +205,7 @@ def test_answer_to_half_a_request(field: Arena) -> None:
 
 @pytest.mark.parametrize("hurry", [EVIL, b"nonsense\r\n\r\n"], ids=["an answer", "nonsense"])
 def test_worker_that_speaks_before_it_is_asked(brief: Arena, hurry: bytes) -> None:
-    """Nobody hangs: the leg breaks at once, or (where the request was quicker) has its answer."""
+    """No client hangs: the leg breaks at once, or (where the request was faster) gets its answer."""
     brief.worker.hurry = hurry
     try:
         with contextlib.ExitStack() as stack:
@@ -221,7 +221,7 @@ def test_worker_that_speaks_before_it_is_asked(brief: Arena, hurry: bytes) -> No
 
 @pytest.mark.parametrize("start", [b"", OK, b"HTTP/1.1 100 Continue\r\n\r\n", EVENTS + EVENT], ids=repr)
 def test_worker_that_falls_silent(brief: Arena, start: bytes) -> None:
-    """Nothing, half a head, an interim answer, half a stream: its time is up, and the worker sees the end of it."""
+    """Nothing, half a head, an interim answer, half a stream: after the timeout the router closes the connection."""
     brief.worker.lies["silent"] = sent(start)
     with brief.polite():
         answer = brief.ask(post("/generate?lie=silent", b'{"stream": true}'))
@@ -234,7 +234,7 @@ def test_worker_that_falls_silent(brief: Arena, start: bytes) -> None:
 
 
 def test_liar_beside_an_honest_worker() -> None:
-    """With retries, which are the default, no client hears of a worker whose answers are none."""
+    """With retries, which are the default, no client notices a worker whose answers are invalid."""
     hidden = [name for name, (_, outcome) in LIES.items() if outcome.code]
     flags = ("--policy", "round_robin", "--cb-failure-threshold", "1000", "--retry-budget-ratio", "1")
     with (

@@ -1,4 +1,4 @@
-"""How engines are started, as arithmetic: commands, GPUs, ports and environment for a machine that is made up."""
+"""How engines are started, without processes: commands, GPUs, ports and environment for an invented machine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from sglang_router.errors import ConfigError
-from sglang_router.launch.backends import BACKENDS, Backend, Setup
+from sglang_router.launch.backends import BACKENDS, EngineBackend, EngineSetup
 from sglang_router.launch.engine_flags import EngineFlags
-from sglang_router.launch.machine import Machine, Ports, port_is_free
-from sglang_router.launch.replica import Command
+from sglang_router.launch.machine import LocalMachine, PortAllocator, port_is_free
+from sglang_router.launch.replica import EngineCommand
 
 
 def backend(
@@ -28,10 +28,10 @@ def backend(
     host: str = "127.0.0.1",
     python: str = "py",
     environ: Mapping[str, str] | None = None,
-) -> Backend:
-    machine = Machine(cores, gpus, "lo", environ or {}, port_is_free=lambda host, port: True)
+) -> EngineBackend:
+    machine = LocalMachine(cores, gpus, "lo", environ or {}, port_is_free=lambda host, port: True)
     return BACKENDS[name](
-        Setup(
+        EngineSetup(
             model=model,
             engine=engine,
             size=size,
@@ -44,13 +44,13 @@ def backend(
     )
 
 
-def last(command: Command, flag: str) -> str:
+def last(command: EngineCommand, flag: str) -> str:
     """The value of a flag's last use."""
     at = len(command.argv) - 1 - command.argv[::-1].index(flag)
     return command.argv[at + 1]
 
 
-def visible(command: Command) -> str | None:
+def visible(command: EngineCommand) -> str | None:
     return command.env.get("CUDA_VISIBLE_DEVICES")
 
 
@@ -136,7 +136,7 @@ def test_engines_on_several_machines_are_not_confined(flag: str) -> None:
         assert not {"VLLM_HOST_IP", "GLOO_SOCKET_IFNAME"} & backend(name, flag).command(0, 5).env.keys()
 
 
-# -- the user has the last word ----------------------------------------------------------------------------------------
+# -- the user can override defaults ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_engine_flags() -> None:
 
 def test_ports_are_the_next_free_ones_and_for_good() -> None:
     taken = {101, 103}
-    ports = Ports("h", 100, lambda host, port: host == "h" and port not in taken)
+    ports = PortAllocator("h", 100, lambda host, port: host == "h" and port not in taken)
     assert [ports(rank) for rank in (0, 1, 2)] == [100, 102, 104]
     assert ports(5) == 105
     taken |= {100, 102}
@@ -297,7 +297,7 @@ def test_ports_are_the_next_free_ones_and_for_good() -> None:
 
 
 def test_no_port_is_left() -> None:
-    ports = Ports("h", 65535, lambda host, port: True)
+    ports = PortAllocator("h", 65535, lambda host, port: True)
     assert ports(0) == 65535
     with pytest.raises(ConfigError, match="--router-dp-worker-base-port"):
         ports(1)
@@ -309,7 +309,7 @@ def test_port_is_free_if_one_could_listen() -> None:
         assert not port_is_free("127.0.0.1", port)
     assert port_is_free("127.0.0.1", port)
     with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection(("127.0.0.1", port)):
-        server.accept()[0].close()  # which leaves a connection in TIME_WAIT
+        server.accept()[0].close()  # leaves a connection in TIME_WAIT
     assert port_is_free("127.0.0.1", port)
 
 
@@ -320,7 +320,7 @@ def test_address_that_cannot_be_had(host: str) -> None:
 
 
 def test_this_machine() -> None:
-    here = Machine.here()
+    here = LocalMachine.here()
     assert here.cores >= 1
     assert here.gpus >= 0
 
@@ -336,7 +336,7 @@ def fake_python(folder: Path, path: Path) -> str:
     return str(script)
 
 
-def why_not(made: Backend) -> str:
+def why_not(made: EngineBackend) -> str:
     with pytest.raises(ConfigError) as caught:
         made.prepare()
     assert "\n" not in str(caught.value)
@@ -346,8 +346,8 @@ def why_not(made: Backend) -> str:
 @pytest.mark.parametrize("name", ["sglang", "vllm"])
 def test_engine_that_is_not_there(name: str) -> None:
     message = why_not(backend(name, python=sys.executable))
-    assert message.startswith(f"{name} is not installed for {sys.executable}: pip install {name}, or ")
-    assert message.endswith("here are: --backend llamacpp, --backend builtin")
+    assert message.startswith(f"{name} is not installed for {sys.executable}: run pip install {name}, or ")
+    assert message.endswith("available here: --backend llamacpp, --backend builtin")
 
 
 def test_folder_of_that_name_is_no_engine(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_folder_of_that_name_is_no_engine(tmp_path: Path) -> None:
 def test_model_must_be_named(tmp_path: Path) -> None:
     sglang_package(tmp_path)
     python = fake_python(tmp_path, tmp_path)
-    assert why_not(backend("sglang", python=python, model=None)) == "give the model: --model-path MODEL"
+    assert why_not(backend("sglang", python=python, model=None)) == "no model: give it with --model-path MODEL"
     made = backend("sglang", "--config", "f.yaml", python=python, model=None)
     made.prepare()
     assert "--model-path" not in made.command(0, 5).argv, "the engine's file may name it"
@@ -366,7 +366,7 @@ def test_model_must_be_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("python", "why"),
-    [("/nowhere/python", "cannot be run: No such file"), ("/bin/false", "is not a Python that works")],
+    [("/nowhere/python", "cannot be run: No such file"), ("/bin/false", "is not a working Python")],
 )
 def test_interpreter_that_does_not_work(python: str, why: str) -> None:
     assert why in why_not(backend("vllm", python=python))

@@ -1,4 +1,4 @@
-"""The command as users start it: engines come up, serve, and are gone however it ends. Real processes throughout."""
+"""The command as users start it, with real processes: engines start, serve, and leave no process however it ends."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def words(*flags: str) -> tuple[list[str], int]:
 
 @contextlib.contextmanager
 def server(tmp_path: Path, *flags: str) -> Iterator[RouterProcess]:
-    """The command, once its router answers; the test ends it. Whatever it started is gone afterwards."""
+    """The command, once its router answers; the test ends it. Afterwards, none of its processes must be left."""
     log = tmp_path / "server.log"
     command, port = words(*flags)
     with log.open("wb") as sink:
@@ -78,7 +78,7 @@ def states(router: RouterProcess) -> list[str]:
 
 
 def descendants(pid: int) -> set[int]:
-    """All processes below one. As /proc tells it."""
+    """All descendants of a process, from /proc."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -202,7 +202,7 @@ def test_a_signal_while_models_load(number: signal.Signals, tmp_path: Path) -> N
 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     with server(tmp_path, "--startup-delay", "600", "--router-stop-grace-secs", "600") as router:
-        router.until(lambda: set(states(router)) == {"loading"})  # else SIGTERM ends them even when stopped
+        router.until(lambda: set(states(router)) == {"loading"})  # before that, SIGTERM ends even a stopped process
         for pid in engines(router):
             os.kill(pid, signal.SIGSTOP)
         router.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Whom each word of launch_server's command line speaks to: the launcher, the router, or the engine."""
+"""launch_server's command line: which words go to the launcher, to the router, and to the engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refused(words: str) -> str:
     return message
 
 
-# -- ours ------------------------------------------------------------------------------------------------------------
+# -- the launcher's --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_names_of_backends() -> None:
     [
         ("--backend sglnag", "--backend: 'sglnag' is not one of sglang, vllm, llamacpp, builtin; did you mean sglang?"),
         ("--dp-size 0", "--dp-size: '0' is not a whole number from 1 to 1024"),
-        ("--dp-size 2 --dp 3", "two names of one option and disagree"),
+        ("--dp-size 2 --dp 3", "two names of one option, with different values"),
         ("--dp-size", "--dp-size: expected one argument"),
         ("--router-restart-max-backoff-secs 0.5", "must not be less than"),
         ("--router-polcy random", "unknown flag --router-polcy; did you mean --router-policy?"),
@@ -181,7 +181,7 @@ def test_help_shows_own_options_first_and_needs_nothing() -> None:
     flags = ["--backend", "--dp-size", "--router-max-restarts", "--worker-urls", "--router-policy"]
     places = [done.stdout.index(f"\n  {flag} ") for flag in flags]
     assert places == sorted(places)
-    assert "goes to each engine as it is" in done.stdout
+    assert "goes unchanged to each engine" in done.stdout
 
 
 def test_page_holds_the_tables() -> None:

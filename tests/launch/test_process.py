@@ -1,4 +1,4 @@
-"""Engine processes on the event loop, with real ones: output, orders, ends, and what is left after them."""
+"""Engine processes on the event loop, with real processes: output, orders, ends, and left-over processes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_router.launch.process import LONGEST, Lines, Process
-from sglang_router.launch.replica import Command
+from sglang_router.launch.process import LONGEST, EngineProcess, LineSplitter
+from sglang_router.launch.replica import EngineCommand
 
 WITHIN = 20.0
 STUBBORN = "trap '' TERM; echo up; while true; do sleep 0.1; done"
@@ -27,20 +27,20 @@ AWAY = "setsid sh -c 'echo away; exec sleep 1000' & "
 
 
 class Scene:
-    """Starts processes and gathers their lines."""
+    """Starts processes and collects their lines."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self._news = asyncio.Event()
 
-    async def start(self, *argv: str, **env: str) -> Process:
-        command = Command(argv=argv, env=env, url="http://127.0.0.1:1", runtime="test")
-        return await Process.start(asyncio.get_running_loop(), command, self._hear)
+    async def start(self, *argv: str, **env: str) -> EngineProcess:
+        command = EngineCommand(argv=argv, env=env, url="http://127.0.0.1:1", runtime="test")
+        return await EngineProcess.start(asyncio.get_running_loop(), command, self._hear)
 
-    async def shell(self, script: str, **env: str) -> Process:
+    async def shell(self, script: str, **env: str) -> EngineProcess:
         return await self.start("sh", "-c", script, **env)
 
-    async def python(self, script: str) -> Process:
+    async def python(self, script: str) -> EngineProcess:
         return await self.start(sys.executable, "-I", "-S", "-c", script)
 
     async def line(self, text: str) -> None:
@@ -55,7 +55,7 @@ class Scene:
 
 
 def run(scene: Callable[[Scene], Awaitable[None]]) -> None:
-    """Plays a scene on an event loop of its own."""
+    """Run a test's coroutine on its own event loop."""
 
     async def play() -> None:
         await asyncio.wait_for(scene(Scene()), WITHIN)
@@ -68,7 +68,7 @@ def run(scene: Callable[[Scene], Awaitable[None]]) -> None:
 
 
 def lines(*pieces: bytes) -> list[str]:
-    cutter = Lines()
+    cutter = LineSplitter()
     return [line for piece in pieces for line in cutter.feed(piece)] + list(cutter.end())
 
 
@@ -124,8 +124,8 @@ def test_output_environment_and_status() -> None:
         assert await process.exited == 3
         await process.gone
         assert at.lines == [f"hello {os.environ['HOME']}", "error"]
-        assert repr(process) == f"<Process {process.pid}: ended with 3, gone>"
-        assert await process.stop(10.0) == 3  # there is nothing to stop any more
+        assert repr(process) == f"<EngineProcess {process.pid}: ended with 3, gone>"
+        assert await process.stop(10.0) == 3  # it has ended already
 
     run(scene)
 
@@ -185,7 +185,7 @@ def test_who_does_not_end_is_killed_with_all_descendants() -> None:
         await at.line("up")
         await at.line("away")
         assert await process.stop(0.1) == -signal.SIGKILL
-        assert process.gone.done()  # so the pipe of its output has come to its end
+        assert process.gone.done()  # so the pipe of its output is at its end
 
     run(scene)
 
@@ -233,18 +233,18 @@ def test_a_killed_warden_takes_the_engine_and_its_group_along(tmp_path: Path) ->
     with open(reading) as holders:
         run(scene)
         assert select.select([holders], [], [], WITHIN)[0]
-        assert holders.read() == ""  # its end: nobody who inherited it is left
+        assert holders.read() == ""  # end of file: no process that inherited the pipe is left
 
 
 LAUNCHER = """
 import asyncio, uvloop
-from sglang_router.launch.process import Process
-from sglang_router.launch.replica import Command
+from sglang_router.launch.process import EngineProcess
+from sglang_router.launch.replica import EngineCommand
 
 async def main():
-    command = Command(argv=("sh", "-c", SCRIPT), env={}, url="", runtime="")
+    command = EngineCommand(argv=("sh", "-c", SCRIPT), env={}, url="", runtime="")
     for _ in range(2):
-        await Process.start(asyncio.get_running_loop(), command, lambda line: print(line, flush=True))
+        await EngineProcess.start(asyncio.get_running_loop(), command, lambda line: print(line, flush=True))
     await asyncio.sleep(1000)
 
 uvloop.new_event_loop().run_until_complete(main())
@@ -262,4 +262,4 @@ def test_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
         assert launcher.stdout is not None
         assert sorted(launcher.stdout.readline() for _ in range(4)) == ["away\n"] * 2 + ["up\n"] * 2
         launcher.kill()
-        assert holders.read() == ""  # its end: nobody who inherited it is left
+        assert holders.read() == ""  # end of file: no process that inherited the pipe is left

@@ -1,4 +1,4 @@
-"""The engine course with llama.cpp on its tiny model: the same code as `scripts/test-engines`, nothing downloaded."""
+"""The engine checks with llama.cpp and its tiny model: the same code as `scripts/test-engines`, without a download."""
 
 from __future__ import annotations
 

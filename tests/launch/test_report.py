@@ -1,4 +1,4 @@
-"""What people see of replicas: on a terminal (a real one, a pty), in a log, in files."""
+"""The output about replicas: on a terminal (a real pty), in a log, in files."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from pathlib import Path
 import pytest
 
 from sglang_router.errors import ConfigError
-from sglang_router.launch.download import Bar
-from sglang_router.launch.replica import Command, Replica, State
-from sglang_router.launch.report import Echo, EngineLines, Files, Report, by_hand
+from sglang_router.launch.download import ProgressBar
+from sglang_router.launch.replica import EngineCommand, EngineReplica, ReplicaState
+from sglang_router.launch.report import EngineLines, LogEcho, LogFiles, ReplicaReport, ReportOutputs, manual_command
 from sglang_router.launch.screen import Screen, cut
 from sglang_router.observe.logs import LogWriter
-from sglang_router.observe.writer import Fixed
+from sglang_router.observe.writer import OpenFile
 
 WITHIN = 20.0
 
 
 class Terminal:
-    """A pty of 40 columns and 6 rows, and what is to be seen there: enough of a VT100 for what a Screen writes."""
+    """A pty of 40 columns and 6 rows, and its visible text: enough of a VT100 for the output of a Screen."""
 
     def __init__(self) -> None:
         self.master, self.fd = pty.openpty()
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 6, 40, 0, 0))
-        self.rows = [""]  # all there ever were, the last six are on the screen
+        self.rows = [""]  # all rows so far; the last six are on the screen
         self.row = 0
         self._decoded = ""
 
@@ -44,7 +44,7 @@ class Terminal:
                 os.close(fd)
 
     def until(self, seen: Callable[[list[str]], bool]) -> list[str]:
-        """Reads until the rows are as wanted; returns them."""
+        """Read until the rows are as wanted; return them."""
         deadline = time.monotonic() + WITHIN
         while not seen(self.rows):
             readable, _, _ = select.select([self.master], [], [], 0.1)
@@ -173,8 +173,8 @@ def test_cut(text: str, width: int, seen: str) -> None:
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
-class Timer:
-    """A call that is due at a moment of a Stage's clock."""
+class PlayedTimer:
+    """A call that is due at a time of a Stage's clock."""
 
     def __init__(self, at: float, call: Callable[[], None]) -> None:
         self.at = at
@@ -189,30 +189,28 @@ class Timer:
 
 
 class Stage:
-    """A report with a clock and timers of its own, a pipe for what it logs, and replicas as a supervisor has them."""
+    """A report with its own clock and timers, a pipe for its log, and replicas as a supervisor has them."""
 
     def __init__(
         self, size: int, form: str = "text", lines: EngineLines | None = None, screen: Screen | None = None
     ) -> None:
         self.now = 100.0
-        self._timers: list[Timer] = []
+        self._timers: list[PlayedTimer] = []
         self._pipe, writing = os.pipe()
         self._writing = writing
-        self.writer = LogWriter(20, form, [Fixed(writing)])
-        self.replicas = [Replica(rank, self.now) for rank in range(size)]
-        self.report = Report(
+        self.writer = LogWriter(20, form, [OpenFile(writing)])
+        self.replicas = [EngineReplica(rank, self.now) for rank in range(size)]
+        self.report = ReplicaReport(
             later=self._later,
             clock=lambda: self.now,
-            writer=self.writer,
-            lines=lines or Echo(self.writer),
-            screen=screen,
+            outputs=ReportOutputs(self.writer, lines or LogEcho(self.writer), screen),
             size=size,
             url="http://h:1",
-            by_hand=lambda rank: f"engine --rank {rank}",
+            manual_command=lambda rank: f"engine --rank {rank}",
         )
 
-    def _later(self, seconds: float, call: Callable[[], None]) -> Timer:
-        timer = Timer(self.now + seconds, call)
+    def _later(self, seconds: float, call: Callable[[], None]) -> PlayedTimer:
+        timer = PlayedTimer(self.now + seconds, call)
         self._timers.append(timer)
         return timer
 
@@ -225,10 +223,10 @@ class Stage:
             first.ring()
         self.now = until
 
-    def move(self, rank: int, state: State, reason: str = "", pid: int = 0) -> None:
+    def move(self, rank: int, state: ReplicaState, reason: str = "", pid: int = 0) -> None:
         replica = self.replicas[rank]
         replica.state, replica.reason, replica.pid, replica.since = state, reason, pid, self.now
-        if state is State.STARTING:
+        if state is ReplicaState.STARTING:
             replica.started_at = self.now
             replica.tail.clear()
         self.report.changed(replica)
@@ -239,7 +237,7 @@ class Stage:
             self.report.line(self.replicas[rank], text)
 
     def said(self) -> list[str]:
-        """What was logged since it was asked last, without the moment."""
+        """Return the log lines since the last call, without their time."""
         assert self.writer.flush(WITHIN)
         os.write(self._writing, b"\0")
         data = b""
@@ -267,14 +265,14 @@ def stage(
 
 def test_a_start_in_a_log() -> None:
     with stage(2) as it:
-        it.move(0, State.STARTING)
-        it.move(1, State.STARTING)
+        it.move(0, ReplicaState.STARTING)
+        it.move(1, ReplicaState.STARTING)
         it.say(0, "loading \x1b[32mweights\x1b[0m\x07")
-        it.move(0, State.LOADING)
+        it.move(0, ReplicaState.LOADING)
         it.pass_time(10)
-        it.move(0, State.HEALTHY, pid=1)
+        it.move(0, ReplicaState.HEALTHY, pid=1)
         it.pass_time(11)
-        it.move(1, State.HEALTHY, pid=1)
+        it.move(1, ReplicaState.HEALTHY, pid=1)
         assert it.said() == [
             "INFO  replicas: a replica is starting rank=0",
             "INFO  replicas: a replica is starting rank=1",
@@ -295,53 +293,53 @@ def test_a_start_in_a_log() -> None:
 def test_a_replica_that_ends_before_it_is_healthy() -> None:
     with stage(2) as it:
         for rank in (0, 1):
-            it.move(rank, State.STARTING)
+            it.move(rank, ReplicaState.STARTING)
         it.say(0, "Traceback", "torch.OutOfMemoryError: CUDA out of memory.")
-        it.move(1, State.HEALTHY, pid=1)
+        it.move(1, ReplicaState.HEALTHY, pid=1)
         it.said()
-        it.move(0, State.RESTARTING, "exited with status 1")
+        it.move(0, ReplicaState.RESTARTING, "exited with status 1")
         assert it.said() == [
-            'WARN  replicas: a replica is to be started again rank=0 reason="exited with status 1"',
+            'WARN  replicas: a replica will be restarted rank=0 reason="exited with status 1"',
             'ERROR replicas: a replica did not become healthy; its last lines rank=0 reason="exited with status 1"',
             "    | Traceback",
             "    | torch.OutOfMemoryError: CUDA out of memory.",
-            "ERROR replicas: memory is short: give the engine less of it, or more GPUs to each replica (--tp-size);"
+            "ERROR replicas: not enough memory: let the engine use less, or give each replica more GPUs (--tp-size);"
             " to try it by hand: engine --rank 0 rank=0",
             "WARN  replicas: 1 of 2 replicas are healthy seconds=0.0 url=http://h:1/v1",
         ]
-        it.move(0, State.FAILED, "left down")
+        it.move(0, ReplicaState.FAILED, "left down")
         assert it.said() == ['ERROR replicas: a replica is left down rank=0 reason="left down"'], "explained once"
 
 
 def test_none_could_be_started() -> None:
     with stage(1) as it:
-        it.move(0, State.STARTING)
-        it.move(0, State.FAILED, "cannot be started: No such file or directory")
+        it.move(0, ReplicaState.STARTING)
+        it.move(0, ReplicaState.FAILED, "cannot be started: No such file or directory")
         said = "\n".join(it.said())
-        assert "did not become healthy; it wrote nothing" in said
+        assert "did not become healthy; it printed nothing" in said
         assert "\nERROR replicas: to try it by hand: engine --rank 0 rank=0\n" in said
         assert said.endswith("no replica could be started seconds=0.0")
 
 
 def test_after_the_start_only_changes_and_lines() -> None:
     with stage(1) as it:
-        it.move(0, State.STARTING)
-        it.move(0, State.HEALTHY, pid=1)
+        it.move(0, ReplicaState.STARTING)
+        it.move(0, ReplicaState.HEALTHY, pid=1)
         it.said()
         it.say(0, "serving")
-        it.move(0, State.RESTARTING, "killed by SIGKILL")
+        it.move(0, ReplicaState.RESTARTING, "killed by SIGKILL")
         it.replicas[0].restarts = 1
-        it.move(0, State.STARTING)
-        it.move(0, State.HEALTHY, pid=2)
-        it.move(0, State.RESTARTING, "a restart was asked for", pid=2)
-        it.move(0, State.STOPPING)
-        it.move(0, State.STOPPED)
+        it.move(0, ReplicaState.STARTING)
+        it.move(0, ReplicaState.HEALTHY, pid=2)
+        it.move(0, ReplicaState.RESTARTING, "a restart was requested", pid=2)
+        it.move(0, ReplicaState.STOPPING)
+        it.move(0, ReplicaState.STOPPED)
         assert it.said() == [
             "[rank 0] serving",
-            'WARN  replicas: a replica is to be started again rank=0 reason="killed by SIGKILL"',
+            'WARN  replicas: a replica will be restarted rank=0 reason="killed by SIGKILL"',
             "INFO  replicas: a replica is starting rank=0 restarts=1",
             "INFO  replicas: a replica is healthy rank=0 seconds=0.0 restarts=1",
-            'INFO  replicas: a replica is to be started again rank=0 reason="a restart was asked for" restarts=1',
+            'INFO  replicas: a replica will be restarted rank=0 reason="a restart was requested" restarts=1',
             "INFO  replicas: a replica is stopping rank=0 restarts=1",
             "INFO  replicas: a replica has stopped rank=0 restarts=1",
         ]
@@ -349,9 +347,9 @@ def test_after_the_start_only_changes_and_lines() -> None:
 
 def test_records_where_the_log_is_json() -> None:
     with stage(1, "json") as it:
-        it.move(0, State.STARTING)
+        it.move(0, ReplicaState.STARTING)
         it.say(0, "a [b]\x1b[1m")
-        it.move(0, State.FAILED, "exited with status 1")
+        it.move(0, ReplicaState.FAILED, "exited with status 1")
         records = [json.loads(line) for line in it.said()]
         assert [(each["message"], each["rank"]) for each in records[:2]] == [("a replica is starting", 0), ("a [b]", 0)]
         assert records[3]["trace"] == "a [b]"
@@ -359,17 +357,17 @@ def test_records_where_the_log_is_json() -> None:
 
 def test_a_start_on_a_terminal(terminal: Terminal) -> None:
     with stage(2, screen=Screen(terminal.fd)) as it:
-        it.move(0, State.STARTING)
-        it.move(1, State.STARTING)
-        it.move(0, State.LOADING)
+        it.move(0, ReplicaState.STARTING)
+        it.move(1, ReplicaState.STARTING)
+        it.move(0, ReplicaState.LOADING)
         it.say(0, "\x1b[1mshards:  25%\x1b[0m of all")
         it.pass_time(3)
         rows = ["rank 0  loading        3 s  shards:  2…", "rank 1  starting       3 s", ""]
         terminal.until(lambda seen: seen == rows)
-        it.move(0, State.HEALTHY, pid=1)
+        it.move(0, ReplicaState.HEALTHY, pid=1)
         it.pass_time(2)
         terminal.until(lambda seen: seen == ["rank 0  healthy        3 s", "rank 1  starting       5 s", ""])
-        it.move(1, State.HEALTHY, pid=1)
+        it.move(1, ReplicaState.HEALTHY, pid=1)
         terminal.until(lambda seen: seen == [""])
         it.say(0, "a request")
         assert it.said() == [
@@ -381,10 +379,10 @@ def test_a_start_on_a_terminal(terminal: Terminal) -> None:
 
 def test_an_end_during_the_start_takes_the_rows_away(terminal: Terminal) -> None:
     with stage(1, screen=Screen(terminal.fd)) as it:
-        it.move(0, State.STARTING)
+        it.move(0, ReplicaState.STARTING)
         it.pass_time(1)
         terminal.until(lambda seen: len(seen) == 2)
-        it.move(0, State.STOPPING)
+        it.move(0, ReplicaState.STOPPING)
         terminal.until(lambda seen: seen == [""])
 
 
@@ -394,7 +392,7 @@ def test_an_end_during_the_start_takes_the_rows_away(terminal: Terminal) -> None
 def test_a_file_for_each_rank(tmp_path: Path) -> None:
     folder = tmp_path / "logs" / "here"
     for text in ("first start", "second start"):
-        files = Files(str(folder))
+        files = LogFiles(str(folder))
         with stage(3, lines=files) as it:
             it.say(0, text)
             it.say(2, "é\x1b[0m\r")
@@ -404,8 +402,8 @@ def test_a_file_for_each_rank(tmp_path: Path) -> None:
 
 
 def test_lines_go_to_files_while_rows_are_shown(tmp_path: Path, terminal: Terminal) -> None:
-    with stage(1, lines=Files(str(tmp_path)), screen=Screen(terminal.fd)) as it:
-        it.move(0, State.STARTING)
+    with stage(1, lines=LogFiles(str(tmp_path)), screen=Screen(terminal.fd)) as it:
+        it.move(0, ReplicaState.STARTING)
         it.say(0, "loading")
     assert (tmp_path / "rank-0.log").read_text() == "loading\n"
 
@@ -413,21 +411,21 @@ def test_lines_go_to_files_while_rows_are_shown(tmp_path: Path, terminal: Termin
 def test_folder_that_cannot_be_had(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"^--log-dir .*file/x: Not a directory"):
-        Files(str(tmp_path / "file" / "x"))
+        LogFiles(str(tmp_path / "file" / "x"))
 
 
 # -- odds and ends -----------------------------------------------------------------------------------------------------
 
 
-def test_by_hand_hides_secrets() -> None:
+def test_the_manual_command_hides_secrets() -> None:
     argv = ("py", "--api-key", "hush", "--hf-token=hush", "--model", "a b", "--tokenizer-path", "t")
-    shown = by_hand(Command(argv=argv, env={"A": "1"}, url="", runtime=""))
+    shown = manual_command(EngineCommand(argv=argv, env={"A": "1"}, url="", runtime=""))
     assert shown == "env A=1 py --api-key '***' '--hf-token=***' --model 'a b' --tokenizer-path t"
-    assert by_hand(Command(argv=("py",), env={}, url="", runtime="")) == "py"
+    assert manual_command(EngineCommand(argv=("py",), env={}, url="", runtime="")) == "py"
 
 
-class Stream:
-    """A text stream that keeps what is written; a terminal or not."""
+class TextStream:
+    """A text stream that records what is written; a terminal or not."""
 
     def __init__(self, terminal: bool) -> None:
         self.text = ""
@@ -441,7 +439,7 @@ class Stream:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: nothing is buffered."""
 
 
 @pytest.mark.parametrize(
@@ -456,8 +454,8 @@ class Stream:
     ],
 )
 def test_bar_of_a_download(terminal: bool, seen: str) -> None:
-    stream = Stream(terminal)
-    bar = Bar("m", stream)
+    stream = TextStream(terminal)
+    bar = ProgressBar("m", stream)
     for done in (0, 1000, 2_000_000, 2_000_100, 8_000_000):
         bar(done, 8_000_000)
     bar.close()
@@ -465,6 +463,6 @@ def test_bar_of_a_download(terminal: bool, seen: str) -> None:
 
 
 def test_no_download_leaves_no_trace() -> None:
-    stream = Stream(True)
-    Bar("m", stream).close()
+    stream = TextStream(True)
+    ProgressBar("m", stream).close()
     assert stream.text == ""

@@ -1,15 +1,15 @@
-"""When a replica may start again: arithmetic, and what holds whatever happens."""
+"""When a replica may be restarted: examples, and properties that always hold."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_router.launch.restarts import RestartRules, Restarts
+from sglang_router.launch.restarts import RestartHistory, RestartRules
 
 
 def pauses(rules: RestartRules, *moments: float) -> list[float | None]:
-    restarts = Restarts(rules)
+    restarts = RestartHistory(rules)
     return [restarts.pause(moment) for moment in moments]
 
 
@@ -25,13 +25,13 @@ def test_the_pause_has_a_limit() -> None:
 
 def test_who_ran_for_longer_than_the_window_starts_afresh() -> None:
     assert pauses(RestartRules(window=100), 0, 10, 111) == [1, 2, 1]
-    assert pauses(RestartRules(window=100), 0, 10, 110) == [1, 2, 2]  # the second is just not forgotten
+    assert pauses(RestartRules(window=100), 0, 10, 110) == [1, 2, 2]  # the second still counts
 
 
 def test_who_was_left_down_may_start_again_when_the_window_has_passed_or_somebody_says_so() -> None:
     rules = RestartRules(most=1, window=100)
     assert pauses(rules, 0, 50, 101) == [1, None, 1]
-    restarts = Restarts(rules)
+    restarts = RestartHistory(rules)
     restarts.pause(0)
     restarts.forget()
     assert restarts.pause(1) == 1

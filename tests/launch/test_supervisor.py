@@ -1,4 +1,4 @@
-"""The supervisor with real processes on a real event loop: the built-in engine, and a tiny one for odd ways to fail."""
+"""The supervisor with real processes on a real event loop: the built-in engine, and a tiny engine for rare failures."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from typing import Any
 import pytest
 import uvloop
 
+from fleets import any_policy
 from routers import free_port
-from sglang_router.core.events import Listener, Listeners, WorkerChanged
-from sglang_router.core.fleet import Fleet
-from sglang_router.core.worker import Health, HealthRules, Outcome, Worker, WorkerSpec
 from sglang_router.errors import ConfigError, Conflict
-from sglang_router.launch.keeper import Timeouts
-from sglang_router.launch.replica import Command, Replica, State
+from sglang_router.launch.keeper import ReplicaTimeouts, SupervisedRouter, SupervisionRules
+from sglang_router.launch.replica import EngineCommand, EngineReplica, ReplicaState
 from sglang_router.launch.restarts import RestartRules
 from sglang_router.launch.supervisor import Supervisor
-from sglang_router.net.probe import Prober
-from sglang_router.net.upstream import Upstream
+from sglang_router.relay.batch import Batch
+from sglang_router.relay.connection_pool import ConnectionPool
+from sglang_router.routing.events import Listener, Listeners, WorkerChanged
+from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.rules import HealthRules
+from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.states import Health
+from sglang_router.routing.worker import Worker
+from sglang_router.workers.health_checks import HealthChecks
 
 WITHIN = 30.0
 QUICK = RestartRules(initial_backoff=0.05, max_backoff=0.1, most=3, window=600.0)
@@ -44,18 +50,18 @@ def shell(script: str) -> Callable[[int], tuple[str, ...]]:
 
 
 class Story:
-    """A reporter that writes down all that is told, and wakes those who wait for it."""
+    """A reporter that records every report and wakes the test."""
 
     def __init__(self) -> None:
-        self.states: list[tuple[int, State]] = []
+        self.states: list[tuple[int, ReplicaState]] = []
         self.lines: list[tuple[int, str]] = []
         self.news = asyncio.Event()
 
-    def changed(self, replica: Replica) -> None:
+    def changed(self, replica: EngineReplica) -> None:
         self.states.append((replica.rank, replica.state))
         self.news.set()
 
-    def line(self, replica: Replica, text: str) -> None:
+    def line(self, replica: EngineReplica, text: str) -> None:
         self.lines.append((replica.rank, text))
         self.news.set()
 
@@ -65,7 +71,7 @@ class Story:
 
 
 class Bench(Listener):
-    """A fleet, a prober and the supervisor under test. `engine` says how a rank's engine is run on a port."""
+    """A fleet, health checks and the supervisor under test. `engine` says how a rank's engine is run on a port."""
 
     def __init__(self, engine: Callable[[int], tuple[str, ...]], **settings: Any) -> None:
         loop = asyncio.get_running_loop()
@@ -76,66 +82,62 @@ class Bench(Listener):
         self.engine = engine
         self.most = 8
         self.ranks: list[int | None] = [None]
-        self.fleet = Fleet(listeners, lambda: "id")
-        self.upstream = Upstream(loop)
-        self.prober = Prober(loop, self.fleet, self.upstream, self.clock, unhealthy_interval=0.02)
+        self.fleet = Fleet(listeners, lambda: "id", any_policy)
+        self.pool = ConnectionPool(loop, Batch(loop), connect_timeout=10.0, idle_timeout=50.0, max_idle=8, tls=None)
+        self.checks = HealthChecks(loop, self.fleet, self.pool, self.clock, unhealthy_interval=0.02)
         self.health = HealthRules(interval=0.05, timeout=0.5, failure_threshold=2, success_threshold=1)
         self._ports: dict[int, int] = {}
-        self.supervisor = Supervisor(
-            loop,
-            self.clock,
-            self.fleet,
-            self.prober,
-            self.command,
-            self.specs,
-            self.story,
-            settings.pop("rules", QUICK),
-            Timeouts(**{"stop": 10.0, "drain": 20.0, "hang": 20.0, "startup": 20.0, **settings}),
+        rules = SupervisionRules(
+            restarts=settings.pop("rules", QUICK),
+            timeouts=ReplicaTimeouts(**{"stop": 10.0, "drain": 20.0, "hang": 20.0, "startup": 20.0, **settings}),
         )
+        router = SupervisedRouter(loop=loop, clock=self.clock, fleet=self.fleet, checks=self.checks)
+        self.supervisor = Supervisor(router, self.command, self.specs, self.story, rules)
         listeners.add(self)
         listeners.add(self.supervisor)
 
     def clock(self) -> float:
         return asyncio.get_running_loop().time() + self.now_ahead
 
-    def command(self, rank: int) -> Command:
+    def command(self, rank: int) -> EngineCommand:
         if rank >= self.most:
             raise ConfigError(f"no GPU for rank {rank}")
         port = self._ports.setdefault(rank, free_port())
-        return Command(argv=self.engine(port), env={}, url=f"http://127.0.0.1:{port}", runtime="test")
+        return EngineCommand(argv=self.engine(port), env={}, url=f"http://127.0.0.1:{port}", runtime="test")
 
-    def specs(self, command: Command) -> list[WorkerSpec]:
+    def specs(self, command: EngineCommand) -> list[WorkerSpec]:
         return [WorkerSpec(url=command.url, dp_rank=rank, health=self.health) for rank in self.ranks]
 
     def worker_changed(self, event: WorkerChanged) -> None:
         self.changes.append(event)
         if event.what == "added":
-            self.prober.start(event.worker)
+            self.pool.know(event.worker.target)
+            self.checks.start(event.worker)
         self.story.news.set()
 
     # -- what tests ask for ------------------------------------------------------------------------------------------
 
     async def until(self, holds: Callable[[], object]) -> None:
-        """Waits until something is true; looked at after each event, line and change of state."""
+        """Wait until a condition holds; it is checked after each event, line and change of state."""
         while not holds():
             self.story.news.clear()
             await self.story.news.wait()
 
     async def soon(self, holds: Callable[[], object]) -> None:
-        """Waits for what no event tells; looked at in each turn of the loop."""
+        """Wait for a condition without an event; it is checked in each turn of the loop."""
         while not holds():  # noqa: ASYNC110  (there is no event)
             await asyncio.sleep(0)
 
     async def healthy(self, *ranks: int) -> None:
-        await self.until(lambda: all(self.replica(rank).state is State.HEALTHY for rank in ranks))
+        await self.until(lambda: all(self.replica(rank).state is ReplicaState.HEALTHY for rank in ranks))
 
-    async def start(self, count: int) -> list[Replica]:
-        """Starts replicas and waits until they are healthy."""
+    async def start(self, count: int) -> list[EngineReplica]:
+        """Start replicas and wait until they are healthy."""
         await self.supervisor.start(count)
         await self.healthy(*range(count))
         return self.supervisor.replicas
 
-    def replica(self, rank: int) -> Replica:
+    def replica(self, rank: int) -> EngineReplica:
         return next(replica for replica in self.supervisor.replicas if replica.rank == rank)
 
     def worker(self, rank: int) -> Worker:
@@ -148,14 +150,14 @@ class Bench(Listener):
         urgent.set()
         await self.supervisor.stop(urgent)
         assert not [replica.pid for replica in self.supervisor.replicas if replica.pid]
-        await self.prober.close()
-        await self.upstream.close()
+        await self.checks.close()
+        await self.pool.close()
 
 
 def run(
     scene: Callable[[Bench], Awaitable[None]], engine: Callable[[int], tuple[str, ...]] = tiny, **settings: Any
 ) -> None:
-    """Plays a scene on a loop of its own; afterwards nothing may be left."""
+    """Run a test's coroutine on its own event loop; afterwards no process may be left."""
 
     async def play() -> None:
         bench = Bench(engine, **settings)
@@ -191,7 +193,7 @@ def test_built_in_engines_come_up_die_and_come_back_at_the_same_rank() -> None:
         os.kill(pid, signal.SIGKILL)
         await at.until(lambda: worker.health is Health.STARTING)
         assert at.fleet.candidates(at.clock()) == (first.worker,)
-        await at.until(lambda: second.state is State.RESTARTING)
+        await at.until(lambda: second.state is ReplicaState.RESTARTING)
         told = at.supervisor.describe(worker)
         assert told is not None
         assert (told["rank"], told["pid"], told["last_exit"]) == (1, None, -9)
@@ -228,7 +230,7 @@ def test_an_engine_with_ranks_inside_is_one_replica_with_several_workers() -> No
         await at.until(lambda: all(worker.draining for worker in workers))
         leases[0].close(Outcome.SERVED, at.clock())
         await asyncio.sleep(0)
-        assert replica.state is State.HEALTHY
+        assert replica.state is ReplicaState.HEALTHY
         leases[1].close(Outcome.SERVED, at.clock())
         await at.until(lambda: all(worker.health is Health.STARTING for worker in workers))
         assert await restart == ""
@@ -294,7 +296,7 @@ def test_when_none_was_ever_healthy_a_failure_is_final() -> None:
         await asyncio.wait_for(at.supervisor.failed.wait(), WITHIN)
         for rank in (0, 1):
             replica = at.replica(rank)
-            assert (replica.state, replica.restarts, replica.exit) == (State.FAILED, 0, 3)
+            assert (replica.state, replica.restarts, replica.exit) == (ReplicaState.FAILED, 0, 3)
             assert replica.reason == "exited with status 3"
             assert list(replica.tail) == [f"line {n}" for n in range(6, 26)]  # the last twenty
             assert at.worker(rank).health is Health.DOWN
@@ -336,21 +338,21 @@ def test_who_failed_first_gets_its_restarts_once_another_is_healthy_and_is_then_
     async def scene(at: Bench) -> None:
         at.engine = lambda port: tiny(port, str(model))
         await at.supervisor.start(1)
-        await at.until(lambda: at.replica(0).state is State.FAILED)
+        await at.until(lambda: at.replica(0).state is ReplicaState.FAILED)
         at.engine = tiny
         assert at.supervisor.add_one() is not None
         await at.healthy(1)
         bad, worker = at.replica(0), at.worker(0)
-        await at.until(lambda: bad.state is State.FAILED and bad.restarts == QUICK.most)
+        await at.until(lambda: bad.state is ReplicaState.FAILED and bad.restarts == QUICK.most)
         assert bad.reason == "left down after 3 restarts within 600 s: exited with status 3"
         assert worker.health is Health.DOWN
         assert worker.last_error == bad.reason
         assert at.fleet.candidates(at.clock()) == (at.worker(1),)
-        model.touch()  # the operator mended it, and says so
+        model.touch()  # the operator repairs it and requests a restart
         assert await at.supervisor.restart(bad) == ""
-        assert (bad.state, bad.reason, worker.health) == (State.HEALTHY, "", Health.HEALTHY)
+        assert (bad.state, bad.reason, worker.health) == (ReplicaState.HEALTHY, "", Health.HEALTHY)
         os.kill(bad.pid, signal.SIGKILL)
-        await at.until(lambda: bad.state is State.RESTARTING)  # its earlier failures are forgotten
+        await at.until(lambda: bad.state is ReplicaState.RESTARTING)  # its earlier failures are forgotten
 
     run(scene)
 
@@ -360,8 +362,8 @@ def test_a_hanging_engine_is_killed_and_started_anew() -> None:
         (replica,) = await at.start(1)
         pid = replica.pid
         os.kill(pid, signal.SIGSTOP)
-        await at.until(lambda: replica.state is State.RESTARTING)
-        assert replica.reason == "hung: no healthy answer for 0.1 s"
+        await at.until(lambda: replica.state is ReplicaState.RESTARTING)
+        assert replica.reason == "hung: it failed its health checks and answered no request for 0.1 s"
         assert not exists(pid)
         await at.healthy(0)
 
@@ -376,14 +378,14 @@ def test_who_serves_though_its_health_check_fails_is_busy_and_does_not_hang() ->
         await at.until(lambda: worker.health is Health.UNHEALTHY)
         at.fleet.lease(worker).close(Outcome.SERVED, at.clock())
         at.now_ahead += 61.0
-        at.supervisor.worker_changed(WorkerChanged(worker, "health", "", ""))  # has it look
+        at.supervisor.worker_changed(WorkerChanged(worker, "health", "", ""))  # makes the keeper check
         for _ in range(10):
             await asyncio.sleep(0)
         assert worker.health is Health.UNHEALTHY  # a lost one would be STARTING by now
-        at.now_ahead += 61.0  # and nothing served in these
+        at.now_ahead += 61.0  # without a request answered in that time
         at.supervisor.worker_changed(WorkerChanged(worker, "health", "", ""))
-        await at.until(lambda: replica.state is State.RESTARTING)
-        assert replica.reason == "hung: no healthy answer for 60 s"
+        await at.until(lambda: replica.state is ReplicaState.RESTARTING)
+        assert replica.reason == "hung: it failed its health checks and answered no request for 60 s"
 
     run(scene, hang=60.0, startup=1000.0)
 
@@ -393,15 +395,15 @@ def test_the_last_answer_of_a_process_that_ended_does_not_make_it_healthy() -> N
         (replica,) = await at.start(1)
         worker = at.worker(0)
         os.kill(replica.pid, signal.SIGKILL)
-        await at.until(lambda: replica.state is State.RESTARTING)
+        await at.until(lambda: replica.state is ReplicaState.RESTARTING)
         at.fleet.probed(worker, None, at.clock())
         await at.until(lambda: worker.health is Health.STARTING)
-        assert replica.state is State.RESTARTING
+        assert replica.state is ReplicaState.RESTARTING
 
     run(scene, rules=RestartRules(initial_backoff=1000.0, max_backoff=1000.0))
 
 
-# -- restarts by order -------------------------------------------------------------------------------------------------
+# -- requested restarts ------------------------------------------------------------------------------------------------
 
 
 def test_a_restart_waits_for_running_requests_and_ends_the_draining() -> None:
@@ -421,10 +423,10 @@ def test_a_restart_waits_for_running_requests_and_ends_the_draining() -> None:
         assert replica.pid == pid
         lease.close(Outcome.SERVED, at.clock())
         assert await restart == ""
-        assert replica.state is State.HEALTHY
+        assert replica.state is ReplicaState.HEALTHY
         assert replica.pid != pid
         assert at.story.of(0)[3:] == ["restarting", "starting", "loading", "healthy"]
-        assert len(replica.tail) == 1  # the lines of the process before are not among them
+        assert len(replica.tail) == 1  # without the lines of the process before
         assert not worker.draining
         assert not worker.returning
 
@@ -463,7 +465,7 @@ def test_who_dies_while_it_drains_is_not_started_twice() -> None:
         await at.until(lambda: replica.restarts == 1)
         lease.close(Outcome.CUT, at.clock())
         await at.until(lambda: not at.worker(0).draining)
-        assert (replica.state, replica.restarts) == (State.HEALTHY, 1)
+        assert (replica.state, replica.restarts) == (ReplicaState.HEALTHY, 1)
 
     run(scene)
 
@@ -479,7 +481,7 @@ def test_who_asked_for_a_restart_may_leave() -> None:
             await asked
         lease.close(Outcome.SERVED, at.clock())
         await at.until(lambda: replica.restarts == 1)
-        await at.until(lambda: replica.state is State.HEALTHY and not at.worker(0).draining)
+        await at.until(lambda: replica.state is ReplicaState.HEALTHY and not at.worker(0).draining)
 
     run(scene)
 
@@ -491,14 +493,14 @@ def test_a_rolling_restart_takes_one_after_the_other() -> None:
         assert at.supervisor.rolling["state"] == "idle"
         at.story.states.clear()
         at.supervisor.restart_all()
-        with pytest.raises(Conflict, match="under way"):
+        with pytest.raises(Conflict, match="in progress"):
             at.supervisor.restart_all()
         running = {"state": "running", "done": 0, "total": 2, "current": 0, "reason": ""}
-        await at.until(lambda: replicas[0].state is State.RESTARTING)
+        await at.until(lambda: replicas[0].state is ReplicaState.RESTARTING)
         assert at.supervisor.rolling == running
-        await at.until(lambda: replicas[1].state is State.RESTARTING)
+        await at.until(lambda: replicas[1].state is ReplicaState.RESTARTING)
         assert at.supervisor.rolling == running | {"done": 1, "current": 1}
-        await at.until(lambda: replicas[1].state is State.HEALTHY and not at.worker(1).draining)
+        await at.until(lambda: replicas[1].state is ReplicaState.HEALTHY and not at.worker(1).draining)
         await at.soon(lambda: at.supervisor.rolling["state"] != "running")
         assert at.supervisor.rolling == running | {"state": "done", "done": 2, "current": None}
         steps = ("restarting", "starting", "loading", "healthy")
@@ -522,7 +524,7 @@ def test_a_rolling_restart_stops_at_the_first_that_does_not_come_back(tmp_path: 
             "done": 0,
             "total": 3,
             "current": None,
-            "reason": "rank 0 did not come back: exited with status 3",
+            "reason": "rank 0 did not become healthy: exited with status 3",
         }
         assert at.replica(1).restarts == 0
 
@@ -536,7 +538,7 @@ def test_a_rolling_restart_does_not_take_the_last_one_that_serves() -> None:
         at.supervisor.restart_all()
         await at.soon(lambda: at.supervisor.rolling["state"] != "running")
         assert at.supervisor.rolling["reason"] == (
-            "rank 1 is the only one that serves: restart it alone if that is meant"
+            "rank 1 is the only healthy replica: restart it alone if you want to"
         )
         assert at.supervisor.rolling["done"] == 1
 
@@ -562,10 +564,10 @@ def test_replicas_are_added_at_the_lowest_free_rank_and_removed_after_draining()
         lease.close(Outcome.SERVED, at.clock())
         await removal
         assert not exists(pid)
-        assert first.state is State.STOPPED
+        assert first.state is ReplicaState.STOPPED
         assert worker.removed
         assert at.supervisor.describe(worker) is None
-        with pytest.raises(Conflict, match="not run any more"):
+        with pytest.raises(Conflict, match="was removed"):
             await at.supervisor.restart(first)
         again = at.supervisor.add_one()
         assert again is not None
@@ -581,9 +583,9 @@ def test_the_engine_of_a_worker_that_the_operator_removed_is_ended() -> None:
         worker, pid = at.worker(0), first.pid
         lease = at.fleet.lease(worker)
         at.fleet.remove(worker)
-        assert exists(pid)  # a request still runs there
+        assert exists(pid)  # a request is still in flight
         lease.close(Outcome.SERVED, at.clock())
-        await at.until(lambda: first.state is State.STOPPED)
+        await at.until(lambda: first.state is ReplicaState.STOPPED)
         assert not exists(pid)
         await at.soon(lambda: at.supervisor.replicas == [second])
 
@@ -597,16 +599,16 @@ def test_a_stop_ends_all_in_order_and_nothing_starts_afterwards() -> None:
     async def scene(at: Bench) -> None:
         first, second = await at.start(2)
         at.supervisor.restart_all()
-        await at.until(lambda: first.state is State.RESTARTING)
+        await at.until(lambda: first.state is ReplicaState.RESTARTING)
         urgent = asyncio.Event()
         await asyncio.gather(at.supervisor.stop(urgent), at.supervisor.stop(urgent))
-        assert (first.state, second.state) == (State.STOPPED, State.STOPPED)
-        assert second.exit == 0  # it was asked, and had its time
-        assert at.supervisor.rolling["reason"] == "the launcher is ending"
+        assert (first.state, second.state) == (ReplicaState.STOPPED, ReplicaState.STOPPED)
+        assert second.exit == 0  # it got SIGTERM and ended in time
+        assert at.supervisor.rolling["reason"] == "the launcher is shutting down"
         assert at.supervisor.add_one() is None
-        with pytest.raises(Conflict, match="ending"):
+        with pytest.raises(Conflict, match="shutting down"):
             at.supervisor.restart_worker(at.worker(0))
-        with pytest.raises(Conflict, match="ending"):
+        with pytest.raises(Conflict, match="shutting down"):
             at.supervisor.restart_all()
 
     run(scene, builtin)
@@ -615,9 +617,9 @@ def test_a_stop_ends_all_in_order_and_nothing_starts_afterwards() -> None:
 def test_a_stop_while_models_load() -> None:
     async def scene(at: Bench) -> None:
         await at.supervisor.start(2)
-        await at.until(lambda: all(replica.state is State.LOADING for replica in at.supervisor.replicas))
+        await at.until(lambda: all(replica.state is ReplicaState.LOADING for replica in at.supervisor.replicas))
         await at.supervisor.stop(asyncio.Event())
-        assert [replica.state for replica in at.supervisor.replicas] == [State.STOPPED] * 2
+        assert [replica.state for replica in at.supervisor.replicas] == [ReplicaState.STOPPED] * 2
 
     run(scene, lambda port: builtin(port, "--startup-delay", "1000"))
 
@@ -629,7 +631,7 @@ def test_a_stop_in_the_first_moments(turns: int) -> None:
         for _ in range(turns):
             await asyncio.sleep(0)
         await at.supervisor.stop(asyncio.Event())
-        assert [replica.state for replica in at.supervisor.replicas] == [State.STOPPED] * 2
+        assert [replica.state for replica in at.supervisor.replicas] == [ReplicaState.STOPPED] * 2
 
     run(scene)
 
@@ -638,9 +640,9 @@ def test_a_stop_in_a_pause() -> None:
     async def scene(at: Bench) -> None:
         (replica,) = await at.start(1)
         os.kill(replica.pid, signal.SIGKILL)
-        await at.until(lambda: replica.state is State.RESTARTING)
+        await at.until(lambda: replica.state is ReplicaState.RESTARTING)
         await at.supervisor.stop(asyncio.Event())
-        assert (replica.state, replica.restarts) == (State.STOPPED, 0)
+        assert (replica.state, replica.restarts) == (ReplicaState.STOPPED, 0)
 
     run(scene, rules=RestartRules(initial_backoff=1000.0, max_backoff=1000.0))
 
@@ -653,7 +655,7 @@ def test_who_does_not_end_is_killed_after_the_grace_period_or_when_it_is_urgent(
         urgent = asyncio.Event()
         stop = asyncio.ensure_future(at.supervisor.stop(urgent))
         if hurried:
-            await at.until(lambda: at.replica(0).state is State.STOPPING)
+            await at.until(lambda: at.replica(0).state is ReplicaState.STOPPING)
             urgent.set()
         await stop
         assert at.replica(0).exit == -9

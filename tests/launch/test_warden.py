@@ -1,5 +1,8 @@
-"""The warden by itself, with real processes. Whoever inherited the output holds it open: its end shows that all are
-gone, wherever they went."""
+"""The warden by itself, with real processes.
+
+Every process that inherited the output holds it open, so end of file shows that all of them have ended, whatever group
+or session they are in.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ class Warded:
         self.channel.sendall(order)
 
     def rest(self) -> str:
-        """The rest of the output, when nobody is left who could write any."""
+        """Return the rest of the output, once no process is left that could write to it."""
         text = self.process.communicate(timeout=WITHIN)[0].decode()
         assert self.process.returncode is not None
         return text
@@ -117,7 +120,7 @@ def test_the_engine_has_its_own_group_no_input_and_no_signal_ignored() -> None:
 
 
 def test_an_order_to_end_is_a_sigterm_to_the_engine_alone() -> None:
-    # Its child would write if it had got the signal as well; the engine ends it in its own way.
+    # The child would write if it got the signal as well; only the engine gets it, and ends its child itself.
     child = "trap 'echo the child was hit; exit' TERM; while true; do sleep 0.05; done"
     engine = f"sh -c \"{child}\" & child=$!; trap 'echo bye; kill -9 $child; exit 5' TERM; echo up; wait; wait"
     with shell(engine) as it:
@@ -156,7 +159,7 @@ os.wait()
         assert it.line() == "up"
         os.kill(it.pid, signal.SIGKILL)
         assert it.report() == "status -9"
-        assert it.line() == "born"  # so SIGTERM found its mother, two sessions away
+        assert it.line() == "born"  # so SIGTERM reached its parent, two sessions away
         it.order(b"k")
         assert it.rest() == ""
 
@@ -183,7 +186,7 @@ def test_an_order_to_kill_ends_all_at_once() -> None:
 def test_when_the_launcher_is_gone_all_ends() -> None:
     with shell(AWAY + STUBBORN) as it:
         assert sorted([it.line(), it.line()]) == ["away", "stubborn"]
-        it.channel.shutdown(socket.SHUT_RDWR)  # what is left of a launcher that was killed
+        it.channel.shutdown(socket.SHUT_RDWR)  # as when the launcher was killed
         assert it.rest() == ""
         assert it.process.returncode == 137
 

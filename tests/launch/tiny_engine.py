@@ -1,6 +1,6 @@
-"""An engine of nothing but health, up in 40 ms: answers every request with 200.
+"""An engine that only has health, ready in 40 ms: it answers every request with 200.
 
-python -I -S tiny_engine.py PORT [FILE]      exits with status 3 unless FILE is there
+python -I -S tiny_engine.py PORT [FILE]      exits with status 3 if FILE does not exist
 """
 
 import os

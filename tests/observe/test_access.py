@@ -1,4 +1,4 @@
-"""The access line tells all it should, nothing it must not, and nobody can write one but the router."""
+"""The access line says all it should, nothing it must not, and only the router can write one."""
 
 from __future__ import annotations
 
@@ -8,41 +8,49 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import msgspec
 import pytest
 
-from sglang_router.core.events import Finished, WorkerChanged
-from sglang_router.core.fleet import Fleet
-from sglang_router.core.worker import BreakerRules, HealthRules, Outcome, Worker, WorkerSpec
-from sglang_router.observe import logs
+from event_makers import finished, leg
+from fleets import any_policy
+from sglang_router.observe import access, logs
 from sglang_router.observe.access import AccessLog, WorkerLog
+from sglang_router.routing.events import Finished, WorkerChanged
+from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules
+from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.worker import Worker
 
 WORKER = Worker(WorkerSpec(url="http://w:1", api_key="s3cret"), "id", 1, 0.0)
-SERVED = Finished(
-    method="POST",
-    path="/v1/chat/completions",
-    endpoint="chat",
-    request_id="chatcmpl-1",
-    peer="10.0.0.9",
-    streaming=True,
-    model='"m"',
-    worker=WORKER,
-    branch="hit",
-    matched=870,
-    total=1000,
-    status=200,
-    code="",
-    outcome=Outcome.SERVED,
-    duration=0.8124,
-    first_byte=0.0951,
-    received=5120,
-    sent=20480,
-    retries=0,
+HIT = leg(WORKER, "hit", 870, 1000)
+STREAM: dict[str, Any] = {
+    "streaming": True,
+    "received": 5120,
+    "sent": 20480,
+    "duration": 0.8124,
+    "first_byte": 0.0951,
+}
+
+
+def served(**fields: Any) -> Finished:
+    """A stream that the worker served."""
+    return finished(HIT, **{**STREAM, **fields})
+
+
+PLAIN = finished(
+    id="req-2",
+    method="GET",
+    path="/health",
+    endpoint="",
+    peer="",
+    model="",
+    received=0,
+    outcome=None,
+    duration=0.0004,
+    first_byte=0.0004,
+    sent=2,
 )
-PLAIN = Finished("GET", "/health", "", "req-2", "", False, "", None, "", 0, 0, 200, "", None, 0.0004, 0.0004, 0, 2, 0)
-REFUSED = msgspec.structs.replace(
-    SERVED, worker=None, branch="", matched=0, total=0, status=503, code="no_workers", outcome=None, first_byte=-1.0
-)
+REFUSED = finished(**{**STREAM, "status": 503, "code": "no_workers", "outcome": None, "first_byte": -1.0})
 
 Lines = Callable[[], list[str]]
 
@@ -78,7 +86,7 @@ def access_lines(*events: Finished, level: str = "info", form: str = "text") -> 
 
 def test_text() -> None:
     start = "2025-10-25T12:00:00.250Z INFO  sglang_router.access: "
-    assert access_lines(SERVED, PLAIN, REFUSED) == [
+    assert access_lines(served(), PLAIN, REFUSED) == [
         start + "POST /v1/chat/completions 200 id=chatcmpl-1 peer=10.0.0.9 worker=http://w:1 branch=hit matched=87%"
         " retries=0 duration_ms=812.4 first_byte_ms=95.1 in=5120 out=20480 stream=1",
         start + "GET /health 200 id=req-2 peer=- worker=- branch=- matched=-"
@@ -88,9 +96,17 @@ def test_text() -> None:
     ]
 
 
+def test_lines_of_many_kinds_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the head of a line is kept for the next of its kind, or not any more."""
+    monkeypatch.setattr(access, "_MOST_HEADS", 50)
+    kinds = [(method, f"/v1/{n % 7}", 200 + n) for n, method in enumerate(("GET", "POST") * 60)]
+    lines = access_lines(*(served(method=m, path=p, status=s, id=f"r{s}") for m, p, s in kinds * 2))
+    assert [line.split()[3:7] for line in lines] == [[m, p, str(s), f"id=r{s}"] for m, p, s in kinds * 2]
+
+
 def test_a_client_that_left_and_a_broken_worker_are_told() -> None:
-    gone = msgspec.structs.replace(SERVED, outcome=Outcome.GONE)
-    cut = msgspec.structs.replace(SERVED, outcome=Outcome.CUT, code="stream_broken", retries=2)
+    gone = served(outcome=Outcome.GONE)
+    cut = served(outcome=Outcome.CUT, code="stream_broken", retries=2)
     one, other = access_lines(gone, cut)
     assert one.endswith(" stream=1 code=- outcome=gone")
     assert " retries=2 " in other
@@ -98,22 +114,22 @@ def test_a_client_that_left_and_a_broken_worker_are_told() -> None:
 
 
 def test_the_name_of_a_clients_key_is_told() -> None:
-    named = msgspec.structs.replace(SERVED, client="alice")
+    named = served(client="alice")
     assert access_lines(named)[0].endswith(" stream=1 client=alice")
     assert json.loads(access_lines(named, form="json")[0])["client"] == "alice"
-    assert "client" not in access_lines(SERVED)[0] + access_lines(SERVED, form="json")[0]
+    assert "client" not in access_lines(served())[0] + access_lines(served(), form="json")[0]
 
 
 def test_streams_that_another_worker_went_on_with_are_told() -> None:
-    resumed = msgspec.structs.replace(SERVED, retries=2, resumed=2)
+    resumed = served(retries=2, resumed=2)
     assert access_lines(resumed)[0].endswith(" stream=1 resumed=2")
     assert json.loads(access_lines(resumed, form="json")[0])["resumed"] == 2
-    assert "resumed" not in access_lines(SERVED)[0] + access_lines(SERVED, form="json")[0]
+    assert "resumed" not in access_lines(served())[0] + access_lines(served(), form="json")[0]
 
 
 def test_json() -> None:
-    served, plain, refused = map(json.loads, access_lines(SERVED, PLAIN, REFUSED, form="json"))
-    assert served == {
+    stream, plain, refused = map(json.loads, access_lines(served(), PLAIN, REFUSED, form="json"))
+    assert stream == {
         "time": "2025-10-25T12:00:00.250Z",
         "level": "info",
         "logger": "sglang_router.access",
@@ -141,7 +157,7 @@ def test_json() -> None:
 
 @pytest.mark.parametrize("level", ["warn", "error"])
 def test_silence_above_info(level: str) -> None:
-    assert access_lines(SERVED, level=level) == []
+    assert access_lines(served(), level=level) == []
 
 
 FORGERIES = [
@@ -159,34 +175,34 @@ FORGERIES = [
 ]
 
 
-@pytest.mark.parametrize("field", ["request_id", "path"])
+@pytest.mark.parametrize("field", ["id", "path"])
 @pytest.mark.parametrize("text", FORGERIES, ids=ascii)
 def test_clients_cannot_break_or_forge_a_text_line(field: str, text: str) -> None:
-    (line,) = access_lines(msgspec.structs.replace(SERVED, **{field: text}))
+    (line,) = access_lines(served(**{field: text}))
     assert line.isprintable()
     quoted = json.dumps(text)
     expected = {
         "path": f"POST {quoted} 200 id=chatcmpl-1 peer=",
-        "request_id": f"POST /v1/chat/completions 200 id={quoted} peer=",
+        "id": f"POST /v1/chat/completions 200 id={quoted} peer=",
     }
     assert expected[field] in line.replace('"/v1/chat/completions"', "/v1/chat/completions").replace(
         '"chatcmpl-1"', "chatcmpl-1"
     )
 
 
-@pytest.mark.parametrize("field", ["request_id", "path"])
+@pytest.mark.parametrize("field", ["id", "path"])
 @pytest.mark.parametrize("text", FORGERIES, ids=ascii)
 def test_clients_cannot_break_or_forge_a_json_line(field: str, text: str) -> None:
-    (line,) = access_lines(msgspec.structs.replace(SERVED, **{field: text}), form="json")
+    (line,) = access_lines(served(**{field: text}), form="json")
     assert line.isprintable()
     parsed: dict[str, Any] = json.loads(line)
-    assert parsed[{"request_id": "id", "path": "path"}[field]] == text
+    assert parsed[field] == text
     assert len(parsed) == 20
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_long_paths_are_cut(form: str) -> None:
-    (line,) = access_lines(msgspec.structs.replace(SERVED, path="/" + "x" * 60000), form=form)
+    (line,) = access_lines(served(path="/" + "x" * 60000), form=form)
     assert len(line) < 1600
 
 
@@ -196,7 +212,7 @@ def test_long_paths_are_cut(form: str) -> None:
 def worker_lines(level: str = "info") -> list[str]:
     """The life of a worker as its fleet tells it."""
     with log_at(level, "text") as (_, lines):
-        fleet = Fleet(WorkerLog(), lambda: "id", BreakerRules(threshold=1))
+        fleet = Fleet(WorkerLog(), lambda: "id", any_policy, FleetRules(breaker=BreakerRules(threshold=1)))
         health = HealthRules(failure_threshold=1, success_threshold=1)
         worker = fleet.add(WorkerSpec(url="http://w:1", api_key="s3cret", health=health), 0.0)
         fleet.probed(worker, None, 1.0)
@@ -217,15 +233,16 @@ def test_each_change_of_a_worker_is_a_line() -> None:
         f"INFO  {start}worker added worker=http://w:1 health=starting",
         f"INFO  {start}worker is healthy worker=http://w:1 was=starting",
         f'WARN  {start}worker is unhealthy worker=http://w:1 was=healthy error="401 for\\n***"',
-        f"WARN  {start}worker is another process: what it had cached is forgotten worker=http://w:1",
+        f"WARN  {start}worker is a new process: its remembered prefixes are dropped worker=http://w:1",
         f"INFO  {start}worker is healthy worker=http://w:1 was=unhealthy",
-        f"WARN  {start}circuit breaker is open: no requests for the worker"
+        f"WARN  {start}circuit breaker is open: the worker gets no requests"
         " worker=http://w:1 was=closed failures=1 open_seconds=10.0",
-        f"INFO  {start}circuit breaker is half open: one request may try the worker"
+        f"INFO  {start}circuit breaker is half open: one request at a time probes the worker"
         " worker=http://w:1 was=open failures=1",
-        f"INFO  {start}circuit breaker is closed: the worker serves again worker=http://w:1 was=half_open failures=0",
+        f"INFO  {start}circuit breaker is closed: the worker gets requests again"
+        " worker=http://w:1 was=half_open failures=0",
         f"INFO  {start}worker is draining: it gets no new requests worker=http://w:1 was=active",
-        f"INFO  {start}worker takes requests again worker=http://w:1 was=draining",
+        f"INFO  {start}worker gets new requests again worker=http://w:1 was=draining",
         f"INFO  {start}worker removed worker=http://w:1 was=healthy",
     ]
 

@@ -1,4 +1,4 @@
-"""Log lines reach their places whole, and a place that takes none costs lines, never time."""
+"""Log lines arrive whole, and a destination that accepts none costs lines, never time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import pytest
 
 from sglang_router.errors import ConfigError
 from sglang_router.observe import logs
-from sglang_router.observe.writer import Daily, Drain, Fixed
+from sglang_router.observe.writer import DailyFile, LineBuffer, OpenFile
 
 LINE = "a line of sixty-four characters, newline and all, for the tests\n"
 F_SETPIPE_SZ = 1031  # Linux
@@ -61,40 +61,40 @@ def wait_until_full(fd: int) -> None:
         select.select([], [], [], 0.001)
 
 
-# -- Drain ----------------------------------------------------------------------------------------------
+# -- LineBuffer ----------------------------------------------------------------------------------------------
 
 
 def test_what_is_accepted_is_written_in_order(tmp_path: Path) -> None:
     path = tmp_path / "log"
     fd = os.open(path, os.O_WRONLY | os.O_CREAT)
-    drain = Drain(Fixed(fd), notice)
+    buffer = LineBuffer(OpenFile(fd), notice)
     expected = [f"line {number} é\n" for number in range(5000)]
     for line in expected:
-        drain.put(line)
-    assert drain.flush(10)
+        buffer.put(line)
+    assert buffer.flush(10)
     assert path.read_text().splitlines(keepends=True) == expected
-    drain.put("last\n")
-    drain.close(10)
+    buffer.put("last\n")
+    buffer.close(10)
     assert path.read_text().endswith("line 4999 é\nlast\n")
-    assert drain.lost == 0
+    assert buffer.lost == 0
     os.close(fd)
 
 
 def test_lines_from_several_threads_stay_whole(tmp_path: Path) -> None:
     path = tmp_path / "log"
     fd = os.open(path, os.O_WRONLY | os.O_CREAT)
-    drain = Drain(Fixed(fd), notice)
+    buffer = LineBuffer(OpenFile(fd), notice)
 
     def write(name: str) -> None:
         for number in range(500):
-            drain.put(f"{name} {number}\n")
+            buffer.put(f"{name} {number}\n")
 
     threads = [threading.Thread(target=write, args=(name,)) for name in "abcd"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    drain.close(10)
+    buffer.close(10)
     lines = path.read_text().splitlines()
     for name in "abcd":
         assert [line for line in lines if line[0] == name] == [f"{name} {n}" for n in range(500)]
@@ -103,63 +103,63 @@ def test_lines_from_several_threads_stay_whole(tmp_path: Path) -> None:
 
 def test_a_pipe_that_nobody_reads_costs_lines_and_says_how_many() -> None:
     with small_pipe() as (reading, writing):
-        drain = Drain(Fixed(writing), notice, capacity=8192)
+        buffer = LineBuffer(OpenFile(writing), notice, capacity=8192)
         for _ in range(100):
-            drain.put(LINE)
+            buffer.put(LINE)
         wait_until_full(reading)
         total = 1000
         for _ in range(total - 100):  # far more than pipe and buffer hold: returns, or this test hangs
-            drain.put(LINE)
-        assert drain.lost == total - 8192 // len(LINE)
-        assert not drain.flush(0.01)
-        accepted = total - drain.lost
+            buffer.put(LINE)
+        assert buffer.lost == total - 8192 // len(LINE)
+        assert not buffer.flush(0.01)
+        accepted = total - buffer.lost
         assert read_lines(reading, accepted) == [LINE] * accepted
-        assert drain.flush(10)
-        lost = drain.lost
-        drain.put("again\n")
+        assert buffer.flush(10)
+        lost = buffer.lost
+        buffer.put("again\n")
         assert read_lines(reading, 2) == [f"missing={lost}\n", "again\n"]
-        assert drain.lost == lost
-        drain.close(10)
+        assert buffer.lost == lost
+        buffer.close(10)
 
 
 def test_closing_does_not_wait_for_ever_for_a_blocked_pipe() -> None:
     with small_pipe() as (reading, writing):
-        drain = Drain(Fixed(writing), notice)
+        buffer = LineBuffer(OpenFile(writing), notice)
         for _ in range(100):
-            drain.put(LINE)
+            buffer.put(LINE)
         wait_until_full(reading)
-        drain.close(0.01)  # returns
-        drain.put(LINE)
-        assert drain.lost == 1
+        buffer.close(0.01)  # returns
+        buffer.put(LINE)
+        assert buffer.lost == 1
         assert read_lines(reading, 101) == [LINE] * 100 + ["missing=1\n"]
 
 
-def test_a_non_blocking_place_is_waited_for() -> None:
+def test_a_non_blocking_pipe_is_waited_for() -> None:
     with small_pipe() as (reading, writing):
         os.set_blocking(writing, False)
-        drain = Drain(Fixed(writing), notice)
+        buffer = LineBuffer(OpenFile(writing), notice)
         for _ in range(200):
-            drain.put(LINE)
+            buffer.put(LINE)
         assert read_lines(reading, 200) == [LINE] * 200
-        drain.close(10)
-        assert drain.lost == 0
+        buffer.close(10)
+        assert buffer.lost == 0
 
 
 def test_a_full_disk_costs_lines_and_says_how_many(tmp_path: Path) -> None:
     fd = os.open("/dev/full", os.O_WRONLY)
-    drain = Drain(Fixed(fd), notice)
+    buffer = LineBuffer(OpenFile(fd), notice)
     for batch in range(2):
         for _ in range(3):
-            drain.put(LINE)
-        assert drain.flush(10)
-        assert drain.lost == 3 * (batch + 1)
+            buffer.put(LINE)
+        assert buffer.flush(10)
+        assert buffer.lost == 3 * (batch + 1)
     path = tmp_path / "log"
     space = os.open(path, os.O_WRONLY | os.O_CREAT)
     os.dup2(space, fd)
-    drain.put("again\n")
-    drain.close(10)
+    buffer.put("again\n")
+    buffer.close(10)
     assert path.read_text() == "missing=6\nagain\n"
-    assert drain.lost == 6
+    assert buffer.lost == 6
     os.close(space)
     os.close(fd)
 
@@ -168,17 +168,17 @@ def test_a_line_torn_by_a_failure_is_ended_before_the_next(tmp_path: Path) -> No
     line = "x" * 99 + "\n"
     path = tmp_path / "log"
     with small_pipe() as (reading, writing):
-        drain = Drain(Fixed(writing), notice)
+        buffer = LineBuffer(OpenFile(writing), notice)
         for _ in range(60):
-            drain.put(line)
+            buffer.put(line)
         wait_until_full(reading)
         os.close(reading)
-        assert drain.flush(10)
-        assert drain.lost == 60 - 4096 // 100
+        assert buffer.flush(10)
+        assert buffer.lost == 60 - 4096 // 100
         space = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(space, writing)
-        drain.put("again\n")
-        drain.close(10)
+        buffer.put("again\n")
+        buffer.close(10)
         assert path.read_text() == "\nmissing=20\nagain\n"
         os.close(space)
 
@@ -188,21 +188,21 @@ def test_a_line_torn_by_a_failure_is_ended_before_the_next(tmp_path: Path) -> No
 
 def test_each_day_has_its_file(tmp_path: Path) -> None:
     days = iter([86400.0 * 20000, 86400.0 * 20000 + 86399, 86400.0 * 20001])
-    place = Daily(str(tmp_path / "new" / "logs"), lambda: next(days))
-    os.write(place.fd(), b"one\n")
-    os.write(place.fd(), b"two\n")
-    place.close()
+    file = DailyFile(str(tmp_path / "new" / "logs"), lambda: next(days))
+    os.write(file.fd(), b"one\n")
+    os.write(file.fd(), b"two\n")
+    file.close()
     files = {path.name: path.read_text() for path in (tmp_path / "new" / "logs").iterdir()}
     assert files == {"sglang-router.2024-10-04.log": "one\n", "sglang-router.2024-10-05.log": "two\n"}
 
 
 def test_a_file_that_was_taken_away_is_made_anew(tmp_path: Path) -> None:
-    place = Daily(str(tmp_path), lambda: 0.0)
-    os.write(place.fd(), b"one\n")
+    file = DailyFile(str(tmp_path), lambda: 0.0)
+    os.write(file.fd(), b"one\n")
     path = tmp_path / "sglang-router.1970-01-01.log"
     path.unlink()
-    os.write(place.fd(), b"two\n")
-    place.close()
+    os.write(file.fd(), b"two\n")
+    file.close()
     assert path.read_text() == "two\n"
 
 

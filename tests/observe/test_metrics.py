@@ -1,32 +1,34 @@
-"""Metrics count what happened, exactly; what clients choose cannot make them grow; the docs page tells all of them."""
+"""Metrics count exactly what happened; what clients choose cannot make them grow; the docs page names all of them."""
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import pytest
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from sglang_router.core.events import Finished, Listeners, Routed, WorkerChanged
-from sglang_router.core.fleet import Fleet
-from sglang_router.core.policies import POLICIES, PolicySettings
-from sglang_router.core.report import EngineReport
-from sglang_router.core.request import ENDPOINTS, Facts, read
-from sglang_router.core.router import PolicyListener, RetryRules, Router
-from sglang_router.core.worker import BreakerRules, HealthRules, Outcome, Worker, WorkerSpec
+from event_makers import finished, leg, routed, tag, target
+from fleets import any_policy
 from sglang_router.observe.catalogue import METRICS, markdown
+from sglang_router.observe.counts import LiveSources
 from sglang_router.observe.metrics import DURATION_BUCKETS, Metrics
 from sglang_router.observe.tallies import Labels
+from sglang_router.routing.engine_report import EngineReport
+from sglang_router.routing.events import Listeners, Retried, WorkerChanged
+from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.plan import PlannedLeg
+from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules
+from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.worker import Worker
 
 ROOT = Path(__file__).parents[2]
-CHAT = ENDPOINTS[b"/v1/chat/completions"]
 FULL = EngineReport(context_length=8192, capacity_tokens=32768, running=3, queued=0, used_tokens=700)
 W1, W2 = "http://w1:1", "http://w2:1"
 REPLICAS = [(W1, 2, True), (W2, 0, False)]
@@ -40,18 +42,33 @@ def families(metrics: Metrics, accept: str = "") -> dict[str, Metric]:
     return {family.name: family for family in parse(body.decode())}
 
 
+class Memory:
+    """A prefix memory with a number of its own for each question."""
+
+    nodes, held, retired_size = 11, 12, 13
+
+    def size(self, worker: Worker) -> int:
+        return 1000 + worker.order
+
+    def entries(self, worker: Worker) -> int:
+        return 2000 + worker.order
+
+    def evictions(self, worker: Worker) -> int:
+        return 3000 + worker.order
+
+    def evicted_bytes(self, worker: Worker) -> int:
+        return 4000 + worker.order
+
+
 class Rig:
     """A fleet of two workers whose requests take no time, and its metrics."""
 
-    def __init__(self, policy: str = "cache_aware", buckets: list[float] | None = None, tree: int = 1 << 20) -> None:
+    def __init__(self, policy: str = "cache_aware", buckets: list[float] | None = None) -> None:
         listeners = Listeners()
-        rng = random.Random(1)
-        self.fleet = Fleet(listeners, lambda: "id", BreakerRules(threshold=2))
-        self.policy = POLICIES[policy](PolicySettings(max_tree_size=tree), rng)
-        self.router = Router(self.fleet, self.policy, listeners, rng, RetryRules())
-        self.metrics = Metrics(
-            self.fleet,
-            self.policy,
+        ids = iter(f"id{n}" for n in range(100))
+        self.fleet = Fleet(listeners, lambda: next(ids), any_policy, FleetRules(breaker=BreakerRules(threshold=2)))
+        self.policy = policy
+        sources = LiveSources(
             connections=lambda: 7,
             active=lambda: 3,
             upstream_connections=lambda: 5,
@@ -59,10 +76,10 @@ class Rig:
             waiting=lambda: 4,
             desired_workers=lambda: 6,
             replicas=lambda: [row for row in REPLICAS if self.fleet.by_url(row[0])],
-            duration_buckets=buckets,
-            paths=["/health", "/workers/{worker_id}/drain"],
         )
-        listeners.add(PolicyListener(self.policy))
+        paths = ["/health", "/workers/{worker_id}/drain"]
+        memory = Memory() if policy == "cache_aware" else None
+        self.metrics = Metrics(self.fleet, policy, memory, sources, duration_buckets=buckets, paths=paths)
         listeners.add(self.metrics)
         for url in (W1, W2):
             self.fleet.add(WorkerSpec(url=url, health=HealthRules(enabled=False)), 0.0)
@@ -72,26 +89,17 @@ class Rig:
         assert worker is not None
         return worker
 
-    def request(self, text: str, *outcomes: Outcome, now: float = 0.0, key: bytes = b"") -> Finished:
-        """A chat request whose legs end as given, reported as the relay does."""
-        body = b'{"model":"m","messages":%s}' % msgspec.json.encode([{"role": "user", "content": text}])
-        plan = self.router.route(read(CHAT, body, key), now)
-        legs = list(outcomes or [Outcome.SERVED])
-        while len(legs) > 1:
-            following = self.router.retry(plan, legs.pop(0), now)
-            assert following is not None
-            plan = following
-        plan.lease.close(legs[0], now)
-        event = finished(
-            worker=plan.worker,
-            branch=plan.branch,
-            matched=plan.matched,
-            total=plan.total,
-            outcome=legs[0],
-            retries=plan.retries,
-        )
-        self.metrics.finished(event)
-        return event
+    def leg(self, url: str = W1) -> PlannedLeg:
+        return leg(self.worker(url))
+
+    def request(self, *outcomes: Outcome, branch: str = "miss", matched: int = 0, total: int = 20) -> None:
+        """A chat request whose legs end as given, on the workers in turn, reported as the relay does."""
+        legs = [leg(self.worker((W1, W2)[n % 2]), branch, matched, total) for n in range(len(outcomes))]
+        for planned, outcome in zip(legs[:-1], outcomes[:-1], strict=True):
+            self.metrics.routed(routed(planned, self.policy))
+            self.metrics.retried(Retried(tag(), planned, outcome, 0.0))
+        self.metrics.routed(routed(legs[-1], self.policy))
+        self.metrics.finished(finished(legs[-1], outcome=outcomes[-1], retries=len(legs) - 1))
 
     def samples(self, prefix: str = "") -> Samples:
         """All samples of families whose name starts so, by name and labels."""
@@ -105,31 +113,6 @@ class Rig:
     def get(self, name: str, **labels: str) -> float:
         labels = {key.rstrip("_"): label for key, label in labels.items()}
         return self.samples(name)[name, frozenset(labels.items())]
-
-
-def finished(**fields: object) -> Finished:
-    event = Finished(
-        method="POST",
-        path="/v1/chat/completions",
-        endpoint="chat",
-        request_id="chatcmpl-1",
-        peer="10.0.0.9",
-        streaming=False,
-        model='"m"',
-        worker=None,
-        branch="",
-        matched=0,
-        total=0,
-        status=200,
-        code="",
-        outcome=Outcome.SERVED,
-        duration=0.3,
-        first_byte=0.05,
-        received=100,
-        sent=1000,
-        retries=0,
-    )
-    return msgspec.structs.replace(event, **fields)
 
 
 # -- requests -------------------------------------------------------------------------------------------
@@ -197,7 +180,7 @@ def test_the_bounds_are_those_of_the_reference() -> None:
         ({"status": 500, "outcome": Outcome.FAILED}, "http_500", "backend_error"),
     ],
 )
-def test_errors_by_code(event: dict[str, object], code: str, kind: str) -> None:
+def test_errors_by_code(event: dict[str, Any], code: str, kind: str) -> None:
     rig = Rig()
     rig.metrics.finished(finished())  # makes the model known
     rig.metrics.finished(finished(**event))
@@ -211,8 +194,8 @@ def test_errors_by_code(event: dict[str, object], code: str, kind: str) -> None:
 
 def test_a_client_that_leaves_is_no_error() -> None:
     rig = Rig()
-    rig.metrics.finished(finished(status=0, outcome=Outcome.GONE, worker=rig.worker(W1), first_byte=-1.0))
-    rig.metrics.finished(finished(outcome=Outcome.GONE, worker=rig.worker(W1)))
+    rig.metrics.finished(finished(rig.leg(), status=0, outcome=Outcome.GONE, first_byte=-1.0))
+    rig.metrics.finished(finished(rig.leg(), outcome=Outcome.GONE))
     assert rig.get("sgl_router_client_disconnects_total", **ROUTE) == 2
     assert rig.get("smg_http_responses_total", status_code="499", error_code="") == 1
     assert rig.samples("sgl_router_request_errors_total") == {}
@@ -222,8 +205,8 @@ def test_a_client_that_leaves_is_no_error() -> None:
 
 def test_retries() -> None:
     rig = Rig()
-    rig.request("a", Outcome.REFUSED, Outcome.SERVED)
-    rig.request("b", Outcome.BUSY, Outcome.BUSY)
+    rig.request(Outcome.REFUSED, Outcome.SERVED)
+    rig.request(Outcome.BUSY, Outcome.BUSY)
     assert rig.get("sgl_router_retries_total", **ROUTE) == 2
     assert rig.get("sgl_router_retries_exhausted_total", **ROUTE) == 1
     assert rig.get("smg_worker_retries_total", worker_type="regular", endpoint="chat") == 2
@@ -232,38 +215,41 @@ def test_retries() -> None:
     assert sum(rig.samples("sgl_router_policy_decisions_total").values()) == 4
 
 
-# -- decisions and the tree -----------------------------------------------------------------------------
+# -- decisions and the prefix memory --------------------------------------------------------------------
 
 
 def test_cache_hits_and_prefix_bytes() -> None:
     rig = Rig()
-    events = [rig.request("s" * 1000 + "one"), rig.request("s" * 1000 + "two"), rig.request("else")]
-    assert [event.branch for event in events] == ["miss", "hit", "miss"]
+    for branch, matched, total in (("miss", 0, 1003), ("hit", 1000, 1003), ("miss", 4, 14)):
+        rig.request(Outcome.SERVED, branch=branch, matched=matched, total=total)
     assert rig.get("sgl_router_cache_hits_total") == 1
     assert rig.get("sgl_router_cache_misses_total") == 2
     assert rig.get("sgl_router_load_balancing_events_total") == 0
-    for event in events:
-        assert event.worker is not None
-        labels = {"worker": event.worker.url, "policy": "cache_aware", "branch": event.branch}
-        assert rig.get("sgl_router_policy_decisions_total", **labels) == 1
-    assert sum(rig.samples("sgl_router_prefix_matched_bytes_total").values()) == events[1].matched >= 1000
-    assert sum(rig.samples("sgl_router_prefix_bytes_total").values()) == sum(event.total for event in events)
+    decisions = {"worker": W1, "policy": "cache_aware"}
+    assert rig.get("sgl_router_policy_decisions_total", **decisions, branch="miss") == 2
+    assert rig.get("sgl_router_policy_decisions_total", **decisions, branch="hit") == 1
+    assert rig.get("sgl_router_prefix_matched_bytes_total", worker=W1) == 1004
+    assert rig.get("sgl_router_prefix_bytes_total", worker=W1) == 2020
+    assert rig.get("sgl_router_prefix_bytes_total", worker=W2) == 0
 
 
-def test_the_tree() -> None:
-    rig = Rig(tree=3000)
-    tree = rig.metrics.tree
-    assert tree is not None
-    for number in range(40):
-        rig.request(f"{number} " * 100)
-    for url in (W1, W2):
-        slot = rig.worker(url).slot
-        assert 0 < rig.get("sgl_router_tree_size", worker=url) == tree.size(slot) <= 3000
-        assert rig.get("sgl_router_tree_entries", worker=url) == tree.entries(slot)
-        assert 0 < rig.get("sgl_router_tree_evictions_total", worker=url) == tree.evictions(slot)
-        assert 0 < rig.get("sgl_router_tree_evicted_bytes_total", worker=url) == tree.evicted_bytes(slot)
-    assert rig.get("sgl_router_tree_nodes") == tree.nodes
-    assert rig.get("sgl_router_tree_held_bytes") == tree.held
+def test_the_prefix_memory_is_read_at_the_scrape() -> None:
+    samples = {
+        (name, dict(labels).get("worker", "")): n for (name, labels), n in Rig().samples("sgl_router_tree").items()
+    }
+    assert samples == {
+        ("sgl_router_tree_size", W1): 1001,
+        ("sgl_router_tree_size", W2): 1002,
+        ("sgl_router_tree_entries", W1): 2001,
+        ("sgl_router_tree_entries", W2): 2002,
+        ("sgl_router_tree_evictions_total", W1): 3001,
+        ("sgl_router_tree_evictions_total", W2): 3002,
+        ("sgl_router_tree_evicted_bytes_total", W1): 4001,
+        ("sgl_router_tree_evicted_bytes_total", W2): 4002,
+        ("sgl_router_tree_nodes", ""): 11,
+        ("sgl_router_tree_held_bytes", ""): 12,
+        ("sgl_router_tree_retired_bytes", ""): 13,
+    }
 
 
 # -- workers --------------------------------------------------------------------------------------------
@@ -301,7 +287,7 @@ def test_what_the_breakers_hear() -> None:
     rig = Rig()
     one = rig.worker(W1)
     for outcome in (Outcome.SERVED, Outcome.SERVED, Outcome.FAILED, Outcome.CUT, Outcome.BUSY, Outcome.GONE):
-        rig.metrics.finished(finished(worker=one, outcome=outcome))
+        rig.metrics.finished(finished(leg(one), outcome=outcome))
     for name in ("sgl_router_cb_outcomes_total", "smg_worker_cb_outcomes_total"):
         assert rig.get(name, worker=W1, outcome="success") == 2
         assert rig.get(name, worker=W1, outcome="failure") == 2
@@ -313,21 +299,41 @@ def test_what_the_breakers_hear() -> None:
 def test_the_series_of_a_removed_worker_disappear_and_totals_stay() -> None:
     rig = Rig()
     one = rig.worker(W1)
-    routed = Routed(Facts(CHAT), one, "cache_aware", "hit", 10, 20, 0)
-    rig.metrics.routed(routed)
-    rig.metrics.finished(finished(worker=one, outcome=Outcome.FAILED))
+    hit = leg(one, "hit", 10, 20)
+    rig.metrics.routed(routed(hit))
+    rig.metrics.finished(finished(hit, outcome=Outcome.FAILED))
     assert any(("worker", W1) in labels for _, labels in rig.samples())
     rig.fleet.remove(one)
-    rig.metrics.routed(routed)  # requests that outlive their worker
-    rig.metrics.finished(finished(worker=one, outcome=Outcome.FAILED))
+    for _ in range(2):  # requests that outlive their worker
+        rig.metrics.routed(routed(hit))
+        rig.metrics.retried(Retried(tag(), hit, Outcome.FAILED, 0.0))
+        rig.metrics.finished(finished(hit, outcome=Outcome.FAILED))
+    rig.metrics.worker_changed(WorkerChanged(one, "breaker", "closed", "open"))
     samples = rig.samples()
     assert not any(("worker", W1) in labels for _, labels in samples)
     assert any(("worker", W2) in labels for _, labels in samples)
-    assert rig.get("sgl_router_cache_hits_total") == 2
-    assert rig.get("smg_worker_errors_total", **POOL, error_type="failed") == 2
+    assert rig.get("sgl_router_cache_hits_total") == 3
+    assert rig.get("smg_worker_errors_total", **POOL, error_type="failed") == 5
     rig.fleet.add(WorkerSpec(url=W1), 1.0)
     assert rig.get("sgl_router_prefix_bytes_total", worker=W1) == 0
-    assert rig.get("sgl_router_cache_hits_total") == 2
+    assert rig.get("sgl_router_cache_hits_total") == 3
+
+
+def test_a_leg_on_a_removed_worker_counts_for_its_role() -> None:
+    rig = Rig()
+    for role in ("prefill", "decode", "decode"):
+        gone = target(rig.worker(W1))._replace(worker_id="gone", role=role)
+        rig.metrics.finished(finished(PlannedLeg(1, gone, "hit"), outcome=Outcome.CUT))
+    for role, expected in (("prefill", 1), ("decode", 2)):
+        assert rig.get("smg_worker_errors_total", **{**POOL, "worker_type": role}, error_type="cut") == expected
+
+
+def test_workers_that_were_there_before_the_metrics_are_counted() -> None:
+    rig = Rig()
+    later = Metrics(rig.fleet, "round_robin")
+    later.routed(routed(rig.leg(W2), "round_robin"))
+    (decision,) = families(later)["sgl_router_policy_decisions"].samples
+    assert decision.labels == {"worker": W2, "policy": "round_robin", "branch": ""}
 
 
 # -- bounds ---------------------------------------------------------------------------------------------
@@ -346,7 +352,7 @@ def test_paths_and_methods_are_bounded() -> None:
     assert values_of(rig, "path") == {"other", "/workers/{worker_id}/drain"}
     assert values_of(rig, "method") == {"other", "POST"}
     assert rig.get("smg_http_requests_total", method="other", path="other") == 300
-    assert len(rig.metrics.series) == 3
+    assert len(rig.metrics.counts.series) == 3
 
 
 def test_models_are_bounded() -> None:
@@ -399,9 +405,9 @@ def test_path_parameters() -> None:
 def test_streams_that_another_worker_went_on_with() -> None:
     rig = Rig()
     one = rig.worker(W1)
-    rig.metrics.finished(finished(worker=one, outcome=Outcome.SERVED, retries=2, resumed=2))
-    rig.metrics.finished(finished(worker=one, outcome=Outcome.CUT, code="stream_broken", unresumed="sampling"))
-    rig.metrics.finished(finished(worker=one, outcome=Outcome.CUT, code="stream_broken"))
+    rig.metrics.finished(finished(leg(one), outcome=Outcome.SERVED, retries=2, resumed=2))
+    rig.metrics.finished(finished(leg(one), outcome=Outcome.CUT, code="stream_broken", unresumed="sampling"))
+    rig.metrics.finished(finished(leg(one), outcome=Outcome.CUT, code="stream_broken"))
     assert sum(rig.samples("sgl_router_resumed_streams_total").values()) == 1
     assert rig.samples("sgl_router_resume_refused_total") == {
         ("sgl_router_resume_refused_total", frozenset({("reason", "sampling")})): 1
@@ -414,14 +420,14 @@ def test_streams_that_another_worker_went_on_with() -> None:
 def busy(policy: str) -> Rig:
     """A rig on which everything happened that a metric tells of."""
     rig = Rig(policy)
-    rig.request("a", Outcome.REFUSED, Outcome.SERVED)
-    rig.request("a", key=b"key")
+    rig.request(Outcome.REFUSED, Outcome.SERVED)
+    rig.request(Outcome.SERVED)
     rig.metrics.finished(finished(status=503, code="no_workers", outcome=None))
     one = rig.worker(W1)
     for state in ("open", "half_open"):
         rig.metrics.worker_changed(WorkerChanged(one, "breaker", "closed", state))
-    rig.metrics.finished(finished(worker=one, outcome=Outcome.FAILED))
-    rig.metrics.finished(finished(worker=one, outcome=Outcome.CUT, resumed=2, unresumed="no_retry"))
+    rig.metrics.finished(finished(leg(one), outcome=Outcome.FAILED))
+    rig.metrics.finished(finished(leg(one), outcome=Outcome.CUT, resumed=2, unresumed="no_retry"))
     rig.fleet.reported(one, FULL)
     return rig
 
@@ -489,7 +495,7 @@ def test_what_nobody_told_is_left_out() -> None:
 def test_a_source_may_come_later() -> None:
     rig = Rig()
     replicas: list[tuple[str, int, bool]] = []
-    rig.metrics.live["replicas"] = lambda: replicas
+    rig.metrics.sources.replicas = lambda: replicas
     assert not rig.samples("sgl_router_replica")
     replicas.append((W2, 3, True))
     assert rig.samples("sgl_router_replica") == {
@@ -521,7 +527,7 @@ def test_what_an_engine_says_is_told_as_far_as_it_says_it() -> None:
         ("sgl_router_engine_context_length", W1): 8192,
         ("sgl_router_engine_queued_requests", W2): 9,
     }
-    rig.fleet.reported(rig.worker(W1), FULL.at_rest())
+    rig.fleet.reported(rig.worker(W1), FULL.without_load())
     assert set(rig.samples("sgl_router_engine_running")) == set()
 
 

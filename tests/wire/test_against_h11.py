@@ -1,14 +1,14 @@
-"""Beside h11, a parser by other people: where the two disagree, the reason is known, listed here and judged.
+"""Compare our parsers with h11: where the two disagree, the reason is known, listed here and judged.
 
-Messages are the corpora, and good messages with a few bytes put in, taken out or replaced. Each parser says `ok`,
+Messages are the corpora, and valid messages with a few bytes inserted, removed or replaced. Each parser says `ok`,
 `more` or `refused`, and what it understood. Then:
 
-    both say `ok`                    they understood the same, also whether the connection may go on
-    one says `ok`, one `refused`     the reason stands in a table below, with its judgement
+    both say `ok`                    they understood the same, also whether the connection persists
+    one says `ok`, one `refused`     a table below has the reason, with its judgement
     one says `ok`, one `more`        never: they would see different messages
-    one says `more`, one `refused`   one noticed earlier; no message came of it either way
+    one says `more`, one `refused`   one noticed earlier; neither passed a message on
 
-So a disagreement of a new kind fails the test; and so does a row that no message of the corpora bears out any more.
+So a disagreement of a new kind fails the test; and so does a row of a table that no message of the corpora needs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_router.errors import UpgradeRefused, VersionNotSupported
-from sglang_router.wire.request import Headers, Limits
+from sglang_router.wire.limits import Limits
+from sglang_router.wire.request import Headers
 from wire_corpus import Case, corpus, each_case, pieces, read_requests, read_response
 
 
 class Ruling(NamedTuple):
-    """The judgement of one kind of disagreement. `right`: "we", "h11", or "both" where the RFC leaves the choice."""
+    """The judgement of one kind of disagreement. `right`: "we", "h11", or "both" where the RFC allows both."""
 
     right: str
     by: str
@@ -35,7 +36,7 @@ class Ruling(NamedTuple):
 
 
 REFUSED_BY_US = {
-    # Two readers could find two ends of the message: the smuggler's trade.
+    # Two readers could find two different ends of the message (request smuggling).
     "Duplicate Content-Length.": Ruling("both", "RFC 9110 8.6", "h11 takes a second one that says the same"),
     "Invalid character in Content-Length.": Ruling("both", "RFC 9110 8.6", "h11 takes `5, 5`, which says one thing"),
     "Content-Length overflow.": Ruling("both", "RFC 9110 8.6", "h11 lets the coding win over any length"),
@@ -55,7 +56,7 @@ REFUSED_BY_US = {
     "Invalid character in chunk extensions quoted value.": Ruling("we", "RFC 9112 7.1.1", "a string without an end"),
     "Invalid character in chunk extensions quote value.": Ruling("we", "RFC 9112 7.1.1", "something behind a string"),
     "Data after `Connection: close`.": Ruling("both", "RFC 9112 9.6", "h11 stops reading there, and says nothing"),
-    # What we do not serve.
+    # What we do not support.
     "Invalid header value char.": Ruling("both", "RFC 9110 5.5", "control characters"),
     "The request line does not begin with a method.": Ruling(
         "h11", "RFC 9110 15.6.2", "any token is a method, if only to be answered 501; llhttp knows the registered ones"
@@ -68,7 +69,7 @@ REFUSED_BY_US = {
     "Unexpected char in url schema.": Ruling("we", "RFC 9112 3.2", "as before"),
     "Unexpected char in url server.": Ruling("we", "RFC 9112 3.2", "as before"),
 }
-"""Reason of ours -> the ruling. Requests that we refuse and h11 serves."""
+"""Our reason -> the ruling. Requests that we refuse and h11 accepts."""
 
 REFUSED_BY_H11 = {
     "no request line received": (rb"(^|\n)\r?\n", Ruling("we", "RFC 9112 2.2", "an empty line before a request")),
@@ -82,7 +83,7 @@ REFUSED_BY_H11 = {
     ),
     "illegal chunk header": (rb"\n0{15,}[0-9a-fA-F]", Ruling("we", "RFC 9112 7.1", "a size may have leading zeros")),
 }
-"""Reason of h11's -> what must stand in the message, the ruling. Requests that we serve and h11 refuses."""
+"""h11's reason -> a pattern of the message, the ruling. Requests that we accept and h11 refuses."""
 
 STRICTER_WITH_WORKERS = {
     "bare LF": (rb"(?<!\r)\n", Ruling("both", "RFC 9112 2.2", "")),
@@ -127,12 +128,12 @@ STRICTER_WITH_WORKERS = {
         Ruling("both", "RFC 9110 5.4", "as before"),
     ),
 }
-"""What a worker may not send, though h11 takes it: its pattern, the ruling. There is no table for the other way: what
-h11 refuses, we refuse."""
+"""Answers of workers that we refuse and h11 accepts: their pattern, the ruling. There is no table for the other
+direction: what h11 refuses, we refuse."""
 
 
 class Read(NamedTuple):
-    """One request as a parser understood it; `stays` is true for all HTTP/1.0, whose keep-alive h11 does not know."""
+    """One request as a parser understood it. `stays` is true for all HTTP/1.0: h11 does not support its keep-alive."""
 
     method: bytes
     target: bytes
@@ -142,7 +143,7 @@ class Read(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What one parser makes of a client's bytes. `stopped`: it reads no further behind the end of a connection."""
+    """What one parser understood of a client's bytes. `stopped`: it does not read beyond the end of a connection."""
 
     verdict: str
     reason: str
@@ -150,7 +151,7 @@ class Reading(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What one parser makes of a worker's bytes; `end` is -1 where the closing ends the message."""
+    """What one parser understood of a worker's bytes. `end` is -1 where closing the connection ends the message."""
 
     verdict: str
     status: int = 0
@@ -201,7 +202,7 @@ def h11_requests(raw: bytes) -> Reading:
 
 
 def _h11_request(server: h11.Connection) -> Read | None:
-    """The next whole request; None where there is none."""
+    """Return the next complete request; None where there is none."""
     head = server.next_event()
     if not isinstance(head, h11.Request):
         return None
@@ -215,7 +216,7 @@ def _h11_request(server: h11.Connection) -> Read | None:
 
 
 def _fields_of(headers: Headers) -> Headers:
-    """Fields as h11 gives them: without white space behind, and the transfer coding in lower case."""
+    """Return fields as h11 has them: without trailing white space, and the transfer coding in lower case."""
     fields = ((name, value.strip(b" \t")) for name, value in headers)
     return [(name, value.lower() if name == b"transfer-encoding" else value) for name, value in fields]
 
@@ -264,12 +265,12 @@ def h11_answer(raw: bytes) -> Answer:
 
 
 def compare_requests(raw: bytes) -> str:
-    """The row of a table that explains why the parsers disagree; empty when they agree."""
+    """Return the row of a table that explains why the parsers disagree; empty when they agree."""
     ours, theirs = our_requests(raw), h11_requests(raw)
     both = min(len(ours.requests), len(theirs.requests))
     assert ours.requests[:both] == theirs.requests[:both]
     if theirs.verdict == "stopped" and b"HTTP/1.0" in raw and len(ours.requests) >= both:
-        return ""  # that client keeps its connection; h11 did not read on
+        return ""  # the client keeps its connection open; h11 did not read on
     if ours.verdict == "refused" and theirs.verdict in ("ok", "stopped"):
         assert ours.reason in REFUSED_BY_US, ours
         return ours.reason
@@ -284,7 +285,7 @@ def compare_requests(raw: bytes) -> str:
 
 
 def compare_answers(raw: bytes) -> set[str]:
-    """The rows that may explain why we refuse what h11 takes; empty when the parsers agree."""
+    """Return the rows that may explain why we refuse what h11 accepts; empty when the parsers agree."""
     ours, theirs = our_answer(raw), h11_answer(raw)
     if (ours.verdict, theirs.verdict) == ("refused", "ok"):
         rows = {row for row, (pattern, _) in STRICTER_WITH_WORKERS.items() if re.search(pattern, raw)}
@@ -339,7 +340,7 @@ _snippets = st.sampled_from(
 )
 _places = st.floats(0, 1)
 _faults = st.lists(st.tuples(_places, st.integers(0, 2), st.just(b"") | _snippets), max_size=3)
-"""Place, bytes to take out, bytes to put in."""
+"""Position, number of bytes to remove, bytes to insert."""
 
 _framings = st.sampled_from(
     [
@@ -363,13 +364,13 @@ _LINE_FAULTS: dict[str, Callable[[list[bytes], int, bytes], list[bytes]]] = {
     "another framing": lambda lines, at, framing: [*lines[: at + 1], framing, *lines[at + 1 :]],
     "cut": lambda lines, at, _: lines[: at + 1],
 }
-"""What may happen to a line of a message: what it is called, and how it is done."""
+"""How a line of a message may be changed: the name of the change, and a function that makes it."""
 _line_faults = st.lists(st.tuples(st.sampled_from(sorted(_LINE_FAULTS)), _places, _framings), min_size=1, max_size=3)
 
 
 @st.composite
 def _framed(draw: st.DrawFn, version: bytes) -> tuple[list[bytes], bytes]:
-    """The fields and the body of a message."""
+    """Draw the fields and the body of a message."""
     fields, content = draw(_fields), draw(_contents)
     kind = draw(st.sampled_from(["none", "sized", "chunked"]))
     if kind == "sized":
@@ -478,5 +479,5 @@ def test_how_reads_are_split_changes_nothing(
 
 
 def _reads(raw: bytes, places: list[float]) -> list[bytes]:
-    """In reads that end at these places; byte by byte when there are none."""
+    """Return the reads that end at these positions; byte by byte when there are none."""
     return pieces(raw, (round(place * len(raw)) for place in places) if places else range(1, len(raw)))

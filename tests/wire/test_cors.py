@@ -1,4 +1,4 @@
-"""What browsers are told: which origin, of which pages, and when nothing."""
+"""CORS fields: which origins are told what, and when no field is sent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 
 from sglang_router.wire.cors import Cors
 from sglang_router.wire.request import Headers, Request
-from sglang_router.wire.response import parse_head
 
 HERE, THERE = (b"origin", b"https://a.example"), (b"origin", b"https://b.example")
 METHOD = (b"access-control-request-method", b"POST")
@@ -37,17 +36,13 @@ def test_fields_of_an_answer(cors: Cors, fields: Headers, expected: bytes) -> No
 
 
 def told(cors: Cors, request: Request) -> dict[str, str] | None:
-    """The fields of the answer to a preflight."""
-    answer = cors.preflight(request, b"id-1", b"connection: close\r\n")
-    if answer is None:
+    """Return the fields of the answer to a preflight."""
+    fields = cors.preflight(request)
+    if fields is None:
         return None
-    head = parse_head(answer)
-    assert head is not None
-    assert (head.status, head.end) == (200, len(answer))
-    fields = {name.decode(): value.decode() for name, value in head.headers}
-    assert (fields["x-request-id"], fields["connection"], fields["content-length"]) == ("id-1", "close", "0")
-    assert "access-control-request-headers" in fields["vary"]
-    return {name[15:]: value for name, value in fields.items() if name.startswith("access-control-")}
+    named = {name.decode(): value.decode() for name, value in fields}
+    assert "access-control-request-headers" in named["vary"]
+    return {name[15:]: value for name, value in named.items() if name.startswith("access-control-")}
 
 
 def test_preflights() -> None:

@@ -1,4 +1,4 @@
-"""Responses: a corpus of good and broken workers, in every split; and chunked bodies of any shape."""
+"""Responses: a corpus of valid and invalid answers of workers, in every split; and chunked bodies of any shape."""
 
 from __future__ import annotations
 
@@ -11,16 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_router.errors import WorkerInvalid
-from sglang_router.wire.response import (
-    MAX_HEAD,
-    Chunked,
-    Framing,
-    ResponseHead,
-    Sized,
-    UntilClose,
-    framing_of,
-    parse_head,
-)
+from sglang_router.wire.framing import Chunked, Framing, Sized, UntilClose
+from sglang_router.wire.response import MAX_HEAD, ResponseHead, framing_of, parse_head
 from wire_corpus import Answered, Case, each_case, pieces, read_response, splits
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -48,7 +40,7 @@ def test_verdict_in_every_split(case: Case) -> None:
 
 
 def test_what_was_looked_through_is_not_looked_through_again() -> None:
-    """Only what came since may tell the end, or a fault; and both may lie across the border."""
+    """Only new bytes can show the end or an error, but both may begin in the bytes that were searched before."""
     raw = OK + b"A: %s\r\nContent-Length: 5\r\n\r\nhello" % (b"b" * 5000)
     end = raw.index(b"hello")
     for seen in (1, 20, 4096, 4097, *range(end - 25, end)):
@@ -60,7 +52,7 @@ def test_what_was_looked_through_is_not_looked_through_again() -> None:
 
 
 def test_a_head_that_drips_in_costs_no_more_than_its_bytes() -> None:
-    """Ten thousand reads, each with all of 64 KiB looked through, would take twenty seconds of CPU."""
+    """Ten thousand reads that each search all of 64 KiB would take twenty seconds of CPU."""
     raw = OK + b"A: b\r\n" * 10_000
     begun = time.process_time()
     for size in range(len(raw) - 10_000, len(raw)):
@@ -180,10 +172,10 @@ def test_what_never_ends_is_refused(start: bytes, more: bytes) -> None:
 
 
 class Body(NamedTuple):
-    """A whole chunked body, as a worker may send it."""
+    """A complete chunked body, as a worker may send it."""
 
     chunks: list[tuple[bytes, bytes]]
-    """Size line and content of each, without the CRLF behind them."""
+    """Size line and content of each chunk, without the CRLF after them."""
     end: bytes
     """The last chunk, trailers and the empty line."""
 
@@ -196,7 +188,7 @@ class Body(NamedTuple):
         return b"".join(content for _, content in self.chunks)
 
     def gap(self, cut: int) -> int | None:
-        """The bytes missing for the next size line to follow when only `cut` bytes came; None when none can follow."""
+        """Return the bytes missing for the next size line when only `cut` bytes came; None when none can follow."""
         for size, content in self.chunks:
             line, whole = len(size) + 2, len(size) + len(content) + 4
             if cut < whole:
@@ -250,7 +242,7 @@ def test_the_end_is_exact_and_the_payload_equal(body: Body, behind: bytes, chanc
 
 @given(_bodies(), _chance)
 def test_behind_the_gap_a_chunk_may_follow(body: Body, chance: random.Random) -> None:
-    """Wherever a body breaks off: that many bytes of filling, and a fresh chunk is read as one."""
+    """Wherever a body breaks off: after `gap` bytes of filling, a new chunk is read as one."""
     sent = body.raw[: chance.randint(0, len(body.raw) - 1)]
     framing = Chunked()
     payload: list[bytes] = []
@@ -269,7 +261,7 @@ def test_behind_the_gap_a_chunk_may_follow(body: Body, chance: random.Random) ->
 
 @given(_bodies(), st.sampled_from([b"zz\r\n", b"\n", b"\0", b"5 \r\n", b"\r\r"]), _chance)
 def test_a_read_that_breaks_the_framing_changes_nothing(body: Body, junk: bytes, chance: random.Random) -> None:
-    """The client was not sent that read: what can be written behind the ones before it stays true."""
+    """The client was not sent that read: `gap` still refers to the reads before it."""
     cut = chance.randint(0, len(body.raw) - 1)
     framing = Chunked()
     for data in _some_reads(body.raw[:cut], chance):
@@ -303,7 +295,7 @@ def test_a_body_without_length_is_never_over() -> None:
 
 
 def test_a_chunk_in_a_read_of_its_own() -> None:
-    """The common case has a way of its own, without a payload; it must come to the same."""
+    """The common case has a code path of its own, for reads without a payload; its result must be the same."""
     chunk = b"1000\r\n%s\r\n" % (b"x" * 4096)
     framing = Chunked()
     assert [framing.feed(chunk), framing.feed(chunk[:100]), framing.feed(chunk[100:])] == [-1, -1, -1]

@@ -1,4 +1,4 @@
-"""The last event of a broken stream: its shape, and that the client reads it wherever the worker broke off."""
+"""The error event of a broken stream: its format, and that the client reads it wherever the worker broke off."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_router.errors import StreamBroken, WorkerInvalid
-from sglang_router.wire.response import Chunked, Framing, Sized, UntilClose
-from sglang_router.wire.sse import error_event, farewell
+from sglang_router.wire.framing import Chunked, Framing, Sized, UntilClose
+from sglang_router.wire.sse import error_event, last_event
 
 EVENT = b'data: {"error": "x"}\n\n'
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
@@ -20,7 +20,7 @@ STREAM = b"b;a=b\r\ndata: one\n\n\r\nb\r\ndata: two\n\n\r\n"
 
 
 def read_event(event: bytes) -> tuple[str, dict[str, object]]:
-    """Name and data, as a client of server-sent events reads them."""
+    """Return name and data, as a client of server-sent events reads them."""
     *lines, last, after = event.decode().split("\n")
     assert (last, after) == ("", "")
     fields = dict(line.split(": ", 1) for line in lines)
@@ -62,7 +62,7 @@ def test_no_message_breaks_out_of_the_event(message: str, path: bytes) -> None:
 
 
 def seen(raw: bytes) -> tuple[bytes, list[int], bool]:
-    """The content a client gets, the chunks' ends in it, and whether the message ended as it should."""
+    """Return the content that a client gets, the ends of the chunks in it, and whether the message ended properly."""
     client = h11.Connection(h11.CLIENT)
     client.send(h11.Request(method="POST", target="/", headers=[("host", "x"), ("content-length", "0")]))
     client.send(h11.EndOfMessage())
@@ -88,7 +88,7 @@ def broken_at(cut: int) -> Chunked:
 
 @pytest.mark.parametrize("cut", range(len(STREAM) + 1))
 def test_wherever_a_chunked_stream_breaks(cut: int) -> None:
-    last = farewell(EVENT, broken_at(cut), chunked=True)
+    last = last_event(EVENT, broken_at(cut), chunked=True)
     in_size_line = 0 < cut < 7 or 20 < cut < 23
     assert (last is None) is in_size_line
     if last is None:
@@ -109,7 +109,7 @@ def test_behind_a_read_that_was_not_passed_on() -> None:
         framing = broken_at(cut)
         with pytest.raises(WorkerInvalid):
             framing.feed(b"\0junk")
-        assert farewell(EVENT, framing, chunked=True) == last
+        assert last_event(EVENT, framing, chunked=True) == last
 
 
 def _chunk(content: bytes) -> bytes:
@@ -120,14 +120,14 @@ def _chunk(content: bytes) -> bytes:
 def test_behind_the_last_chunk_there_is_no_place(sent: bytes) -> None:
     framing = Chunked()
     framing.feed(sent)
-    assert farewell(EVENT, framing, chunked=True) is None
+    assert last_event(EVENT, framing, chunked=True) is None
 
 
 @pytest.mark.parametrize(("missing", "fills"), [(65534, True), (65535, False), (1 << 40, False)])
 def test_a_large_hole_is_not_filled(missing: int, fills: bool) -> None:
     framing = Chunked()
     framing.feed(b"%x\r\n" % missing)
-    last = farewell(EVENT, framing, chunked=True)
+    last = last_event(EVENT, framing, chunked=True)
     assert (last is not None) is fills
     if last is not None:
         assert last == b"\n" * missing + b"\r\n" + _chunk(b"\n\n" + EVENT)
@@ -135,11 +135,11 @@ def test_a_large_hole_is_not_filled(missing: int, fills: bool) -> None:
 
 @pytest.mark.parametrize("cut", range(len(STREAM) + 1))
 def test_a_client_of_http_1_0_is_sent_the_event_bare(cut: int) -> None:
-    """It is sent the content without its coding, so there is no chunk to fill, and only the missing length to close."""
-    assert farewell(EVENT, broken_at(cut), chunked=False) == b"\n\n" + EVENT
+    """It is sent the content without its coding, so there is no chunk to complete; only the close shows the break."""
+    assert last_event(EVENT, broken_at(cut), chunked=False) == b"\n\n" + EVENT
 
 
 @pytest.mark.parametrize(("framing", "last"), [(UntilClose(), b"\n\n" + EVENT), (Sized(100), None)])
 def test_streams_without_chunks(framing: Framing, last: bytes | None) -> None:
     framing.feed(b"data: on")
-    assert farewell(EVENT, framing, chunked=False) == last
+    assert last_event(EVENT, framing, chunked=False) == last

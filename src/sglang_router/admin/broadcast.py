@@ -1,16 +1,16 @@
-"""What is said to all workers at once: forget your cache, take these weights, stop, go on.
+"""Requests that go to all workers: flush the cache, load new weights, pause, continue, abort, profile.
 
-The body goes to every registered worker byte for byte, whatever the checks say of it (one that is ill now may
-be well by the next request, and must not have old weights then). Workers that are ranks of one engine are told
-once. Every worker's result is in the answer:
+The body goes byte for byte to every registered worker, healthy or not: one that is unhealthy now may be healthy for
+the next request, and must not have old weights then. An engine whose ranks are workers is asked once. The answer has
+the result of every worker:
 
-    all workers did it     200   "success"
+    all workers succeeded  200   "success"
     some                   206   "partial_success"
     none                   502   "failed"
-    there are no workers   503   (flush_cache: 200, for nothing is left cached)
+    there are no workers   503   (flush_cache: 200, there is nothing to flush)
 
-A worker that emptied its cache, or has other weights, holds no prefix any more; the policy is told. The
-request's query goes along; its credentials do not, each worker gets its own key.
+A worker whose cache was flushed or whose weights are new has no prefixes any more; the policy is told. The query goes
+to the workers, too; the client's credentials do not: each worker gets its own key.
 """
 
 from __future__ import annotations
@@ -22,105 +22,104 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sglang_router.admin.context import JSON, Context, Reply, ask, trouble
-from sglang_router.core.worker import Worker
+from sglang_router.admin.ask import Reply, ask, failure
+from sglang_router.admin.context import JSON, Context
+from sglang_router.admin.shapes import BroadcastResult
 from sglang_router.errors import NoWorkers
-from sglang_router.net.fetch import Answer
+from sglang_router.routing.worker import Worker
+from sglang_router.workers.fetch import Fetched
 
-_OUTCOMES = {"success": 200, "partial_success": 206, "failed": 502}
-
-
-class Result(msgspec.Struct):
-    """What one worker did. `status` is None and `error` says why when it did not answer."""
-
-    worker: str
-    status: int | None
-    body: Any
-    error: str | None
+_STATUSES = {"success": 200, "partial_success": 206, "failed": 502}
 
 
 async def broadcast(context: Context, request: Request) -> Response:
-    """Tells every worker, and answers with what each said."""
+    """Send the request to every worker, and answer with all results."""
     return await _broadcast(context, request, forget=False)
 
 
 async def update_weights(context: Context, request: Request) -> Response:
-    """The same for new weights: what was computed with the old ones is worthless."""
+    """The same for new weights: what was computed with the old ones is stale."""
     return await _broadcast(context, request, forget=True)
 
 
 async def _broadcast(context: Context, request: Request, *, forget: bool) -> Response:
-    replies = await _tell_all(context, request)
+    replies = await _ask_all(context, request)
     if not replies:
         raise NoWorkers(retry_after=5.0)
-    done = [worker for worker, reply in replies if trouble(reply) is None]
+    succeeded = [worker for worker, reply in replies if failure(reply) is None]
     if forget:
-        for worker in done:
+        for worker in succeeded:
             context.forget_prefixes(worker)
-    outcome = _outcome(len(done), len(replies))
+    status = _status(len(succeeded), len(replies))
     results = [_result(worker, reply) for worker, reply in replies]
-    counts = {"succeeded": len(done), "total_workers": len(replies)}
-    return JSON({"status": outcome, **counts, "results": results}, _OUTCOMES[outcome])
+    counts = {"succeeded": len(succeeded), "total_workers": len(replies)}
+    return JSON({"status": status, **counts, "results": results}, _STATUSES[status])
 
 
 async def flush_cache(context: Context, request: Request) -> Response:
-    """Empties the caches of all workers, and what the router remembers of them."""
-    replies = await _tell_all(context, request)
-    done, failed = [], []
+    """Flush the caches of all workers, and forget their prefixes."""
+    replies = await _ask_all(context, request)
+    flushed, failed = [], []
     for worker, reply in replies:
-        error = trouble(reply)
+        error = failure(reply)
         if error is None:
             context.forget_prefixes(worker)
-            done.append(worker.url)
+            flushed.append(worker.url)
         else:
             failed.append({"worker": worker.url, "error": error})
-    total = len(replies)
+    return _flushed(flushed, failed)
+
+
+def _flushed(flushed: list[str], failed: list[dict[str, str]]) -> Response:
+    """The answer of POST /flush_cache; its words are the reference's."""
+    total = len(flushed) + len(failed)
     totals = {"total_http_workers": total, "total_workers": total}
-    outcome = _outcome(len(done), total)
-    if outcome == "success":
+    status = _status(len(flushed), total)
+    if status == "success":
         message = f"Successfully flushed cache on all {total} HTTP workers"
         if not total:
             message = "No HTTP workers available for cache flush"
-        return JSON({"status": outcome, "message": message, "workers_flushed": total, **totals})
-    message = f"The cache was flushed on {len(done)} of {total} HTTP workers"
-    lists = {"successful": done, "failed": failed}
-    return JSON({"status": outcome, "message": message, **lists, **totals}, _OUTCOMES[outcome])
+        return JSON({"status": status, "message": message, "workers_flushed": total, **totals})
+    message = f"The cache was flushed on {len(flushed)} of {total} HTTP workers"
+    lists = {"successful": flushed, "failed": failed}
+    return JSON({"status": status, "message": message, **lists, **totals}, _STATUSES[status])
 
 
-async def _tell_all(context: Context, request: Request) -> list[tuple[Worker, Reply]]:
-    path = request.scope["path"].encode()
-    query: bytes = request.scope["query_string"]
+async def _ask_all(context: Context, request: Request) -> list[tuple[Worker, Reply]]:
+    """Ask all engines at the same time."""
     body = await request.body()
-    content_type = request.headers.get("content-type", "application/json").encode("latin-1")
     workers = context.engines()
-    told = (_tell(context, worker, path, query, body, content_type) for worker in workers)
-    return list(zip(workers, await asyncio.gather(*told), strict=True))
+    replies = await asyncio.gather(*(_ask(context, worker, request, body) for worker in workers))
+    return list(zip(workers, replies, strict=True))
 
 
-async def _tell(context: Context, worker: Worker, path: bytes, query: bytes, body: bytes, content_type: bytes) -> Reply:
-    suffix = b"?" + query if query else b""
-    limit = context.broadcast_timeout
-    reply = await ask(context, worker, b"POST", path + suffix, body=body, content_type=content_type, timeout=limit)
-    if path == b"/flush_cache" and isinstance(reply, Answer) and reply.status == 404:
-        # vLLM's name for it, where its development endpoints are switched on.
+async def _ask(context: Context, worker: Worker, request: Request, body: bytes) -> Reply:
+    path: bytes = request.scope["path"].encode()
+    query: bytes = request.scope["query_string"]
+    target = path + b"?" + query if query else path
+    content_type = request.headers.get("content-type", "application/json").encode("latin-1")
+    limit = context.timeouts.broadcast
+    reply = await ask(context, worker, b"POST", target, body=body, content_type=content_type, timeout=limit)
+    if path == b"/flush_cache" and isinstance(reply, Fetched) and reply.status == 404:
+        # vLLM's name for it, where its development endpoints are enabled.
         reply = await ask(context, worker, b"POST", b"/reset_prefix_cache", timeout=limit)
     return reply
 
 
-def _outcome(done: int, total: int) -> str:
-    if done == total:
+def _status(succeeded: int, total: int) -> str:
+    if succeeded == total:
         return "success"
-    return "partial_success" if done else "failed"
+    return "partial_success" if succeeded else "failed"
 
 
-def _result(worker: Worker, reply: Reply) -> Result:
-    if not isinstance(reply, Answer):
-        return Result(worker.url, None, None, str(reply))
-    return Result(worker.url, reply.status, _readable(reply.body), trouble(reply))
+def _result(worker: Worker, reply: Reply) -> BroadcastResult:
+    if not isinstance(reply, Fetched):
+        return BroadcastResult(worker=worker.url, status=None, body=None, error=str(reply))
+    return BroadcastResult(worker=worker.url, status=reply.status, body=_readable(reply.body), error=failure(reply))
 
 
 def _readable(body: bytes) -> Any:
-    """JSON as a value, everything else as text, nothing as None."""
+    """A JSON body as its value, another one as text, an empty one as None."""
     if not body:
         return None
     try:

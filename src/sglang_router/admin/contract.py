@@ -1,18 +1,19 @@
-"""What each handler takes and gives: the facts of the OpenAPI document that no code can tell by itself.
+"""What each handler takes and answers: the facts of the OpenAPI document that cannot be read from the code.
 
-    CONTRACTS: handler --> Contract(answers, errors, query, body)     tests find in the code what a handler raises
+    CONTRACTS: handler --> Contract(answers, errors, query, body)     tests compare the errors with the handler's code
 
-Errors are declared by class: status and code are those of `errors`. What any path may give, because it comes before
-the path is known (a head that is too large, a method that is not allowed) or is a fault, stands nowhere here.
+Errors are declared by class, which has their status and code. Errors of all paths are not declared here: those that
+come before the path is known (the head is too large, the method is not allowed), and faults.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from sglang_router.admin import broadcast, engine_metrics, info, replicas, shapes, workers
+from sglang_router.admin.rows import Handler
 from sglang_router.errors import (
     Conflict,
     Forbidden,
@@ -36,13 +37,13 @@ from sglang_router.errors import (
     WorkerUnreachable,
 )
 
-if TYPE_CHECKING:
-    from sglang_router.admin.context import Handler
 
+class DeclaredAnswer(NamedTuple):
+    """An answer that is no RouterError.
 
-class Answer(NamedTuple):
-    """An answer that is no error. `shape`: a struct of `shapes`, None where it is the engine's. `location`: it has that
-    field."""
+    shape     a struct of `shapes`; None: the engine decides
+    location  the answer has a Location field
+    """
 
     about: str
     status: str = "200"
@@ -51,8 +52,8 @@ class Answer(NamedTuple):
     location: bool = False
 
 
-class Parameter(NamedTuple):
-    """One of the query's."""
+class QueryParameter(NamedTuple):
+    """A parameter of the query."""
 
     name: str
     about: str
@@ -60,101 +61,120 @@ class Parameter(NamedTuple):
 
 
 class Contract(NamedTuple):
-    """What a handler takes and gives. `body`: None when none is read."""
+    """What a handler takes and answers. `body`: None, if the handler reads none."""
 
-    answers: tuple[Answer, ...]
+    answers: tuple[DeclaredAnswer, ...]
     errors: tuple[type[RouterError], ...] = ()
-    query: tuple[Parameter, ...] = ()
+    query: tuple[QueryParameter, ...] = ()
     body: type[msgspec.Struct] | None = None
 
 
-class Anything(msgspec.Struct):
-    """Whatever the engines take: it goes to all of them as it is."""
+class AnyBody(msgspec.Struct):
+    """A body that the router does not read: it goes to all engines unchanged."""
 
 
-NOBODY: tuple[type[RouterError], ...] = (
+NO_WORKER: tuple[type[RouterError], ...] = (
     Unavailable,
     *(kind for kind in Unavailable.__subclasses__() if kind is not ShuttingDown),
 )
-"""No worker can be asked, for one reason or another."""
-STRANGERS: tuple[type[RouterError], ...] = (MissingKey, Unauthorized, Forbidden)
-"""Whoever asks may not, on every path that is not for everybody."""
+"""There is no worker to ask."""
+REFUSED: tuple[type[RouterError], ...] = (MissingKey, Unauthorized, Forbidden)
+"""The client may not ask: on all paths that are not public."""
 WORKER_URL = "Base URL of the worker, such as `http://10.0.0.1:8000`: no credentials, query or fragment."
 _TEXT = ("text/plain",)
 _ANY = ("*/*",)
 _PROMETHEUS = ("text/plain", "application/openmetrics-text")
-_OK = Answer("`OK`", media=_TEXT)
-_WORKER = Answer("The worker, as it is now.", shape=shapes.WorkerState)
-_ACCEPTED = Answer("Done, or begun.", "202", shapes.Accepted)
+_OK = DeclaredAnswer("`OK`", media=_TEXT)
+_WORKER = DeclaredAnswer("The worker, as it is now.", shape=shapes.WorkerState)
+_ACCEPTED = DeclaredAnswer("The change is made or in progress.", "202", shapes.Accepted)
 
 
-def _spread(shape: type[msgspec.Struct]) -> tuple[Answer, ...]:
-    """The answers to what was sent to all workers."""
-    abouts = {"200": "All workers did it.", "206": "Some did.", "502": "None did."}
-    return tuple(Answer(about, status, shape) for status, about in abouts.items())
+def _broadcast(shape: type[msgspec.Struct]) -> tuple[DeclaredAnswer, ...]:
+    """The answers to a request that goes to all workers."""
+    abouts = {"200": "All workers succeeded.", "206": "Some workers succeeded.", "502": "No worker succeeded."}
+    return tuple(DeclaredAnswer(about, status, shape) for status, about in abouts.items())
 
 
-_OWN_WORDS = Contract(
-    (Answer("The engine's own words."), Answer("What the engine answered instead.", "4XX", media=_ANY)),
-    (WorkerUnreachable, *NOBODY),
+_PASSED_ON = Contract(
+    (
+        DeclaredAnswer("The answer of the engine, unchanged."),
+        DeclaredAnswer("An error of the engine, unchanged.", "4XX", media=_ANY),
+    ),
+    (WorkerUnreachable, *NO_WORKER),
 )
-_TO_ALL = Contract(_spread(shapes.Told), (NoWorkers,), body=Anything)
+_TO_ALL = Contract(_broadcast(shapes.Told), (NoWorkers,), body=AnyBody)
 
 CONTRACTS: dict[Handler, Contract] = {
     info.health: Contract((_OK,)),
     info.readiness: Contract(
-        (Answer("Ready.", shape=shapes.Readiness), Answer("No worker takes requests.", "503", shapes.Readiness))
+        (
+            DeclaredAnswer("Ready.", shape=shapes.Readiness),
+            DeclaredAnswer("No worker can take a request.", "503", shapes.Readiness),
+        )
     ),
-    info.health_generate: Contract((_OK,), NOBODY),
-    info.models: Contract((Answer("All models.", shape=shapes.Models),), NOBODY),
-    info.model: Contract((Answer("The model, as its engine describes it."),), (NotFound, *NOBODY)),
-    info.from_a_worker: _OWN_WORDS,
-    info.loads: Contract((Answer("All workers.", shape=shapes.Loads),)),
-    info.metrics: Contract((Answer("The exposition, in the format that Accept prefers.", media=_PROMETHEUS),)),
+    info.health_generate: Contract((_OK,), NO_WORKER),
+    info.models: Contract((DeclaredAnswer("All models.", shape=shapes.Models),), NO_WORKER),
+    info.model: Contract((DeclaredAnswer("The model, as its engine describes it."),), (NotFound, *NO_WORKER)),
+    info.from_a_worker: _PASSED_ON,
+    info.loads: Contract((DeclaredAnswer("All workers.", shape=shapes.Loads),)),
+    info.metrics: Contract((DeclaredAnswer("The exposition, in the format that Accept prefers.", media=_PROMETHEUS),)),
     engine_metrics.merged: Contract(
-        (Answer("The exposition.", media=_TEXT),), (WorkerUnreachable, NoWorkers, WorkersStarting)
+        (DeclaredAnswer("The exposition.", media=_TEXT),), (WorkerUnreachable, NoWorkers, WorkersStarting)
     ),
-    broadcast.flush_cache: Contract(_spread(shapes.Flushed)),
+    broadcast.flush_cache: Contract(_broadcast(shapes.Flushed)),
     broadcast.update_weights: _TO_ALL,
     broadcast.broadcast: _TO_ALL,
     workers.add: Contract(
-        (Answer("It is healthy and takes requests.", media=_TEXT),),
+        (DeclaredAnswer("The worker is healthy and takes requests.", media=_TEXT),),
         (InvalidRequest, ShuttingDown),
-        (Parameter("url", WORKER_URL, True), Parameter("api_key", "What the router shows it: visible ASCII.")),
+        (
+            QueryParameter("url", WORKER_URL, True),
+            QueryParameter("api_key", "The key that the router sends to the worker: visible ASCII."),
+        ),
     ),
     workers.remove: Contract(
-        (Answer("It gets no new requests.", media=_TEXT),),
+        (DeclaredAnswer("The worker is removed; its requests in flight finish.", media=_TEXT),),
         (InvalidRequest, WorkerNotFound),
-        (Parameter("url", "As it was added; with `@N` a single rank.", True),),
+        (QueryParameter("url", "The URL as it was added; with `@N` a single rank.", True),),
     ),
-    workers.urls: Contract((Answer("All URLs.", shape=shapes.URLs),)),
+    workers.urls: Contract((DeclaredAnswer("All URLs.", shape=shapes.URLs),)),
     workers.create: Contract(
-        (Answer("It is registered, and is now being checked.", "202", shapes.Registered, location=True),),
+        (
+            DeclaredAnswer(
+                "The worker is registered; its health checks begin.", "202", shapes.Registered, location=True
+            ),
+        ),
         (InvalidRequest, InvalidJSON, Conflict, Unprocessable),
         body=workers.Registration,
     ),
-    workers.index: Contract((Answer("All workers.", shape=shapes.WorkerList),)),
+    workers.index: Contract((DeclaredAnswer("All workers.", shape=shapes.WorkerList),)),
     workers.show: Contract((_WORKER,), (WorkerNotFound,)),
     workers.change: Contract((_ACCEPTED,), (InvalidJSON, WorkerNotFound, Unprocessable), body=workers.Change),
     workers.delete: Contract((_ACCEPTED,), (WorkerNotFound,)),
     workers.drain: Contract((_WORKER,), (WorkerNotFound,)),
     workers.resume: Contract((_WORKER,), (WorkerNotFound,)),
     replicas.restart: Contract((_ACCEPTED,), (WorkerNotFound, Conflict)),
-    replicas.restart_all: Contract((Answer("Begun.", "202", shapes.RollingAccepted, location=True),), (Conflict,)),
-    replicas.rolling: Contract((Answer("How far it is.", shape=shapes.Rolling),), (Conflict,)),
-    replicas.scale: Contract((Answer("The last decision, and those before.", shape=shapes.Scale),), (Conflict,)),
+    replicas.restart_all: Contract(
+        (DeclaredAnswer("The restart has begun.", "202", shapes.RollingAccepted, location=True),), (Conflict,)
+    ),
+    replicas.rolling: Contract(
+        (DeclaredAnswer("The progress of the restart.", shape=shapes.RestartProgress),), (Conflict,)
+    ),
+    replicas.scale: Contract(
+        (DeclaredAnswer("The last decision, and those before it.", shape=shapes.Scale),), (Conflict,)
+    ),
 }
-"""Every handler of `admin.app.ROUTES`, but the one of this document."""
+"""Every handler of `admin.routes.ROUTES`, except that of the document itself."""
 
 RELAYED: tuple[type[RouterError], ...] = (
-    *STRANGERS,
+    *REFUSED,
     InvalidJSON,
     UnsupportedMediaType,
     QueueTimeout,
     *Overload.__subclasses__(),
     WorkerBroken,
     *WorkerBroken.__subclasses__(),
-    *NOBODY,
+    *NO_WORKER,
     WorkerTimeout,
 )
-"""What the router itself answers on a relayed path."""
+"""Errors that the router itself answers on a relayed path."""

@@ -1,63 +1,53 @@
-"""The OpenAPI document of the router, made of the tables that serve it: GET /openapi.json.
+"""The OpenAPI document of the router, made from the tables that serve it: GET /openapi.json.
 
-    admin.app.ROUTES            method, path, group, what it is for, for whom  --.
-    admin.contract.CONTRACTS    parameters, body, answers, errors                +--> document() --> {"openapi": ...}
-    core.request.ENDPOINTS      relayed paths and their text fields            --'
-    admin.shapes, admin.workers msgspec structs --> components
+    admin.routes.ROUTES          method, path, group, what it is for, who may ask --.
+    admin.contract.CONTRACTS     parameters, body, answers, errors                  +--> document() --> {"openapi": ...}
+    admin.rows.relayed_rows      relayed paths and their text fields              --|
+    admin.shapes, admin.workers  msgspec structs --> components                   --'
 
-What may come of any path is the `default` answer.
+What any path may answer is the `default` answer.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from sglang_router import __version__
+from sglang_router.access.permissions import AccessKind
 from sglang_router.admin import shapes
 from sglang_router.admin.contract import (
     CONTRACTS,
+    REFUSED,
     RELAYED,
-    STRANGERS,
     WORKER_URL,
-    Answer,
-    Anything,
+    AnyBody,
     Contract,
-    Parameter,
+    DeclaredAnswer,
+    QueryParameter,
 )
-from sglang_router.core.access import Kind
-from sglang_router.core.request import ENDPOINTS, NAMESPACE, Endpoint
+from sglang_router.admin.rows import ControlRow, RelayedRow, plain_path, relayed_rows
 from sglang_router.errors import RouterError
-
-if TYPE_CHECKING:
-    from sglang_router.admin.app import Row
+from sglang_router.routing.facts import NAMESPACE
 
 PATH = "/openapi.json"
-_ITSELF = Contract((Answer("This document."),))
+_ITSELF = Contract((DeclaredAnswer("This document."),))
 
 Schema = dict[str, Any]
 
 
-def document(groups: Mapping[str, Iterable[Row]]) -> Schema:
+def document(groups: Mapping[str, Iterable[ControlRow]]) -> Schema:
     """The OpenAPI 3.1 document of these rows and of the relayed paths."""
-    paths: dict[str, Schema] = {}
-    for path, endpoint in ENDPOINTS.items():
-        paths[path.decode()] = {"post": _relayed(path.decode(), endpoint)}
-    for group, rows in groups.items():
-        for row in rows:
-            for method in row.methods:
-                paths.setdefault(plain(row.path), {})[method.lower()] = _operation(group, row, method)
-    tags = [{"name": name} for name in ("Inference", *groups)]
-    about = "Every answer carries `x-request-id`. Where GET is allowed, HEAD is."
+    about = "Every answer has `x-request-id`. A path that takes GET takes HEAD as well."
     return {
         "openapi": "3.1.0",
         "info": {"title": "sglang-router", "version": __version__, "description": about},
         "servers": [{"url": "/"}],
-        "tags": tags,
-        "paths": paths,
+        "tags": [{"name": name} for name in ("Inference", *groups)],
+        "paths": _paths(groups),
         "components": {
             "schemas": _schemas(),
             "headers": _HEADERS,
@@ -67,82 +57,87 @@ def document(groups: Mapping[str, Iterable[Row]]) -> Schema:
     }
 
 
-def plain(path: str) -> str:
-    """A path of Starlette's as OpenAPI has it: without the kinds of parameters."""
-    return path.replace(":path", "")
+def _paths(groups: Mapping[str, Iterable[ControlRow]]) -> Schema:
+    """All operations, by path and method."""
+    paths: dict[str, Schema] = {}
+    for relayed in relayed_rows():
+        paths.setdefault(plain_path(relayed.path), {})[relayed.method.lower()] = _relayed(relayed)
+    for group, rows in groups.items():
+        for row in rows:
+            for method in row.methods:
+                paths.setdefault(plain_path(row.path), {})[method.lower()] = _operation(group, row, method)
+    return paths
 
 
-_CLIENT = "A client's key: needed where the router was given any. x-api-key: KEY does as well."
-_CONTROL = "A key of the control plane; where there are none, a client's. `user` may look, `admin` may change things."
+_CLIENT = "A client's key, needed if client keys are configured. The header x-api-key: KEY works, too."
+_CONTROL = "A control-plane key, or a client's key if none is configured. `user` may read, `admin` may change."
 _SECURITY: Schema = {
     "client": {"type": "http", "scheme": "bearer", "description": _CLIENT},
     "control": {"type": "http", "scheme": "bearer", "description": _CONTROL},
 }
-_KEYS: dict[Kind, list[Schema]] = {
-    Kind.PUBLIC: [],
-    Kind.INFERENCE: [{"client": []}, {}],
-    Kind.CONTROL_READ: [{"control": ["user"]}, {}],
-    Kind.CONTROL_CHANGE: [{"control": ["admin"]}, {}],
+_KEYS: dict[AccessKind, list[Schema]] = {
+    AccessKind.PUBLIC: [],
+    AccessKind.INFERENCE: [{"client": []}, {}],
+    AccessKind.CONTROL_READ: [{"control": ["user"]}, {}],
+    AccessKind.CONTROL_CHANGE: [{"control": ["admin"]}, {}],
 }
-"""Of whom a key is asked, where there are keys; none where there are not."""
+"""The key that a request needs; none if no keys are configured."""
 _HEADERS: Schema = {
-    "ErrorCode": {"description": "The error's code.", "required": True, "schema": {"type": "string"}},
+    "ErrorCode": {"description": "The code of the error.", "required": True, "schema": {"type": "string"}},
     "RetryAfter": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}},
-    "Location": {"description": "Where it can be asked for.", "required": True, "schema": {"type": "string"}},
+    "Location": {"description": "The path of what was created.", "required": True, "schema": {"type": "string"}},
 }
 
 
 # -- operations --------------------------------------------------------------------------------------------------------
 
 
-def _operation(group: str, row: Row, method: str) -> Schema:
+def _operation(group: str, row: ControlRow, method: str) -> Schema:
     contract = _ITSELF if row.path == PATH else CONTRACTS[row.handler]
-    parameters = [_path_parameter(name) for name in re.findall(r"\{(\w+)", row.path)]
+    parameters = _path_parameters(row.path)
     parameters += [_query_parameter(parameter) for parameter in contract.query]
     operation: Schema = {"operationId": _name(method, row.path), "tags": [group], "summary": row.about}
     if parameters:
         operation["parameters"] = parameters
     if contract.body is not None:
-        known = contract.body is not Anything
+        known = contract.body is not AnyBody
         content = {"application/json": {"schema": _ref(contract.body) if known else {}}}
         operation["requestBody"] = {"required": known, "content": content}
     operation["security"] = _KEYS[row.kind]
-    operation["responses"] = _responses(contract, () if row.kind is Kind.PUBLIC else STRANGERS)
+    operation["responses"] = _responses(contract, () if row.kind is AccessKind.PUBLIC else REFUSED)
     return operation
 
 
 def _name(method: str, path: str) -> str:
-    return "_".join((method.lower(), *re.findall(r"\w+", plain(path))))
+    return "_".join((method.lower(), *re.findall(r"\w+", plain_path(path))))
 
 
-def _path_parameter(name: str) -> Schema:
-    abouts = {
-        "id": "A worker's id, or its URL, percent-encoded.",
-        "model": "The model's name; slashes may stand in it.",
-    }
-    return {
-        "name": name,
-        "in": "path",
-        "required": True,
-        "description": abouts[name],
-        "schema": {"type": "string", "minLength": 1},
-    }
+_PATH_PARAMETERS = {
+    "id": "The id of a worker, or its percent-encoded URL.",
+    "model": "The name of a model; it may contain slashes.",
+}
 
 
-def _query_parameter(parameter: Parameter) -> Schema:
+def _path_parameters(path: str) -> list[Schema]:
+    about = {"in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    names = re.findall(r"\{(\w+)", path)
+    return [{"name": name, **about, "description": _PATH_PARAMETERS[name]} for name in names]
+
+
+def _query_parameter(parameter: QueryParameter) -> Schema:
     schema: Schema = {"type": "string", "minLength": 1} if parameter.required else {"type": "string"}
     about = {"name": parameter.name, "in": "query", "description": parameter.about}
     return {**about, "required": parameter.required, "schema": schema}
 
 
 def _responses(contract: Contract, more: tuple[type[RouterError], ...]) -> Schema:
-    """By status, and whatever may come of any path."""
+    """The answers by status, and the one that any path may give."""
     answers = {answer.status: _answer(answer) for answer in contract.answers}
     responses: Schema = dict(sorted({**answers, **dict(_errors((*contract.errors, *more)))}.items()))
     return responses | {"default": {"$ref": "#/components/responses/AnyError"}}
 
 
-def _answer(answer: Answer) -> Schema:
+def _answer(answer: DeclaredAnswer) -> Schema:
     schema: Schema = {} if answer.shape is None else _ref(answer.shape)
     response: Schema = {"description": answer.about}
     if answer.location:
@@ -170,34 +165,42 @@ def _error(about: str) -> Schema:
 
 
 def _any_error() -> Schema:
-    return _error("The request did not get as far as the path, or the router failed; the code says why.")
+    return _error("The request was refused before its path was read, or the router failed; the code says why.")
 
 
 # -- relayed paths -----------------------------------------------------------------------------------------------------
 
 
-def _relayed(path: str, endpoint: Endpoint) -> Schema:
-    if endpoint.json:
-        names = dict.fromkeys((*endpoint.text, *NAMESPACE))
-        fields: Schema = {name: {} for name in names} | {"stream": {}}
-        about = "The engine says what may stand in it."
-        body: Schema = {"application/json": {"schema": {"type": "object", "description": about, "properties": fields}}}
-    else:
-        body = {"multipart/form-data": {"schema": {"type": "object"}}}
-    done = {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}
-    responses: Schema = {"200": {"description": "The worker's answer, byte for byte.", "content": done}}
+def _relayed(row: RelayedRow) -> Schema:
+    operation: Schema = {
+        "operationId": _name(row.method, row.path),
+        "tags": ["Inference"],
+        "summary": "Relayed to the worker that the policy chooses.",
+    }
+    if parameters := _path_parameters(row.path):
+        operation["parameters"] = parameters
+    if row.method == "POST":
+        operation["requestBody"] = {"required": True, "content": _relayed_body(row)}
+    return {**operation, "security": _KEYS[AccessKind.INFERENCE], "responses": _relayed_responses()}
+
+
+def _relayed_body(row: RelayedRow) -> Schema:
+    if not row.json:
+        return {"multipart/form-data": {"schema": {"type": "object"}}}
+    fields: Schema = {name: {} for name in dict.fromkeys((*row.text, *NAMESPACE))} | {"stream": {}}
+    about = "The engine decides what it may contain."
+    return {"application/json": {"schema": {"type": "object", "description": about, "properties": fields}}}
+
+
+def _relayed_responses() -> Schema:
+    """The worker's answer or an error of the router may have the same status."""
+    content = {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}
+    responses: Schema = {"200": {"description": "The worker's answer, byte for byte.", "content": content}}
     for status, error in _errors(RELAYED):
         about = f"The worker's answer, or, with x-smg-error-code:\n{error['description']}"
         responses[status] = {"description": about, "content": {"application/json": {}}}
     responses["default"] = {"description": "The worker's answer, or an error of the router, with x-smg-error-code."}
-    return {
-        "operationId": _name("POST", path),
-        "tags": ["Inference"],
-        "summary": "Relayed to the worker that the policy chooses.",
-        "requestBody": {"required": True, "content": body},
-        "security": _KEYS[Kind.INFERENCE],
-        "responses": responses,
-    }
+    return responses
 
 
 # -- components --------------------------------------------------------------------------------------------------------
@@ -212,7 +215,7 @@ def structs() -> list[type[msgspec.Struct]]:
     named: dict[type[msgspec.Struct], None] = {shapes.Error: None}
     for contract in CONTRACTS.values():
         named.update(dict.fromkeys(answer.shape for answer in contract.answers if answer.shape is not None))
-        if contract.body not in (None, Anything):
+        if contract.body not in (None, AnyBody):
             named[contract.body] = None
     return list(named)
 
@@ -228,7 +231,7 @@ def _schemas() -> Schema:
 
 
 def _for_clients(value: Any) -> Any:
-    """A schema of msgspec's: strictness is for tests, and JSON Schema's regular expressions know no \\Z."""
+    """A schema of msgspec without strictness, which is for tests, and without \\Z, which JSON Schema does not know."""
     if isinstance(value, list):
         return [_for_clients(part) for part in value]
     if not isinstance(value, dict):

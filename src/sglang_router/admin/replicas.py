@@ -1,8 +1,8 @@
-"""Workers whose engines this process runs (`launch_server`): restarts; and how many workers there should be.
+"""Restarts of the engines that this process runs (`launch_server`), and the scaling of their number.
 
-POST /workers/{id}/restart    drains one worker, starts its engine anew; 202, GET /workers/{id} shows how it goes
-POST /restart_workers         all of them, one after the other, the next when the one before is healthy again
-GET  /restart_workers         how far that is
+POST /workers/{id}/restart    drains one worker, then restarts its engine; 202, GET /workers/{id} shows the progress
+POST /restart_workers         restarts all, one after the other, each once the one before is healthy again
+GET  /restart_workers         the progress of that
 GET  /scale                   the desired number of workers, and the last decisions with their reasons
 """
 
@@ -11,37 +11,44 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sglang_router.admin.context import JSON, Context, Replicas
+from sglang_router.admin.context import JSON, Context, ReplicaControl
 from sglang_router.admin.workers import named
 from sglang_router.errors import Conflict
 
 
 async def restart(context: Context, request: Request) -> Response:
+    """Restart the engine of a worker after its requests in flight."""
     worker = named(context, request)
-    _replicas(context).restart_worker(worker)
-    message = f"The worker drains {worker.load} requests and is then restarted"
+    _runner(context).restart_worker(worker)
+    message = f"The worker drains {worker.load} requests in flight, then its engine is restarted"
     return JSON({"status": "accepted", "worker_id": worker.id, "message": message}, 202)
 
 
 async def restart_all(context: Context, request: Request) -> Response:
-    runner = _replicas(context)
+    """Restart all engines, one after the other."""
+    runner = _runner(context)
     runner.restart_all()
     return JSON({"status": "accepted", **runner.rolling}, 202, {"location": "/restart_workers"})
 
 
 async def rolling(context: Context, request: Request) -> Response:
-    return JSON(_replicas(context).rolling)
+    """Return the progress of the rolling restart."""
+    return JSON(_runner(context).rolling)
 
 
 async def scale(context: Context, request: Request) -> Response:
-    if context.scaling is None:
-        raise Conflict("Nothing is scaled here: start the router with --autoscale MIN:MAX.")
-    return JSON(context.scaling.explain())
+    """Return the state of autoscaling.
+
+    Raises: Conflict, when it is off.
+    """
+    if context.autoscaler is None:
+        raise Conflict("Autoscaling is off: start the router with --autoscale MIN:MAX.")
+    return JSON(context.autoscaler.explain())
 
 
-def _replicas(context: Context) -> Replicas:
+def _runner(context: Context) -> ReplicaControl:
     if context.replicas is None:
         raise Conflict(
-            "The engines are not run by this router: restart them where they run (launch_server runs its own)."
+            "This router does not run the engines: restart them where they run (launch_server runs its own)."
         )
     return context.replicas

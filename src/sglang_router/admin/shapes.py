@@ -1,9 +1,9 @@
-"""The shapes of what the control plane answers, for its OpenAPI document.
+"""The shapes of the control plane's answers, for its OpenAPI document.
 
     handler --> Response                       built from the fleet's own objects, field by field
     shape   --> schema in /openapi.json        tests decode every answer into its shape
 
-A field that may be missing has the default UNSET, one that may be null says so. What an engine says is its own: free.
+A field that may be missing has the default UNSET; one that may be null says so. What an engine answers has no shape.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from sglang_router.admin.broadcast import Result
-from sglang_router.core.report import EngineReport
-from sglang_router.core.scaling import ScalingRules
-from sglang_router.core.worker import Breaker, Health
+from sglang_router.autoscale.scaler import ScalingRules
+from sglang_router.routing.engine_report import EngineReport
+from sglang_router.routing.states import Breaker, Health
 
 
 class Shape(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Decoding is strict, so that a field nobody declared is found; clients must expect new ones."""
+    """Decoding is strict so that tests find undeclared fields; clients must accept new ones."""
 
 
 # -- errors and health -------------------------------------------------------------------------------------------------
 
 
 class ErrorDetail(Shape):
+    """An error."""
+
     message: str
     type: str
     code: str
@@ -34,12 +35,14 @@ class ErrorDetail(Shape):
 
 
 class Error(Shape):
-    """Every error that the router makes, whatever the path. `code` is for programs, and in x-smg-error-code too."""
+    """Every error of the router, on any path. `code` is for programs; it is in x-smg-error-code, too."""
 
     error: ErrorDetail
 
 
 class Readiness(Shape):
+    """Whether a healthy worker can take requests."""
+
     status: Literal["ready", "not ready"]
     healthy_workers: int
     total_workers: int
@@ -66,33 +69,46 @@ class WorkerLoad(Shape):
 
 
 class Loads(Shape):
+    """The load of each worker."""
+
     workers: list[WorkerLoad]
 
 
 # -- broadcast ---------------------------------------------------------------------------------------------------------
 
-Spread = Literal["success", "partial_success", "failed"]
-"""Whether all workers did it, some, or none."""
+BroadcastStatus = Literal["success", "partial_success", "failed"]
+"""All workers succeeded, some, or none."""
+
+
+class BroadcastResult(Shape):
+    """What one worker answered. If it did not answer, `status` is null and `error` says why."""
+
+    worker: str
+    status: int | None
+    body: Any
+    error: str | None
 
 
 class Told(Shape):
-    """What became of something that was sent to all workers."""
+    """The results of a request that went to all workers."""
 
-    status: Spread
+    status: BroadcastStatus
     succeeded: int
     total_workers: int
-    results: list[Result]
+    results: list[BroadcastResult]
 
 
 class FlushFailure(Shape):
+    """A worker whose cache was not flushed, and why."""
+
     worker: str
     error: str
 
 
 class Flushed(Shape):
-    """What became of the caches: `workers_flushed` when all are empty, else the two lists."""
+    """The result of a flush: `workers_flushed` if all workers succeeded, else the two lists."""
 
-    status: Spread
+    status: BroadcastStatus
     message: str
     total_workers: int
     total_http_workers: int
@@ -105,11 +121,13 @@ class Flushed(Shape):
 
 
 class URLs(Shape):
+    """The URLs of all workers."""
+
     urls: list[str]
 
 
-class Job(Shape):
-    """How far the registration of a worker is, for clients of the reference."""
+class AddWorkerJob(Shape):
+    """The progress of a worker's registration, for clients of the reference."""
 
     job_type: Literal["AddWorker"]
     worker_url: str
@@ -118,7 +136,7 @@ class Job(Shape):
     timestamp: int
 
 
-class Replica(Shape):
+class ReplicaInfo(Shape):
     """The engine process behind a worker that launch_server runs. Times in seconds."""
 
     rank: int
@@ -132,7 +150,7 @@ class Replica(Shape):
 
 
 class WorkerState(Shape):
-    """One worker: what was said of it, how it is, what it does."""
+    """One worker: its description, its state, its load."""
 
     id: str
     url: str
@@ -157,11 +175,13 @@ class WorkerState(Shape):
     base_url: str | UnsetType = UNSET
     dp_rank: int | UnsetType = UNSET
     runtime_type: str | UnsetType = UNSET
-    replica: Replica | UnsetType = UNSET
-    job_status: Job | UnsetType = UNSET
+    replica: ReplicaInfo | UnsetType = UNSET
+    job_status: AddWorkerJob | UnsetType = UNSET
 
 
 class Counts(Shape):
+    """The number of workers by role, and of the healthy ones."""
+
     prefill_count: int
     decode_count: int
     regular_count: int
@@ -169,13 +189,15 @@ class Counts(Shape):
 
 
 class WorkerList(Shape):
+    """All workers with their state."""
+
     workers: list[WorkerState]
     total: int
     stats: Counts
 
 
 class Accepted(Shape):
-    """The change is made or under way."""
+    """The change is made or in progress."""
 
     status: Literal["accepted"]
     worker_id: str
@@ -183,6 +205,8 @@ class Accepted(Shape):
 
 
 class Registered(Accepted):
+    """A worker was registered; its health is checked from now on."""
+
     url: str
     location: str
 
@@ -190,8 +214,8 @@ class Registered(Accepted):
 # -- scaling -----------------------------------------------------------------------------------------------------------
 
 
-class Rolling(Shape):
-    """How far a rolling restart is; `current` is a rank."""
+class RestartProgress(Shape):
+    """The progress of a rolling restart; `current` is a rank."""
 
     state: str
     done: int
@@ -200,12 +224,14 @@ class Rolling(Shape):
     reason: str
 
 
-class RollingAccepted(Rolling):
+class RollingAccepted(RestartProgress):
+    """A rolling restart has begun."""
+
     status: Literal["accepted"]
 
 
 class ScaleDecision(Shape):
-    """How many workers there should be (`desired`) and were (`current`); `at` is in UTC."""
+    """The desired number of workers, and the number at that time (`current`); `at` is in UTC."""
 
     at: str
     desired: int
@@ -215,14 +241,14 @@ class ScaleDecision(Shape):
 
 
 class NextScale(Shape):
-    """Seconds until the number may change; null when nothing asks for it."""
+    """Seconds until the number may change; null while nothing demands it."""
 
     up_in_seconds: float | None
     down_in_seconds: float | None
 
 
 class Scale(Shape):
-    """The last decision, the rules, who acts on it, and the last changes, newest first."""
+    """The last decision, the rules, the actuators, and the last changes, newest first."""
 
     desired: int
     current: int | None

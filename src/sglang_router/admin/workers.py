@@ -1,4 +1,4 @@
-"""Workers come and go while the router serves: three commands of the first routers, the later REST family.
+"""Add, change and remove workers: the three commands of the first routers, and the later REST API.
 
     POST   /add_worker?url=U[&api_key=K]    registers U, answers when it is healthy
     POST   /remove_worker?url=U
@@ -7,20 +7,20 @@
     GET    PUT   DELETE  /workers/{id}      id: the worker's id, or its URL (percent-encoded)
     POST   /workers/{id}/drain   /resume    no new requests, but it stays and keeps its cached prefixes
 
-With `dp_aware` an engine of several data-parallel ranks is as many workers, U@0, U@1 ...: see `core.ranks`. Each has
-an id of its own; the commands take the engine's URL and mean all of them.
+With `dp_aware` each data-parallel rank of an engine is a worker, U@0, U@1 ...: see `workers.ranks`. Each has an id of
+its own; the commands take the engine's URL and mean all of them.
 
-A removed worker gets no request from that moment on. Those under way there end as if nothing had happened:
-they hold the worker by their leases, and nothing else does.
+The fleet tells its listeners of workers that are added or removed, and they start and stop the health checks. A removed
+worker gets no new request; its requests in flight finish: only their leases hold the worker.
 
-Keys go in and never come out.
+API keys are taken but never shown.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -28,7 +28,6 @@ from starlette.responses import PlainTextResponse, Response
 
 from sglang_router.admin.context import JSON, Context
 from sglang_router.config import parse_worker_url
-from sglang_router.core.worker import Health, HealthRules, Worker, WorkerSpec
 from sglang_router.errors import (
     ConfigError,
     Conflict,
@@ -38,19 +37,25 @@ from sglang_router.errors import (
     Unprocessable,
     WorkerNotFound,
 )
+from sglang_router.routing.rules import HealthRules
+from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.states import Health
+from sglang_router.routing.worker import Worker
+
+T = TypeVar("T")
 
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 _Priority = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 _URL = Annotated[str, msgspec.Meta(max_length=2048)]
 _Key = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]*\Z")]
-"""What may stand in a header; an empty one means no key."""
-_LONGEST = 1 << 18
-"""Bytes of a description."""
+"""Visible ASCII, so that it can be sent in a header; empty: no key."""
+_MAX_BYTES = 1 << 18
+"""The longest description of a worker."""
 
 
 class Change(msgspec.Struct, kw_only=True):
-    """What can be said of a worker at any time; None leaves it as it is. Times in seconds."""
+    """What can be changed on a worker at any time; None leaves it as it is. Times in seconds."""
 
     api_key: _Key | None = None
     model_id: str | None = None
@@ -65,7 +70,7 @@ class Change(msgspec.Struct, kw_only=True):
 
 
 class Registration(Change, kw_only=True):
-    """The body of POST /workers. Fields of the reference that mean nothing to an HTTP router are let pass."""
+    """The body of POST /workers. Fields of the reference that mean nothing to an HTTP router are ignored."""
 
     url: _URL
     worker_type: str = "regular"
@@ -78,49 +83,54 @@ class Registration(Change, kw_only=True):
 
 
 async def add(context: Context, request: Request) -> Response:
-    """Answers when the worker is healthy; if that takes too long or the client leaves, it is out again."""
+    """Add a worker, and answer when it is healthy. If it is not in time, or the client leaves, remove it again."""
     url = _url_parameter(request)
-    key = _key_parameter(request) or context.worker_api_key
+    rules = context.add_rules
+    key = _key_parameter(request) or rules.api_key
     if context.fleet.entries(url):
         raise InvalidRequest(f"Worker {url} already exists", param="url")  # 400 since the first version
-    spec = WorkerSpec(url=url, api_key=key, dp_aware=context.dp_aware, health=context.health)
+    spec = WorkerSpec(url=url, api_key=key, dp_aware=rules.dp_aware, health=rules.health)
     worker = context.fleet.add(spec, context.clock())
-    context.prober.start(worker)
     healthy = False
     try:
-        healthy = await _settled(context, worker)
-    finally:  # also when the client leaves, which cancels this
+        healthy = await _healthy(context, worker, rules.startup_timeout)
+    finally:  # also when the client leaves: that cancels this coroutine
         left = _successors(context, worker)
         if not healthy:
-            _take_out(context, left)
-    if not left:  # by someone else
+            _remove(context, left)
+    if not left:  # removed by another request
         raise InvalidRequest(f"Worker {url} was removed before it became healthy", param="url")
-    if not healthy and context.prober.released:
-        raise ShuttingDown
     if not healthy:
-        reason = f" ({worker.last_error})" if worker.last_error else ""
-        limit = f"Timeout {context.startup_timeout:g}s"
-        raise InvalidRequest(f"{limit} waiting for worker {url} to become healthy{reason}", param="url")
+        _refuse(context, worker)
     return PlainTextResponse(f"Successfully added worker: {url}")
 
 
-async def _settled(context: Context, worker: Worker) -> bool:
-    """Waits until a worker is healthy, or the ranks that took its place are."""
-    until = context.clock() + context.startup_timeout
-    await context.prober.healthy(worker, context.startup_timeout)
+async def _healthy(context: Context, worker: Worker, timeout: float) -> bool:
+    """Wait until a worker, or each of the ranks that replaced it, is healthy; False after `timeout` seconds."""
+    until = context.clock() + timeout
+    await context.checks.until_healthy(worker, timeout)
     for entry in _successors(context, worker):
-        await context.prober.healthy(entry, max(0.0, until - context.clock()))
+        await context.checks.until_healthy(entry, max(0.0, until - context.clock()))
     entries = _successors(context, worker)
     return bool(entries) and all(entry.health is Health.HEALTHY for entry in entries)
 
 
 def _successors(context: Context, worker: Worker) -> list[Worker]:
-    """A worker, or the ranks that took its place; not what somebody else registered there since."""
+    """A worker, or the ranks that replaced it; not a worker that somebody else registered at this URL since."""
     return [entry for entry in context.fleet.entries(worker.spec.url) if entry is worker or entry.dp_rank is not None]
 
 
+def _refuse(context: Context, worker: Worker) -> NoReturn:
+    """Say why a worker was not added: it did not become healthy in time, or the router shuts down."""
+    if context.checks.released:
+        raise ShuttingDown
+    reason = f" ({worker.last_error})" if worker.last_error else ""
+    limit = f"Timeout {context.add_rules.startup_timeout:g}s"
+    raise InvalidRequest(f"{limit} waiting for worker {worker.spec.url} to become healthy{reason}", param="url")
+
+
 async def remove(context: Context, request: Request) -> Response:
-    """Removes a worker; of an engine whose ranks are workers, all of them, or the one that is named."""
+    """Remove a worker. If the ranks of an engine are workers: all of them, or the one that the URL names."""
     url = request.query_params.get("url", "")
     rank = context.fleet.by_url(url)
     if rank is not None and rank.dp_rank is not None:
@@ -130,16 +140,17 @@ async def remove(context: Context, request: Request) -> Response:
         entries = context.fleet.entries(url)
     if not entries:
         raise WorkerNotFound(f"Worker {url} is not registered", param="url")
-    _take_out(context, entries)
+    _remove(context, entries)
     return PlainTextResponse(f"Successfully removed worker: {url}")
 
 
-def _take_out(context: Context, workers: list[Worker]) -> None:
+def _remove(context: Context, workers: list[Worker]) -> None:
     for worker in workers:
-        context.take_out(worker)
+        context.fleet.remove(worker)
 
 
 async def urls(context: Context, request: Request) -> Response:
+    """Return the URLs of all workers."""
     return JSON({"urls": [worker.url for worker in context.fleet]})
 
 
@@ -154,7 +165,7 @@ def _key_parameter(request: Request) -> str:
     try:
         return msgspec.convert(request.query_params.get("api_key", ""), _Key)
     except msgspec.ValidationError:
-        message = "The API key holds characters that cannot stand in a header"
+        message = "The API key has characters that cannot be sent in a header"
         raise InvalidRequest(message, param="api_key") from None
 
 
@@ -165,23 +176,21 @@ def _checked_url(url: str) -> str:
         raise InvalidRequest(str(exc), param="url") from None
 
 
-# -- the REST family -------------------------------------------------------------------------------------
+# -- the REST API ----------------------------------------------------------------------------------------
 
 
 async def create(context: Context, request: Request) -> Response:
-    """Registers a worker and answers at once; the health checks let it take requests."""
+    """Register a worker and answer at once; it takes requests once a health check finds it healthy."""
     wanted = await _read(request, Registration)
     url = _checked_url(wanted.url)
     if wanted.worker_type != "regular" or wanted.bootstrap_port is not None:
         raise InvalidRequest("Only regular workers are supported.", param="worker_type")
     if context.fleet.entries(url):
         raise Conflict(f"Worker {url} already exists", param="url")
-    aware = context.dp_aware if wanted.dp_aware is None else wanted.dp_aware
-    blank = WorkerSpec(
-        url=url, api_key=context.worker_api_key, runtime=wanted.runtime, dp_aware=aware, health=context.health
-    )
-    worker = context.fleet.add(_changed(blank, wanted), context.clock())
-    context.prober.start(worker)
+    rules = context.add_rules
+    aware = rules.dp_aware if wanted.dp_aware is None else wanted.dp_aware
+    spec = WorkerSpec(url=url, api_key=rules.api_key, runtime=wanted.runtime, dp_aware=aware, health=rules.health)
+    worker = context.fleet.add(_changed(spec, wanted), context.clock())
     location = f"/workers/{worker.id}"
     accepted = {"status": "accepted", "worker_id": worker.id, "url": url, "location": location}
     message = "The worker is registered and takes requests once it is healthy"
@@ -189,6 +198,7 @@ async def create(context: Context, request: Request) -> Response:
 
 
 async def index(context: Context, request: Request) -> Response:
+    """Return all workers with their state."""
     workers = [describe(context, worker) for worker in context.fleet]
     healthy = sum(worker.health is Health.HEALTHY for worker in context.fleet)
     kinds = {"prefill_count": 0, "decode_count": 0, "regular_count": len(workers)}
@@ -196,11 +206,12 @@ async def index(context: Context, request: Request) -> Response:
 
 
 async def show(context: Context, request: Request) -> Response:
+    """Return one worker."""
     return JSON(describe(context, named(context, request)))
 
 
 async def change(context: Context, request: Request) -> Response:
-    """Changes what an operator says of a worker; its load, health and cached prefixes stay."""
+    """Change what an operator says of a worker; its load, health and cached prefixes stay."""
     wanted = await _read(request, Change)
     worker = named(context, request)
     _apply(context, worker, _changed(worker.spec, wanted))
@@ -208,19 +219,22 @@ async def change(context: Context, request: Request) -> Response:
 
 
 async def delete(context: Context, request: Request) -> Response:
+    """Remove a worker; its requests in flight finish."""
     worker = named(context, request)
-    context.take_out(worker)
-    message = f"The worker is removed; {worker.load} requests under way there go on to their end"
+    context.fleet.remove(worker)
+    message = f"The worker is removed; its {worker.load} requests in flight finish"
     return JSON({"status": "accepted", "worker_id": worker.id, "message": message}, 202)
 
 
 async def drain(context: Context, request: Request) -> Response:
+    """Stop new requests to a worker."""
     worker = named(context, request)
     context.fleet.set_draining(worker, True)
     return JSON(describe(context, worker))
 
 
 async def resume(context: Context, request: Request) -> Response:
+    """End the drain of a worker."""
     worker = named(context, request)
     context.fleet.set_draining(worker, False)
     return JSON(describe(context, worker))
@@ -235,18 +249,18 @@ def named(context: Context, request: Request) -> Worker:
     return worker
 
 
-async def _read(request: Request, shape: type[Any]) -> Any:
-    """The body as one of the structs above.
+async def _read(request: Request, shape: type[T]) -> T:
+    """The body, as a Change or a Registration.
 
     Raises: InvalidJSON (400), Unprocessable (422).
     """
     body = await request.body()
-    if len(body) > _LONGEST:  # to read it would hold up every stream
-        raise Unprocessable(f"The description of the worker is longer than {_LONGEST} bytes.")
+    if len(body) > _MAX_BYTES:  # decoding it would block the event loop, and with it every stream
+        raise Unprocessable(f"The description of the worker is longer than {_MAX_BYTES} bytes.")
     try:
         wanted = msgspec.json.decode(body, type=shape)
-        # Once more, for what msgspec does not look at: bytes of fields it skips, and fields that come twice.
-        json.loads(body.decode(), object_pairs_hook=_once)
+        # Again, for what msgspec does not check: the bytes of fields that it skips, and duplicate fields.
+        json.loads(body.decode(), object_pairs_hook=_unique)
     except msgspec.ValidationError as exc:
         raise Unprocessable(f"The description of the worker is not valid: {exc}.") from None
     except (msgspec.DecodeError, ValueError, RecursionError) as exc:
@@ -254,8 +268,8 @@ async def _read(request: Request, shape: type[Any]) -> Any:
     return wanted
 
 
-def _once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, unless it is two things at once."""
+def _unique(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these fields. Raises: ValueError, if one comes twice."""
     found: dict[str, Any] = {}
     for name, value in fields:
         if name in found:
@@ -264,21 +278,24 @@ def _once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# -- what is said of a worker ----------------------------------------------------------------------------
+# -- changing and describing a worker --------------------------------------------------------------------
+
+_HEALTH_FIELDS = {
+    "timeout": "health_check_timeout_secs",
+    "interval": "health_check_interval_secs",
+    "success_threshold": "health_success_threshold",
+    "failure_threshold": "health_failure_threshold",
+}
+"""Fields of HealthRules, and their names in a Change."""
 
 
 def _changed(spec: WorkerSpec, wanted: Change) -> WorkerSpec:
-    said = {name: value for name, value in msgspec.structs.asdict(wanted).items() if value is not None}
-    plain: dict[str, Any] = {name: said[name] for name in ("model_id", "priority", "cost", "labels") if name in said}
-    if "api_key" in said:
-        plain["api_key"] = said["api_key"] or None
-    names = {
-        "timeout": "health_check_timeout_secs",
-        "interval": "health_check_interval_secs",
-        "success_threshold": "health_success_threshold",
-        "failure_threshold": "health_failure_threshold",
-    }
-    rules: dict[str, Any] = {name: said[field] for name, field in names.items() if field in said}
+    """A spec with the changes that are wanted."""
+    given = {name: value for name, value in msgspec.structs.asdict(wanted).items() if value is not None}
+    plain: dict[str, Any] = {name: given[name] for name in ("model_id", "priority", "cost", "labels") if name in given}
+    if "api_key" in given:
+        plain["api_key"] = given["api_key"] or None
+    rules: dict[str, Any] = {name: given[field] for name, field in _HEALTH_FIELDS.items() if field in given}
     if wanted.disable_health_check is not None:
         rules["enabled"] = not wanted.disable_health_check
     health: HealthRules = msgspec.structs.replace(spec.health, **rules)
@@ -286,22 +303,22 @@ def _changed(spec: WorkerSpec, wanted: Change) -> WorkerSpec:
 
 
 def _apply(context: Context, worker: Worker, spec: WorkerSpec) -> None:
-    context.fleet.amend(worker, spec)
+    """Give a worker its new spec, and start or stop its health checks. Without checks it counts as healthy."""
+    context.membership.amend(worker, spec)
     if spec.health.enabled:
-        context.prober.start(worker)
-        context.prober.prod(worker)  # the new interval counts from now on
+        context.checks.start(worker)
+        context.checks.check_now(worker)  # the new interval starts now
         return
-    context.prober.stop(worker)
+    context.checks.stop(worker)
     for _ in range(spec.health.success_threshold):
         if worker.health is Health.HEALTHY:
             break
-        context.fleet.probed(worker, None, context.clock())  # without checks a worker counts as well
+        context.fleet.probed(worker, None, context.clock())
 
 
 def describe(context: Context, worker: Worker) -> dict[str, Any]:
     """A worker as GET /workers shows it: the reference's fields, then our own."""
-    spec, rules = worker.spec, worker.spec.health
-    tree = getattr(context.router.policy, "tree", None)  # some policies remember prefixes
+    spec = worker.spec
     info: dict[str, Any] = {
         "id": worker.id,
         "url": worker.url,
@@ -313,21 +330,27 @@ def describe(context: Context, worker: Worker) -> dict[str, Any]:
         "load": worker.load,
         "connection_mode": "HTTP",
         "metadata": spec.labels,
-        "disable_health_check": not rules.enabled,
+        "disable_health_check": not spec.health.enabled,
         "health": worker.health.value,
         "circuit_breaker": worker.breaker.value,
         "draining": worker.draining,
-        "held_off": worker.held_off or None,
+        "held_off": worker.ejected or None,
         "processed": worker.processed,
-        "tree_size": tree.size(worker.slot) if tree is not None and worker.slot >= 0 else 0,
+        "tree_size": context.fleet.pools.remembered(worker),
         "last_error": worker.last_error or None,
         "registered_secs": round(context.clock() - worker.since, 3),
         "engine": worker.report.known(),
     }
+    return info | _optional(context, worker)
+
+
+def _optional(context: Context, worker: Worker) -> dict[str, Any]:
+    """The fields that only some workers have."""
+    info: dict[str, Any] = {}
     if worker.dp_rank is not None:
-        info |= {"base_url": spec.url, "dp_rank": worker.dp_rank}
-    if spec.runtime is not None:
-        info["runtime_type"] = spec.runtime
+        info |= {"base_url": worker.spec.url, "dp_rank": worker.dp_rank}
+    if worker.spec.runtime is not None:
+        info["runtime_type"] = worker.spec.runtime
     if context.replicas is not None and (replica := context.replicas.describe(worker)) is not None:
         info["replica"] = replica
     if worker.health is Health.STARTING:
@@ -336,7 +359,7 @@ def describe(context: Context, worker: Worker) -> dict[str, Any]:
 
 
 def _job(worker: Worker) -> dict[str, Any]:
-    """The reference adds workers in a queue of jobs, which its clients poll; here the checks are the job."""
+    """The reference adds workers in a queue of jobs that clients poll; here the health checks are the job."""
     return {
         "job_type": "AddWorker",
         "worker_url": worker.url,

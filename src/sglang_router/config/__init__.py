@@ -1,8 +1,9 @@
-"""What the router can be told: every option declared once, everything else derived from that line.
+"""The router's options: each is declared once, and everything else is derived from the declaration.
 
-options.py, reserved.py   the declarations: what works, and what the reference has and this router has not
-option.py                 what a declaration says
+options.py, reserved.py   the declarations: options that have an effect, and options that only the reference router has
+option.py                 what a declaration holds
 kinds.py, checks.py, urls.py   from text to typed values; ranges, addresses, worker URLs
+keys.py                   API keys: their grammar and their files
 table.py                  all options by name
 sources.py, flags.py      environment, files, command line
 args.py                   RouterArgs, the typed result

@@ -1,4 +1,4 @@
-"""`python -m sglang_router.config --markdown` prints the page of all options, `docs/options.md`."""
+"""`python -m sglang_router.config --markdown` prints `docs/options.md`, the page of all options."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""`RouterArgs`: all options of one router, typed. Made from flags, from a namespace, or by hand.
+"""`RouterArgs`: all options of one router, typed. It is made from flags, from a namespace, or by hand.
 
     parse(argv, environ) ----------+
-    RouterArgs.from_cli_args(ns) --+--> RouterArgs --checked()--> a copy fit to start with, or ConfigError
+    RouterArgs.from_cli_args(ns) --+--> RouterArgs --checked()--> a copy ready to start with, or ConfigError
     RouterArgs(port=8000) ---------+
 
-An instance may be changed and used as often as one likes: starting a router leaves it as it was.
+Starting a router does not change the instance, so it can be changed and used again.
 """
 
 from __future__ import annotations
@@ -29,13 +29,18 @@ _ABSENT = object()
 
 @dataclass(repr=False)
 class RouterArgs(ReservedOptions):
-    """The options, explained in `docs/options.md`. `given` names those that a flag, variable or file set."""
+    """The options, explained in `docs/options.md`.
+
+    given      names of the options that a flag, variable or file set
+    from_file  names of those among them whose value a file set
+    """
 
     given: frozenset[str] = field(default=frozenset(), compare=False)
+    from_file: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def scale_range(self) -> tuple[int, int] | None:
-        """Fewest and most workers, or None without --autoscale."""
+        """Fewest and most workers; None without --autoscale."""
         if self.autoscale is None:
             return None
         low, _, high = self.autoscale.partition(":")
@@ -43,21 +48,21 @@ class RouterArgs(ReservedOptions):
 
     @property
     def scales_to_zero(self) -> bool:
-        """Whether there may be no worker, and a request starts the first one."""
+        """Whether autoscaling may stop the last worker, so that a request has to start one."""
         return self.scale_range is not None and self.scale_range[0] == 0
 
     @property
     def access_log(self) -> bool:
-        """Whether each request gets a log line."""
+        """Whether the router writes a log line for each request."""
         return not self.disable_access_log
 
     @staticmethod
     def add_cli_args(
         parser: argparse.ArgumentParser, use_router_prefix: bool = False, exclude_host_port: bool = False
     ) -> None:
-        """Adds the flags to a parser of one's own: `--policy`, or `--router-policy` with the prefix.
+        """Add the flags to any parser: `--policy`, or `--router-policy` with `use_router_prefix`.
 
-        `--worker-urls`, `--host` and `--port` never take it; `exclude_host_port` leaves the latter two out.
+        `--worker-urls`, `--host` and `--port` never get the prefix. `exclude_host_port` omits the latter two.
         """
         add_flags(parser, use_router_prefix=use_router_prefix, exclude_host_port=exclude_host_port)
 
@@ -65,11 +70,12 @@ class RouterArgs(ReservedOptions):
     def from_cli_args(
         cls, args: object, use_router_prefix: bool = False, environ: Mapping[str, str] = os.environ
     ) -> RouterArgs:
-        """From a namespace, or any object with attributes: `router_<name>` (with the prefix), else `<name>`.
+        """Make it from a namespace, or from any object with attributes `<name>`, or first `router_<name>` with
+        `use_router_prefix`.
 
-        Missing attributes take their defaults. What `add_cli_args` put there counts as flags, so the
-        environment and `--config` fill in what was not on the command line; any other object is taken at its
-        word.
+        Missing attributes get their defaults. Attributes set by `add_cli_args` count as flags: the environment and
+        `--config` fill in those that were not on the command line. Of any other object, all attributes are used as
+        they are.
 
         Raises: ConfigError.
         """
@@ -82,13 +88,14 @@ class RouterArgs(ReservedOptions):
             for name, value in found.items()
             if name in flags_given or value != (OPTIONS[name].default if name in OPTIONS else None)
         }
-        values, given = merge(flags, environ)
-        return cls(**values, given=given)
+        merged = merge(flags, environ)
+        return cls(**merged.values, given=merged.given, from_file=merged.from_file)
 
     def checked(self) -> RouterArgs:
-        """A copy with every value checked, aliases resolved and dependent values worked out.
+        """Return a copy with every value checked, aliases resolved and dependent values computed.
 
-        Raises: ConfigError if a value is bad, two disagree, or a feature is asked for that is not there.
+        Raises: ConfigError if a value is invalid, two values conflict, or an option needs a feature that this version
+        does not have.
         """
         final = copy.copy(self)
         final._read_file()
@@ -96,13 +103,13 @@ class RouterArgs(ReservedOptions):
             setattr(final, name, accept(name, getattr(final, name), option.flag))
         final._resolve_aliases()
         final.given = self.given | {name for name in OPTIONS if final._differs(name)}
-        final._refuse_what_is_missing()
-        final._work_out()
+        final._reject_unavailable()
+        final._derive()
         final._mirror_aliases()
         return final
 
     def without_effect(self) -> list[str]:
-        """The flags of options that are set and do nothing in this router."""
+        """Return the flags of the options that are set but have no effect in this router."""
         return self._used("inert")
 
     def _used(self, status: str) -> list[str]:
@@ -112,11 +119,12 @@ class RouterArgs(ReservedOptions):
         return bool(getattr(self, name) != OPTIONS[name].default)
 
     def _read_file(self) -> None:
-        """Fills in what a file says, if one was named by hand: `parse` has read the others already."""
+        """Fill in the file's values if `config` was set by hand; `parse` has read the file of a flag already."""
         if self.config and "config" not in self.given:
             for name, value in read_file(Path(self.config)).items():
                 if name in OPTIONS and not self._differs(name):
                     setattr(self, name, value)
+                    self.from_file |= {name}
 
     def _resolve_aliases(self) -> None:
         for name, entry in ALIASES.items():
@@ -130,49 +138,52 @@ class RouterArgs(ReservedOptions):
                 setattr(self, entry.target, wanted)
             elif current != wanted and entry.means is None:
                 both = f"{OPTIONS[entry.target].flag} and {entry.flag}"
-                raise ConfigError(f"{both} are two names of one option and disagree; give one of them")
+                raise ConfigError(f"{both} are two names of one option, with different values; give only one of them")
 
     def _mirror_aliases(self) -> None:
-        """Lets a copy be checked again: its aliases agree with what was worked out."""
+        """Set aliases to the resolved values, so that a copy can be checked again."""
         for name, entry in ALIASES.items():
             if getattr(self, name) is not None and entry.means is None:
                 setattr(self, name, getattr(self, entry.target))
 
-    def _refuse_what_is_missing(self) -> None:
+    def _reject_unavailable(self) -> None:
         if used := self._used("later"):
             them = "it" if len(used) == 1 else "them"
             raise ConfigError(f"not available in this version: {', '.join(used)}; start without {them}")
 
-    def _work_out(self) -> None:
-        """Values that depend on others."""
+    def _derive(self) -> None:
+        """Compute the values that depend on others."""
         if self.disable_retries:
             self.max_worker_retries, self.max_total_retries = 1, 0
         elif self.retry_max_retries is not None:
             if "max_total_retries" in self.given and self.max_total_retries != self.retry_max_retries - 1:
-                raise ConfigError("--max-total-retries and --retry-max-retries disagree; give one of them")
+                raise ConfigError("--max-total-retries and --retry-max-retries conflict; give only one of them")
             self.max_total_retries = self.retry_max_retries - 1
         if self.retry_max_backoff_ms < self.retry_initial_backoff_ms:
             raise ConfigError("--retry-max-backoff-ms must not be less than --retry-initial-backoff-ms")
         if self.autoscale is not None and self.dp_aware:
-            raise ConfigError("--autoscale counts workers, and with --dp-aware one engine is several; give one of them")
+            raise ConfigError(
+                "--autoscale cannot be used with --dp-aware, which makes several workers of one engine; give only one"
+                " of them"
+            )
         if self.autoscale is None and (self.scale_webhook or self.scale_command):
-            raise ConfigError("--scale-webhook and --scale-command need --autoscale MIN:MAX to have something to tell")
-        self._refuse_half_of_a_pair()
+            raise ConfigError("--scale-webhook and --scale-command need --autoscale MIN:MAX; give it as well")
+        self._check_pairs()
         if self.cb_max_timeout_duration_secs < self.cb_timeout_duration_secs:
             self.cb_max_timeout_duration_secs = self.cb_timeout_duration_secs
         self.prometheus_host = self.prometheus_host or self.host
 
-    def _refuse_half_of_a_pair(self) -> None:
-        """Access and TLS: what only makes sense together, or not at all."""
+    def _check_pairs(self) -> None:
+        """Check the options of access and TLS that need each other, or exclude each other."""
         for cert, key in (("server_cert_path", "server_key_path"), ("client_cert_path", "client_key_path")):
             flags = [OPTIONS[name].flag for name in (cert, key)]
             if bool(getattr(self, cert)) != bool(getattr(self, key)):
                 raise ConfigError(f"{flags[0]} and {flags[1]} belong together; give both")
         if self.control_plane_open and (self.control_plane_api_keys or self.control_plane_api_keys_file):
-            raise ConfigError("--control-plane-open is for a control plane without keys; give one or the other")
+            raise ConfigError("--control-plane-open cannot be used with control-plane keys; give only one of them")
 
     def __repr__(self) -> str:
-        """What differs from the defaults, without secrets."""
+        """The values that differ from the defaults, without secrets."""
         changed = (
             f"{name}={'***' if option.secret else repr(getattr(self, name))}"
             for name, option in OPTIONS.items()
@@ -186,18 +197,18 @@ def parse(
     environ: Mapping[str, str] = os.environ,
     prog: str = "sglang-router launch",
 ) -> RouterArgs:
-    """The options from a command line, the environment and the file named by either.
+    """Read the options from a command line, the environment, and the file that one of them names.
 
     Raises: ConfigError; SystemExit(0) after --help.
     """
     namespace = new_parser(prog).parse_all(argv)
     flags_given: frozenset[str] = getattr(namespace, GIVEN)
-    values, given = merge({name: getattr(namespace, name) for name in flags_given}, environ)
-    return RouterArgs(**values, given=given)
+    merged = merge({name: getattr(namespace, name) for name in flags_given}, environ)
+    return RouterArgs(**merged.values, given=merged.given, from_file=merged.from_file)
 
 
 def _attributes(args: object, use_router_prefix: bool) -> dict[str, Any]:
-    """The options and aliases an object has; None for one that cannot be None is as good as missing."""
+    """Return the options and aliases that an object has as attributes; None counts as missing."""
     found: dict[str, Any] = {}
     for each in fields(RouterArgs):
         if each.name not in OPTIONS and each.name not in ALIASES:

@@ -1,8 +1,7 @@
-"""What a value must be beyond its type: ranges, addresses, names.
+"""Checks of option values beyond their type: ranges, addresses, names.
 
-A check takes the value as read and returns it, perhaps in its normal form, or raises ValueError. A `Range`
-raises without a message, because the option can put its bounds into the sentence; the others say what is
-wrong.
+A check takes the typed value and returns it, in its normal form where it has one, or raises ValueError. A `NumberRange`
+raises without a message, because the option puts the bounds into its own sentence; the other checks say what is wrong.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ _PORTS = {"http": "80", "https": "443"}
 
 
 @dataclass(frozen=True)
-class Range:
-    """low <= value <= high; with `open`, low < value. Its text completes "a number ..."."""
+class NumberRange:
+    """low <= value <= high; with `open`, low < value. Its `str` completes "a number ..."."""
 
     low: float
     high: float | None = None
@@ -41,20 +40,20 @@ class Range:
         return f"above {self.low:g}" if self.open else f"of at least {self.low:g}"
 
 
-def at_least(low: float) -> Range:
-    return Range(low)
+def at_least(low: float) -> NumberRange:
+    return NumberRange(low)
 
 
-def above(low: float) -> Range:
-    return Range(low, open=True)
+def above(low: float) -> NumberRange:
+    return NumberRange(low, open=True)
 
 
-def between(low: float, high: float) -> Range:
-    return Range(low, high)
+def between(low: float, high: float) -> NumberRange:
+    return NumberRange(low, high)
 
 
 def worker_urls(urls: list[str]) -> list[str]:
-    """The URLs in their normal form; each may be there once."""
+    """Return the URLs in their normal form; each must be given once only."""
     normal: list[str] = []
     for url in map(parse_worker_url, urls):
         if url in normal:
@@ -64,7 +63,7 @@ def worker_urls(urls: list[str]) -> list[str]:
 
 
 def scale_range(text: str) -> str:
-    """MIN:MAX in its plain form, whole numbers with 0 <= MIN <= MAX and 1 <= MAX."""
+    """Return MIN:MAX without spaces and leading zeros: whole numbers with 0 <= MIN <= MAX and 1 <= MAX."""
     low, separator, high = (part.strip() for part in text.partition(":"))
     if not (separator and low.isdecimal() and high.isdecimal() and len(low + high) < 12):
         raise ValueError(f"{text!r} is not MIN:MAX, as in 1:8")
@@ -74,21 +73,21 @@ def scale_range(text: str) -> str:
 
 
 def webhook(url: str) -> str:
-    """An http or https URL with a host; credentials in it would end in logs."""
+    """Check an http or https URL with a host. Credentials in it are refused: they would appear in logs."""
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none, or brackets without an address
+    except ValueError:  # an invalid port, or brackets without an address
         sound = False
     if not sound or not _VISIBLE.fullmatch(url):
         raise ValueError("the webhook must be a URL that begins with http:// or https://")
     if "@" in parts.netloc:
-        raise ValueError("the webhook's URL must not hold credentials; messages are signed, see --scale-webhook-secret")
+        raise ValueError("the webhook's URL must not hold credentials; sign messages with --scale-webhook-secret")
     return url
 
 
 def command(text: str) -> str:
-    """Words of a command, as a shell would split them."""
+    """Check that a command can be split into words as a shell would do it."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -99,7 +98,7 @@ def command(text: str) -> str:
 
 
 def address(host: str) -> str:
-    """A name or IP address to listen on; the brackets around an IPv6 address may stay away."""
+    """Return a host name or IP address to listen on; brackets around an IPv6 address are optional."""
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not _VISIBLE.fullmatch(bare) or any(character in bare for character in "/[]@"):
         raise ValueError(f"{host!r} is not a host name or an IP address")
@@ -107,7 +106,7 @@ def address(host: str) -> str:
 
 
 def origins(texts: list[str]) -> list[str]:
-    """Origins as browsers send them (RFC 6454): scheme, host, and a port that is not the scheme's own; or `*`."""
+    """Return origins as browsers send them (RFC 6454): scheme, host, and the port if it is not the default; or `*`."""
     return [text if text == "*" else _origin(text) for text in texts]
 
 
@@ -120,14 +119,14 @@ def _origin(text: str) -> str:
 
 
 def path(value: str) -> str:
-    """A path that can stand in a request line."""
+    """Check a path that can be part of a request line."""
     if not value.startswith("/") or not _VISIBLE.fullmatch(value):
-        raise ValueError(f"{value!r} is not a path: it must begin with / and hold no spaces")
+        raise ValueError(f"{value!r} is not a path: it must begin with / and contain no spaces")
     return value
 
 
 def header_names(names: list[str]) -> list[str]:
-    """Names of header fields, in lower case."""
+    """Return the names of headers in lower case."""
     for name in names:
         if not _HEADER_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not the name of a header")
@@ -135,14 +134,14 @@ def header_names(names: list[str]) -> list[str]:
 
 
 def bearer_key(key: str) -> str:
-    """A key that can stand in an Authorization header."""
+    """Check a key that can be sent in an Authorization header."""
     if not _VISIBLE.fullmatch(key):
         raise ValueError("the key must consist of visible ASCII characters without spaces")
     return key
 
 
 def buckets(bounds: list[float]) -> list[float]:
-    """Upper bounds of a histogram."""
+    """Check the upper bounds of a histogram."""
     if not bounds or bounds[0] <= 0 or any(a >= b for a, b in itertools.pairwise(bounds)):
         raise ValueError("the buckets must be positive and ascending")
     return bounds

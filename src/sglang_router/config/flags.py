@@ -1,9 +1,9 @@
-"""The command line: flags derived from the table, a help text made to be read, errors of one line.
+"""The command line: flags derived from the table, a readable help text, errors of one line.
 
-The flags can be put into any argparse parser (`add_flags`), as launchers of training frameworks do with the
-prefix `--router-`; and so can those of another table, as `launch_server` does with its own. Two things pass
-through the namespace: each option's attribute holds its value, as argparse's users expect, and `GIVEN` holds
-the names of those that stood on the command line, so that only these win over the environment.
+`add_flags` adds the flags to any argparse parser. Launchers of training frameworks do so with the prefix `--router-`;
+`launch_server` also adds the flags of its own table. The namespace then holds two things: an attribute with the value
+of each option, as users of argparse expect, and under the name `GIVEN` the names of the options that were on the
+command line, because only these override the environment.
 """
 
 from __future__ import annotations
@@ -13,42 +13,42 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sglang_router.config.option import ENVIRONMENT_PREFIX, Alias, Option, did_you_mean
-from sglang_router.config.table import ROUTER, Table
+from sglang_router.config.table import ROUTER, OptionTable
 from sglang_router.errors import ConfigError
 
 GIVEN = ROUTER.given
 PREFIX = "router"
 
-# the flags that belong to the whole command when the router is part of another: never prefixed
+# Flags that never get the prefix: in a launcher they belong to the whole command.
 _SHARED = frozenset({"worker_urls", "host", "port"})
 
 _UNIT_METAVARS = {"s": "SECONDS", "ms": "MS", "bytes": "BYTES"}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Flags in a narrow column, text beside or below them."""
+    """Print flags in a narrow column, with the text beside or below them."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that answers a mistake with one line instead of the usage of a hundred flags."""
+class OptionParser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one line, without the usage of a hundred flags."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises: ConfigError, always."""
+        """Raise ConfigError, always."""
         raise ConfigError(message.removeprefix("argument "))
 
     def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The namespace for `argv`. Raises: ConfigError for anything unknown or ill-formed."""
+        """Parse `argv`. Raises: ConfigError for anything unknown or invalid."""
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
             raise self.unknown(unknown[0])
         return namespace
 
     def unknown(self, word: str) -> ConfigError:
-        """The error for a word that the parser does not know."""
-        word = word.partition("=")[0]  # what follows may be a secret
+        """Return the error for a word that the parser does not know."""
+        word = word.partition("=")[0]  # do not show what follows: it may be a secret
         if not word.startswith("-"):
             return ConfigError(f"unexpected argument {word!r}; see --help")
         known = [flag for action in self._actions for flag in action.option_strings]
@@ -56,9 +56,9 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Store(argparse.Action):
-    """Reads the words of one flag and notes that it was given."""
+    """Read the words of one flag and record that it was given."""
 
-    def __init__(self, *, table: Table, entry: Option | Alias, **details: Any) -> None:
+    def __init__(self, *, table: OptionTable, entry: Option | Alias, **details: Any) -> None:
         super().__init__(**details)
         self._table = table
         self._entry = entry
@@ -82,12 +82,12 @@ class _Store(argparse.Action):
         setattr(namespace, self._table.given, given | {self._entry.name})
 
 
-def new_parser(prog: str) -> Parser:
-    """The parser of the launch command."""
-    parser = Parser(
+def new_parser(prog: str) -> OptionParser:
+    """Return the parser of the launch command."""
+    parser = OptionParser(
         prog=prog,
         usage="%(prog)s [--worker-urls URL ...] [options]",
-        description="Starts the router in front of workers: SGLang, vLLM, llama.cpp, built-in engines.",
+        description="Start the router in front of workers: SGLang, vLLM, llama.cpp or built-in engines.",
         epilog=f"Every option is also a variable {ENVIRONMENT_PREFIX}<NAME> and a key of the --config file.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -98,12 +98,12 @@ def new_parser(prog: str) -> Parser:
 
 def add_flags(
     parser: argparse.ArgumentParser,
-    table: Table = ROUTER,
+    table: OptionTable = ROUTER,
     *,
     use_router_prefix: bool = False,
     exclude_host_port: bool = False,
 ) -> None:
-    """Adds a table's options to a parser, in groups; with the prefix as `--router-...` but for `_SHARED` ones."""
+    """Add a table's options to a parser, in groups; with the prefix as `--router-...`, except those in `_SHARED`."""
     if parser.get_default(table.given) is None:
         parser.set_defaults(**{table.given: frozenset()})
     groups: dict[str, Any] = {}
@@ -137,21 +137,21 @@ def _metavar(entry: Option | Alias) -> str:
     return entry.kind.metavar
 
 
-def _help(option: Option, table: Table) -> str:
+def _help(option: Option, table: OptionTable) -> str:
     notes = [f"default: {default_text(option)}"]
     if option.choices:
         notes.insert(0, "one of " + ", ".join(option.choices))
     if others := table.other_flags(option.name):
         notes.append("also " + ", ".join(others))
     if option.status == "later":
-        notes.append("not available yet: refused")
+        notes.append("not available yet")
     text = f"{option.help} [{'; '.join(notes)}]".replace("%", "%%")
-    # the end shows nothing, and keeps ArgumentDefaultsHelpFormatter from adding the default a second time
+    # This prints nothing, but it keeps ArgumentDefaultsHelpFormatter from adding the default a second time.
     return text + "%(default).0s"
 
 
 def default_text(option: Option) -> str:
-    """An option's default, with its unit, for people."""
+    """Return an option's default with its unit, for help and documentation."""
     if option.shown_default:
         return option.shown_default
     default = option.default

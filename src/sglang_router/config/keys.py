@@ -1,12 +1,12 @@
-"""Keys that let people in: read from flags, the environment and files, each in one grammar.
+"""API keys of clients and of the control plane, read from flags, the environment and files in one grammar each.
 
     of clients              KEY   or   NAME KEY     --api-key 'alice 5up3r'       --api-key-file FILE
     of the control plane    ID:NAME:ROLE:KEY        --control-plane-api-keys ..   --control-plane-api-keys-file FILE
 
-A file or a variable has one entry in a line; in a file, `#` begins a line of comment. A key is visible ASCII without
-spaces, so the space after a name cannot be part of one, and everything behind the third colon is the key, colons too.
+A file or a variable has one entry per line; in a file, a line that begins with `#` is a comment. A key is visible ASCII
+without spaces, so a space always ends the name. Everything after the third colon is the key, including further colons.
 
-No message and no `repr` here ever shows a key.
+No message and no `repr` in this module shows a key.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ CONTROL_FORM = "ID:NAME:ROLE:KEY with the role admin or user"
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
 _ANOTHER = re.compile(r",[^:]+:[^:]*:(admin|user):")
 _LARGEST = 1 << 20
-"""Bytes of a file of keys; more is not one."""
+"""Most bytes of a file of keys; a larger file is refused."""
 _OTHERS = 0o006
-"""Permission bits of those who are neither the owner nor of the group."""
+"""Permission bits of users who are neither the owner nor in the group."""
 
 
 class ClientKey(NamedTuple):
-    """A key of a client. `name` is what logs call it, "" until `load` gives it one."""
+    """A key of a client. Logs show `name`; it is "" until `load` sets one."""
 
     name: str
     key: str
@@ -41,7 +41,7 @@ class ClientKey(NamedTuple):
 
 
 class ControlKey(NamedTuple):
-    """A key of the control plane; the reference keeps its four parts in this order."""
+    """A key of the control plane, its four parts in the reference router's order."""
 
     id: str
     name: str
@@ -54,18 +54,18 @@ class ControlKey(NamedTuple):
 
 @dataclass(frozen=True)
 class KeyRing:
-    """All keys, each there once. `warnings` are for the log: files that others on the machine may read."""
+    """All keys, without duplicates. `warnings` are for the log: files that other users of the machine may read."""
 
     client: tuple[ClientKey, ...] = ()
     control: tuple[ControlKey, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
-# -- from text ---------------------------------------------------------------------------------------------------------
+# -- read from text ----------------------------------------------------------------------------------------------------
 
 
 def lines(value: object) -> list[object]:
-    """The entries of an option: those of a list, or the lines of a text.
+    """Return the entries of an option: the members of a list, or the lines of a text.
 
     Raises: ValueError for anything else.
     """
@@ -77,33 +77,33 @@ def lines(value: object) -> list[object]:
 
 
 def one_word(words: list[str]) -> object:
-    """The words of one flag, of which there must be one: `--api-key NAME KEY` would make a key of the name.
+    """Check that a flag has exactly one word: `--api-key NAME KEY` would make a key of the name.
 
-    Raises: ConfigError
+    Raises: ConfigError.
     """
     if len(words) != 1:
-        raise ConfigError("each key needs a flag of its own; a name goes into the same word: 'NAME KEY'")
+        raise ConfigError("each key needs a flag of its own; quote a name together with its key: 'NAME KEY'")
     return words
 
 
 def client_keys(entries: list[object]) -> list[ClientKey]:
-    """The check of --api-key; entries are texts, or keys that were read before.
+    """Check --api-key. Entries are texts, or keys that were read before.
 
-    Raises: ValueError that counts entries and shows none.
+    Raises: ValueError that names an entry by its number, never by its text.
     """
     return _each(entries, client_key)
 
 
 def control_keys(entries: list[object]) -> list[ControlKey]:
-    """The check of --control-plane-api-keys; a tuple is taken as (id, name, key, role).
+    """Check --control-plane-api-keys. A tuple is read as (id, name, key, role).
 
-    Raises: ValueError that counts entries and shows none.
+    Raises: ValueError that names an entry by its number, never by its text.
     """
     return _each(entries, control_key)
 
 
 def client_key(entry: object) -> ClientKey:
-    """One entry: `KEY`, `NAME KEY`, or (name, key)."""
+    """Read one entry: `KEY`, `NAME KEY`, or (name, key)."""
     parts = _parts(entry, lambda text: text.split())
     if len(parts) == 1:
         parts = ["", *parts]
@@ -112,21 +112,21 @@ def client_key(entry: object) -> ClientKey:
     name, key = parts
     _check(key)
     if not name.isprintable():
-        raise ValueError("the name holds characters that do not print")
+        raise ValueError("the name contains characters that cannot be printed")
     return ClientKey(name, key)
 
 
 def control_key(entry: object) -> ControlKey:
-    """One entry: `id:name:role:key`, or (id, name, key, role)."""
+    """Read one entry: `id:name:role:key`, or (id, name, key, role)."""
     parts = _parts(entry, _split)
     if len(parts) != 4 or parts[3] not in ROLES:
         raise ValueError(f"this is not {CONTROL_FORM}")
     ident, name, key, role = parts
     if not _VISIBLE.fullmatch(ident) or not name.isprintable():
-        raise ValueError("the id must be visible ASCII without spaces, the name must print")
+        raise ValueError("the id must be visible ASCII without spaces, and the name printable")
     _check(key)
     if _ANOTHER.search(key):
-        raise ValueError("the key seems to hold the next entry; each needs a line or a word of its own, not a comma")
+        raise ValueError("the key seems to contain the next entry; separate entries by lines or words, not by commas")
     return ControlKey(ident, name, key, role)
 
 
@@ -138,7 +138,7 @@ def _split(text: str) -> list[str]:
 def _parts(entry: object, split: Callable[[str], list[str]]) -> list[str]:
     found = split(entry) if isinstance(entry, str) else list(entry) if isinstance(entry, (list, tuple)) else []
     if not all(isinstance(part, str) for part in found):
-        raise ValueError("a key and what belongs to it must be texts")
+        raise ValueError("all parts of an entry must be texts")
     return found
 
 
@@ -160,7 +160,7 @@ def _each(entries: list[object], read: Callable[[object], T]) -> list[T]:
     return found
 
 
-# -- together ----------------------------------------------------------------------------------------------------------
+# -- load all of them --------------------------------------------------------------------------------------------------
 
 
 def load(
@@ -169,10 +169,10 @@ def load(
     control_plane_api_keys: Iterable[ControlKey] = (),
     control_plane_api_keys_file: str | None = None,
 ) -> KeyRing:
-    """All keys of the four options. A client key without a name is called after its place: key-1, key-2.
+    """Load the keys of all four options. A client key without a name is named by its position: key-1, key-2.
 
-    Raises: ConfigError for a file that cannot be used, and for keys or ids that are there twice; also for a key that is
-    both a client's and the control plane's, because every client would then rule the router.
+    Raises: ConfigError for a file that cannot be used and for duplicate keys or ids; also for a key that is both a
+    client's and the control plane's, because every client with it could then change the router.
     """
     clients = _placed("--api-key", api_keys) + _file(api_key_file, client_key)
     controls = _placed("--control-plane-api-keys", control_plane_api_keys)
@@ -186,12 +186,13 @@ def load(
 
 
 def exposure(path: str) -> str | None:
-    """A warning if others on this machine may read or change a file that holds a secret."""
+    """Return a warning if other users of this machine may read or change a file of secrets."""
     try:
         mode = Path(path).stat().st_mode
-    except OSError:  # gone since it was read
+    except OSError:  # it was deleted after it was read
         return None
-    return f"{path} holds secrets and is open to everybody on this machine: chmod o= {path}" if mode & _OTHERS else None
+    warning = f"{path} holds secrets and is open to everybody on this machine: run chmod o= {path}"
+    return warning if mode & _OTHERS else None
 
 
 def _placed(flag: str, found: Iterable[T]) -> list[tuple[str, T]]:
@@ -199,7 +200,7 @@ def _placed(flag: str, found: Iterable[T]) -> list[tuple[str, T]]:
 
 
 def _file(path: str | None, read: Callable[[object], T]) -> list[tuple[str, T]]:
-    """The keys of a file, each with the place where it stands."""
+    """Read the keys of a file, each with its path and line number."""
     if path is None:
         return []
     found: list[tuple[str, T]] = []
@@ -210,8 +211,8 @@ def _file(path: str | None, read: Callable[[object], T]) -> list[tuple[str, T]]:
                 found.append((f"{path}:{number}", read(entry)))
             except ValueError as error:
                 raise ConfigError(f"{path}:{number}: {error}") from None
-    if not found:  # a file that was emptied by accident must not open the door
-        raise ConfigError(f"{path} holds no keys; to let everybody in, leave the option away")
+    if not found:  # an empty file must not open the router to everybody by accident
+        raise ConfigError(f"{path} contains no keys; to accept requests without keys, omit the option")
     return found
 
 
@@ -225,7 +226,7 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text") from None
     if len(content) > _LARGEST:
-        raise ConfigError(f"{path} is too large for a file of keys")
+        raise ConfigError(f"{path} is larger than 1 MiB, too large for a file of keys")
     return text
 
 
@@ -233,5 +234,5 @@ def _distinct(placed: list[tuple[str, str]], what: str) -> None:
     first: dict[str, str] = {}
     for where, value in placed:
         if value in first:
-            raise ConfigError(f"{where}: the same {what} as in {first[value]}; each may be there once")
+            raise ConfigError(f"{where}: the same {what} as in {first[value]}; give each {what} once only")
         first[value] = where

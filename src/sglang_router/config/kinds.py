@@ -1,15 +1,14 @@
-"""From what people write to typed values: one `Kind` for each type an option can have.
+"""Turn what people write into typed values: one `ValueKind` for each type an option can have.
 
-The same option arrives as words on a command line, as one string in the environment, and as a native object
-from a file or a namespace. `Kind.read` takes all three; `Kind.words` only says how the words of a flag become
-such an object.
+An option arrives as words on the command line, as one string in the environment, or as a native object from a file or a
+namespace. `ValueKind.read` takes all three; `ValueKind.words` only turns the words of a flag into such an object.
 
     --worker-urls http://a http://b      ["http://a", "http://b"]  --+
     SGLANG_ROUTER_WORKER_URLS="a, b"     "a, b"                    --+-- read --> ["http://a", "http://b"]
     worker_urls: [http://a, http://b]    ["http://a", "http://b"]  --+
 
-A reader refuses with ValueError and need not say why: the option knows its own name, range and whether its
-value is secret, so it writes the sentence.
+A reader raises ValueError without a message: the option writes the sentence, because it knows its own name and range,
+and whether its value is secret.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ _FALSE = frozenset({"0", "false", "no", "off"})
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How values of one type are read. `nargs` is argparse's; `expects` completes the phrase "is not ..."."""
+class ValueKind:
+    """How to read values of one type. `nargs` is argparse's; `expects` completes the phrase "is not ..."."""
 
     expects: str
     read: Callable[[object], Any]
@@ -43,8 +42,8 @@ class Kind:
     words: Callable[[list[str]], object] = list
 
 
-def kind_of(annotation: object) -> Kind:
-    """The kind for a field's type; `X | None` is read as X."""
+def kind_of(annotation: object) -> ValueKind:
+    """Return the kind for a field's type; `X | None` is read as X."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         annotation = next(arg for arg in typing.get_args(annotation) if arg is not type(None))
     return KINDS[annotation]
@@ -83,7 +82,7 @@ def _text(value: object) -> str:
 
 
 def _items(value: object) -> list[object]:
-    """The members of a list, or of a string that separates them by spaces or commas."""
+    """Return the members of a list, or of a string with spaces or commas between them."""
     if isinstance(value, str):
         return list(value.replace(",", " ").split())
     if isinstance(value, (list, tuple)):
@@ -100,7 +99,7 @@ def _numbers(value: object) -> list[float]:
 
 
 def _mapping(value: object) -> dict[str, str]:
-    """`key=value` items, or a mapping. One item may hold several, as in "app=llm tier=gpu"."""
+    """Read `key=value` items, or a mapping. One item may contain several pairs, as in "app=llm tier=gpu"."""
     if isinstance(value, Mapping):
         return {_text(key): _text(item) for key, item in value.items()}
     found: dict[str, str] = {}
@@ -115,7 +114,7 @@ def _mapping(value: object) -> dict[str, str]:
 
 
 def _pairs(value: object) -> Pairs:
-    """URLs, each with an optional port: "http://a" or ["http://a", 9000] or ["http://a", "none"]."""
+    """Read URLs, each with an optional port: "http://a" or ["http://a", 9000] or ["http://a", "none"]."""
     pairs: Pairs = []
     for item in _items(value):
         parts = [item] if isinstance(item, str) else _items(item)
@@ -128,15 +127,15 @@ def _only(words: list[str]) -> object:
     return words[0]
 
 
-KINDS: dict[object, Kind] = {
-    int: Kind("a whole number", _whole, "N", words=_only),
-    float: Kind("a number", _number, "X", words=_only),
-    bool: Kind("true or false", _switch, nargs=0, words=lambda _: True),
-    str: Kind("a text", _text, "TEXT", words=_only),
-    list[str]: Kind("a list of texts", _texts, "TEXT", "*"),
-    list[float]: Kind("a list of numbers", _numbers, "X", "*"),
-    dict[str, str]: Kind("a list of key=value", _mapping, "KEY=VALUE", "*"),
-    Pairs: Kind("a URL with an optional port number or 'none'", _pairs, "URL", "+", words=lambda words: [words]),
-    ClientKeys: Kind("a list of keys, each KEY or 'NAME KEY'", keys.lines, "KEY", words=keys.one_word),
-    ControlKeys: Kind("a list of " + keys.CONTROL_FORM, keys.lines, "ID:NAME:ROLE:KEY", "*"),
+KINDS: dict[object, ValueKind] = {
+    int: ValueKind("a whole number", _whole, "N", words=_only),
+    float: ValueKind("a number", _number, "X", words=_only),
+    bool: ValueKind("true or false", _switch, nargs=0, words=lambda _: True),
+    str: ValueKind("a text", _text, "TEXT", words=_only),
+    list[str]: ValueKind("a list of texts", _texts, "TEXT", "*"),
+    list[float]: ValueKind("a list of numbers", _numbers, "X", "*"),
+    dict[str, str]: ValueKind("a list of key=value", _mapping, "KEY=VALUE", "*"),
+    Pairs: ValueKind("a URL with an optional port number or 'none'", _pairs, "URL", "+", words=lambda words: [words]),
+    ClientKeys: ValueKind("a list of keys, each KEY or 'NAME KEY'", keys.lines, "KEY", words=keys.one_word),
+    ControlKeys: ValueKind("a list of " + keys.CONTROL_FORM, keys.lines, "ID:NAME:ROLE:KEY", "*"),
 }

@@ -1,18 +1,18 @@
-"""What an option is. Everything about one is said once, in the line that declares it:
+"""One option of the router. Everything about it is in the line that declares it:
 
     port: int = option(30000, "Port to listen on.", LISTENING, check=between(1, 65535))
     ---- ---           -----   -----------------    ---------  ------------------------
     name type          default help                 group      what values it takes
 
-and everything else is derived: the flag --port, the variable SGLANG_ROUTER_PORT, the key `port` of a file,
-the reading and checking of values from any of them, the help text and the page of documentation.
+and everything else is derived from it: the flag --port, the variable SGLANG_ROUTER_PORT, the key `port` of a file,
+reading and checking of values from any of them, the help text and the page of documentation.
 
-Some options belong to features that are not there. Their `status` says what using one means (a value other
-than the default): `later` is refused at the start, because the router would behave otherwise than asked;
-`inert` is accepted with a warning, because for an HTTP router there is nothing to do.
+Some options belong to features that this router does not have. Their `status` says what happens when one is set to a
+value other than its default: `later` is an error at the start, because the router could not do what was asked; `inert`
+gives a warning, because it has no meaning for an HTTP router.
 
 An alias is an older or other name of an option, declared the same way: `eviction_interval: float | None =
-alias("eviction_interval_secs")`. It may be used wherever the option may.
+alias("eviction_interval_secs")`. It can be used wherever the option can.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from sglang_router.config.checks import Range
-from sglang_router.config.kinds import Kind, kind_of
+from sglang_router.config.checks import NumberRange
+from sglang_router.config.kinds import ValueKind, kind_of
 from sglang_router.errors import ConfigError
 
 T = TypeVar("T")
@@ -37,10 +37,10 @@ ENVIRONMENT_PREFIX = "SGLANG_ROUTER_"
 
 @dataclass(frozen=True)
 class Option:
-    """One option. `flag` is its first spelling; `shown_default` tells a default that is worked out later."""
+    """One option. `flag` is its flag; `shown_default` describes a default that is computed later."""
 
     name: str
-    kind: Kind
+    kind: ValueKind
     default: Any
     help: str
     group: str
@@ -56,24 +56,24 @@ class Option:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Its names in files and in the environment: the field's, and the flag's where that differs."""
+        """Its names in files and in the environment: the field's name, and the flag's where it differs."""
         return tuple(dict.fromkeys((self.name, key_of(self.flag))))
 
     @property
     def expects(self) -> str:
-        """What a value must be, to complete the phrase "is not ..."."""
+        """What a value must be; completes the phrase "is not ..."."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        return f"{self.kind.expects} {self.check}" if isinstance(self.check, Range) else self.kind.expects
+        return f"{self.kind.expects} {self.check}" if isinstance(self.check, NumberRange) else self.kind.expects
 
     def fresh_default(self) -> Any:
-        """The default, never shared: some are lists."""
+        """Return a copy of the default: some defaults are lists and must not be shared."""
         return copy.copy(self.default)
 
     def accept(self, value: object) -> Any:
-        """The value, typed and checked. None stands for the default, as blank does where the default is None.
+        """Return the value, typed and checked. None means the default; so does blank where the default is None.
 
-        Raises: ValueError with a sentence that does not name the option (who calls knows how it was spelled).
+        Raises: ValueError with a sentence that does not name the option: the caller knows how it was spelled.
         """
         if value is None or (self.default is None and isinstance(value, str) and not value.strip()):
             return self.fresh_default()
@@ -94,10 +94,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Alias:
-    """Another name of `target`. With `means`, it is a switch that stands for that value."""
+    """Another name of the option `target`. With `means`, it is a switch that sets that value."""
 
     name: str
-    kind: Kind
+    kind: ValueKind
     target: str
     means: object = None
 
@@ -121,7 +121,7 @@ def option(
     shown_default: str = "",
     metavar: str = "",
 ) -> T:
-    """Declares a field of RouterArgs; see `Option`. With `repeat`, each use of the flag adds to the list."""
+    """Declare a field of RouterArgs; see `Option`. With `repeat`, each use of the flag adds to the list."""
     declared = {
         "help": help,
         "group": group,
@@ -139,12 +139,12 @@ def option(
 
 
 def alias(target: str, means: object = None) -> Any:
-    """Declares a field of RouterArgs that is another name of `target`; see `Alias`."""
+    """Declare a field of RouterArgs that is another name of `target`; see `Alias`."""
     return dataclasses.field(default=None, metadata={"alias": {"target": target, "means": means}})
 
 
 def options_of(owner: type) -> dict[str, Option]:
-    """The options declared in a dataclass, by name, in their order."""
+    """Return the options that a dataclass declares, by name, in their order."""
     types = typing.get_type_hints(owner)
     found: dict[str, Option] = {}
     for field in dataclasses.fields(owner):
@@ -157,7 +157,7 @@ def options_of(owner: type) -> dict[str, Option]:
 
 
 def aliases_of(owner: type) -> dict[str, Alias]:
-    """The aliases declared in a dataclass, by name."""
+    """Return the aliases that a dataclass declares, by name."""
     types = typing.get_type_hints(owner)
     return {
         field.name: Alias(name=field.name, kind=kind_of(types[field.name]), **field.metadata["alias"])
@@ -175,6 +175,6 @@ def key_of(flag: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" if something known resembles the word, else nothing."""
+    """Return "; did you mean X?" if a known word resembles `word`, else ""."""
     near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""

@@ -1,7 +1,8 @@
-"""The options that do something, in the order in which --help and the documentation show them.
+"""The options that have an effect, in the order in which --help and the documentation show them.
 
-One line (or a few) each: see `option.py` for what follows from it. Names are those of the reference router,
-and so are the defaults of its first public version where it had the option. Durations may be fractions.
+Each option is declared once, in one line or a few; `option.py` says what is derived from a declaration. Names are
+those of the reference router. Defaults are those of its first public version, where it had the option. Durations may
+be fractions.
 """
 
 # ruff: noqa: RUF009 - `option` declares a field, as `dataclasses.field` does
@@ -15,7 +16,7 @@ from sglang_router.config.checks import above, at_least, between
 from sglang_router.config.kinds import ClientKeys, ControlKeys
 from sglang_router.config.option import alias, option
 
-# also the names in `core.policies.POLICIES`, which this module may not import; a test holds the two equal
+# The keys of `routing.policies.POLICIES`, which this module must not import. A test holds the two equal.
 POLICY_NAMES = (
     "cache_aware",
     "round_robin",
@@ -44,23 +45,25 @@ LOGGING = "Logging"
 
 @dataclass
 class HTTPOptions:
-    """What an HTTP router can be told."""
+    """The options of an HTTP router."""
 
-    # -- workers; the first three fields are in the reference's order, for those who give them by position
+    # -- workers; the first three fields are in the reference's order, because programs may pass them by position
     worker_urls: list[str] = option(
         [],
-        "Base URLs of the workers. They are registered at once and get requests as soon as they are healthy;"
-        " more can be added while the router serves.",
+        "Base URLs of the workers. The router registers them at the start and sends them requests as soon as they"
+        " are healthy; POST /add_worker adds more later.",
         WORKERS,
         metavar="URL",
         check=checks.worker_urls,
     )
-    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 or :: for all.", LISTENING, check=checks.address)
+    host: str = option(
+        "127.0.0.1", "Address to listen on; 0.0.0.0 or :: listens on all.", LISTENING, check=checks.address
+    )
     port: int = option(30000, "Port to listen on.", LISTENING, check=between(1, 65535))
     worker_api_key: str | None = option(
         None,
-        "Key for these workers: sent as `Authorization: Bearer KEY` with health checks, and with requests"
-        " whose client sent no Authorization.",
+        "API key for these workers: the router sends it as `Authorization: Bearer KEY` with health checks, and with"
+        " requests whose client sent no Authorization header.",
         WORKERS,
         metavar="KEY",
         check=checks.bearer_key,
@@ -78,29 +81,29 @@ class HTTPOptions:
     )
     startup_wait_secs: float = option(
         10,
-        "How long a request waits when it comes while every worker is still starting.",
+        "How long a request is queued when it arrives while every worker is still starting.",
         WORKERS,
         unit="s",
         check=at_least(0),
     )
     slow_start_secs: float = option(
         30,
-        "For this long a worker that comes with an empty cache gets no more than a growing share of the others'"
-        " load, however small its queue; 0: all at once.",
+        "For this long, a worker that starts with an empty cache gets at most a growing share of the other workers'"
+        " mean load, however short its queue is. 0: no slow start.",
         WORKERS,
         unit="s",
         check=at_least(0),
     )
     dp_aware: bool = option(
         False,
-        "Make each data-parallel rank of an engine a worker of its own (URL@0, URL@1 ...), and choose the rank"
-        " with every request.",
+        "Treat each data-parallel rank of an engine as a worker of its own (URL@0, URL@1 ...), and choose a rank"
+        " for every request.",
         WORKERS,
     )
     engine_report_interval_secs: float = option(
         5,
-        "Pause between readings of what an engine tells of itself: running and queued requests, KV cache, model;"
-        " 0: never asked.",
+        "Pause between queries of what an engine reports: running and queued requests, KV cache, model. 0: never"
+        " query.",
         WORKERS,
         unit="s",
         check=at_least(0),
@@ -109,8 +112,8 @@ class HTTPOptions:
     # -- listening
     config: str | None = option(
         None,
-        "YAML or TOML file with any of these options, named as here without the dashes in front. Flags win"
-        " over the environment, the environment over the file.",
+        "YAML or TOML file with any of these options, named as here without the leading dashes. Flags override"
+        " environment variables; environment variables override the file.",
         LISTENING,
         metavar="FILE",
     )
@@ -124,20 +127,20 @@ class HTTPOptions:
 
     reuse_port: bool = option(
         False,
-        "Take over the port from the router that listens there, and let the next one take it over: restarts without"
-        " a lost request. Both must have this option.",
+        "Take over the port from a router that listens there already, and let the next router take it over: a restart"
+        " loses no request. Both routers need this option.",
         LISTENING,
     )
     state_file: str | None = option(
         None,
-        "File that keeps workers, drained marks and, with cache_aware, the prefixes over a restart. Only its owner may"
-        " read it: it holds keys of workers and parts of prompts.",
+        "File that keeps the workers, their drain marks and, with cache_aware, the prefixes across a restart. Only its"
+        " owner can read it, because it holds API keys of workers and parts of prompts.",
         LISTENING,
         metavar="FILE",
     )
     state_interval_secs: float = option(
         60,
-        "How often that file is written while the router serves; it is at the end as well.",
+        "Pause between writes of --state-file while the router serves. The router also writes it when it ends.",
         LISTENING,
         unit="s",
         check=above(0),
@@ -146,8 +149,8 @@ class HTTPOptions:
     # -- access and TLS, explained in docs/security.md
     api_key: ClientKeys = option(
         [],
-        "Key that clients must show, or 'NAME KEY' to know whose it is; may be given several times. (The key for"
-        " workers is --worker-api-key.)",
+        "API key that clients must send, or 'NAME KEY' so that logs show the name. Repeat the flag for several keys."
+        " (--worker-api-key sets the key for workers.)",
         SECURITY,
         metavar="KEY",
         check=keys.client_keys,
@@ -155,47 +158,48 @@ class HTTPOptions:
         repeat=True,
     )
     api_key_file: str | None = option(
-        None, "File of such keys, one in a line: unlike flags, it does not show in `ps`.", SECURITY, metavar="FILE"
+        None, "File of client keys, one per line. Unlike flags, `ps` does not show them.", SECURITY, metavar="FILE"
     )
     control_plane_api_keys: ControlKeys = option(
         [],
-        "Keys of the control plane: with the role admin they may change things, with user only look.",
+        "Keys for the control plane. The role admin can read and change; the role user can only read.",
         SECURITY,
         check=keys.control_keys,
         secret=True,
     )
     control_plane_api_keys_file: str | None = option(
-        None, "File of such keys, one in a line.", SECURITY, metavar="FILE"
+        None, "File of control-plane keys, one per line.", SECURITY, metavar="FILE"
     )
     control_plane_open: bool = option(
         False,
-        "Take changes from everywhere although there are no keys of the control plane; without it they are taken"
-        " from this machine only.",
+        "Accept changes from any address although there are no control-plane keys. Without this option and without"
+        " keys, the router accepts changes from this machine only.",
         SECURITY,
     )
     server_cert_path: str | None = option(
         None,
-        "Certificate of the router with its chain (PEM): clients speak TLS then. Read again when it changes.",
+        "The router's certificate with its chain (PEM). With it, clients must use TLS. The router reads the file again"
+        " when it changes.",
         SECURITY,
         flag="--tls-cert-path",
         metavar="FILE",
     )
     server_key_path: str | None = option(
-        None, "Its private key (PEM).", SECURITY, flag="--tls-key-path", metavar="FILE"
+        None, "Private key of --tls-cert-path (PEM).", SECURITY, flag="--tls-key-path", metavar="FILE"
     )
     ca_cert_paths: list[str] = option(
         [],
-        "Certificates that vouch for https workers (PEM); they take the place of the system's.",
+        "CA certificates that verify https workers (PEM), instead of the system's.",
         SECURITY,
         metavar="FILE",
     )
     client_cert_path: str | None = option(
-        None, "Certificate shown to https workers that ask for one (PEM).", SECURITY, metavar="FILE"
+        None, "Client certificate for https workers that ask for one (PEM).", SECURITY, metavar="FILE"
     )
-    client_key_path: str | None = option(None, "Its private key (PEM).", SECURITY, metavar="FILE")
+    client_key_path: str | None = option(None, "Private key of --client-cert-path (PEM).", SECURITY, metavar="FILE")
     cors_allowed_origins: list[str] = option(
         [],
-        "Origins of web pages that may read the router's answers, as in https://chat.example.com; * for all.",
+        "Origins of web pages that may read the router's answers (CORS), as in https://chat.example.com; * for all.",
         SECURITY,
         metavar="ORIGIN",
         check=checks.origins,
@@ -205,97 +209,105 @@ class HTTPOptions:
     policy: str = option("cache_aware", "How the worker of a request is chosen.", POLICY, choices=POLICY_NAMES)
     cache_threshold: float = option(
         0.5,
-        "cache_aware: share of a prompt that a worker must have seen for the request to follow it.",
+        "cache_aware: send a request to the worker with the longest known prefix when that prefix is at least this"
+        " share of the prompt.",
         POLICY,
         check=between(0, 1),
     )
     balance_abs_threshold: int = option(
         32,
-        "cache_aware: the shortest queue is taken when the loads of the most and least loaded worker differ"
-        " by more than this, and by more than --balance-rel-threshold.",
+        "cache_aware: take the least loaded worker when the loads of the most and the least loaded worker differ"
+        " by more than this and by more than the factor --balance-rel-threshold.",
         POLICY,
         unit="requests",
         check=at_least(0),
     )
     balance_rel_threshold: float = option(
         1.0001,
-        "cache_aware: the factor that belongs to --balance-abs-threshold.",
+        "cache_aware: see --balance-abs-threshold.",
         POLICY,
         check=at_least(1),
     )
     eviction_interval_secs: float = option(
         60,
-        "cache_aware: how often entries that rested too long are cleared.",
+        "cache_aware, manual: pause between removals of entries that were unused for --max-idle-secs.",
         POLICY,
         unit="s",
         check=above(0),
     )
     max_tree_size: int = option(
         16_777_216,
-        "cache_aware: most text remembered for one worker; the least recently used goes first.",
+        "cache_aware: most bytes of prompts remembered for each worker; the least recently used are evicted first.",
         POLICY,
         unit="bytes",
         check=at_least(1),
     )
     max_idle_secs: float = option(
-        14400, "manual: a routing key unused for this long is forgotten.", POLICY, unit="s", check=above(0)
+        14400,
+        "manual, cache_aware: forget a routing key or a prefix that was unused for this long.",
+        POLICY,
+        unit="s",
+        check=above(0),
     )
     assignment_mode: str = option(
         "random",
-        "manual: which worker a new routing key gets: any, the one with the fewest requests, or the one with"
-        " the fewest keys.",
+        "manual: which worker a new routing key gets: a random one, the one with the fewest requests (min_load), or"
+        " the one with the fewest routing keys (min_group).",
         POLICY,
         choices=("random", "min_load", "min_group"),
     )
     prefix_hash_bytes: int = option(
         1024,
-        "prefix_hash: how much of a prompt's beginning is hashed.",
+        "prefix_hash: how many bytes at the start of a prompt are hashed.",
         POLICY,
         unit="bytes",
         check=at_least(1),
     )
     hash_load_factor: float = option(
         1.25,
-        "prefix_hash: a worker loaded above this multiple of the average is passed over.",
+        "prefix_hash: skip a worker whose load is above this multiple of the mean load.",
         POLICY,
         check=at_least(1),
     )
 
     # -- requests and connections
     max_payload_size: int = option(
-        536_870_912, "Largest body of a request; above it 413.", REQUESTS, unit="bytes", check=at_least(1)
+        536_870_912, "Largest body of a request; a larger one gets 413.", REQUESTS, unit="bytes", check=at_least(1)
     )
     max_head_bytes: int = option(
-        65536, "Largest head of a request; above it 431.", REQUESTS, unit="bytes", check=at_least(256)
+        65536, "Largest head of a request; a larger one gets 431.", REQUESTS, unit="bytes", check=at_least(256)
     )
-    max_header_count: int = option(128, "Most headers of a request; above it 431.", REQUESTS, check=at_least(1))
+    max_header_count: int = option(
+        128, "Most headers of a request; a request with more gets 431.", REQUESTS, check=at_least(1)
+    )
     head_timeout_secs: float = option(
-        30, "Time a client has to send a whole head; after it 408.", REQUESTS, unit="s", check=above(0)
+        30, "Longest time for a client to send a request's head; then 408.", REQUESTS, unit="s", check=above(0)
     )
     body_timeout_secs: float = option(
-        60, "Longest silence of a client inside a body; after it 408.", REQUESTS, unit="s", check=above(0)
+        60, "Longest pause of a client while it sends a body; then 408.", REQUESTS, unit="s", check=above(0)
     )
     keepalive_timeout_secs: float = option(
-        75, "A client's connection that is idle for this long is closed.", REQUESTS, unit="s", check=above(0)
+        75, "Close a client's connection that was idle for this long.", REQUESTS, unit="s", check=above(0)
     )
     request_timeout_secs: float = option(
-        1800, "Longest time for a whole request; after it 504.", REQUESTS, unit="s", check=above(0)
+        1800, "Longest time for a whole request; then 504.", REQUESTS, unit="s", check=above(0)
     )
     connect_timeout_secs: float = option(
-        10, "Time a worker has to accept a connection.", REQUESTS, unit="s", check=above(0)
+        10, "Longest time for a worker to accept a connection.", REQUESTS, unit="s", check=above(0)
     )
     upstream_idle_timeout_secs: float = option(
-        50, "An unused connection to a worker is closed after this time.", REQUESTS, unit="s", check=above(0)
+        50, "Close a connection to a worker that was idle for this long.", REQUESTS, unit="s", check=above(0)
     )
     forward_headers: str = option(
         "whitelist",
-        "Request headers that reach the worker: those that engines and tracing use, or every end-to-end one.",
+        "Request headers to forward to the worker: those that engines and tracing use (whitelist), or all end-to-end"
+        " headers (all).",
         REQUESTS,
         choices=("whitelist", "all"),
     )
     request_id_headers: list[str] | None = option(
         None,
-        "Headers looked through, in this order, for the id of a request.",
+        "Request headers to read the request id from; the first one that is present counts.",
         REQUESTS,
         check=checks.header_names,
         shown_default="the usual ones",
@@ -303,129 +315,141 @@ class HTTPOptions:
 
     # -- retries
     max_worker_retries: int = option(
-        3, "Most times a request is sent to one worker, the first time included.", RETRIES, check=at_least(1)
+        3, "Most attempts of a request at one worker, the first one included.", RETRIES, check=at_least(1)
     )
     max_total_retries: int = option(
-        6, "Most times a request is sent again after it failed, all workers together.", RETRIES, check=at_least(0)
+        6,
+        "Most retries of a request at all workers together, the first attempt not included.",
+        RETRIES,
+        check=at_least(0),
     )
     retry_max_retries: int | None = option(
         None,
-        "The same limit as the Rust router counts it: most times a request is sent in all, the first time included.",
+        "The same limit, counted as the Rust router does: most attempts of a request, the first one included.",
         RETRIES,
         check=at_least(1),
         shown_default="one more than --max-total-retries",
     )
-    disable_retries: bool = option(False, "Send each request once.", RETRIES)
+    disable_retries: bool = option(False, "Never retry a request.", RETRIES)
     retry_initial_backoff_ms: float = option(
         50,
-        "Pause before a request returns to a worker that has failed it.",
+        "Pause before a request is retried at a worker that failed it already.",
         RETRIES,
         unit="ms",
         check=above(0),
     )
-    retry_max_backoff_ms: float = option(30000, "Longest such pause.", RETRIES, unit="ms", check=above(0))
-    retry_backoff_multiplier: float = option(1.5, "Factor by which such pauses grow.", RETRIES, check=at_least(1))
+    retry_max_backoff_ms: float = option(
+        30000, "Longest pause before such a retry.", RETRIES, unit="ms", check=above(0)
+    )
+    retry_backoff_multiplier: float = option(
+        1.5, "Factor by which that pause grows with each retry.", RETRIES, check=at_least(1)
+    )
     retry_jitter_factor: float = option(
-        0.2, "Share by which chance makes such pauses longer or shorter.", RETRIES, check=between(0, 1)
+        0.2, "Random share by which that pause is made longer or shorter.", RETRIES, check=between(0, 1)
     )
 
     # -- streams, see docs/resume.md
     resume_streams: bool = option(
         False,
-        "When a worker dies inside a stream, have another one continue the text: /generate, /v1/completions and"
+        "When a worker breaks inside a stream, let another worker continue the text: /generate, /v1/completions and"
         " /v1/chat/completions at temperature 0.",
         RETRIES,
     )
     resume_max_bytes: int = option(
         1_048_576,
-        "Most text kept for that of one stream; longer ones are not continued.",
+        "Most text kept per stream to resume it; a longer stream is not resumed.",
         RETRIES,
         unit="bytes",
         check=at_least(1),
     )
     resume_nonzero_temperature: bool = option(
         False,
-        "Continue other temperatures, and penalties, as well: the text goes on, but not as one worker would have"
-        " written it.",
+        "Resume streams with other temperatures and with penalties as well: the text continues, but differs from what"
+        " a single worker would have written.",
         RETRIES,
     )
 
     # -- circuit breaker
     cb_failure_threshold: int | None = option(
         None,
-        "Failures in a row that open the breaker of a worker.",
+        "Failures in a row that open a worker's circuit breaker.",
         BREAKER,
         check=at_least(1),
         shown_default="one more than --max-worker-retries",
     )
     cb_success_threshold: int = option(
-        1, "Successes in a row that close a half-open breaker.", BREAKER, check=at_least(1)
+        1, "Successes in a row that close a half-open circuit breaker.", BREAKER, check=at_least(1)
     )
     cb_timeout_duration_secs: float = option(
         10,
-        "How long a breaker stays open before one request may try the worker.",
+        "How long a circuit breaker stays open before one request may test the worker.",
         BREAKER,
         unit="s",
         check=above(0),
     )
     cb_max_timeout_duration_secs: float = option(
         60,
-        "That time doubles with each failed try up to this (or to --cb-timeout-duration-secs, if longer).",
+        "That time doubles with each failed test, up to this (or to --cb-timeout-duration-secs, if that is longer).",
         BREAKER,
         unit="s",
         check=above(0),
     )
-    disable_circuit_breaker: bool = option(False, "Never hold a worker off for its failures.", BREAKER)
+    disable_circuit_breaker: bool = option(False, "Send requests to a worker however often it failed.", BREAKER)
 
     retry_budget_ratio: float = option(
         0.2,
-        "Retries may be at most this share of the requests of the last 10 seconds, and --retry-budget-min-per-second.",
+        "Allow retries up to this share of the requests of the last 10 seconds, plus --retry-budget-min-per-second.",
         RETRIES,
         check=between(0, 10),
     )
     retry_budget_min_per_second: float = option(
-        3, "Retries per second that are always free.", RETRIES, check=at_least(0)
+        3, "Retries per second that are allowed in any case.", RETRIES, check=at_least(0)
     )
 
     # -- overload
     max_concurrent_requests: int = option(
-        -1, "Most requests under way at once; -1 for no limit. More of them wait.", OVERLOAD, check=at_least(-1)
+        -1, "Most requests in flight at once; more are queued. -1: no limit.", OVERLOAD, check=at_least(-1)
     )
     queue_size: int = option(
         100,
-        "Most requests that wait for their turn, or for a worker with room; above it 429.",
+        "Most queued requests; when the queue is full, a request gets 429.",
         OVERLOAD,
         check=at_least(0),
     )
     queue_timeout_secs: float = option(
-        60, "Longest wait for a turn, or for a worker with room; after it 408.", OVERLOAD, unit="s", check=at_least(0)
+        60, "Longest time that a request is queued; then 408.", OVERLOAD, unit="s", check=at_least(0)
     )
     rate_limit_tokens_per_second: int | None = option(
         None,
-        "Requests admitted per second, with a burst of one second's worth; above it 429. 0 for no limit.",
+        "Most requests admitted per second, with bursts of one second's worth; others get 429. 0: no limit.",
         OVERLOAD,
         check=at_least(0),
     )
     max_running_per_worker: int = option(
         0,
-        "Most requests of a worker at once; more wait here and go to the first worker that has room, the one that"
-        " holds their prefix before others. 0 for no limit.",
+        "Most requests in flight at one worker; more are queued here and sent to the first worker below its limit,"
+        " with preference for the worker that holds their prefix. 0: no limit.",
         OVERLOAD,
         check=at_least(0),
     )
     max_buffered_request_bytes: int = option(
         1_073_741_824,
-        "Most bytes of requests held at once; beyond it bodies are not read on for 5 seconds, then 429.",
+        "Most bytes of requests held in memory at once. Above it, the router pauses reading bodies; after 5 seconds of"
+        " pause a request gets 429.",
         OVERLOAD,
         unit="bytes",
         check=at_least(65536),
     )
     first_byte_timeout_secs: float = option(
-        300, "Time a worker has for the first byte of a stream; after it 504.", OVERLOAD, unit="s", check=above(0)
+        300,
+        "Longest time for a worker to send the first byte of a stream; then 504.",
+        OVERLOAD,
+        unit="s",
+        check=above(0),
     )
     chunk_timeout_secs: float = option(
         300,
-        "Longest silence of a worker inside its answer; after it the answer is broken off.",
+        "Longest pause of a worker while it sends an answer; then the router ends the answer with an error.",
         OVERLOAD,
         unit="s",
         check=above(0),
@@ -433,23 +457,28 @@ class HTTPOptions:
 
     # -- outliers
     disable_outlier_ejection: bool = option(
-        False, "Do not hold off workers that fail far more often, or begin far later, than the others.", OUTLIERS
+        False, "Do not eject workers that fail far more often, or answer far later, than the others.", OUTLIERS
     )
     outlier_window_secs: float = option(
-        30, "What is looked back on; a worker is judged by 20 answers at least.", OUTLIERS, unit="s", check=above(0)
+        30,
+        "Window of answers that count. A worker with fewer than 20 is not judged.",
+        OUTLIERS,
+        unit="s",
+        check=above(0),
     )
     outlier_failure_rate: float = option(
-        0.5, "Share of failed requests that is too much.", OUTLIERS, check=between(0.01, 1)
+        0.5, "Share of failed requests that makes a worker an outlier.", OUTLIERS, check=between(0.01, 1)
     )
     outlier_latency_factor: float = option(
         3,
-        "How many times later than at the others, in like circumstances, the first byte of streams must come.",
+        "A worker is an outlier when the first bytes of its streams come this many times later than those of other"
+        " workers under similar load.",
         OUTLIERS,
         check=above(1),
     )
     outlier_ejection_secs: float = option(
         30,
-        "How long such a worker is held off, and twice as long each next time up to ten times this.",
+        "How long an outlier is ejected; twice as long each next time, up to ten times this.",
         OUTLIERS,
         unit="s",
         check=above(0),
@@ -457,46 +486,51 @@ class HTTPOptions:
 
     # -- health checks
     health_check_interval_secs: float = option(
-        10, "Pause between checks of a worker.", HEALTH, unit="s", check=above(0)
+        10, "Pause between health checks of a worker.", HEALTH, unit="s", check=above(0)
     )
     health_check_timeout_secs: float = option(
-        5, "Time a worker has to answer a check.", HEALTH, unit="s", check=above(0)
+        5, "Longest time for a worker to answer a health check.", HEALTH, unit="s", check=above(0)
     )
     health_failure_threshold: int = option(
         3, "Failed checks in a row that make a worker unhealthy.", HEALTH, check=at_least(1)
     )
     health_success_threshold: int = option(
-        2, "Good checks in a row that make it healthy again.", HEALTH, check=at_least(1)
+        2, "Successful checks in a row that make it healthy again.", HEALTH, check=at_least(1)
     )
-    health_check_endpoint: str = option("/health", "Path that is checked.", HEALTH, check=checks.path)
-    disable_health_check: bool = option(False, "Believe that every worker is healthy.", HEALTH)
+    health_check_endpoint: str = option("/health", "Path of the health check.", HEALTH, check=checks.path)
+    disable_health_check: bool = option(False, "Treat every worker as healthy.", HEALTH)
 
     # -- autoscaling
     autoscale: str | None = option(
         None,
-        "Fewest and most workers, as in 1:8 or 0:4: decides all the time how many there should be, and tells"
-        " GET /scale, the metric sgl_router_desired_workers and those named below. launch_server starts and stops"
-        " its replicas by it. With 0 the last one is stopped when there is nothing to do, and a request starts it.",
+        "Fewest and most workers, as in 1:8 or 0:4. The router decides how many workers there should be and shows it in"
+        " GET /scale, in the metric sgl_router_desired_workers and to the webhook and command below. launch_server"
+        " starts and stops its replicas accordingly. With MIN 0 it also stops the last replica when there is nothing to"
+        " do; the next request starts it again.",
         AUTOSCALING,
         metavar="MIN:MAX",
         check=checks.scale_range,
     )
     autoscale_target_load: float = option(
-        32, "Requests that a worker should have, running and waiting.", AUTOSCALING, unit="requests", check=above(0)
+        32, "Requests in flight that a worker should have.", AUTOSCALING, unit="requests", check=above(0)
     )
     autoscale_target_queue: float = option(
-        4, "Of these, requests that may wait for their first token.", AUTOSCALING, unit="requests", check=above(0)
+        4,
+        "Requests per worker that may be waiting for their first token.",
+        AUTOSCALING,
+        unit="requests",
+        check=above(0),
     )
     autoscale_target_tokens: int = option(
         65536,
-        "Prompt tokens that may wait to be computed, for each worker.",
+        "Prompt tokens per worker that may be waiting for prefill.",
         AUTOSCALING,
         unit="tokens",
         check=above(0),
     )
     autoscale_ttft_goal_secs: float | None = option(
         None,
-        "Time to the first token that nine of ten streams should not exceed.",
+        "Time to first token that nine of ten streams should not exceed.",
         AUTOSCALING,
         unit="s",
         check=above(0),
@@ -507,36 +541,37 @@ class HTTPOptions:
     )
     autoscale_down_cooldown_secs: float = option(
         300,
-        "How long fewer workers must have been enough before one is taken away.",
+        "How long fewer workers must have been enough before one is removed.",
         AUTOSCALING,
         unit="s",
         check=at_least(0),
     )
     autoscale_wake_timeout_secs: float = option(
         600,
-        "How long a request waits for the first worker after a scaling to zero.",
+        "How long a request is queued for the first worker after scaling to zero.",
         AUTOSCALING,
         unit="s",
         check=above(0),
     )
     scale_webhook: str | None = option(
         None,
-        "URL that is told by POST of each change of the number of workers there should be.",
+        "URL that gets a POST at each change of the desired number of workers.",
         AUTOSCALING,
         metavar="URL",
         check=checks.webhook,
     )
     scale_webhook_secret: str | None = option(
         None,
-        "Key with which these messages are signed (HMAC-SHA256, header x-sglang-router-signature).",
+        "Secret that signs the webhook's messages (HMAC-SHA256, header x-sglang-router-signature).",
         AUTOSCALING,
         metavar="SECRET",
         secret=True,
     )
     scale_command: str | None = option(
         None,
-        "Command that is run at each such change, without a shell, with SGLANG_ROUTER_DESIRED_WORKERS,"
-        " _CURRENT_WORKERS and _SCALE_REASON in its environment.",
+        "Command to run at each change of the desired number of workers, without a shell, with"
+        " SGLANG_ROUTER_DESIRED_WORKERS, SGLANG_ROUTER_CURRENT_WORKERS and SGLANG_ROUTER_SCALE_REASON in its"
+        " environment.",
         AUTOSCALING,
         metavar="CMD",
         check=checks.command,
@@ -545,21 +580,21 @@ class HTTPOptions:
     # -- metrics
     prometheus_host: str = option(
         "",
-        "Address of the listener for metrics (they are on /metrics of the router's own port as well).",
+        "Address of the metrics listener. (/metrics on the router's own port serves the metrics as well.)",
         METRICS,
         check=lambda host: host and checks.address(host),
         shown_default="the value of --host",
     )
     prometheus_port: int = option(
         29000,
-        "Port of the listener for metrics. If it is taken, a warning for the default, an error for a port you"
-        " give. 0 takes a free one.",
+        "Port of the metrics listener. If the port is in use, the router warns when it is the default, and ends when"
+        " you gave it. 0: any free port.",
         METRICS,
         check=between(0, 65535),
     )
     prometheus_duration_buckets: list[float] | None = option(
         None,
-        "Upper bounds of the histograms of durations, ascending.",
+        "Upper bounds of the duration histograms, ascending.",
         METRICS,
         unit="s",
         check=checks.buckets,
@@ -567,14 +602,12 @@ class HTTPOptions:
     )
 
     # -- logging
-    log_level: str = option(
-        "info", "Least severe messages to log.", LOGGING, choices=("debug", "info", "warn", "error")
-    )
-    log_format: str = option("text", "Shape of log lines.", LOGGING, choices=("text", "json"))
+    log_level: str = option("info", "Lowest severity to log.", LOGGING, choices=("debug", "info", "warn", "error"))
+    log_format: str = option("text", "Format of log lines.", LOGGING, choices=("text", "json"))
     log_dir: str | None = option(
-        None, "Folder for log files, made if it is not there.", LOGGING, shown_default="standard error only"
+        None, "Folder for log files; created if it does not exist.", LOGGING, shown_default="standard error only"
     )
-    disable_access_log: bool = option(False, "Do not log a line for each request.", LOGGING)
+    disable_access_log: bool = option(False, "Do not write a log line for each request.", LOGGING)
 
     # -- other names
     eviction_interval: float | None = alias("eviction_interval_secs")

@@ -1,8 +1,9 @@
-"""The options of the reference router (0.3.2) whose features are not here: declared, so that each gets a
-clear answer.
+"""Options of the reference router (0.3.2) whose features this router does not have.
 
-`later` ones are refused when used; `inert` ones concern nothing that an HTTP router does and are accepted
-with a warning. When a feature is built, its options move to `options.py`.
+They are declared so that using one gives a clear answer.
+
+Using a `later` option is an error at the start. An `inert` option has no meaning for an HTTP router: using it gives a
+warning. When a feature is built, its options move to `options.py`.
 """
 
 # ruff: noqa: RUF009 - `option` declares a field, as `dataclasses.field` does
@@ -36,36 +37,38 @@ def _inert(default: T, help: str, **more: Any) -> T:
 
 @dataclass
 class ReservedOptions(HTTPOptions):
-    """What the reference router can be told and this one cannot yet, or need not be."""
+    """The reference router's options that this router does not have yet, or has no use for."""
 
     # -- prefill/decode
     pd_disaggregation: bool = _later(False, "Route to pairs of prefill and decode workers.", PREFILL_DECODE)
     prefill_urls: Pairs = _later(
         [],
-        "Base URL of a prefill worker and its bootstrap port, if any; may be given several times.",
+        "Base URL of a prefill worker, and its bootstrap port if it has one. Repeat the flag for several workers.",
         PREFILL_DECODE,
         flag="--prefill",
         repeat=True,
     )
     decode_urls: list[str] = _later(
         [],
-        "Base URL of a decode worker; may be given several times.",
+        "Base URL of a decode worker. Repeat the flag for several workers.",
         PREFILL_DECODE,
         flag="--decode",
         repeat=True,
     )
     prefill_policy: str | None = _later(
-        None, "Policy among prefill workers.", PREFILL_DECODE, choices=(*POLICY_NAMES, "bucket")
+        None, "Policy for prefill workers.", PREFILL_DECODE, choices=(*POLICY_NAMES, "bucket")
     )
-    decode_policy: str | None = _later(None, "Policy among decode workers.", PREFILL_DECODE, choices=POLICY_NAMES)
+    decode_policy: str | None = _later(None, "Policy for decode workers.", PREFILL_DECODE, choices=POLICY_NAMES)
     mini_lb: bool = _later(False, "Use the minimal load balancer.", PREFILL_DECODE)
 
     # -- discovery
     service_discovery: bool = _later(False, "Find workers among Kubernetes pods.", DISCOVERY)
     selector: dict[str, str] = _later({}, "Labels of the workers' pods.", DISCOVERY)
-    service_discovery_port: int = _later(80, "Port on which found workers listen.", DISCOVERY, check=between(1, 65535))
+    service_discovery_port: int = _later(
+        80, "Port on which discovered workers listen.", DISCOVERY, check=between(1, 65535)
+    )
     service_discovery_namespace: str | None = _later(
-        None, "Namespace to look in.", DISCOVERY, shown_default="all namespaces"
+        None, "Kubernetes namespace to search.", DISCOVERY, shown_default="all namespaces"
     )
     prefill_selector: dict[str, str] = _later({}, "Labels of the prefill workers' pods.", DISCOVERY)
     decode_selector: dict[str, str] = _later({}, "Labels of the decode workers' pods.", DISCOVERY)
@@ -74,14 +77,14 @@ class ReservedOptions(HTTPOptions):
     )
 
     # -- models
-    enable_igw: bool = _later(False, "Serve several models, each with a policy of its own.", MODELS)
-    backend: str = _later("sglang", "What the workers are.", MODELS, choices=("sglang", "openai"))
+    enable_igw: bool = _later(False, "Serve several models, each with its own policy.", MODELS)
+    backend: str = _later("sglang", "What kind the workers are.", MODELS, choices=("sglang", "openai"))
 
     # -- access: tokens of an identity provider
-    jwt_issuer: str | None = _later(None, "OIDC issuer of tokens for the control plane.", SECURITY)
-    jwt_audience: str | None = _later(None, "Audience those tokens must name.", SECURITY)
-    jwt_jwks_uri: str | None = _later(None, "Where the issuer's public keys are.", SECURITY)
-    jwt_role_mapping: dict[str, str] = _later({}, "Roles of the issuer and what they are here.", SECURITY)
+    jwt_issuer: str | None = _later(None, "OIDC issuer of the control plane's tokens.", SECURITY)
+    jwt_audience: str | None = _later(None, "Audience that these tokens must name.", SECURITY)
+    jwt_jwks_uri: str | None = _later(None, "URL of the issuer's public keys.", SECURITY)
+    jwt_role_mapping: dict[str, str] = _later({}, "Maps the issuer's roles to the router's.", SECURITY)
 
     # -- tracing
     enable_trace: bool = _later(False, "Send OpenTelemetry traces.", TRACING)
@@ -90,22 +93,26 @@ class ReservedOptions(HTTPOptions):
     # -- without effect
     control_plane_audit_enabled: bool = _inert(False, "Log changes of the control plane; they are always logged.")
     cb_window_duration_secs: float = _inert(
-        120, "Window of failures; a breaker counts failures in a row, as the reference's does.", unit="s"
+        120, "Window of failures; a circuit breaker counts failures in a row, as the reference's does.", unit="s"
     )
     bucket_adjust_interval_secs: float = _inert(5, "Interval of the policy `bucket`.", unit="s")
-    model_path: str | None = _inert(None, "Model whose tokenizer to load; prompts are compared as text here.")
+    model_path: str | None = _inert(None, "Model whose tokenizer to load; this router compares prompts as text.")
     tokenizer_path: str | None = _inert(None, "Tokenizer to load.")
     chat_template: str | None = _inert(None, "Chat template; the engine applies its own.")
-    tokenizer_cache_enable_l0: bool = _inert(False, "Tokenizer cache of whole texts.")
-    tokenizer_cache_l0_max_entries: int = _inert(10_000, "Its size.")
-    tokenizer_cache_enable_l1: bool = _inert(False, "Tokenizer cache of prefixes.")
-    tokenizer_cache_l1_max_memory: int = _inert(52_428_800, "Its size.", unit="bytes")
-    reasoning_parser: str | None = _inert(None, "Parser of reasoning; the engine's answer passes unchanged.")
-    tool_call_parser: str | None = _inert(None, "Parser of tool calls; the engine's answer passes unchanged.")
-    mcp_config_path: str | None = _inert(None, "Servers of tools (MCP).")
+    tokenizer_cache_enable_l0: bool = _inert(False, "Tokenizer cache for whole texts.")
+    tokenizer_cache_l0_max_entries: int = _inert(10_000, "Size of the tokenizer cache for whole texts.")
+    tokenizer_cache_enable_l1: bool = _inert(False, "Tokenizer cache for prefixes.")
+    tokenizer_cache_l1_max_memory: int = _inert(52_428_800, "Size of the tokenizer cache for prefixes.", unit="bytes")
+    reasoning_parser: str | None = _inert(
+        None, "Parser of reasoning; this router passes the engine's answer unchanged."
+    )
+    tool_call_parser: str | None = _inert(
+        None, "Parser of tool calls; this router passes the engine's answer unchanged."
+    )
+    mcp_config_path: str | None = _inert(None, "Tool servers (MCP).")
     history_backend: str = _inert(
         "memory",
-        "Where conversations are kept; the engine keeps them.",
+        "Storage of conversations; this router leaves it to the engine.",
         choices=("memory", "none", "oracle", "postgres", "redis"),
     )
     oracle_wallet_path: str | None = _inert(None, "Oracle: wallet.")

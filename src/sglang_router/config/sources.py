@@ -1,19 +1,19 @@
-"""Where values come from, and who wins: flag > environment > file > default.
+"""Where values come from, and which source wins: flag > environment > file > default.
 
     --config FILE    --read_file-----> {name: value} --+
     SGLANG_ROUTER_*  --read_environ--> {name: value} --+--merge--> values, and which were given at all
-    flags (see flags.py) ------------> {name: value} --+
+    flags (see flags.py) ------------> {name: value} --+                and which of them a file had the last word on
 
-Aliases are resolved inside each source, so that a flag by its old name still wins over the environment by the
-new one. Every error says where the value stood.
+Aliases are resolved within each source, so that a flag under its old name still overrides a variable under the new
+name. Every error names the source of the value.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -26,35 +26,42 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
-# A Kubernetes service called `sglang-router` puts SGLANG_ROUTER_PORT=tcp://10.0.0.7:30000 into the
-# environment of every pod of its namespace: not meant for us.
+# A Kubernetes service named `sglang-router` sets SGLANG_ROUTER_PORT=tcp://10.0.0.7:30000 in every pod of its namespace.
+# That is not an option of the router: ignore it.
 _SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
 
-# what may be written in a file or in the name of a variable -> the option or alias it means
+# name in a file or in an environment variable -> the option or alias
 _KEYS: dict[str, str] = {
     **{key: option.name for option in OPTIONS.values() for key in option.keys},
     **{name: name for name in ALIASES},
 }
 
 
-def merge(flags: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[dict[str, Any], frozenset[str]]:
-    """The values from all sources, and the names of the options that were given.
+class MergedValues(NamedTuple):
+    """The values of all sources. `given`: options that any source set; `from_file`: those whose value the file set."""
 
-    Raises: ConfigError for whatever cannot be read.
+    values: dict[str, Any]
+    given: frozenset[str]
+    from_file: frozenset[str]
+
+
+def merge(flags: Mapping[str, Any], environ: Mapping[str, str]) -> MergedValues:
+    """Read and merge all sources.
+
+    Raises: ConfigError for a value or file that cannot be read.
     """
     variables = read_environ(environ)
     path = flags.get("config") or variables.get("config")
-    values = {
-        **(read_file(Path(path)) if path else {}),
-        **variables,
-        **resolve_aliases(flags, "command line"),
-    }
+    file = read_file(Path(path)) if path else {}
+    over = {**variables, **resolve_aliases(flags, "command line")}
+    values = {**file, **over}
     mirror_aliases(values)
-    return values, frozenset(values.keys() & OPTIONS.keys())
+    from_file = file.keys() - over.keys()
+    return MergedValues(values, frozenset(values.keys() & OPTIONS.keys()), frozenset(from_file & OPTIONS.keys()))
 
 
 def read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The options in the environment. An empty variable is an unset one."""
+    """Read the options in the environment. An empty variable counts as unset."""
     values: dict[str, Any] = {}
     for key, name in _KEYS.items():
         variable = ENVIRONMENT_PREFIX + key.upper()
@@ -65,7 +72,7 @@ def read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The options in a YAML or TOML file: flat, `-` and `_` alike in its keys; null means not given."""
+    """Read the options in a YAML or TOML file: a flat mapping, with `-` or `_` in its keys; null means not given."""
     values: dict[str, Any] = {}
     for key, value in _parse_file(path).items():
         name = _KEYS.get(str(key).replace("-", "_"))
@@ -79,7 +86,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def _parse_file(path: Path) -> dict[object, Any]:
     if path.suffix.lower() not in _PARSERS:
-        raise ConfigError(f"{path}: name it .yaml, .yml or .toml, so that its format is known")
+        raise ConfigError(f"{path}: the name of the file must end in .yaml, .yml or .toml, which tells its format")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -96,11 +103,11 @@ def _parse_file(path: Path) -> dict[object, Any]:
 
 
 def _first_fault(error: Exception) -> str:
-    """One line of a parser's complaint. YAML's says what and where on separate lines."""
+    """Return one line of a parser's error message. YAML's says what and where on separate lines."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
     return str(error).splitlines()[0]
 
 
-_PARSERS = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads}
+_PARSERS: dict[str, Callable[[str], Any]] = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads}

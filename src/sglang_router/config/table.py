@@ -1,7 +1,7 @@
-"""A table of options and of their other names, derived once from the declarations; and values read by name.
+"""A table of options and aliases, derived once from their declarations; it reads and checks values by name.
 
-`ROUTER` is the router's own. A command that adds options of its own makes another `Table` of its declarations;
-flags.py puts either into a parser.
+`ROUTER` is the router's table. A command with options of its own makes another `OptionTable` from its declarations;
+flags.py adds either to a parser.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from sglang_router.config.reserved import ReservedOptions
 from sglang_router.errors import ConfigError
 
 
-class Table:
-    """The options and aliases declared in a dataclass, by name, in their order.
+class OptionTable:
+    """The options and aliases that a dataclass declares, by name, in their order.
 
-    `given` is the attribute of a namespace with the names of those that stood on the command line.
+    `given` names the attribute of a namespace that holds the names of the options on the command line.
     """
 
     def __init__(self, owner: type, given: str) -> None:
@@ -27,7 +27,7 @@ class Table:
         self.aliases: Mapping[str, Alias] = MappingProxyType(aliases_of(owner))
 
     def other_flags(self, name: str) -> list[str]:
-        """The flags that are other names of an option; one that stands for a value reads `--flag (= value)`."""
+        """Return the flags of an option's aliases; an alias that sets a value reads `--flag (= value)`."""
         return [
             other.flag if other.means is None else f"{other.flag} (= {other.means})"
             for other in self.aliases.values()
@@ -35,9 +35,9 @@ class Table:
         ]
 
     def accept(self, name: str, value: object, where: str) -> Any:
-        """The value of an option or alias, typed and checked.
+        """Return the value of an option or alias, typed and checked.
 
-        Raises: ConfigError, one sentence that begins with `where` (the flag, variable or file and key).
+        Raises: ConfigError with one sentence that begins with `where`: the flag, the variable, or the file and key.
         """
         entry = self.aliases.get(name)
         try:
@@ -51,9 +51,9 @@ class Table:
             raise ConfigError(f"{where}: {sentence}") from None
 
     def resolve_aliases(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The values of one source with those given by an alias put under the option's name, too.
+        """Return the values of one source, with the value of each alias also under its option's name.
 
-        Raises: ConfigError if both names are there and disagree.
+        Raises: ConfigError if both names are given with different values.
         """
         resolved = dict(values)
         for name in values.keys() & self.aliases.keys():
@@ -61,21 +61,21 @@ class Table:
             if entry.means is None:
                 if values.get(entry.target, value) != value:
                     both = f"{entry.target} and {name} are two names of one option"
-                    raise ConfigError(f"{where}: {both} and disagree; give one of them")
+                    raise ConfigError(f"{where}: {both}, with different values; give only one of them")
                 resolved[entry.target] = value
             elif value:
                 resolved.setdefault(entry.target, entry.means)
         return resolved
 
     def mirror_aliases(self, values: dict[str, Any]) -> None:
-        """Makes each alias in `values` say what its option says: another source may have had the last word."""
+        """Set each alias in `values` to the value of its option, which another source may have set."""
         for name in values.keys() & self.aliases.keys():
             entry = self.aliases[name]
             current = values.get(entry.target, self.options[entry.target].default)
             values[name] = current if entry.means is None else current == entry.means
 
 
-ROUTER = Table(ReservedOptions, given="router_flags_given")
+ROUTER = OptionTable(ReservedOptions, given="router_flags_given")
 OPTIONS = ROUTER.options
 ALIASES = ROUTER.aliases
 accept = ROUTER.accept

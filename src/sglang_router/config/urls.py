@@ -1,10 +1,10 @@
-"""The base URL of a worker: one reading of it for options, the control plane and discovery.
+"""Parse the base URL of a worker. Options, the control plane and discovery all use this function.
 
     http://Host:8000/base/   ->   http://host:8000/base
 
-The normal form is what workers are told apart by, so scheme and host are in lower case and no slash ends it.
-Much is refused on purpose: credentials (they would show up in logs and metrics), a query or fragment (paths
-are appended), and whatever two parsers could read differently.
+Workers are identified by the normal form: scheme and host in lower case, no slash at the end. The parser refuses
+credentials (they would appear in logs and metrics), a query or fragment (the router appends paths), and everything
+that two parsers could read differently.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _AUTHORITY = re.compile(r"(?P<host>\[[^\[\]]*\]|[^\[\]:]*)(:(?P<port>[0-9]+))?")
 
 
 def parse_worker_url(text: str) -> str:
-    """The normal form of a worker's base URL.
+    """Return the normal form of a worker's base URL.
 
-    Raises: ConfigError, one sentence that says what to write instead. It never repeats credentials.
+    Raises: ConfigError with one sentence that says what to write instead. It never shows credentials.
     """
     text = text.strip()
     shown = repr(_CREDENTIALS.sub(lambda found: f"{found[1] or ''}***{found[2] or ''}", text))
     if not _ALLOWED.fullmatch(text) or any(character in text for character in '\\"<>^`{|}'):
-        raise ConfigError(f"worker URL {shown} holds spaces or characters that do not belong in a URL")
+        raise ConfigError(f"worker URL {shown} contains spaces or characters that are not allowed in a URL")
     scheme, separator, rest = text.partition("://")
     scheme = scheme.lower()
     if scheme == "grpc" and separator:
-        raise ConfigError(f"worker URL {shown}: only HTTP workers are supported; start the engine for HTTP")
+        raise ConfigError(f"worker URL {shown}: only HTTP workers are supported; start the engine with HTTP")
     if scheme not in ("http", "https") or not separator:
         hint = "" if separator or "@" in text else f"; try http://{text.lstrip('/')}"
         raise ConfigError(f"worker URL {shown} must begin with http:// or https://{hint}")
@@ -45,7 +45,7 @@ def parse_worker_url(text: str) -> str:
 
 
 def _authority(authority: str, shown: str) -> str:
-    """Host and port, checked."""
+    """Check host and port."""
     match = _AUTHORITY.fullmatch(authority)
     if match is None:
         hint = "; put an IPv6 address in brackets" if authority.count(":") > 1 else ""

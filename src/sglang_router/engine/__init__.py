@@ -1,1 +1,1 @@
-"""Engines the router can start by itself: the built-in stand-in, and llama.cpp."""
+"""Engines that come with the router: the built-in engine, which simulates a model, and llama.cpp's server."""

@@ -1,4 +1,4 @@
-"""`python -m sglang_router.engine`: the built-in engine, or with `--backend llamacpp` llama.cpp's server."""
+"""`python -m sglang_router.engine`: the built-in engine; with `--backend llamacpp`, llama.cpp's server."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from sglang_router.engine.options import parse_options
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run an engine until it is told to stop; its exit status."""
+    """Run an engine until it is stopped; return its exit status."""
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--backend", choices=("builtin", "llamacpp"), default="builtin")
     chosen, rest = chooser.parse_known_args(argv)
     if chosen.backend == "llamacpp":
-        from sglang_router.engine.llamacpp import main as llamacpp  # only there if the extra is installed
+        from sglang_router.engine.llamacpp import main as llamacpp  # imported here: the built-in engine works without
 
         return llamacpp(rest)
     options = parse_options(rest)
-    from sglang_router.engine.server import serve  # late: --help answers at once
+    from sglang_router.engine.server import serve  # imported here, so that --help is fast
 
     return serve(options)
 

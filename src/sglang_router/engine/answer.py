@@ -1,7 +1,7 @@
-"""Sends one answer: whole when it is complete, or streamed as passes end. A client that leaves aborts its
-request.
+"""Send one answer: as a whole when it is complete, or as a stream after each pass.
 
-The head of a stream is sent with the first token, not before: until then an error can still have a status.
+When a client disconnects, its request is aborted. The head of a stream is sent with the first token, so that an error
+before it can still have a status.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from sglang_router.engine.dialects import Dialect, encode
-from sglang_router.engine.runner import Engine, EngineError, Generation, Job
+from sglang_router.engine.dialects import AnswerDialect, encode
+from sglang_router.engine.runner import Engine, EngineError, EngineGeneration, EngineJob
 
 _STREAM_HEAD = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
 def json_response(value: object, status: int = 200) -> Response:
-    """`value` as JSON."""
+    """Return `value` as a JSON response."""
     return Response(encode(value), status, media_type="application/json")
 
 
-async def compute(engine: Engine, jobs: Sequence[Job], receive: Receive) -> list[Generation]:
-    """Run `jobs` to their end; abort them if the client leaves meanwhile, or if this is cancelled."""
+async def compute(engine: Engine, jobs: Sequence[EngineJob], receive: Receive) -> list[EngineGeneration]:
+    """Run `jobs` until they end. Abort them if the client disconnects or the call is cancelled."""
     generations = engine.start(jobs)
-    watch = asyncio.create_task(_drop_when_gone(engine, generations, receive))
+    watch = asyncio.create_task(_drop_on_disconnect(engine, generations, receive))
     try:
         await engine.complete(generations)
     finally:
@@ -36,22 +36,22 @@ async def compute(engine: Engine, jobs: Sequence[Job], receive: Receive) -> list
     return generations
 
 
-async def _drop_when_gone(engine: Engine, generations: Sequence[Generation], receive: Receive) -> None:
-    # The body has been read: the next message can only say that the client is gone.
+async def _drop_on_disconnect(engine: Engine, generations: Sequence[EngineGeneration], receive: Receive) -> None:
+    # The body has been read already, so the next message is the disconnect.
     while (await receive())["type"] != "http.disconnect":
         pass
     engine.drop(generations)
 
 
-async def answer_whole(engine: Engine, jobs: Sequence[Job], dialect: Dialect, request: Request) -> Response:
-    """The complete answer, as JSON."""
+async def answer_whole(engine: Engine, jobs: Sequence[EngineJob], dialect: AnswerDialect, request: Request) -> Response:
+    """Return the complete answer as JSON."""
     return json_response(dialect.whole(await compute(engine, jobs, request.receive)))
 
 
 class StreamedAnswer(Response):
-    """An answer as server-sent events. Making it raises `EngineError` if the engine refuses the jobs."""
+    """An answer as server-sent events. The constructor raises `EngineError` if the engine refuses the jobs."""
 
-    def __init__(self, engine: Engine, jobs: Sequence[Job], dialect: Dialect) -> None:
+    def __init__(self, engine: Engine, jobs: Sequence[EngineJob], dialect: AnswerDialect) -> None:
         super().__init__()
         self._engine = engine
         self._dialect = dialect
@@ -61,7 +61,7 @@ class StreamedAnswer(Response):
         self._opened = self._head_sent = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.create_task(_drop_when_gone(self._engine, self._generations, receive))
+        watch = asyncio.create_task(_drop_on_disconnect(self._engine, self._generations, receive))
         try:
             await self._stream(send)
         finally:
@@ -73,32 +73,32 @@ class StreamedAnswer(Response):
         while self._running:
             await wake.wait()
             wake.clear()
-            news = self._news()
-            if not news:
+            events = self._new_events()
+            if not events:
                 continue
             if not self._head_sent:
                 self._head_sent = True
                 await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEAD})
-            await send({"type": "http.response.body", "body": news, "more_body": bool(self._running)})
+            await send({"type": "http.response.body", "body": events, "more_body": bool(self._running)})
 
-    def _news(self) -> bytes:
-        """The events for all that was settled since the last time."""
-        news = b"" if self._opened else self._dialect.opening(self._generations)
+    def _new_events(self) -> bytes:
+        """Return the events for all text that was settled since the last call."""
+        events = b"" if self._opened else self._dialect.opening(self._generations)
         self._opened = True
         for index in sorted(self._running):
             generation = self._generations[index]
             text = generation.writer.text[self._sent[index] : generation.settled]
             if text:
                 self._sent[index] += len(text)
-                news += self._dialect.delta(generation, text)
+                events += self._dialect.delta(generation, text)
             if generation.finish is not None:
                 self._running.discard(index)
-                news += self._dialect.ending(generation)
-        return news if self._running else news + self._dialect.closing(self._generations)
+                events += self._dialect.ending(generation)
+        return events if self._running else events + self._dialect.closing(self._generations)
 
 
 def error_response(request: Request, error: Exception) -> Response:
-    """`EngineError` in OpenAI's shape."""
+    """Return an `EngineError` as a response in OpenAI's shape."""
     assert isinstance(error, EngineError)
     body = {"message": str(error), "type": error.kind, "param": None, "code": error.status}
     return json_response({"object": "error", **body, "error": body}, error.status)

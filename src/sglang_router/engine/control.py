@@ -1,7 +1,6 @@
-"""The engine's control side: health, information, load, metrics, cache, aborting, pausing, weights.
+"""The engine's control endpoints: health, information, load, metrics, cache, aborting, pausing, weights.
 
-Names and shapes are SGLang's. `/health` only says that the engine is up; `/health_generate` computes a
-token.
+Names and shapes are SGLang's. `/health` only says that the engine is up; `/health_generate` computes a token.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from sglang_router import __version__
 from sglang_router.engine.answer import compute, json_response
 from sglang_router.engine.options import EngineOptions
 from sglang_router.engine.parse import Body, read_object
-from sglang_router.engine.runner import Engine, EngineError, Job
-from sglang_router.engine.scheduler import Scheduler
+from sglang_router.engine.runner import Engine, EngineError, EngineJob
+from sglang_router.engine.scheduler import EngineScheduler
 
-Handler = Callable[[Request], Awaitable[Response]]
+EngineHandler = Callable[[Request], Awaitable[Response]]
 
 GENERATES_WITHIN = 20.0  # seconds, SGLang's limit for /health_generate
 
 
-class Status:
-    """Whether the engine is ready. `ready_at` is in the loop's time; `failed` is final."""
+class EngineStatus:
+    """Whether the engine is ready. `ready_at` is a time of the event loop's clock; `failed` is final."""
 
     def __init__(self) -> None:
         self.ready_at = float("inf")
@@ -44,9 +43,9 @@ class Status:
 
 
 class EngineCollector(Collector):
-    """Reads the scheduler when metrics are asked for, so a pass pays nothing for them."""
+    """Reads the scheduler when metrics are requested, so that they cost nothing in a pass."""
 
-    def __init__(self, scheduler: Scheduler, model: str) -> None:
+    def __init__(self, scheduler: EngineScheduler, model: str) -> None:
         self._scheduler = scheduler
         self._model = model
 
@@ -56,12 +55,12 @@ class EngineCollector(Collector):
         used = kv.locked + kv.private
         for name, about, value in (
             ("num_running_reqs", "Requests in the batch.", scheduler.active),
-            ("num_queue_reqs", "Requests waiting.", len(scheduler.waiting)),
+            ("num_queue_reqs", "Requests in the queue.", len(scheduler.waiting)),
             ("num_used_tokens", "Token slots held by the batch.", used),
             ("token_usage", "Share of the token slots held by the batch.", used / kv.capacity),
             ("cache_hit_rate", "Share of the last admitted prompt found in the cache.", totals.last_hit_rate),
             ("max_total_num_tokens", "Token slots.", kv.capacity),
-            ("num_retracted_reqs", "Times a request was sent back to the queue.", totals.retracted),
+            ("num_retracted_reqs", "Times that a request was moved back to the queue.", totals.retracted),
         ):
             gauge = GaugeMetricFamily("sglang:" + name, about, labels=["model_name"])
             gauge.add_metric([self._model], value)
@@ -70,7 +69,7 @@ class EngineCollector(Collector):
             ("prompt_tokens", "Tokens of admitted prompts.", totals.prompt_tokens),
             ("cached_tokens", "Tokens of admitted prompts found in the cache.", totals.cached_tokens),
             ("generation_tokens", "Tokens written.", totals.generated_tokens),
-            ("num_requests", "Requests that ran to their end.", totals.finished),
+            ("num_requests", "Requests that finished.", totals.finished),
             ("num_aborted_requests", "Requests aborted.", totals.aborted),
             ("evicted_tokens", "Tokens evicted from the cache.", kv.evicted),
         ):
@@ -79,10 +78,12 @@ class EngineCollector(Collector):
             yield counter
 
 
-class Control:
-    """The handlers."""
+class EngineControl:
+    """The handlers of the control endpoints."""
 
-    def __init__(self, engine: Engine, options: EngineOptions, registry: CollectorRegistry, status: Status) -> None:
+    def __init__(
+        self, engine: Engine, options: EngineOptions, registry: CollectorRegistry, status: EngineStatus
+    ) -> None:
         self._engine = engine
         self._options = options
         self._registry = registry
@@ -91,8 +92,8 @@ class Control:
         registry.register(EngineCollector(engine.scheduler, options.model))
 
     def routes(self) -> list[Route]:
-        """All of them, with every path they are known by."""
-        table: list[tuple[str, Handler, list[str]]] = [
+        """Return the routes of all handlers, with all paths of each."""
+        table: list[tuple[str, EngineHandler, list[str]]] = [
             ("/health", self.health, ["GET"]),
             ("/health_generate", self.health_generate, ["GET"]),
             ("/metrics", self.metrics, ["GET"]),
@@ -115,35 +116,35 @@ class Control:
         ]
         return [Route(path, handler, methods=methods) for path, handler, methods in table]
 
-    # -- what it is and how it is --------------------------------------------------------------------------
+    # -- reading -------------------------------------------------------------------------------------------
 
     async def health(self, request: Request) -> Response:
-        """200 when ready, 503 before."""
+        """Answer 200 when ready, 503 before."""
         return Response(status_code=200 if self._status.ready else 503)
 
     async def health_generate(self, request: Request) -> Response:
-        """200 when a token could be computed within 20 s."""
+        """Answer 200 if a token can be computed within 20 s, else 503."""
         if not self._status.ready:
             return Response(status_code=503)
         try:
-            await asyncio.wait_for(compute(self._engine, [Job([0], 1)], request.receive), GENERATES_WITHIN)
+            await asyncio.wait_for(compute(self._engine, [EngineJob([0], 1)], request.receive), GENERATES_WITHIN)
         except asyncio.TimeoutError:
             return Response(status_code=503)
         return Response()
 
     async def metrics(self, request: Request) -> Response:
-        """Prometheus' text format, under SGLang's names."""
+        """Answer with the metrics in Prometheus' text format, under SGLang's names."""
         return Response(generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def models(self, request: Request) -> Response:
-        """The one model there is."""
+        """Answer with the engine's only model."""
         name = self._options.model
         model = {"id": name, "object": "model", "created": self._started, "owned_by": "sglang", "root": name}
         more = {"parent": None, "max_model_len": self._options.context}
         return json_response({"object": "list", "data": [model | more]})
 
     async def get_load(self, request: Request) -> Response:
-        """The load of each data-parallel rank."""
+        """Answer with the load of each data-parallel rank."""
         rows = [
             {
                 "dp_rank": load["dp_rank"],
@@ -156,7 +157,7 @@ class Control:
         return json_response(rows)
 
     async def loads(self, request: Request) -> Response:
-        """The same as newer SGLang tells it."""
+        """Answer with the same in the shape of newer SGLang versions."""
         load, loads = self._load(), self._loads()
         return json_response(
             {
@@ -174,12 +175,13 @@ class Control:
         )
 
     def _loads(self) -> list[dict[str, Any]]:
-        """The load of each rank."""
+        """Return the load of each rank."""
         ranks = self._options.dp_size
         return [{"dp_rank": 0} | self._load()] if ranks == 1 else [self._load_of(rank) for rank in range(ranks)]
 
     def _load_of(self, rank: int) -> dict[str, Any]:
-        """One rank of several. They share the scheduler; whose a request is, its namespace tells (`Parser`)."""
+        """Return the load of one rank of several. Ranks share the scheduler; a request's namespace begins with its rank
+        (see `BodyParser`)."""
         scheduler, mark = self._engine.scheduler, f"{rank}\0"
         batch = [r for r in (*scheduler.prefilling, *scheduler.running) if r.namespace.startswith(mark)]
         waiting = [r for r in scheduler.waiting if r.namespace.startswith(mark)]
@@ -197,7 +199,7 @@ class Control:
 
     @property
     def _capacity(self) -> int:
-        """Of one rank, in tokens."""
+        """Cache of one rank, in tokens."""
         return self._engine.scheduler.kv.capacity // self._options.dp_size
 
     def _load(self) -> dict[str, Any]:
@@ -215,13 +217,13 @@ class Control:
         }
 
     async def model_info(self, request: Request) -> Response:
-        """What the model is."""
+        """Answer with information about the model."""
         name = self._options.model
         paths = {"model_path": name, "tokenizer_path": name, "is_generation": True}
         return json_response(paths | {"preferred_sampling_params": None, "weight_version": "default"})
 
     async def server_info(self, request: Request) -> Response:
-        """The options, and the state inside."""
+        """Answer with the options and the internal state."""
         options = asdict(self._options)
         del options["api_key"]
         names = {"model_path": self._options.model, "served_model_name": self._options.model}
@@ -230,48 +232,48 @@ class Control:
         state = {"internal_states": self._loads(), "status": "ready" if self._status.ready else "starting"}
         return json_response(options | names | sizes | size | state | {"version": __version__})
 
-    # -- what can be done to it ----------------------------------------------------------------------------
+    # -- changing ------------------------------------------------------------------------------------------
 
     async def flush_cache(self, request: Request) -> Response:
-        """Empty the cache; 400 and nothing done while anything waits or runs, as SGLang does."""
+        """Empty the cache. While requests are queued or running, do nothing and answer 400, as SGLang does."""
         if self._engine.scheduler.flush():
             return PlainTextResponse("Cache flushed.\n")
-        return PlainTextResponse("Not flushed: requests are waiting or running.\n", 400)
+        return PlainTextResponse("Not flushed: requests are queued or running.\n", 400)
 
     async def abort_request(self, request: Request) -> Response:
-        """Abort requests whose ids begin with `rid`, or all with `abort_all`. 200 even if there is none."""
+        """Abort the requests whose ids begin with `rid`, or all with `abort_all`. Answer 200 even if there is none."""
         body = await _optional_object(request)
         if body.get("abort_all"):
             self._engine.abort_all()
         elif isinstance(body.get("rid"), str) and body["rid"]:
             self._engine.abort(body["rid"])
         else:
-            raise EngineError(400, "Either 'rid' or 'abort_all' is needed.")
+            raise EngineError(400, "Give either 'rid' or 'abort_all'.")
         return Response()
 
     async def pause_generation(self, request: Request) -> Response:
         """Stop computing. `mode` is abort (default), retract or in_place."""
         mode = (await _optional_object(request)).get("mode", "abort")
         if mode not in ("abort", "retract", "in_place"):
-            raise EngineError(400, "'mode' is one of abort, retract, in_place.")
+            raise EngineError(400, "'mode' must be one of abort, retract, in_place.")
         self._engine.pause(mode)
-        return json_response({"status": "ok", "message": "Generation paused."})
+        return json_response({"status": "ok", "message": "EngineGeneration paused."})
 
     async def continue_generation(self, request: Request) -> Response:
-        """Compute again."""
+        """Undo `pause_generation`."""
         self._engine.resume()
-        return json_response({"status": "ok", "message": "Generation continues."})
+        return json_response({"status": "ok", "message": "EngineGeneration continues."})
 
     async def start_profile(self, request: Request) -> Response:
-        """Accepted; there is nothing to profile."""
+        """Accept the request and do nothing."""
         return PlainTextResponse("Profiling started.\n")
 
     async def stop_profile(self, request: Request) -> Response:
-        """Accepted."""
+        """Accept the request and do nothing."""
         return PlainTextResponse("Profiling stopped.\n")
 
     async def update_weights(self, request: Request) -> Response:
-        """Let the batch end, then forget the cache, unless `flush_cache` is false. There are no weights."""
+        """Wait for the batch to end, then empty the cache unless `flush_cache` is false. There are no weights."""
         body = await _optional_object(request)
         await self._engine.update(flush=bool(body.get("flush_cache", True)))
         done = {"success": True, "message": "Weights updated.", "num_paused_requests": 0}

@@ -1,11 +1,10 @@
-"""The two protocols whose streams tell a story in named events: OpenAI's responses and Anthropic's
-messages.
+"""The two dialects whose streams consist of named events: OpenAI's responses and Anthropic's messages.
 
-    response.created · .in_progress · .output_item.added · .content_part.added · .output_text.delta* ·
-    .output_text.done · .content_part.done · .output_item.done · response.completed
+response.created · .in_progress · .output_item.added · .content_part.added · .output_text.delta* ·
+.output_text.done · .content_part.done · .output_item.done · response.completed
 
-    message_start · content_block_start · ping · content_block_delta* · content_block_stop ·
-    message_delta · message_stop
+message_start · content_block_start · ping · content_block_delta* · content_block_stop ·
+message_delta · message_stop
 """
 
 from __future__ import annotations
@@ -16,30 +15,30 @@ from collections.abc import Sequence
 from typing import Any
 
 from sglang_router.engine.dialects import encode
-from sglang_router.engine.parse import Ask
-from sglang_router.engine.runner import Generation
+from sglang_router.engine.parse import ParsedBody
+from sglang_router.engine.runner import EngineGeneration
 
 
 def named(kind: str, fields: dict[str, Any]) -> bytes:
-    """One event with its name, which is also the field `type` of its data."""
+    """Return one event with a name, which is also the field `type` of its data."""
     return b"event: " + kind.encode() + b"\ndata: " + encode({"type": kind, **fields}) + b"\n\n"
 
 
-class Responses:
-    """OpenAI's `/v1/responses`: one message with one part of text."""
+class ResponsesDialect:
+    """OpenAI's `/v1/responses`: one message with one text part."""
 
-    def __init__(self, ask: Ask) -> None:
-        self._body = ask.body
-        self._model = ask.model
+    def __init__(self, parsed: ParsedBody) -> None:
+        self._body = parsed.body
+        self._model = parsed.model
         self._id = "resp_" + uuid.uuid4().hex
         self._item = "msg_" + uuid.uuid4().hex
         self._created = int(time.time())
         self._number = -1
 
-    def whole(self, generations: Sequence[Generation]) -> object:
+    def whole(self, generations: Sequence[EngineGeneration]) -> object:
         return self._response(generations[0])
 
-    def opening(self, generations: Sequence[Generation]) -> bytes:
+    def opening(self, generations: Sequence[EngineGeneration]) -> bytes:
         response = self._response(None)
         part = {"content_index": 0, "part": self._part("")}
         return (
@@ -49,11 +48,11 @@ class Responses:
             + self._event("response.content_part.added", self._where() | part)
         )
 
-    def delta(self, generation: Generation, text: str) -> bytes:
+    def delta(self, generation: EngineGeneration, text: str) -> bytes:
         more = {"content_index": 0, "delta": text, "logprobs": []}
         return self._event("response.output_text.delta", self._where() | more)
 
-    def ending(self, generation: Generation) -> bytes:
+    def ending(self, generation: EngineGeneration) -> bytes:
         text = {"content_index": 0, "text": generation.text, "logprobs": []}
         part = {"content_index": 0, "part": self._part(generation.text)}
         item = {"output_index": 0, "item": self._message(generation)}
@@ -65,7 +64,7 @@ class Responses:
             + self._event("response." + str(response["status"]), {"response": response})
         )
 
-    def closing(self, generations: Sequence[Generation]) -> bytes:
+    def closing(self, generations: Sequence[EngineGeneration]) -> bytes:
         return b""
 
     def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
@@ -79,7 +78,7 @@ class Responses:
     def _part(text: str) -> dict[str, Any]:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
-    def _message(self, generation: Generation | None) -> dict[str, Any]:
+    def _message(self, generation: EngineGeneration | None) -> dict[str, Any]:
         return {
             "id": self._item,
             "type": "message",
@@ -88,7 +87,7 @@ class Responses:
             "content": [] if generation is None else [self._part(generation.text)],
         }
 
-    def _response(self, generation: Generation | None) -> dict[str, Any]:
+    def _response(self, generation: EngineGeneration | None) -> dict[str, Any]:
         status = "in_progress" if generation is None else _status(generation)
         return {
             "id": self._id,
@@ -115,12 +114,12 @@ class Responses:
         }
 
 
-def _status(generation: Generation) -> str:
-    """How a response ended, in the words of that protocol."""
+def _status(generation: EngineGeneration) -> str:
+    """Return how a response ended, in the protocol's words."""
     return {"stop": "completed", "length": "incomplete"}.get(generation.finish or "", "failed")
 
 
-def _responses_usage(generation: Generation) -> dict[str, Any]:
+def _responses_usage(generation: EngineGeneration) -> dict[str, Any]:
     request = generation.request
     return {
         "input_tokens": request.prompt,
@@ -131,20 +130,20 @@ def _responses_usage(generation: Generation) -> dict[str, Any]:
     }
 
 
-class Messages:
-    """Anthropic's `/v1/messages`: one block of text. What the cache had is not counted as input again."""
+class MessagesDialect:
+    """Anthropic's `/v1/messages`: one block of text. Cached tokens are counted apart from the input tokens."""
 
-    def __init__(self, ask: Ask) -> None:
-        self._model = ask.model
+    def __init__(self, parsed: ParsedBody) -> None:
+        self._model = parsed.model
         self._id = "msg_" + uuid.uuid4().hex
 
-    def whole(self, generations: Sequence[Generation]) -> object:
+    def whole(self, generations: Sequence[EngineGeneration]) -> object:
         generation = generations[0]
         reason = self._reason(generation)
         text = [{"type": "text", "text": generation.text}]
         return self._message(text) | reason | {"usage": self._usage(generation)}
 
-    def opening(self, generations: Sequence[Generation]) -> bytes:
+    def opening(self, generations: Sequence[EngineGeneration]) -> bytes:
         message = self._message([]) | {"stop_reason": None, "stop_sequence": None}
         block = {"index": 0, "content_block": {"type": "text", "text": ""}}
         return (
@@ -153,14 +152,14 @@ class Messages:
             + named("ping", {})
         )
 
-    def delta(self, generation: Generation, text: str) -> bytes:
+    def delta(self, generation: EngineGeneration, text: str) -> bytes:
         return named("content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": text}})
 
-    def ending(self, generation: Generation) -> bytes:
+    def ending(self, generation: EngineGeneration) -> bytes:
         delta = {"delta": self._reason(generation), "usage": self._usage(generation)}
         return named("content_block_stop", {"index": 0}) + named("message_delta", delta)
 
-    def closing(self, generations: Sequence[Generation]) -> bytes:
+    def closing(self, generations: Sequence[EngineGeneration]) -> bytes:
         return named("message_stop", {})
 
     def _message(self, content: list[dict[str, str]]) -> dict[str, Any]:
@@ -173,7 +172,7 @@ class Messages:
         }
 
     @staticmethod
-    def _reason(generation: Generation) -> dict[str, Any]:
+    def _reason(generation: EngineGeneration) -> dict[str, Any]:
         matched = generation.writer.matched if generation.finish == "stop" else None
         if isinstance(matched, str):
             return {"stop_reason": "stop_sequence", "stop_sequence": matched}
@@ -181,7 +180,7 @@ class Messages:
         return {"stop_reason": reason, "stop_sequence": None}
 
     @staticmethod
-    def _usage(generation: Generation) -> dict[str, int]:
+    def _usage(generation: EngineGeneration) -> dict[str, int]:
         request = generation.request
         return {
             "input_tokens": request.prompt - request.cached,

@@ -1,22 +1,21 @@
-"""The KV cache of the built-in engine: a radix tree over tokens, with pages, locks and least-recently-used
-eviction.
+"""The KV cache of the built-in engine: a radix tree over tokens, with pages, locks and least-recently-used eviction.
 
-Every token an engine has computed occupies one slot of a pool. Slots of finished work are not freed but
-kept in a tree, so a later prompt that starts with the same tokens finds them:
+Every token that the engine has computed occupies one slot of a pool. Slots of finished requests are not freed but kept
+in a tree, so that a later prompt that starts with the same tokens can reuse them:
 
     root ── [you are a helpful assistant .] ─┬─ [hi] ── [hello !]         a node is a run of tokens
-         └─ (lora-7) [you are ...]           └─ [what is the time ?]      each adapter or salt has its own
+         └─ (lora-7) [you are ...]           └─ [what is the time ?]      each adapter or salt has its own subtree
 
     capacity = tree (locked + evictable) + private (computed by running requests, not in the tree yet) + free
 
-A running request holds a `Handle`: it locks the path it uses, so nothing under its feet is evicted, and
-owns the private slots behind it. `grow` takes slots (evicting old leaves if it must), `commit` moves
-computed tokens into the tree, where others find them at once, and `close` gives everything back. SGLang's
-`RadixCache` does the same with the real tensors.
+A running request holds a `CacheHandle`. The handle locks the path that the request uses, so that it is not evicted, and
+owns the private slots after it. `grow` takes slots and evicts old leaves if needed, `commit` moves computed tokens into
+the tree, where other requests find them at once, and `close` gives everything back. SGLang's `RadixCache` does the same
+with real tensors.
 
-Tokens are packed, four bytes each (`pack`): comparing a long run is then one `memcmp`. All lengths are in
-tokens. With `page_size` p the tree holds whole pages only and a match is a multiple of p, as in SGLang.
-Recency is counted in operations, not in seconds: the cache knows no clock.
+Tokens are packed, four bytes each (`pack`), so that comparing a long run is one `memcmp`. All lengths are in tokens.
+With `page_size` p, the tree holds whole pages only and a match is a multiple of p, as in SGLang. Recency is counted in
+operations, not in seconds: the cache has no clock.
 """
 
 from __future__ import annotations
@@ -35,37 +34,37 @@ def pack(tokens: Iterable[int]) -> bytes:
 
 
 def unpack(packed: bytes) -> list[int]:
-    """The token ids that `pack` was given."""
+    """Return the token ids that were passed to `pack`."""
     return array("I", packed).tolist()
 
 
-class Node:
+class CacheNode:
     """A run of tokens, reached through its parent's run. `locks` counts the handles at or below it."""
 
     __slots__ = ("children", "edge", "key", "locks", "parent", "queued", "used")
 
-    def __init__(self, parent: Node | None, edge: object, key: bytes, used: int) -> None:
+    def __init__(self, parent: CacheNode | None, edge: object, key: bytes, used: int) -> None:
         self.parent = parent
         self.edge = edge
         self.key = key
-        self.children: dict[object, Node] = {}
+        self.children: dict[object, CacheNode] = {}
         self.locks = 0
         self.used = used
         self.queued = False
 
     def __repr__(self) -> str:
-        return f"<Node {len(self.key) // WIDTH} tokens, {len(self.children)} children, {self.locks} locks>"
+        return f"<CacheNode {len(self.key) // WIDTH} tokens, {len(self.children)} children, {self.locks} locks>"
 
 
-class Handle:
-    """What one running request holds of the cache. Closed exactly once; a closed handle holds nothing.
+class CacheHandle:
+    """The part of the cache that one running request holds. It is closed exactly once and holds nothing afterwards.
 
-    `matched` is how many tokens were found when it was taken, `length` how many it now has slots for.
+    `matched` is the number of tokens found in the cache at the start, `length` the number of tokens with slots now.
     """
 
     __slots__ = ("_cache", "_namespace", "_node", "_private", "_shared", "length", "matched")
 
-    def __init__(self, cache: KVCache, namespace: str, node: Node, matched: int) -> None:
+    def __init__(self, cache: KVCache, namespace: str, node: CacheNode, matched: int) -> None:
         self._cache = cache
         self._namespace = namespace
         self._node = node
@@ -75,10 +74,10 @@ class Handle:
         self.length = matched
 
     def __repr__(self) -> str:
-        return f"<Handle {self.length} tokens, {self._shared} of them in the tree>"
+        return f"<CacheHandle {self.length} tokens, {self._shared} of them in the tree>"
 
     def grow(self, tokens: int) -> bool:
-        """Take slots for `tokens` more, evicting if need be. False, and nothing done, without room."""
+        """Take slots for `tokens` more tokens; evict if needed. Without room, do nothing and return False."""
         cache = self._cache
         wanted = cache.round_up(self.length + tokens) - self._shared - self._private
         if not cache._take(wanted):
@@ -88,7 +87,7 @@ class Handle:
         return True
 
     def commit(self, packed: bytes) -> None:
-        """Put the computed tokens `packed`, from the first on, at most `length`, into the tree, by pages."""
+        """Move the computed tokens `packed` (all from the first on, at most `length`) into the tree, in whole pages."""
         cache = self._cache
         whole = len(packed) // WIDTH // cache.page_size * cache.page_size
         if whole <= self._shared:
@@ -97,13 +96,13 @@ class Handle:
         cache._lock(node)
         cache._unlock(self._node)
         self._node = node
-        # Slots of tokens that someone else put into the tree meanwhile are doubles: they become free here.
+        # If another request has put the same tokens into the tree meanwhile, our slots are duplicates: free them.
         cache.private -= whole - self._shared
         self._private -= whole - self._shared
         self._shared = whole
 
     def close(self) -> None:
-        """Unlock the path and free what is not in the tree."""
+        """Unlock the path and free the slots that are not in the tree."""
         cache = self._cache
         cache._unlock(self._node)
         cache.private -= self._private
@@ -125,10 +124,10 @@ class KVCache:
         self.handles = 0
         self.evicted = 0
         self._clock = count(1)
-        self._root = Node(None, None, b"", 0)
-        # Leaves that may be evicted, oldest first. A time in here can be out of date, but only too early:
-        # then the leaf is put back with its true time when it comes to the top.
-        self._leaves: list[tuple[int, int, Node]] = []
+        self._root = CacheNode(None, None, b"", 0)
+        # Leaves that may be evicted, oldest first. A time in this heap can be too early, because it is not updated on
+        # use; when such a leaf comes to the top, it is put back with its current time.
+        self._leaves: list[tuple[int, int, CacheNode]] = []
         self._ties = count()
 
     def __repr__(self) -> str:
@@ -136,33 +135,33 @@ class KVCache:
 
     @property
     def available(self) -> int:
-        """Slots that are free, or can be made free by evicting."""
+        """Slots that are free or can be freed by eviction."""
         return self.capacity - self.private - self.locked
 
     def round_up(self, tokens: int) -> int:
-        """`tokens` in whole pages."""
+        """Return `tokens` rounded up to whole pages."""
         return -(-tokens // self.page_size) * self.page_size
 
-    def acquire(self, packed: bytes, namespace: str = "") -> Handle:
-        """Hold the longest cached prefix of `packed`; `namespace` tells adapters and salts apart."""
+    def acquire(self, packed: bytes, namespace: str = "") -> CacheHandle:
+        """Lock the longest cached prefix of `packed`. `namespace` separates adapters and salts."""
         node, matched = self._match(packed, namespace)
         self._lock(node)
         self.handles += 1
-        return Handle(self, namespace, node, matched)
+        return CacheHandle(self, namespace, node, matched)
 
     def reset(self) -> bool:
-        """Forget everything. False, and nothing changed, while a handle is open."""
+        """Empty the cache. While a handle is open, do nothing and return False."""
         if self.handles:
             return False
-        self._root = Node(None, None, b"", 0)
+        self._root = CacheNode(None, None, b"", 0)
         self._leaves.clear()
         self.tree = 0
         return True
 
     # -- the tree ------------------------------------------------------------------------------------------
 
-    def _match(self, packed: bytes, namespace: str) -> tuple[Node, int]:
-        """The node where the longest cached prefix ends (split to end there), and its length in tokens."""
+    def _match(self, packed: bytes, namespace: str) -> tuple[CacheNode, int]:
+        """Return the node where the longest cached prefix ends (split if needed), and the prefix's length in tokens."""
         node, at, now, page = self._root, 0, next(self._clock), self.page_size * WIDTH
         while True:
             child = node.children.get(self._edge(node, packed, at, namespace))
@@ -177,28 +176,29 @@ class KVCache:
             child.used = now
             node = child
 
-    def _insert(self, packed: bytes, namespace: str) -> Node:
-        """The node where `packed`, whole pages, ends; made if it is not there."""
+    def _insert(self, packed: bytes, namespace: str) -> CacheNode:
+        """Return the node where `packed` (whole pages) ends; create it if needed."""
         node, matched = self._match(packed, namespace)
         at = matched * WIDTH
         if at == len(packed):
             return node
         edge = self._edge(node, packed, at, namespace)
-        leaf = Node(node, edge, packed[at:], next(self._clock))
+        leaf = CacheNode(node, edge, packed[at:], next(self._clock))
         node.children[edge] = leaf
         self.tree += len(leaf.key) // WIDTH
         self._offer(leaf)
         return leaf
 
-    def _edge(self, node: Node, packed: bytes, at: int, namespace: str) -> object:
-        """The name of the child that `packed` goes on to: its first page, at the root with the namespace."""
+    def _edge(self, node: CacheNode, packed: bytes, at: int, namespace: str) -> object:
+        """Return the key of the child that `packed` continues in: its first page; at the root, with the namespace."""
         page = packed[at : at + self.page_size * WIDTH]
         return (namespace, page) if node is self._root else page
 
-    def _split(self, node: Node, at: int) -> Node:
-        """Cut `node` after `at` bytes; the new upper part. Handles stay right: `node` is the lower part."""
+    def _split(self, node: CacheNode, at: int) -> CacheNode:
+        """Split `node` after `at` bytes and return the new upper part. `node` becomes the lower part, so handles stay
+        valid."""
         assert node.parent is not None
-        upper = Node(node.parent, node.edge, node.key[:at], node.used)
+        upper = CacheNode(node.parent, node.edge, node.key[:at], node.used)
         upper.locks = node.locks
         node.parent.children[node.edge] = upper
         node.parent = upper
@@ -209,16 +209,16 @@ class KVCache:
 
     # -- locks and eviction --------------------------------------------------------------------------------
 
-    def _lock(self, node: Node) -> None:
-        at: Node | None = node
+    def _lock(self, node: CacheNode) -> None:
+        at: CacheNode | None = node
         while at is not None and at is not self._root:
             if at.locks == 0:
                 self.locked += len(at.key) // WIDTH
             at.locks += 1
             at = at.parent
 
-    def _unlock(self, node: Node) -> None:
-        at: Node | None = node
+    def _unlock(self, node: CacheNode) -> None:
+        at: CacheNode | None = node
         while at is not None and at is not self._root:
             at.locks -= 1
             if at.locks == 0:
@@ -226,14 +226,14 @@ class KVCache:
                 self._offer(at)
             at = at.parent
 
-    def _offer(self, node: Node) -> None:
+    def _offer(self, node: CacheNode) -> None:
         """Queue `node` for eviction if it is an unlocked leaf."""
         if not (node.queued or node.children or node.locks):
             node.queued = True
             heapq.heappush(self._leaves, (node.used, next(self._ties), node))
 
     def _take(self, wanted: int) -> bool:
-        """Turn `wanted` slots from free to private, evicting the oldest leaves for them."""
+        """Turn `wanted` slots from free to private; evict the oldest leaves if needed."""
         if wanted > self.available:
             return False
         missing = wanted - (self.capacity - self.private - self.tree)
@@ -243,7 +243,7 @@ class KVCache:
         return True
 
     def _evict_one(self) -> int:
-        """Drop the least recently used unlocked leaf; its length. There is one, or `available` were 0."""
+        """Evict the least recently used unlocked leaf; return its length. There is one as long as `available` > 0."""
         while True:
             used, _, node = heapq.heappop(self._leaves)
             node.queued = False
@@ -261,7 +261,7 @@ class KVCache:
 
 
 def _common_prefix(key: bytes, packed: bytes, at: int) -> int:
-    """How many bytes of `key` are found in `packed` from `at` on, by halving: each probe is one `memcmp`."""
+    """Return how many bytes of `key` match `packed` from `at` on, by binary search: each probe is one `memcmp`."""
     low, high = 0, min(len(key), len(packed) - at)
     ours, theirs = memoryview(key), memoryview(packed)[at:]
     while low < high:

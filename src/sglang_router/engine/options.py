@@ -1,4 +1,4 @@
-"""The built-in engine's options: one line each, from which flags, defaults and help are derived."""
+"""The built-in engine's options: one line each; flags, defaults and help are derived from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sglang_router.engine.kv import KVCache
-from sglang_router.engine.scheduler import CostModel, Limits, Scheduler
+from sglang_router.engine.scheduler import BatchLimits, CostModel, EngineScheduler
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:  # typed as the field it declares
@@ -16,50 +16,50 @@ def _option(default: Any, help: str, **more: Any) -> Any:  # typed as the field 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What one engine is. Each field is the flag of the same name."""
+    """The options of one engine. Each field is the flag of the same name."""
 
     host: str = _option("127.0.0.1", "address to listen on")
-    port: int = _option(30001, "port to listen on; 0 takes a free one, told on the first line of output")
+    port: int = _option(30001, "port to listen on; 0 takes a free one and prints it in the first line of output")
     model: str = _option("built-in", "name of the model in answers")
-    api_key: str = _option("", "ask for this key: `Authorization: Bearer KEY`")
+    api_key: str = _option("", "require this key: `Authorization: Bearer KEY`")
     capacity_tokens: int = _option(524_288, "slots of the KV cache, in tokens")
-    context_length: int = _option(131_072, "longest prompt and answer together, in tokens")
-    page_size: int = _option(1, "tokens in one page of the KV cache")
-    prefill_tokens_per_s: float = _option(8000.0, "prompt tokens computed in a second")
-    decode_base_ms: float = _option(6.0, "ms of a forward pass by itself")
-    decode_ms_per_request: float = _option(0.35, "ms a forward pass takes longer for each request it decodes")
+    context_length: int = _option(131_072, "most tokens of prompt and answer together")
+    page_size: int = _option(1, "tokens per page of the KV cache")
+    prefill_tokens_per_s: float = _option(8000.0, "prompt tokens computed per second")
+    decode_base_ms: float = _option(6.0, "fixed duration of a forward pass, in ms")
+    decode_ms_per_request: float = _option(0.35, "more duration of a forward pass per request that it decodes, in ms")
     chunked_prefill_size: int = _option(2048, "most prompt tokens computed in one forward pass")
     max_running_requests: int = _option(256, "most requests in the batch")
-    dp_size: int = _option(1, "data-parallel ranks: a request's `data_parallel_rank` says which one's cache it uses")
-    enable_mixed_chunk: bool = _option(False, "decode in the passes that prefill, too")
+    dp_size: int = _option(1, "data-parallel ranks: a request's `data_parallel_rank` says which rank's cache it uses")
+    enable_mixed_chunk: bool = _option(False, "also decode in passes that prefill")
     speed: float = _option(1.0, "time scale: 2 is twice as fast as the cost model says, 0 as fast as possible")
-    startup_delay: float = _option(0.0, "seconds after the start in which /health answers 503")
-    seed: int = _option(0, "another seed writes other answers; engines with equal seeds answer alike")
-    log_level: str = _option("warning", "what the HTTP server logs to standard error")
+    startup_delay: float = _option(0.0, "seconds after the start during which /health answers 503")
+    seed: int = _option(0, "seed of the answers; engines with the same seed give the same answers")
+    log_level: str = _option("warning", "lowest severity that the HTTP server logs to standard error")
 
-    def scheduler(self) -> Scheduler:
-        """The engine's model, as these options describe it. ValueError if they cannot be."""
+    def scheduler(self) -> EngineScheduler:
+        """Return a scheduler with these options. Raises ValueError if they are not possible."""
         if min(self.prefill_tokens_per_s, self.chunked_prefill_size, self.max_running_requests, self.dp_size) <= 0:
             raise ValueError("prefill rate, chunk, batch and ranks must be positive")
         if min(self.decode_base_ms, self.decode_ms_per_request, self.speed, self.startup_delay) < 0:
-            raise ValueError("times and speed cannot be negative")
-        return Scheduler(
+            raise ValueError("times and speed must not be negative")
+        return EngineScheduler(
             KVCache(self.capacity_tokens, self.page_size),
             CostModel(self.prefill_tokens_per_s, self.decode_base_ms / 1e3, self.decode_ms_per_request / 1e3),
-            Limits(self.chunked_prefill_size, self.max_running_requests, mixed=self.enable_mixed_chunk),
+            BatchLimits(self.chunked_prefill_size, self.max_running_requests, mixed=self.enable_mixed_chunk),
         )
 
     @property
     def context(self) -> int:
-        """The longest prompt and answer that fit, in tokens."""
+        """Most tokens of prompt and answer together that fit."""
         return min(self.context_length, self.capacity_tokens // self.page_size * self.page_size)
 
 
 def parse_options(argv: list[str]) -> EngineOptions:
-    """The options in `argv`. Wrong ones end the program with one line and status 2, --help with 0."""
+    """Read the options in `argv`. A mistake ends the program with one line and status 2, --help with status 0."""
     parser = argparse.ArgumentParser(
         prog="python -m sglang_router.engine",
-        description="A stand-in for an SGLang server: real KV cache, modelled time, invented text.",
+        description="Simulate an SGLang server: real KV cache, modelled time, generated text without a model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="--backend llamacpp --model-path FILE.gguf … starts a real llama.cpp server instead.",
     )

@@ -1,8 +1,8 @@
-"""Request bodies into jobs: one function per protocol, the same checks for all.
+"""Turn request bodies into jobs: one function per protocol, the same checks for all.
 
-Each function takes the decoded JSON object and gives `Ask`: the jobs (one per prompt and choice), and
-whether the answer is streamed. A mistake of the client raises `EngineError` with status 400 and says which
-field is wrong.
+Each function takes the decoded JSON object and returns a `ParsedBody`: the jobs (one per prompt and choice), and
+whether to stream the answer. A mistake of the client raises `EngineError` with status 400 and a message that names the
+field.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from sglang_router.engine.runner import EngineError, Job
+from sglang_router.engine.runner import EngineError, EngineJob
 from sglang_router.engine.text import Tokenizer, content_text, render_chat
 
 Body = dict[str, Any]
@@ -24,10 +24,10 @@ COMPLETION_LIMIT = 16  # OpenAI's for /v1/completions
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """What a request wants. `many`: a list of prompts was given, so a list is the answer; `choices` is n."""
+class ParsedBody:
+    """The content of a request. `many`: the prompt was a list, so the answer is a list; `choices` is n."""
 
-    jobs: list[Job]
+    jobs: list[EngineJob]
     stream: bool
     model: str
     body: Body
@@ -37,7 +37,7 @@ class Ask:
 
 
 def read_object(raw: bytes) -> Body:
-    """The JSON object in `raw`."""
+    """Return the JSON object in `raw`."""
     try:
         body = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -48,7 +48,7 @@ def read_object(raw: bytes) -> Body:
 
 
 def need(body: Body, name: str, kind: type | tuple[type, ...]) -> Any:
-    """The field `name`, which must be there and of that type."""
+    """Return the field `name`, which must be present and of that type."""
     value = body.get(name)
     if value is None:
         raise EngineError(400, f"The field {name!r} is missing.")
@@ -57,10 +57,10 @@ def need(body: Body, name: str, kind: type | tuple[type, ...]) -> Any:
     return value
 
 
-class Parser:
-    """Reads bodies with one tokenizer. `context` is in tokens; `model` is the name if a request has none.
+class BodyParser:
+    """Parses bodies with one tokenizer. `context` is in tokens; `model` is the name for requests without one.
 
-    `ranks`: data-parallel ranks. One scheduler computes for all of them, but each has a cache of its own.
+    `ranks` is the number of data-parallel ranks. They share one scheduler, but each has a cache of its own.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: int, model: str, ranks: int = 1) -> None:
@@ -69,7 +69,7 @@ class Parser:
         self.model = model
         self.ranks = ranks
         self._turns = itertools.cycle(range(ranks))
-        self.kinds: dict[str, Callable[[Body], Ask]] = {
+        self.kinds: dict[str, Callable[[Body], ParsedBody]] = {
             "generate": self.generate,
             "chat": self.chat,
             "completions": self.completions,
@@ -79,11 +79,11 @@ class Parser:
 
     # -- one function per protocol -------------------------------------------------------------------------
 
-    def generate(self, body: Body) -> Ask:
-        """SGLang's own: `text` or `input_ids`, one or a list."""
+    def generate(self, body: Body) -> ParsedBody:
+        """Parse SGLang's own format: `text` or `input_ids`, one or a list."""
         given = body.get("input_ids") if body.get("text") is None else body["text"]
         if given is None:
-            raise EngineError(400, "Either 'text' or 'input_ids' is needed.")
+            raise EngineError(400, "Give either 'text' or 'input_ids'.")
         prompts, many = self.prompts(given, "text or input_ids")
         sampling = body.get("sampling_params") or {}
         each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
@@ -99,10 +99,10 @@ class Parser:
             limit = _whole(one, "max_new_tokens", GENERATE_LIMIT, least=0)
             seed = _whole(one, "sampling_seed", 0)
             jobs.append(self._job(prompt, one, limit, self._namespace(body), seed, rid=str(rid)))
-        return self._ask(body, jobs, many=many)
+        return self._parsed(body, jobs, many=many)
 
-    def chat(self, body: Body) -> Ask:
-        """OpenAI's chat: `messages`, with `tools` in front as the template puts them."""
+    def chat(self, body: Body) -> ParsedBody:
+        """Parse OpenAI's chat: `messages`, with `tools` before them as in the chat template."""
         messages = need(body, "messages", list)
         if not messages:
             raise EngineError(400, "The field 'messages' is empty.")
@@ -112,13 +112,13 @@ class Parser:
         limit = _whole(body, "max_completion_tokens", None) or _whole(body, "max_tokens", None) or self._room(prompt)
         return self._choices(body, [prompt], limit)
 
-    def completions(self, body: Body) -> Ask:
-        """OpenAI's completions: `prompt` as text, token ids, or a list of either."""
+    def completions(self, body: Body) -> ParsedBody:
+        """Parse OpenAI's completions: `prompt` as text, token ids, or a list of either."""
         prompts, many = self.prompts(need(body, "prompt", (str, list)), "prompt")
         return self._choices(body, prompts, _whole(body, "max_tokens", COMPLETION_LIMIT), many=many)
 
-    def responses(self, body: Body) -> Ask:
-        """OpenAI's responses: `input` as text or items, `instructions` in front."""
+    def responses(self, body: Body) -> ParsedBody:
+        """Parse OpenAI's responses: `input` as text or items, with `instructions` before it."""
         given = need(body, "input", (str, list))
         messages: list[Any] = [{"role": "user", "content": given}] if isinstance(given, str) else list(given)
         if body.get("instructions"):
@@ -127,8 +127,8 @@ class Parser:
         limit = _whole(body, "max_output_tokens", None) or self._room(prompt)
         return self._choices(body, [prompt], limit)
 
-    def messages(self, body: Body) -> Ask:
-        """Anthropic's messages: `system` beside `messages`."""
+    def messages(self, body: Body) -> ParsedBody:
+        """Parse Anthropic's messages: `messages`, with `system` before them."""
         messages = list(need(body, "messages", list))
         if not messages:
             raise EngineError(400, "The field 'messages' is empty.")
@@ -139,10 +139,10 @@ class Parser:
         stop = {"stop": body.get("stop_sequences")}
         return self._choices(body, [prompt], _whole(body, "max_tokens", 1), sampling=body | stop)
 
-    # -- what they share -----------------------------------------------------------------------------------
+    # -- shared --------------------------------------------------------------------------------------------
 
     def prompts(self, given: Any, field: str) -> tuple[list[list[int]], bool]:
-        """One prompt or a list of them, as text or token ids; and whether it was a list."""
+        """Return the prompts, given as text or token ids, one or a list; and whether it was a list."""
         if isinstance(given, str):
             return [self.tokenizer.encode(given)], False
         if isinstance(given, list) and given:
@@ -162,26 +162,26 @@ class Parser:
         *,
         many: bool = False,
         sampling: Body | None = None,
-    ) -> Ask:
-        """Jobs in OpenAI's order: all choices of the first prompt, then of the second, each with a seed."""
+    ) -> ParsedBody:
+        """Return jobs in OpenAI's order: first all choices of the first prompt. Each choice has its own seed."""
         choices = _whole(body, "n", 1)
         seed = _whole(body, "seed", 0, least=None)
         space = self._namespace(body)
         rid = str(body.get("rid") or "")
-        jobs: list[Job] = []
+        jobs: list[EngineJob] = []
         for prompt in prompts:
             for choice in range(choices):
                 own_rid = f"{rid}_{len(jobs)}" if rid and len(prompts) * choices > 1 else rid
                 jobs.append(self._job(prompt, sampling or body, limit, space, seed + choice, rid=own_rid))
-        return self._ask(body, jobs, many=many, choices=choices)
+        return self._parsed(body, jobs, many=many, choices=choices)
 
-    def _ask(self, body: Body, jobs: list[Job], **more: Any) -> Ask:
+    def _parsed(self, body: Body, jobs: list[EngineJob], **more: Any) -> ParsedBody:
         options = body.get("stream_options")
         usage = isinstance(options, dict) and bool(options.get("include_usage"))
         model = str(body.get("model") or self.model)
-        return Ask(jobs, bool(body.get("stream")), model, body, include_usage=usage, **more)
+        return ParsedBody(jobs, bool(body.get("stream")), model, body, include_usage=usage, **more)
 
-    def _job(self, prompt: list[int], sampling: Body, limit: int, namespace: str, seed: int, *, rid: str) -> Job:
+    def _job(self, prompt: list[int], sampling: Body, limit: int, namespace: str, seed: int, *, rid: str) -> EngineJob:
         stop = sampling.get("stop") or ()
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         stop_tokens = tuple(sampling.get("stop_token_ids") or ())
@@ -191,13 +191,13 @@ class Parser:
         if temperature is not None and (not isinstance(temperature, (int, float)) or temperature < 0):
             raise EngineError(400, "'temperature' must be a number, 0 or more.")
         ignore_eos = bool(sampling.get("ignore_eos"))
-        return Job(prompt, limit, rid, namespace, stops, stop_tokens, ignore_eos, seed & 0xFFFFFFFF)
+        return EngineJob(prompt, limit, rid, namespace, stops, stop_tokens, ignore_eos, seed & 0xFFFFFFFF)
 
     def _room(self, prompt: list[int]) -> int:
         return max(self.context - len(prompt), 1)
 
     def _namespace(self, body: Body) -> str:
-        """What keeps one request's cache from another's: rank, adapter, salt, extra key."""
+        """Return what separates the caches of requests: rank, adapter, salt, extra key."""
         _, _, adapter = str(body.get("model") or "").partition(":")
         parts = (body.get("lora_path") or adapter, body.get("cache_salt"), body.get("extra_key"))
         rest = "\0".join(str(part or "") for part in parts) if any(parts) else ""
@@ -217,7 +217,7 @@ def _token_ids(items: list[Any]) -> bool:
 
 
 def _whole(body: Body, name: str, default: Any, least: int | None = 1) -> Any:
-    """The whole number in field `name`, at least `least`; `default` if it is not there."""
+    """Return the whole number in field `name`, at least `least`; `default` if it is missing."""
     value = body.get(name)
     if value is None:
         return default

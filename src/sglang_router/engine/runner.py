@@ -1,11 +1,11 @@
-"""The engine in real time: one task that drives the scheduler, and what requests see of it.
+"""The engine in real time: one task that drives the scheduler, and the answers as clients see them.
 
-    start(jobs) ─> Scheduler.submit                      a `Generation` is one answer as its client sees it:
-    run():  step ─> wait its duration ─> deliver ─┐      text and counts move only when a pass is over
+    start(jobs) ─> EngineScheduler.submit                an `EngineGeneration` is one answer as its client sees it:
+    run():  step ─> wait its duration ─> deliver ─┐      its text and counts change only at the end of a pass
             ^─────────────────────────────────────┘
 
-All of it runs on one event loop and nothing awaits between reading and changing the scheduler, so there are
-no locks.
+All of it runs on one event loop, and there is no await between reading and changing the scheduler. So it needs no
+locks.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Histogram
 
 from sglang_router.engine.kv import pack
-from sglang_router.engine.scheduler import Request, Scheduler, Step
-from sglang_router.engine.text import Writer
+from sglang_router.engine.scheduler import BatchStep, EngineRequest, EngineScheduler
+from sglang_router.engine.text import AnswerWriter
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class EngineJob:
     """One prompt to answer. `limit` is the most tokens to write; 0 computes the prompt only."""
 
     prompt: Sequence[int]
@@ -38,7 +38,7 @@ class Job:
 
 
 class EngineError(Exception):
-    """An answer with an error status; `kind` is its type in OpenAI's vocabulary."""
+    """An error answer with a status; `kind` is its type in OpenAI's vocabulary."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error") -> None:
         super().__init__(message)
@@ -46,8 +46,8 @@ class EngineError(Exception):
         self.kind = kind
 
 
-class Generation:
-    """One answer on its way. `wake` is set whenever there is something new; several answers may share it."""
+class EngineGeneration:
+    """One answer in progress. `wake` is set whenever it has changed; several answers may share it."""
 
     __slots__ = (
         "ended",
@@ -63,7 +63,9 @@ class Generation:
         "writer",
     )
 
-    def __init__(self, index: int, request: Request, writer: Writer, wake: asyncio.Event, streamed: bool) -> None:
+    def __init__(
+        self, index: int, request: EngineRequest, writer: AnswerWriter, wake: asyncio.Event, streamed: bool
+    ) -> None:
         self.index = index
         self.request = request
         self.writer = writer
@@ -76,17 +78,17 @@ class Generation:
 
     @property
     def text(self) -> str:
-        """The text that may be shown now."""
+        """The text that can be sent now."""
         return self.writer.text[: self.settled]
 
     @property
     def latency(self) -> float:
-        """Seconds from the start to the end, or to the last pass while it is running."""
+        """Seconds from the start to the end; to the last pass while it runs."""
         return self.ended - self.started
 
     @property
     def finish_reason(self) -> dict[str, object] | None:
-        """Why it ended, in SGLang's shape."""
+        """Why it ended, in SGLang's format."""
         if self.finish == "length":
             return {"type": "length", "length": self.shown}
         if self.finish == "abort":
@@ -94,8 +96,8 @@ class Generation:
         return None if self.finish is None else {"type": "stop", "matched": self.writer.matched}
 
 
-class Latencies:
-    """What only the runner knows and the metrics want: times, in seconds of the wall clock."""
+class EngineLatencies:
+    """The latency metrics, in seconds of the wall clock. Only the runner can measure them."""
 
     def __init__(self, registry: CollectorRegistry, model: str) -> None:
         def histogram(name: str, about: str, top: float) -> Histogram:
@@ -109,25 +111,27 @@ class Latencies:
 
 
 class Engine:
-    """Owns the scheduler and the running answers. `speed` divides every duration; 0 waits for nothing."""
+    """Owns the scheduler and the running answers. `speed` divides every duration; 0 does not wait at all."""
 
-    def __init__(self, scheduler: Scheduler, latencies: Latencies, speed: float, context: int, seed: int = 0) -> None:
+    def __init__(
+        self, scheduler: EngineScheduler, latencies: EngineLatencies, speed: float, context: int, seed: int = 0
+    ) -> None:
         self.scheduler = scheduler
         self.context = context
         self._latencies = latencies
         self._speed = speed
         self._seed = seed
-        self._live: dict[str, Generation] = {}
+        self._live: dict[str, EngineGeneration] = {}
         self._work = asyncio.Event()
         self._passed = asyncio.Event()
 
-    def start(self, jobs: Iterable[Job], *, streamed: bool = False) -> list[Generation]:
-        """Submit `jobs` as one request; the answers share one `wake`. `EngineError` if one is refused."""
+    def start(self, jobs: Iterable[EngineJob], *, streamed: bool = False) -> list[EngineGeneration]:
+        """Submit `jobs` as one request; the answers share one `wake`. Raises `EngineError` if one is refused."""
         wake = asyncio.Event()
         now = time.monotonic()
         started = [self._make(index, job, wake, streamed) for index, job in enumerate(jobs)]
         if len({generation.request.rid for generation in started} - self._live.keys()) < len(started):
-            raise EngineError(400, "This rid is in use by another request.")
+            raise EngineError(400, "Another running request uses this rid.")
         for generation in started:
             generation.started = generation.ended = now
             self._live[generation.request.rid] = generation
@@ -135,7 +139,7 @@ class Engine:
         self._work.set()
         return started
 
-    def _make(self, index: int, job: Job, wake: asyncio.Event, streamed: bool) -> Generation:
+    def _make(self, index: int, job: EngineJob, wake: asyncio.Event, streamed: bool) -> EngineGeneration:
         size = len(job.prompt)
         if not size:
             raise EngineError(400, "The prompt is empty.")
@@ -145,7 +149,7 @@ class Engine:
                 f"{size} tokens of prompt and {job.limit} of answer exceed the context of {self.context}.",
             )
         packed = pack(job.prompt)
-        writer = Writer(
+        writer = AnswerWriter(
             packed,
             job.prompt[-2:],
             job.limit,
@@ -154,10 +158,10 @@ class Engine:
             stop_tokens=job.stop_tokens,
             ignore_eos=job.ignore_eos,
         )
-        request = Request(job.rid or uuid.uuid4().hex, packed, writer, job.limit, job.namespace)
-        return Generation(index, request, writer, wake, streamed)
+        request = EngineRequest(job.rid or uuid.uuid4().hex, packed, writer, job.limit, job.namespace)
+        return EngineGeneration(index, request, writer, wake, streamed)
 
-    async def complete(self, generations: Sequence[Generation]) -> None:
+    async def complete(self, generations: Sequence[EngineGeneration]) -> None:
         """Wait until all of `generations`, which share one `wake`, have ended."""
         wake = generations[0].wake
         while any(generation.finish is None for generation in generations):
@@ -176,18 +180,18 @@ class Engine:
                 await self._work.wait()
                 due = time.monotonic()
                 continue
-            # Times are added up, so that what Python takes for a pass does not come on top of the model's.
+            # Add the durations up from a fixed start, so that the time that Python needs for a pass is not added.
             due = max(due + step.duration / self._speed, time.monotonic()) if self._speed else due
             await asyncio.sleep(due - time.monotonic() if self._speed else 0)
             self._deliver(step, time.monotonic())
             self._pulse()
 
     def _pulse(self) -> None:
-        """Wake whoever waits for the batch to change."""
+        """Wake the tasks that wait for the batch to change."""
         self._passed.set()
         self._passed.clear()
 
-    def _deliver(self, step: Step, now: float) -> None:
+    def _deliver(self, step: BatchStep, now: float) -> None:
         for request in step.advanced:
             generation = self._live.get(request.rid)
             if generation is None:
@@ -205,7 +209,7 @@ class Engine:
             if generation is not None:
                 self._end(generation, request.finish or "stop", now)
 
-    def _end(self, generation: Generation, reason: str, now: float) -> None:
+    def _end(self, generation: EngineGeneration, reason: str, now: float) -> None:
         del self._live[generation.request.rid]
         generation.finish = reason
         generation.ended = now
@@ -217,17 +221,17 @@ class Engine:
     # -- control -------------------------------------------------------------------------------------------
 
     def abort(self, rid: str) -> bool:
-        """End the requests whose ids begin with `rid`, as SGLang does. False if there are none."""
+        """Abort the requests whose ids begin with `rid`, as SGLang does. Return False if there are none."""
         found = [generation for live, generation in self._live.items() if live.startswith(rid)]
         self.drop(found)
         return bool(found)
 
     def abort_all(self) -> None:
-        """End everything that is waiting or running."""
+        """Abort all queued and running requests."""
         self.drop(list(self._live.values()))
 
-    def drop(self, generations: Iterable[Generation]) -> None:
-        """End `generations`, those that have not ended."""
+    def drop(self, generations: Iterable[EngineGeneration]) -> None:
+        """Abort those of `generations` that have not ended."""
         now = time.monotonic()
         for generation in generations:
             if generation.finish is None and self.scheduler.abort(generation.request):
@@ -236,9 +240,9 @@ class Engine:
         self._pulse()
 
     def pause(self, mode: str = "abort") -> None:
-        """Compute nothing until `resume`.
+        """Stop computing until `resume`.
 
-        "abort" ends all requests first, "retract" puts them back into the queue, "in_place" leaves them.
+        "abort" aborts all requests first, "retract" moves them back to the queue, "in_place" leaves them in the batch.
         """
         if mode == "abort":
             self.abort_all()
@@ -252,7 +256,7 @@ class Engine:
         self._work.set()
 
     async def update(self, *, flush: bool = True) -> None:
-        """Pretend to load new weights: let the batch end, forget the cache, admit those who waited."""
+        """Pretend to load new weights: wait for the batch to end, empty the cache, then admit queued requests again."""
         self.scheduler.holding = True
         try:
             while self.scheduler.active and not self.scheduler.paused:

@@ -1,21 +1,19 @@
-"""The engine as arithmetic: a waiting queue, continuous batching, chunked prefill and a KV cache, under a
-cost model.
+"""The engine without I/O or clock: a queue, continuous batching, chunked prefill and a KV cache, under a cost model.
 
     submit ─> waiting ──admit, if its tokens fit──> prefilling (in chunks) ─> running ─> finished
                  ^                                                              │
-                 └──────────── retracted: the cache is full, the latest comes last ──┘
+                 └── retracted: the cache is full; the request admitted last ───┘
 
-`step` does what one forward pass of an engine does and says how long it takes; the caller waits that long
-(or does not: tests and replays only add the durations up) and hands out what the pass produced. A pass
-prefills as long as someone waits who fits, and decodes one token for everyone otherwise; with `mixed` it
-does both, as SGLang with `--enable-mixed-chunk`. The pass that computes the last token of a prompt yields
-the first token of the answer. A prompt is in the cache for others as soon as a pass has computed it, the
-answer when it is complete; the last token of an answer is never computed, and at least one token of a
-prompt always is, so a repeated prompt of n tokens finds n - 1.
+`step` does one forward pass and says how long it takes. The caller waits that long (tests and replays only add the
+durations up) and delivers what the pass produced. A pass prefills as long as a queued request fits; otherwise it
+decodes one token for every running request. With `mixed` it does both, as SGLang does with `--enable-mixed-chunk`. The
+pass that computes the last token of a prompt also produces the first token of the answer. Other requests find a prompt
+in the cache as soon as a pass has computed it, and an answer when it is complete. The last token of an answer is never
+computed, and at least one token of a prompt always is; so a repeated prompt of n tokens finds n - 1 in the cache.
 
-A request is admitted when its prompt and a reserve for what it and the running ones will write fit into the
-cache. If that guess fails, the request admitted last goes back to the head of the queue with what it has
-written so far, and is prefilled again later: mostly from the cache.
+A request is admitted when its prompt fits into the cache, together with a reserve for the tokens that it and the
+running requests will write. If the reserve was too small, the request that was admitted last goes back to the head of
+the queue with the tokens it has written, and is prefilled again later, mostly from the cache.
 """
 
 from __future__ import annotations
@@ -24,15 +22,15 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sglang_router.engine.kv import WIDTH, Handle, KVCache, pack
+from sglang_router.engine.kv import WIDTH, CacheHandle, KVCache, pack
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """How long one forward pass takes: base + per request decoded + per token prefilled. In seconds.
+    """The duration of one forward pass, in seconds: base + per decoded request + per prefilled token.
 
-    The defaults are those of the mock worker of SMG (lightseekorg/smg), one published calibration:
-    8,000 prompt tokens/s, and 6.0 ms + 0.35 ms per running request for a decode step.
+    The defaults are those of the mock worker of SMG (lightseekorg/smg), a published calibration: 8,000 prompt tokens/s,
+    and 6.0 ms + 0.35 ms per running request for a decode step.
     """
 
     prefill_tokens_per_s: float = 8000.0
@@ -40,13 +38,14 @@ class CostModel:
     decode_per_request: float = 0.00035
 
     def duration(self, prefilled: int, decoded: int) -> float:
-        """Seconds for one pass over `prefilled` prompt tokens and one token each of `decoded` requests."""
+        """Return the seconds for one pass over `prefilled` prompt tokens and one token for each of `decoded`
+        requests."""
         return self.decode_base + self.decode_per_request * decoded + prefilled / self.prefill_tokens_per_s
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one pass and one engine can take, in tokens and requests; `reserve` is per request, see above.
+class BatchLimits:
+    """Limits of one pass and of the batch, in tokens and requests; `reserve` is per request, see above.
 
     `chunk`, `max_running` and a pool of 524,288 tokens (the caller's `KVCache`) are from the same source.
     """
@@ -58,17 +57,17 @@ class Limits:
 
 
 class TokenSource(Protocol):
-    """Where output comes from: `next` gives a token and, with the last one, why it is the last."""
+    """Produces output: `next` returns a token and, with the last token, the finish reason."""
 
     def next(self) -> tuple[int, str | None]: ...
 
 
-class Request:
-    """One prompt and its answer. `prompt` is packed tokens; `limit` the most tokens to write, 0 for none.
+class EngineRequest:
+    """One prompt and its answer. `tokens` are packed; `limit` is the most tokens to write, 0 for none.
 
-    `computed` counts the tokens whose keys and values exist, `cached` those found when it was first
-    admitted, `length` prompt and output together. `finish` is None while it lives, then "stop", "length" or
-    "abort".
+    `computed` counts the tokens whose keys and values exist, `cached` those found in the cache when it was first
+    admitted, `length` the tokens of prompt and output together. `finish` is None until it ends, then "stop", "length"
+    or "abort".
     """
 
     __slots__ = (
@@ -100,32 +99,32 @@ class Request:
         self.cached = 0
         self.retractions = 0
         self.finish: str | None = None
-        self.handle: Handle | None = None
+        self.handle: CacheHandle | None = None
 
     def __repr__(self) -> str:
         state = self.finish or ("waiting" if self.handle is None else "running")
-        return f"<Request {self.rid} {state}: {self.computed} of {self.prompt} + {self.output} tokens computed>"
+        return f"<EngineRequest {self.rid} {state}: {self.computed} of {self.prompt} + {self.output} tokens computed>"
 
     @property
     def left(self) -> int:
-        """Tokens it may still write."""
+        """Tokens that it may still write."""
         return max(self.limit - self.output, 0)
 
 
 @dataclass(slots=True)
-class Step:
-    """What one pass did: seconds it takes, and the requests that gained a token or ended when it is over."""
+class BatchStep:
+    """The result of one pass: its duration in seconds, and the requests that got a token or ended in it."""
 
     duration: float = 0.0
     prefilled: int = 0
     decoded: int = 0
-    advanced: list[Request] = field(default_factory=list)
-    finished: list[Request] = field(default_factory=list)
+    advanced: list[EngineRequest] = field(default_factory=list)
+    finished: list[EngineRequest] = field(default_factory=list)
 
 
 @dataclass
-class Totals:
-    """Counts since the start, in tokens and requests; what the metrics show."""
+class EngineTotals:
+    """Counts since the start, in tokens and requests, for the metrics."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -137,25 +136,25 @@ class Totals:
 
 
 class TooLongError(ValueError):
-    """The prompt can never fit into the cache."""
+    """The prompt is too long for the whole cache."""
 
 
-class Scheduler:
-    """Owns the queue, the batch and the cache. `holding` admits nobody, `paused` computes nothing at all."""
+class EngineScheduler:
+    """Owns the queue, the batch and the cache. `holding` stops admission, `paused` stops all computing."""
 
-    def __init__(self, kv: KVCache, cost: CostModel | None = None, limits: Limits | None = None) -> None:
+    def __init__(self, kv: KVCache, cost: CostModel | None = None, limits: BatchLimits | None = None) -> None:
         self.kv = kv
         self.cost = cost or CostModel()
-        self.limits = limits or Limits()
-        self.totals = Totals()
-        self.waiting: deque[Request] = deque()
-        self.prefilling: list[Request] = []
-        self.running: list[Request] = []
+        self.limits = limits or BatchLimits()
+        self.totals = EngineTotals()
+        self.waiting: deque[EngineRequest] = deque()
+        self.prefilling: list[EngineRequest] = []
+        self.running: list[EngineRequest] = []
         self.holding = False
         self.paused = False
 
     def __repr__(self) -> str:
-        return f"<Scheduler {len(self.waiting)} waiting, {self.active} in the batch, {self.kv}>"
+        return f"<EngineScheduler {len(self.waiting)} waiting, {self.active} in the batch, {self.kv}>"
 
     @property
     def active(self) -> int:
@@ -164,19 +163,19 @@ class Scheduler:
 
     @property
     def load_tokens(self) -> int:
-        """Tokens held by the batch plus tokens waiting, as SGLang reports an engine's load."""
+        """Tokens held by the batch plus tokens in the queue, as SGLang reports an engine's load."""
         return self.kv.locked + self.kv.private + sum(request.length for request in self.waiting)
 
-    def submit(self, request: Request) -> None:
-        """Queue `request`, its limit cut to what fits. Raises `TooLongError` if not even its prompt does."""
+    def submit(self, request: EngineRequest) -> None:
+        """Queue `request` and reduce its limit to what fits. Raises `TooLongError` if even the prompt does not fit."""
         room = self.kv.capacity - request.prompt
         if not request.prompt or room < bool(request.limit):
             raise TooLongError(f"the prompt has {request.prompt} tokens; the cache holds {self.kv.capacity}")
         request.limit = min(request.limit, room)
         self.waiting.append(request)
 
-    def abort(self, request: Request) -> bool:
-        """End `request` now, wherever it is. False if it has ended already."""
+    def abort(self, request: EngineRequest) -> bool:
+        """End `request` now. Return False if it has ended already."""
         if request.finish is not None:
             return False
         for place in (self.waiting, self.prefilling, self.running):
@@ -186,19 +185,19 @@ class Scheduler:
         return True
 
     def retract_all(self) -> None:
-        """Put the whole batch back into the queue, in the order it was admitted."""
+        """Move the whole batch back to the queue, in the order of admission."""
         for request in reversed(self.running + self.prefilling):
             self._retract(request)
 
     def flush(self) -> bool:
-        """Empty the cache. False, and nothing done, while anything is waiting or running."""
+        """Empty the cache. While requests are queued or running, do nothing and return False."""
         return not self.waiting and self.kv.reset()
 
-    def step(self) -> Step | None:
-        """One forward pass, or None if there is nothing to compute."""
+    def step(self) -> BatchStep | None:
+        """Do one forward pass. Return None if there is nothing to compute."""
         if self.paused or not (self.prefilling or self.running or (self.waiting and not self.holding)):
             return None
-        step = Step()
+        step = BatchStep()
         done = self._prefill(step)
         if self.running and (self.limits.mixed or not step.prefilled):
             self._decode(step)
@@ -209,8 +208,8 @@ class Scheduler:
 
     # -- one pass ------------------------------------------------------------------------------------------
 
-    def _prefill(self, step: Step) -> list[Request]:
-        """Compute up to a chunk of prompt tokens; the requests whose prompt is complete now."""
+    def _prefill(self, step: BatchStep) -> list[EngineRequest]:
+        """Compute up to a chunk of prompt tokens. Return the requests whose prompt is complete now."""
         budget = self.limits.chunk
         complete = 0
         while budget > 0 and (complete < len(self.prefilling) or self._admit()):
@@ -222,7 +221,7 @@ class Scheduler:
             if request.computed < request.length:
                 break
             complete += 1
-        # Only now: requests of the same pass are computed side by side and cannot use each other's tokens.
+        # Commit after the loop: requests of the same pass are computed together and cannot use each other's tokens.
         for request in self.prefilling:
             self._commit(request)
         done = self.prefilling[:complete]
@@ -230,7 +229,7 @@ class Scheduler:
         return done
 
     def _admit(self) -> bool:
-        """Move the head of the queue into the batch, if it and everyone's reserve fit."""
+        """Move the head of the queue into the batch if it fits together with the reserve. Return whether it did."""
         if self.holding or not self.waiting or self.active >= self.limits.max_running:
             return False
         request = self.waiting[0]
@@ -251,22 +250,22 @@ class Scheduler:
         self.prefilling.append(request)
         return True
 
-    def _reserve(self, newcomer: Request) -> int:
-        """Tokens to keep free for what the batch and `newcomer` will write; someone alone needs no guess."""
+    def _reserve(self, newcomer: EngineRequest) -> int:
+        """Return the tokens to keep free for the output of the batch and `newcomer`; 0 if the batch is empty."""
         if not self.active:
             return 0
         most = self.limits.reserve
         return sum(min(one.left, most) for one in (newcomer, *self.prefilling, *self.running))
 
-    def _end_prefill(self, request: Request, step: Step) -> None:
+    def _end_prefill(self, request: EngineRequest, step: BatchStep) -> None:
         if request.limit:
             self.running.append(request)
             self._write(request, step)
         else:
             self._end(request, "length", step)
 
-    def _decode(self, step: Step) -> None:
-        """One more token for everyone that is running; the latest give way if the cache is full."""
+    def _decode(self, step: BatchStep) -> None:
+        """Decode one token for every running request; retract the latest requests if the cache is full."""
         batch = self.running
         at = 0
         while at < len(batch):
@@ -281,7 +280,7 @@ class Scheduler:
         for request in tuple(batch):
             self._write(request, step)
 
-    def _write(self, request: Request, step: Step) -> None:
+    def _write(self, request: EngineRequest, step: BatchStep) -> None:
         token, reason = request.source.next()
         request.tokens += pack((token,))
         request.output += 1
@@ -296,7 +295,7 @@ class Scheduler:
 
     # -- leaving the batch ---------------------------------------------------------------------------------
 
-    def _end(self, request: Request, reason: str, step: Step | None = None) -> None:
+    def _end(self, request: EngineRequest, reason: str, step: BatchStep | None = None) -> None:
         request.finish = reason
         self._release(request)
         if step is None:
@@ -305,20 +304,20 @@ class Scheduler:
             self.totals.finished += 1
             step.finished.append(request)
 
-    def _retract(self, request: Request) -> None:
+    def _retract(self, request: EngineRequest) -> None:
         (self.running if request in self.running else self.prefilling).remove(request)
         request.retractions += 1
         self.totals.retracted += 1
         self._release(request)
         self.waiting.appendleft(request)
 
-    def _release(self, request: Request) -> None:
+    def _release(self, request: EngineRequest) -> None:
         if request.handle is not None:
             self._commit(request)
             request.handle.close()
             request.handle = None
         request.computed = 0
 
-    def _commit(self, request: Request) -> None:
+    def _commit(self, request: EngineRequest) -> None:
         assert request.handle is not None
         request.handle.commit(bytes(request.tokens[: request.computed * WIDTH]))

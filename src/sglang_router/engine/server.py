@@ -1,7 +1,7 @@
 """The built-in engine as an HTTP server: assembly only. `docs/engine.md` lists the endpoints.
 
-options ─> Scheduler (pure) ─> Engine (one task) <─ routes: answers · vectors · control
-                                                    behind an API key and "starting" check
+options ─> EngineScheduler (pure) ─> Engine (one task) <─ routes: answers · vectors · control
+                                                          behind checks of API key and readiness
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sglang_router.engine.answer import StreamedAnswer, answer_whole, error_response
-from sglang_router.engine.control import Control, Status
-from sglang_router.engine.dialects import Chat, Completion, Dialect, Generate
-from sglang_router.engine.events import Messages, Responses
+from sglang_router.engine.control import EngineControl, EngineStatus
+from sglang_router.engine.dialects import AnswerDialect, ChatDialect, CompletionDialect, GenerateDialect
+from sglang_router.engine.events import MessagesDialect, ResponsesDialect
 from sglang_router.engine.options import EngineOptions
-from sglang_router.engine.parse import Parser, read_object
-from sglang_router.engine.runner import Engine, EngineError, Latencies
+from sglang_router.engine.parse import BodyParser, read_object
+from sglang_router.engine.runner import Engine, EngineError, EngineLatencies
 from sglang_router.engine.text import Tokenizer
-from sglang_router.engine.vectors import Vectors
+from sglang_router.engine.vectors import VectorEndpoints
 
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE = 5  # seconds; the default of uvicorn and so of SGLang and vLLM
-OPEN_PATHS = ("/health", "/metrics")  # need no key
-GENERATIVE: dict[str, tuple[str, type[Dialect]]] = {
-    "/generate": ("generate", Generate),
-    "/v1/chat/completions": ("chat", Chat),
-    "/v1/completions": ("completions", Completion),
-    "/v1/responses": ("responses", Responses),
-    "/v1/messages": ("messages", Messages),
+OPEN_PATHS = ("/health", "/metrics")  # no API key needed
+GENERATIVE: dict[str, tuple[str, type[AnswerDialect]]] = {
+    "/generate": ("generate", GenerateDialect),
+    "/v1/chat/completions": ("chat", ChatDialect),
+    "/v1/completions": ("completions", CompletionDialect),
+    "/v1/responses": ("responses", ResponsesDialect),
+    "/v1/messages": ("messages", MessagesDialect),
 }
 
 
 def create_app(options: EngineOptions | None = None) -> Starlette:
-    """The engine as an ASGI application, at work during its lifespan; `app.state.engine` is its `Engine`."""
+    """Return the engine as an ASGI application. It computes during its lifespan; `app.state.engine` is its `Engine`."""
     options = options or EngineOptions()
     registry = CollectorRegistry()
-    latencies = Latencies(registry, options.model)
+    latencies = EngineLatencies(registry, options.model)
     engine = Engine(options.scheduler(), latencies, options.speed, options.context, options.seed)
-    parser = Parser(Tokenizer(), options.context, options.model, options.dp_size)
-    status = Status()
+    parser = BodyParser(Tokenizer(), options.context, options.model, options.dp_size)
+    status = EngineStatus()
     app = Starlette(
         routes=[
             *(
                 Route(path, _generative(engine, parser, kind, dialect), methods=["POST"])
                 for path, (kind, dialect) in GENERATIVE.items()
             ),
-            *Control(engine, options, registry, status).routes(),
-            *Vectors(engine, parser).routes(),
+            *EngineControl(engine, options, registry, status).routes(),
+            *VectorEndpoints(engine, parser).routes(),
         ],
-        middleware=[Middleware(Gate, api_key=options.api_key, status=status)],
+        middleware=[Middleware(EngineGate, api_key=options.api_key, status=status)],
         exception_handlers={EngineError: error_response},
         lifespan=lambda _: _computing(engine, status, options.startup_delay),
     )
@@ -73,23 +73,23 @@ def create_app(options: EngineOptions | None = None) -> Starlette:
 
 
 def _generative(
-    engine: Engine, parser: Parser, kind: str, dialect: type[Dialect]
+    engine: Engine, parser: BodyParser, kind: str, dialect: type[AnswerDialect]
 ) -> Callable[[Request], Awaitable[Response]]:
     parse = parser.kinds[kind]
 
     async def endpoint(request: Request) -> Response:
-        ask = parse(read_object(await request.body()))
-        if ask.stream:
-            return StreamedAnswer(engine, ask.jobs, dialect(ask))
-        return await answer_whole(engine, ask.jobs, dialect(ask), request)
+        parsed = parse(read_object(await request.body()))
+        if parsed.stream:
+            return StreamedAnswer(engine, parsed.jobs, dialect(parsed))
+        return await answer_whole(engine, parsed.jobs, dialect(parsed), request)
 
     return endpoint
 
 
-class Gate:
-    """Turns away requests without the API key (401), and computing requests while the engine starts (503)."""
+class EngineGate:
+    """Refuses requests without the API key (401), and generation requests while the engine starts (503)."""
 
-    def __init__(self, app: ASGIApp, api_key: str, status: Status) -> None:
+    def __init__(self, app: ASGIApp, api_key: str, status: EngineStatus) -> None:
         self._app = app
         self._wanted = f"Bearer {api_key}".encode() if api_key else None
         self._status = status
@@ -107,16 +107,17 @@ class Gate:
         if self._wanted and not path.startswith(OPEN_PATHS):
             given = [value for name, value in scope["headers"] if name == b"authorization"]
             if given != [self._wanted]:
-                return EngineError(401, "A valid key is needed: `Authorization: Bearer KEY`.", "authentication_error")
+                message = "A valid API key is required: send `Authorization: Bearer KEY`."
+                return EngineError(401, message, "authentication_error")
         if path in GENERATIVE and not self._status.ready:
             return EngineError(503, "The engine is not ready.", "service_unavailable")
         return None
 
 
 @contextlib.asynccontextmanager
-async def _computing(engine: Engine, status: Status, delay: float) -> AsyncIterator[None]:
+async def _computing(engine: Engine, status: EngineStatus, delay: float) -> AsyncIterator[None]:
     def ended(task: asyncio.Task[None]) -> None:
-        # A fault in the model must not leave clients waiting for ever behind a server that looks well.
+        # After a bug in the scheduler, do not let clients wait forever for a server that looks healthy.
         if not task.cancelled() and task.exception() is not None:
             log.critical("the engine's driver failed", exc_info=task.exception())
             status.failed = True
@@ -132,7 +133,7 @@ async def _computing(engine: Engine, status: Status, delay: float) -> AsyncItera
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn, but a signal ends running requests at once and the process with status 0."""
+    """Uvicorn, except that a signal aborts running requests at once and ends the process with status 0."""
 
     engine: Engine
 
@@ -146,14 +147,14 @@ class _Server(uvicorn.Server):
     def _stop(self, number: signal.Signals) -> None:
         self.handle_exit(number, None)
         self.engine.abort_all()
-        asyncio.get_running_loop().call_later(0.5, self._hurry)
+        asyncio.get_running_loop().call_later(0.5, self._force_exit)
 
-    def _hurry(self) -> None:
+    def _force_exit(self) -> None:
         self.force_exit = True
 
 
 def serve(options: EngineOptions) -> int:
-    """Serve until a signal comes; the exit status. The first line of output tells the URL."""
+    """Serve until a signal comes; return the exit status. The first line of output contains the URL."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
         listener = socket.create_server((options.host, options.port), family=family, backlog=2048)

@@ -1,19 +1,16 @@
-"""Text and tokens for the built-in engine: a splitter as tokenizer, a chat template, and a writer that
-needs no model.
+"""Text and tokens for the built-in engine: a tokenizer, a chat template, and a writer of answers without a model.
 
-*Tokens.* A text is split into pieces of up to eight letters with the space before them, as byte-pair
-tokenizers do; the id of a piece is its CRC-32. Splitting a text again after more text was added gives the
-same ids for the old part, up to the last piece: prefixes stay prefixes, which is all that a prefix cache
-wants of a tokenizer.
+*Tokens.* A text is split into pieces of up to eight letters together with the space before them, similar to byte-pair
+tokenizers. The id of a piece is its CRC-32. When text is added at the end, the ids of the old part stay the same, up to
+the last piece: prefixes stay prefixes, which is all that a prefix cache needs from a tokenizer.
 
-*Writing.* Output token i is a function of all tokens before it and of the seed, nothing else:
+*Writing.* Output token i depends only on all tokens before it and on the seed:
 
-    state(i) = CRC-32 of (seed, prompt, output[:i])  ── scrambled ──>  a word, a comma, a stop, or the end
+    state(i) = CRC-32 of (seed, prompt, output[:i])  ── scrambled ──>  a word, a comma, a full stop, or the end
 
-So every engine answers the same prompt with the same text, and one that is given a prompt together with the
-first half of an answer writes the second half. What is written splits into the very tokens it was written
-as; the next turn of a conversation therefore finds the last answer in the cache. The text reads like loose
-English and ends after about 75 tokens.
+So every engine gives the same answer to the same prompt, and an engine that gets a prompt with the first half of an
+answer writes the second half. Written text splits into the same tokens again, so the next turn of a conversation finds
+the last answer in the cache. The text resembles English and ends after about 75 tokens.
 """
 
 from __future__ import annotations
@@ -40,12 +37,12 @@ END_OF_TURN = "<|im_end|>"
 
 
 def token_id(piece: str) -> int:
-    """The id of one piece: its CRC-32."""
+    """Return the id of one piece: its CRC-32."""
     return zlib.crc32(piece.encode("utf-8", "surrogatepass"))
 
 
 class _Ids(dict[str, int]):
-    """The ids of the pieces met so far."""
+    """The ids of the pieces seen so far."""
 
     def __missing__(self, piece: str) -> int:
         token = self[piece] = token_id(piece)
@@ -53,39 +50,39 @@ class _Ids(dict[str, int]):
 
 
 class Tokenizer:
-    """Text to token ids and back. Only pieces it has met can be turned back; it remembers about `memory`."""
+    """Converts text to token ids and back. It can convert back only pieces it has seen; it keeps about `memory`."""
 
     def __init__(self, memory: int = 200_000) -> None:
         self._memory = memory
         self._ids = _Ids()
         self._pieces: dict[int, str] = {}
-        self._meet_own_words()
+        self._add_own_words()
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of `text`, 32 bits each."""
+        """Return the token ids of `text`, 32 bits each."""
         if len(self._ids) > self._memory:
             self._ids.clear()
-            self._meet_own_words()
+            self._add_own_words()
         ids = self._ids
         return [ids[piece] for piece in _PIECE.findall(text)]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of `tokens`; a token never met is shown as a word of the writer's own."""
+        """Return the text of `tokens`; for a token never seen, a word of the writer's vocabulary."""
         if len(self._pieces) != len(self._ids):
             self._pieces = {token: piece for piece, token in self._ids.items()}
         return "".join(self._pieces.get(token) or " " + _WORDS[token % len(_WORDS)] for token in tokens)
 
-    def _meet_own_words(self) -> None:
+    def _add_own_words(self) -> None:
         own = (".", ",", *(piece for words in (_PLAIN, _OPENING, _BARE) for _, piece in words))
         self._ids.update((piece, token_id(piece)) for piece in own)
         self._pieces = {}
 
 
 def render_chat(messages: Sequence[object], tools: object = None, *, generate: bool = True, go_on: bool = False) -> str:
-    """A conversation as one text, in the manner of ChatML: tools first, then a turn per message.
+    """Return a conversation as one text, similar to ChatML: tools first, then one turn per message.
 
-    `generate` opens the assistant's turn; `go_on` leaves the last message open instead, so that the answer
-    continues it.
+    `generate` opens the assistant's turn; `go_on` leaves the last message open instead, so that the answer continues
+    it.
     """
     turns = [] if not tools else [f"<|im_start|>tools\n{_plain(tools)}{END_OF_TURN}\n"]
     for message in messages:
@@ -100,7 +97,7 @@ def render_chat(messages: Sequence[object], tools: object = None, *, generate: b
 
 
 def content_text(content: object) -> str:
-    """The content of a message: text as it is, an image or sound as a placeholder with its own digest."""
+    """Return the content of a message: text unchanged, an image or sound as a placeholder with its digest."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -135,12 +132,11 @@ _BARE = tuple((token_id(word.capitalize()), word.capitalize()) for word in _WORD
 _WRITTEN = frozenset(token for words in (_PLAIN, _OPENING, _BARE) for token, _ in words)
 
 
-class Writer:
-    """Writes one answer, a token at a time: `next` gives the token and, when the answer ends with it, why.
+class AnswerWriter:
+    """Writes one answer, token by token: `next` returns a token and, with the last token, the finish reason.
 
-    `text` is the answer so far and `settled` how many of its characters can be shown already: the rest may
-    still turn out to be the beginning of a stop string. `reason` is None, "stop" or "length"; `matched` is
-    what stopped it.
+    `text` is the answer so far. `settled` is the number of its characters that can be sent: the rest may be the
+    beginning of a stop string. `reason` is None, "stop" or "length"; `matched` is the stop string or stop token.
     """
 
     __slots__ = (
@@ -169,7 +165,7 @@ class Writer:
         stop_tokens: Iterable[int] = (),
         ignore_eos: bool = False,
     ) -> None:
-        """`prompt` is packed; `tail` its last two tokens, or fewer; `limit` is the most tokens to write."""
+        """`prompt` is packed; `tail` holds its last two tokens, or fewer; `limit` is the most tokens to write."""
         self._state = zlib.crc32(prompt, seed)
         self._before, self._last = (0, 0, *tail)[-2:]
         self._stops = tuple(string for string in stop if string)
@@ -183,7 +179,7 @@ class Writer:
         self.matched: str | int | None = None
 
     def next(self) -> tuple[int, str | None]:
-        """The next token, and "stop" or "length" if it is the last."""
+        """Return the next token, and "stop" or "length" if it is the last."""
         token, piece = self._choose()
         self._state = zlib.crc32(pack((token,)), self._state)
         self._before, self._last = self._last, token
@@ -199,7 +195,7 @@ class Writer:
         return token, self.reason
 
     def _choose(self) -> tuple[int, str]:
-        # CRC-32 is linear, so its bits are scrambled (a multiplicative finaliser) before they are dice.
+        # CRC-32 is linear: scramble its bits (a multiplicative finaliser) before using them as random numbers.
         dice = (self._state ^ self._state >> 16) * 0x45D9F3B & 0xFFFFFFFF
         dice = (dice ^ dice >> 16) * 0x45D9F3B & 0xFFFFFFFF
         word, dice = dice % len(_WORDS), dice >> 16
@@ -232,7 +228,7 @@ class Writer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are a beginning of `stop`."""
+    """Return how many characters at the end of `text` are a prefix of `stop`."""
     for size in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:size]):
             return size

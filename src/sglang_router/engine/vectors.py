@@ -1,9 +1,7 @@
-"""Endpoints that answer with numbers or tokens: embeddings, rerank, score, classify, tokenize, detokenize,
-transcriptions.
+"""Endpoints that answer with numbers or tokens: embeddings, rerank, score, classify, (de)tokenize, transcriptions.
 
-A text's vector is the sum of one fixed direction per token, made unit length: texts that share words are
-alike, which is all that a test of a router can ask of an embedding. Each input is computed by the engine
-like a prompt, without an answer.
+The vector of a text is the sum of one fixed direction per token, with unit length. Texts that share words are therefore
+similar, which is enough to test a router. The engine computes each input like a prompt, without an answer.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from sglang_router.engine.answer import compute, json_response
-from sglang_router.engine.parse import Body, Parser, need, read_object
-from sglang_router.engine.runner import Engine, EngineError, Generation, Job
+from sglang_router.engine.parse import Body, BodyParser, need, read_object
+from sglang_router.engine.runner import Engine, EngineError, EngineGeneration, EngineJob
 from sglang_router.engine.text import content_text, render_chat
 
 WIDTH = 64
@@ -35,7 +33,7 @@ Tokens = Sequence[int]
 
 
 def embed(tokens: Tokens, width: int = WIDTH) -> list[float]:
-    """The unit vector of `tokens`, `width` numbers."""
+    """Return the unit vector of `tokens`: `width` numbers."""
     sums = [0.0] * width
     for token in tokens:
         spot = zlib.crc32(token.to_bytes(4, "little"))
@@ -44,20 +42,20 @@ def embed(tokens: Tokens, width: int = WIDTH) -> list[float]:
     return [part / norm for part in sums]
 
 
-def likeness(first: Tokens, second: Tokens) -> float:
-    """The cosine between two texts, -1 to 1."""
+def similarity(first: Tokens, second: Tokens) -> float:
+    """Return the cosine similarity of two texts, -1 to 1."""
     return sum(a * b for a, b in zip(embed(first), embed(second), strict=True))
 
 
-class Vectors:
-    """The handlers; each takes a decoded body and gives the answer."""
+class VectorEndpoints:
+    """The handlers; each takes a decoded body and returns the answer."""
 
-    def __init__(self, engine: Engine, parser: Parser) -> None:
+    def __init__(self, engine: Engine, parser: BodyParser) -> None:
         self._engine = engine
         self._parser = parser
 
     def routes(self) -> list[Route]:
-        """All of them, with every path they are known by."""
+        """Return the routes of all handlers, with all paths of each."""
         table: dict[str, Callable[[Request, Body], Awaitable[object]]] = {
             "/v1/embeddings": self.embeddings,
             "/v1/classify": self.classify,
@@ -80,7 +78,7 @@ class Vectors:
         return endpoint
 
     async def embeddings(self, request: Request, body: Body) -> object:
-        """OpenAI's embeddings: `input`, `dimensions`, `encoding_format`."""
+        """Answer OpenAI's embeddings: `input`, `dimensions`, `encoding_format`."""
         prompts, _ = self._parser.prompts(need(body, "input", (str, list)), "input")
         width = WIDTH if body.get("dimensions") is None else body["dimensions"]
         if type(width) is not int or not 1 <= width <= 4096:
@@ -96,7 +94,7 @@ class Vectors:
         return {"object": "list", "data": items, "model": self._model(body), "usage": _usage(done)}
 
     async def classify(self, request: Request, body: Body) -> object:
-        """Two labels, with the share of each."""
+        """Answer with two labels and the share of each."""
         prompts, _ = self._parser.prompts(body.get("input") or need(body, "text", (str, list)), "input")
         done = await self._compute(request, prompts)
         items = []
@@ -108,13 +106,13 @@ class Vectors:
         return frame | {"model": self._model(body), "data": items, "usage": _usage(done)}
 
     async def rerank(self, request: Request, body: Body) -> object:
-        """`documents` by their likeness to `query`, the best first; `top_n` of them."""
+        """Answer with `documents` in order of similarity to `query`, the best first; `top_n` of them."""
         query = self._parser.tokenizer.encode(need(body, "query", str))
         documents = need(body, "documents", list)
         texts = [self._parser.tokenizer.encode(content_text(document)) for document in documents]
         done = await self._compute(request, [[*query, *text] for text in texts])
         ranked = sorted(
-            ({"score": likeness(query, text), "index": index} for index, text in enumerate(texts)),
+            ({"score": similarity(query, text), "index": index} for index, text in enumerate(texts)),
             key=lambda one: (-one["score"], one["index"]),
         )
         withtext = body.get("return_documents", True)
@@ -128,20 +126,20 @@ class Vectors:
         ]
 
     async def score(self, request: Request, body: Body) -> object:
-        """For each of `items` after `query`, a number per label; with `apply_softmax` they add up to one."""
+        """Answer, for each of `items` after `query`, with a number per label; with `apply_softmax` they sum to one."""
         encode = self._parser.tokenizer.encode
         query = encode(need(body, "query", str))
         items = need(body, "items", (str, list))
         prompts = [[*query, *encode(content_text(item))] for item in ([items] if isinstance(items, str) else items)]
         labels = need(body, "label_token_ids", list)
         done = await self._compute(request, prompts)
-        scores = [[math.exp(4 * likeness(prompt, [label])) for label in labels] for prompt in prompts]
+        scores = [[math.exp(4 * similarity(prompt, [label])) for label in labels] for prompt in prompts]
         if body.get("apply_softmax"):
             scores = [[one / sum(row) for one in row] for row in scores]
         return {"object": "scoring", "model": self._model(body), "scores": scores, "usage": _usage(done)}
 
     async def tokenize(self, request: Request, body: Body) -> object:
-        """The tokens of `prompt`, a text or a list of texts, or of a conversation in `messages`."""
+        """Answer with the tokens of `prompt`, a text or a list of texts, or of a conversation in `messages`."""
         encode = self._parser.tokenizer.encode
         if body.get("prompt") is None and body.get("messages") is not None:
             body = {"prompt": render_chat(need(body, "messages", list), body.get("tools"))}
@@ -151,7 +149,7 @@ class Vectors:
         return {"tokens": tokens, "count": sizes, "max_model_len": self._engine.context}
 
     async def detokenize(self, request: Request, body: Body) -> object:
-        """The text of `tokens`, one list or several."""
+        """Answer with the text of `tokens`, one list or several."""
         tokens = need(body, "tokens", list)
         many = bool(tokens) and all(isinstance(one, list) for one in tokens)
         if not all(type(token) is int for one in (tokens if many else [tokens]) for token in one):
@@ -160,28 +158,28 @@ class Vectors:
         return {"text": [decode(one) for one in tokens] if many else decode(tokens)}
 
     async def transcriptions(self, request: Request) -> Response:
-        """OpenAI's transcriptions: multipart, `file` and `response_format`. Equal sounds have equal words."""
+        """Answer OpenAI's transcriptions: multipart, `file` and `response_format`. Equal files get equal texts."""
         fields = _multipart(request.headers.get("content-type", ""), await request.body())
         if "file" not in fields:
             raise EngineError(400, "The field 'file' is missing.")
         sound = fields["file"]
         prompt = [zlib.crc32(sound[at : at + 4096]) for at in range(0, len(sound), 4096)] or [0]
-        (generation,) = await compute(self._engine, [Job(prompt, 48)], request.receive)
+        (generation,) = await compute(self._engine, [EngineJob(prompt, 48)], request.receive)
         text = generation.text.strip()
         if fields.get("response_format") == b"text":
             return PlainTextResponse(text)
         return json_response({"text": text, "usage": {"type": "tokens", **_usage([generation], written=True)}})
 
-    async def _compute(self, request: Request, prompts: Sequence[Tokens]) -> list[Generation]:
+    async def _compute(self, request: Request, prompts: Sequence[Tokens]) -> list[EngineGeneration]:
         if not prompts:
-            raise EngineError(400, "There is nothing to compute: the list is empty.")
-        return await compute(self._engine, [Job(prompt, 0) for prompt in prompts], request.receive)
+            raise EngineError(400, "The list of inputs is empty.")
+        return await compute(self._engine, [EngineJob(prompt, 0) for prompt in prompts], request.receive)
 
     def _model(self, body: Body) -> str:
         return str(body.get("model") or self._parser.model)
 
 
-def _usage(done: Sequence[Generation], *, written: bool = False) -> dict[str, Any]:
+def _usage(done: Sequence[EngineGeneration], *, written: bool = False) -> dict[str, Any]:
     prompt = sum(generation.request.prompt for generation in done)
     answer = sum(generation.shown for generation in done)
     if written:
@@ -189,13 +187,13 @@ def _usage(done: Sequence[Generation], *, written: bool = False) -> dict[str, An
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-def _meta(done: Sequence[Generation], index: float) -> dict[str, object]:
+def _meta(done: Sequence[EngineGeneration], index: float) -> dict[str, object]:
     request = done[int(index)].request
     return {"id": request.rid, "prompt_tokens": request.prompt, "cached_tokens": request.cached}
 
 
 def _multipart(content_type: str, body: bytes) -> dict[str, bytes]:
-    """The parts of a multipart/form-data body by name, read by the standard library's mail parser."""
+    """Return the parts of a multipart/form-data body by name; the standard library's mail parser reads them."""
     message = BytesParser(policy=HTTP).parsebytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
     if not message.is_multipart():
         raise EngineError(400, "The body is not multipart/form-data.")

@@ -1,1 +1,1 @@
-"""What `launch_server` adds to the router: engines started, watched, restarted and ended on this machine."""
+"""Engines on this machine, for `launch_server`: start, watch, restart and stop them."""

@@ -1,16 +1,16 @@
-"""The keeper of one replica: one task that starts its process, stays with it to its end, and starts the next.
+"""The keeper of one replica: one task that starts its process, watches it until it ends, and starts the next.
 
-    run:  start --> watch --> end what is left of it --> pause --> start --> ...
-                      |                                    |
-                      '- the process ended                 '- none after `renew`
-                      '- not healthy within `startup`      '- FAILED when the rules give up; also when no replica of
-                      '- UNHEALTHY for `hang`, and            this run ever was healthy: it is the configuration then,
-                         nothing served meanwhile             and a restart would repeat it
-                      '- `renew` or `end`
+    run:  start --> watch --> end its remaining processes --> pause --> start --> ...
+                      |                                         |
+                      '- the process ended                      '- no pause after `restart`
+                      '- not healthy within `startup`           '- FAILED after too many restarts; also if no replica of
+                      '- unhealthy for `hang`, and                 this launcher was ever healthy: then the
+                         answered no request meanwhile             configuration is wrong, and a restart would not help
+                      '- `restart` or `end`
 
-What is heard (the end of the process, a worker's health, an order) only wakes the task, which then looks for itself:
-there is one place that acts. The workers stay registered all along; `Fleet.lost` and `Fleet.down` say what became of
-them. An engine with data-parallel ranks is one replica with several workers.
+Events (the end of the process, a worker's health, an order) only wake the task. The task then checks the state itself,
+so all actions are in one place. The workers stay registered while their process is replaced; `Fleet.lost` and
+`Fleet.down` tell the fleet about the process. An engine with data-parallel ranks is one replica with several workers.
 """
 
 from __future__ import annotations
@@ -19,33 +19,28 @@ import asyncio
 import logging
 import math
 import signal
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from sglang_router.core.worker import Health
-from sglang_router.launch.process import Process
-from sglang_router.launch.replica import Command, Replica, State
-from sglang_router.launch.restarts import RestartRules, Restarts
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from sglang_router.core.fleet import Fleet
-    from sglang_router.core.worker import Worker
-    from sglang_router.launch.replica import Reporter
-    from sglang_router.net.probe import Prober
+from sglang_router.launch.process import EngineProcess
+from sglang_router.launch.replica import EngineCommand, EngineReplica, ReplicaReporter, ReplicaState
+from sglang_router.launch.restarts import RestartHistory, RestartRules
+from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.states import Health
+from sglang_router.routing.worker import Worker
+from sglang_router.workers.health_checks import HealthChecks
 
 log = logging.getLogger("sglang_router.launch")
 
 
-class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
-    """In seconds.
+class ReplicaTimeouts(msgspec.Struct, frozen=True, kw_only=True):
+    """How long to wait for a replica, in seconds.
 
-    startup  from its start until a replica must be healthy
-    hang     that a replica may be unhealthy and serve nothing
+    startup  for it to become healthy after its start
+    hang     for it to answer a health check or a request, once it is unhealthy
     stop     between SIGTERM and SIGKILL
-    drain    that running requests are waited for before a restart or the end of a replica
+    drain    for its requests to finish, before it is restarted or removed
     """
 
     startup: float = 1800.0
@@ -54,280 +49,304 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     drain: float = 180.0
 
 
-class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
-    """What all keepers of a run share.
+class SupervisionRules(msgspec.Struct, frozen=True, kw_only=True):
+    """When to restart and when to give up."""
 
-    proven   says whether any replica of this run was healthy once
-    changed  hears that a replica is in another state
-    """
+    restarts: RestartRules = RestartRules()
+    timeouts: ReplicaTimeouts = ReplicaTimeouts()
+
+
+class SupervisedRouter(msgspec.Struct, frozen=True, kw_only=True):
+    """The parts of the router that the supervision uses. It runs on the router's event loop."""
 
     loop: asyncio.AbstractEventLoop
     clock: Callable[[], float]
     fleet: Fleet
-    prober: Prober
-    reporter: Reporter
-    rules: RestartRules
-    timeouts: Timeouts
-    proven: Callable[[], bool]
-    changed: Callable[[Keeper], None]
+    checks: HealthChecks
 
 
-class Keeper:
-    """See the module.
+class SupervisionContext(msgspec.Struct, frozen=True, kw_only=True):
+    """What all keepers of a launcher share.
 
-    workers  what the replica is to the router
-    busy     what is being done with it by order: a restart or its removal, whose result is what went wrong, or ""
+    any_was_healthy  says whether any replica of this launcher was ever healthy
+    changed          is called when a replica has changed its state
     """
 
-    def __init__(self, around: Surroundings, replica: Replica, command: Command, workers: Sequence[Worker]) -> None:
+    router: SupervisedRouter
+    reporter: ReplicaReporter
+    rules: SupervisionRules
+    any_was_healthy: Callable[[], bool]
+    changed: Callable[[ReplicaKeeper], None]
+
+
+class ReplicaKeeper:
+    """See the module.
+
+    workers    the workers that this replica is for the router
+    operation  the restart or removal that runs now; its result says what went wrong, or is ""
+    ending     `end` was called: no further process will be started
+    task       done when the replica has ended for good
+    """
+
+    def __init__(
+        self, context: SupervisionContext, replica: EngineReplica, command: EngineCommand, workers: Sequence[Worker]
+    ) -> None:
         self.replica = replica
         self.command = command
         self.workers = tuple(workers)
         self.ending = False
-        self.busy: asyncio.Task[str] | None = None
-        self._around = around
-        self._restarts = Restarts(around.rules)
-        self._news = asyncio.Event()
-        self._renew = False
-        self._urgent = False
-        self._verdicts: list[asyncio.Future[bool]] = []
-        # of the present process
-        self._process: Process | None = None
-        self._up = False  # false as soon as it is known to have ended
-        self._well = False  # it was healthy once
-        self._sick_since: float | None = None
-        self._served = 0  # then
-        self.task = around.loop.create_task(self.run())
+        self.operation: asyncio.Task[str] | None = None
+        self._context = context
+        self._router = context.router
+        self._timeouts = context.rules.timeouts
+        self._restarts = RestartHistory(context.rules.restarts)
+        self._wakeup = asyncio.Event()
+        self._restart_wanted = False
+        self._kill_now = False
+        self._waiters: list[asyncio.Future[bool]] = []
+        # of the current process
+        self._process: EngineProcess | None = None
+        self._running = False  # false as soon as the end of the process is known
+        self._was_healthy = False  # it was healthy at least once
+        self._unhealthy_since: float | None = None
+        self._served_then = 0  # requests processed when it became unhealthy
+        self.task = self._router.loop.create_task(self.run())
 
-    # -- what others ask of it ---------------------------------------------------------------------------------------
+    # -- orders and events -------------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Has it look whether there is something to do."""
-        self._news.set()
+        """Make the task check whether there is something to do."""
+        self._wakeup.set()
 
-    def renew(self) -> None:
-        """Another process in place of the present one, soon: without a pause, and whatever the rules say."""
-        self._renew = True
+    def restart(self) -> None:
+        """Replace the process soon: without a pause, and without regard to the number of restarts."""
+        self._restart_wanted = True
         self._restarts.forget()
-        self._set(State.RESTARTING, "a restart was asked for")
+        self._set(ReplicaState.RESTARTING, "a restart was requested")
         self.wake()
 
     def end(self, *, urgent: bool = False) -> None:
-        """Ends it for good: `task` is done then. `urgent`: without a grace period."""
+        """End the replica for good; `task` is done when it has ended. `urgent`: without a grace period."""
         if not self.ending:
             self.ending = True
-            self._set(State.STOPPING)
+            self._set(ReplicaState.STOPPING)
         if urgent:
-            self._urgent = True
+            self._kill_now = True
             if self._process is not None:
                 self._process.kill()
         self.wake()
 
-    async def verdict(self) -> bool:
-        """Waits until it is healthy, True, or a process of it ended before that, False."""
-        if self.replica.state in (State.HEALTHY, State.FAILED, State.STOPPED):
-            return self.replica.state is State.HEALTHY
-        verdict = self._around.loop.create_future()
-        self._verdicts.append(verdict)
-        return bool(await verdict)
+    async def settled(self) -> bool:
+        """Wait until the replica is healthy (True), or its process ended before it became healthy (False)."""
+        if self.replica.state in (ReplicaState.HEALTHY, ReplicaState.FAILED, ReplicaState.STOPPED):
+            return self.replica.state is ReplicaState.HEALTHY
+        waiter = self._router.loop.create_future()
+        self._waiters.append(waiter)
+        return bool(await waiter)
 
     def health_changed(self) -> None:
-        """The health of one of its workers is another one."""
+        """Handle a change of the health of one of the workers."""
         healths = {worker.health for worker in self.workers}
         if Health.HEALTHY in healths:
-            if self._up:
-                self._found_well()
-            else:  # the last answer of a process that has ended since; not at once, as others hear of it yet
-                self._around.loop.call_soon(self._lose_again)
-        elif Health.UNHEALTHY in healths and self._sick_since is None:
-            self._sick_since = self._around.clock()
-            self._served = self._processed
+            if self._running:
+                self._became_healthy()
+            else:
+                # The check was answered by a process that has ended since: mark the worker lost again. Not in this
+                # call, because other listeners still receive the current event.
+                self._router.loop.call_soon(self._mark_lost_again)
+        elif Health.UNHEALTHY in healths and self._unhealthy_since is None:
+            self._unhealthy_since = self._router.clock()
+            self._served_then = self._processed
         self.wake()
 
     @property
     def load(self) -> int:
-        """Requests running there."""
+        """Requests in flight at this replica."""
         return sum(worker.load for worker in self.workers)
 
-    # -- its life ----------------------------------------------------------------------------------------------------
+    # -- processes ---------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
+        """Run one process after the other until `end` is called."""
         try:
             while not self.ending:
-                why = await self._live()
+                why = await self._run_process()
                 if not self.ending:
-                    await self._rest(why)
-        except Exception as exc:  # a fault here must leave no engine that nobody watches
+                    await self._pause(why)
+        except Exception as exc:  # after any bug here, the engine must not keep running without supervision
             log.exception("the supervision of rank %d failed", self.replica.rank)
             if self._process is not None:
                 await self._process.stop(0.0)
             self._give_up(f"its supervision failed: {exc.__class__.__name__}")
             return
-        self._set(State.STOPPED)
+        self._set(ReplicaState.STOPPED)
 
-    async def _live(self) -> str:
-        """Starts a process and sees it to its end. Returns why that came: "" if by order."""
-        around, replica = self._around, self.replica
+    async def _run_process(self) -> str:
+        """Start a process and watch it until it has ended. Return why it ended; "" if by an order."""
+        replica = self.replica
         self._begin()
         try:
-            self._process = process = await Process.start(around.loop, self.command, self._line)
+            self._process = process = await EngineProcess.start(self._router.loop, self.command, self._on_line)
         except OSError as exc:
             return f"cannot be started: {exc.strerror}"
         replica.pid = process.pid
-        self._up = True
+        self._running = True
         process.exited.add_done_callback(lambda _: self.wake())
-        self._check()
+        self._start_checks()
         why = await self._watch(process)
         if why:
             replica.pid = 0
-            self._lose()
+            self._mark_lost()
             if not process.exited.done():
                 process.kill()
-        grace = 0.0 if self._urgent else around.timeouts.stop
-        replica.exit = await process.stop(grace)
+        replica.exit = await process.stop(0.0 if self._kill_now else self._timeouts.stop)
         replica.pid = 0
         self._process = None
         if not why and not self.ending:
-            self._lose()
+            self._mark_lost()
         return why
 
     def _begin(self) -> None:
-        replica, around = self.replica, self._around
-        self._well = False
-        self._sick_since = None
-        self._renew = False
+        replica = self.replica
+        self._was_healthy = False
+        self._unhealthy_since = None
+        self._restart_wanted = False
         replica.tail.clear()
-        replica.started_at = around.clock()
+        replica.started_at = self._router.clock()
         for worker in self.workers:
             if worker.health is Health.DOWN:
-                around.fleet.lost(worker, replica.started_at)
-        self._set(State.STARTING)
+                self._router.fleet.lost(worker, replica.started_at)
+        self._set(ReplicaState.STARTING)
 
-    def _check(self) -> None:
-        """Has the workers checked, as there is a process now. Those that nobody checks are well as soon as they run."""
+    def _start_checks(self) -> None:
+        """Start the health checks of the new process. Without health checks, its workers are healthy at once."""
         for worker in self.workers:
-            self._around.prober.start(worker)
-            self._around.prober.prod(worker)
+            self._router.checks.start(worker)
+            self._router.checks.check_now(worker)
             if not worker.spec.health.enabled:
-                self._around.fleet.probed(worker, None, self._around.clock())
+                self._router.fleet.probed(worker, None, self._router.clock())
         self.health_changed()
 
-    async def _watch(self, process: Process) -> str:
-        """Waits until a process has ended or must; why, "" if by order."""
+    async def _watch(self, process: EngineProcess) -> str:
+        """Wait until the process has ended or must be ended. Return why; "" if by an order."""
         while True:
-            self._news.clear()
-            if self._ordered:
+            self._wakeup.clear()
+            if self._must_stop:
                 return ""
             if process.exited.done():
-                return _how_it_ended(process.exited.result())
+                return _describe_exit(process.exited.result())
             deadline, why = self._deadline()
-            left = deadline - self._around.clock()
+            left = deadline - self._router.clock()
             if left <= 0:
                 return why
             await self._wait(left)
 
     def _deadline(self) -> tuple[float, str]:
-        """When the present process is given up if nothing happens, and why then."""
-        timeouts = self._around.timeouts
-        if not self._well:
+        """Return when to end the current process if nothing changes, and the reason to give then."""
+        timeouts = self._timeouts
+        if not self._was_healthy:
             return self.replica.started_at + timeouts.startup, f"not healthy within {timeouts.startup:g} s"
-        if self._sick_since is None:
+        if self._unhealthy_since is None:
             return math.inf, ""
-        if self._served != self._processed:  # busy, not hung
-            self._served = self._processed
-            self._sick_since = self._around.clock()
-        return self._sick_since + timeouts.hang, f"hung: no healthy answer for {timeouts.hang:g} s"
+        if self._served_then != self._processed:  # it still answers requests: busy, not hung
+            self._served_then = self._processed
+            self._unhealthy_since = self._router.clock()
+        reason = f"hung: it failed its health checks and answered no request for {timeouts.hang:g} s"
+        return self._unhealthy_since + timeouts.hang, reason
 
-    async def _rest(self, why: str) -> None:
-        """Between two processes: a pause, or for as long as there is no hope."""
-        around = self._around
-        if not around.proven() and not self._ordered:
+    async def _pause(self, why: str) -> None:
+        """Wait between two processes: for the pause, or until there is a reason to try again."""
+        context = self._context
+        if not context.any_was_healthy() and not self._must_stop:
             self._give_up(why)
-            while not (around.proven() or self._ordered):
-                self._news.clear()
-                await self._news.wait()
-        if not self._ordered:
-            now = around.clock()
-            pause = self._restarts.pause(now)
-            if pause is None:
-                most, window = around.rules.most, around.rules.window
-                self._give_up(f"left down after {most} restarts within {window:g} s: {why}")
-                pause = math.inf
-            else:
-                self.replica.next_start = now + pause
-                self._set(State.RESTARTING, why)
-            await self._until(now + pause)
+            while not (context.any_was_healthy() or self._must_stop):
+                self._wakeup.clear()
+                await self._wakeup.wait()
+        if not self._must_stop:
+            await self._sleep_until(self._next_start(why))
         self.replica.restarts += not self.ending
 
-    async def _until(self, moment: float) -> None:
-        """Waits, unless there is an order."""
-        while not self._ordered and (left := moment - self._around.clock()) > 0:
-            self._news.clear()
+    def _next_start(self, why: str) -> float:
+        """Return when to start the next process; infinity if there were too many restarts."""
+        now = self._router.clock()
+        pause = self._restarts.pause(now)
+        if pause is None:
+            rules = self._context.rules.restarts
+            self._give_up(f"left down after {rules.most} restarts within {rules.window:g} s: {why}")
+            return math.inf
+        self.replica.next_start = now + pause
+        self._set(ReplicaState.RESTARTING, why)
+        return now + pause
+
+    async def _sleep_until(self, moment: float) -> None:
+        """Wait until then, or until an order comes."""
+        while not self._must_stop and (left := moment - self._router.clock()) > 0:
+            self._wakeup.clear()
             await self._wait(left)
 
     async def _wait(self, seconds: float) -> None:
-        """Waits for news, no longer than that."""
-        timer = self._around.loop.call_later(seconds, self._news.set) if seconds < math.inf else None
-        await self._news.wait()
+        """Wait to be woken, but not longer than that."""
+        timer = self._router.loop.call_later(seconds, self._wakeup.set) if seconds < math.inf else None
+        await self._wakeup.wait()
         if timer is not None:
             timer.cancel()
 
-    # -- its state ---------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------------------------
 
-    def _set(self, state: State, reason: str = "") -> None:
+    def _set(self, state: ReplicaState, reason: str = "") -> None:
         replica = self.replica
         replica.state = state
         replica.reason = reason
-        replica.since = self._around.clock()
-        if state not in (State.STARTING, State.LOADING):
-            verdicts, self._verdicts = self._verdicts, []
-            for verdict in verdicts:
-                if not verdict.done():  # whoever waited may have been cancelled
-                    verdict.set_result(state is State.HEALTHY)
-        self._around.changed(self)
+        replica.since = self._router.clock()
+        if state not in (ReplicaState.STARTING, ReplicaState.LOADING):
+            waiters, self._waiters = self._waiters, []
+            for waiter in waiters:
+                if not waiter.done():  # done if the caller was cancelled
+                    waiter.set_result(state is ReplicaState.HEALTHY)
+        self._context.changed(self)
 
-    def _line(self, text: str) -> None:
+    def _on_line(self, text: str) -> None:
         self.replica.tail.append(text)
-        if self.replica.state is State.STARTING:
-            self._set(State.LOADING)
-        self._around.reporter.line(self.replica, text)
+        if self.replica.state is ReplicaState.STARTING:
+            self._set(ReplicaState.LOADING)
+        self._context.reporter.line(self.replica, text)
 
-    def _found_well(self) -> None:
-        self._sick_since = None
-        if not self._well and not self._ordered:
-            self._well = True
-            self._set(State.HEALTHY)
+    def _became_healthy(self) -> None:
+        self._unhealthy_since = None
+        if not self._was_healthy and not self._must_stop:
+            self._was_healthy = True
+            self._set(ReplicaState.HEALTHY)
 
-    def _lose(self) -> None:
-        self._up = False
+    def _mark_lost(self) -> None:
+        self._running = False
         for worker in self.workers:
             if worker.health is not Health.DOWN:
-                self._around.fleet.lost(worker, self._around.clock())
+                self._router.fleet.lost(worker, self._router.clock())
 
-    def _lose_again(self) -> None:
-        if not (self._up or self.ending):
-            self._lose()
+    def _mark_lost_again(self) -> None:
+        if not (self._running or self.ending):
+            self._mark_lost()
 
     def _give_up(self, why: str) -> None:
         for worker in self.workers:
-            self._around.fleet.down(worker, why)
-            self._around.prober.stop(worker)
-        self._set(State.FAILED, why)
+            self._router.fleet.down(worker, why)
+            self._router.checks.stop(worker)
+        self._set(ReplicaState.FAILED, why)
 
     @property
-    def _ordered(self) -> bool:
-        """Whether the present process must end because somebody said so."""
-        return self.ending or self._renew
+    def _must_stop(self) -> bool:
+        """Whether an order ends the current process."""
+        return self.ending or self._restart_wanted
 
     @property
     def _processed(self) -> int:
         return sum(worker.processed for worker in self.workers)
 
 
-def _how_it_ended(status: int) -> str:
+def _describe_exit(status: int) -> str:
     if status >= 0:
         return f"exited with status {status}"
     try:
         return f"killed by {signal.Signals(-status).name}"
-    except ValueError:  # a real-time signal has a number only
+    except ValueError:  # real-time signals have numbers but no names
         return f"killed by signal {-status}"

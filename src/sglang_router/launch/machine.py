@@ -1,6 +1,6 @@
-"""What this machine has to run engines with: processors, GPUs, free ports, environment. All that is counted on.
+"""What this machine offers to engines: processor cores, GPUs, free ports, environment.
 
-Backends take it as an argument, so that what follows from it can be tested as arithmetic.
+Backends get it as an argument, so that tests can pass any machine.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _HIGHEST_PORT = 65535
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What is counted on.
+class LocalMachine:
+    """The resources that backends count on.
 
-    cores         processors this process may use
-    gpus          NVIDIA devices there are
-    loopback      name of the network interface
+    cores         processor cores that this process may use
+    gpus          number of NVIDIA devices
+    loopback      name of the loopback network interface
     port_is_free  (host, port) -> bool
     """
 
@@ -36,16 +36,16 @@ class Machine:
     port_is_free: Callable[[str, int], bool]
 
     @staticmethod
-    def here() -> Machine:
-        """This one."""
+    def here() -> LocalMachine:
+        """Return the machine on which this process runs."""
         devices = [each for each in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", each.name)]
         loopback = "lo" if sys.platform == "linux" else "lo0"
-        return Machine(_cores(), len(devices), loopback, os.environ, port_is_free)
+        return LocalMachine(_cores(), len(devices), loopback, os.environ, port_is_free)
 
     def visible_gpus(self) -> list[str]:
-        """The GPUs that engines may use, as CUDA_VISIBLE_DEVICES names them: numbers, UUIDs or MIG instances.
+        """Return the GPUs that engines may use, named as in CUDA_VISIBLE_DEVICES: numbers, UUIDs or MIG instances.
 
-        Empty when there are none, or the variable hides them: what follows a -1 in it does not count (CUDA C++
+        The list is empty when there are no GPUs or the variable hides them. Names after a -1 do not count (CUDA C++
         Programming Guide, "CUDA Environment Variables").
         """
         given = self.environ.get("CUDA_VISIBLE_DEVICES")
@@ -59,8 +59,10 @@ class Machine:
         return names
 
 
-class Ports:
-    """One port for each rank: the first free one at or after base + rank that no other rank has, and for good."""
+class PortAllocator:
+    """Assigns one port to each rank: the first free port from base + rank on that no other rank has. A rank keeps its
+    port.
+    """
 
     def __init__(self, host: str, base: int, is_free: Callable[[str, int], bool]) -> None:
         self._host = host
@@ -69,7 +71,7 @@ class Ports:
         self._of: dict[int, int] = {}
 
     def __call__(self, rank: int) -> int:
-        """Raises: ConfigError, if there is none left."""
+        """Return the port of a rank. Raises: ConfigError if no port is left."""
         if rank not in self._of:
             self._of[rank] = self._find(rank)
         return self._of[rank]
@@ -85,17 +87,17 @@ class Ports:
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now, connections of an earlier one in TIME_WAIT notwithstanding.
+    """Whether a server could listen there now. Connections of an earlier server in TIME_WAIT do not matter.
 
-    Raises: ConfigError, if no port of this address could be had.
+    Raises: ConfigError if no server can listen on this address at all.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-            probe.listen(1)  # with SO_REUSEADDR two may bind one port, but only one may listen
-    except PermissionError:  # below 1024
+            probe.listen(1)  # with SO_REUSEADDR two sockets may bind one port, but only one may listen
+    except PermissionError:  # ports below 1024 need a privilege
         return False
     except socket.gaierror as error:
         raise ConfigError(f"--dp-worker-host {host}: {error.strerror}") from None

@@ -1,16 +1,16 @@
-"""One engine process, seen from the event loop: started under its warden, its output as lines, ended without a rest.
+"""One engine process on the event loop: start it under a warden, read its output as lines, end all of its processes.
 
-    process = await Process.start(loop, command, on_line)
-    process.pid                    of the engine itself
-    await process.exited           its status: the engine has ended, though children of it may not have
-    await process.gone             nothing of it is left: its port and its GPU's memory are free
-    await process.stop(10.0)       SIGTERM; what is left ten seconds later gets SIGKILL
+    process = await EngineProcess.start(loop, command, on_line)
+    process.pid                    process id of the engine
+    await process.exited           the engine's exit status; some of its children may still run
+    await process.gone             none of its processes is left: its port and its GPU memory are free
+    await process.stop(10.0)       SIGTERM; SIGKILL ten seconds later to the processes that are left
 
-Orders to the warden and its reports go over a socket, see `warden`. Standard output and error come through one pipe.
+Orders to the warden and messages from it go over a socket, see `warden`. Standard output and error share one pipe.
 
-The event loop's own subprocesses fork: the loop stands still while the kernel copies the page tables of a router with
-a large tree, 30 to 50 ms at 500 MB. `subprocess.Popen` uses vfork, which copies nothing: 0.3 ms. So it is that, and two
-readers.
+The event loop's own subprocesses use fork: it blocks the loop while the kernel copies the page tables of a router with
+a large tree, 30 to 50 ms at 500 MB. `subprocess.Popen` uses vfork, which copies nothing and takes 0.3 ms. So this
+module uses Popen and two readers of the loop.
 """
 
 from __future__ import annotations
@@ -22,28 +22,27 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from sglang_router.launch.replica import Command
+from sglang_router.launch.replica import EngineCommand
 
 LONGEST = 4096
-"""Bytes of a line that are told; the rest of it is not."""
+"""Most bytes of a line; the rest of a longer line is dropped."""
 _WARDEN = str(Path(__file__).with_name("warden.py"))
 _LAST = 5.0
-"""Seconds that SIGKILL may take. A process that hangs in a driver ignores even that, and is not waited for."""
-_MOMENT = 0.002
+"""Seconds to wait after SIGKILL. A process that hangs in a driver ignores even that and is left behind."""
+_POLL = 0.002
+"""Seconds between two checks whether the warden has ended."""
 _LINGER = 1.0
-"""Seconds that output may come after the warden's end: where there are no subreapers, somebody may hold it."""
+"""Seconds to wait for output after the warden's end: without subreapers, a left-over process may hold the pipe open."""
 
 
-class Lines:
-    """Cuts a stream of bytes into lines of text. Empty ones are left out.
+class LineSplitter:
+    """Splits a stream of bytes into lines of text, without empty ones.
 
-    A carriage return ends a line too, as progress bars use it; of several in one piece only the last is told.
+    A carriage return ends a line as well, because progress bars use it. Of several such lines in one read, only the
+    last is returned.
     """
 
     def __init__(self) -> None:
@@ -51,7 +50,7 @@ class Lines:
         self._skipping = False  # the rest of a line that was too long
 
     def feed(self, data: bytes) -> Iterator[str]:
-        """The lines that end in these bytes."""
+        """Yield the lines that end in these bytes."""
         if self._skipping:
             ends = [at for at in (data.find(b"\n"), data.find(b"\r")) if at >= 0]
             if not ends:
@@ -67,24 +66,23 @@ class Lines:
                 yield text
 
     def end(self) -> Iterator[str]:
-        """What came after the last end of a line."""
+        """Yield the text after the last end of a line."""
         yield from self.feed(b"\n")
 
 
 def _text(line: bytes) -> str:
-    """What a terminal would show of a line in the end: what follows its last carriage return that is followed by
-    anything."""
+    """Return what a terminal finally shows of a line: the text after its last carriage return before other text."""
     shown = line.rstrip().rpartition(b"\r")[2]
     text = shown[:LONGEST].decode("utf-8", "replace")
     return f"{text} …" if len(shown) > LONGEST else text
 
 
-class Process:
+class EngineProcess:
     """See the module. Made by `start`.
 
-    pid     of the engine; 0 if not even its warden could run
+    pid     process id of the engine; 0 if not even its warden could run
     exited  done when the engine has ended: its exit status, or minus the signal that killed it
-    gone    done when nothing of it is left, and all that it wrote was told
+    gone    done when none of its processes is left and all of its output has been read
     """
 
     def __init__(
@@ -101,22 +99,24 @@ class Process:
         self._loop = loop
         self._warden = warden
         self._channel = channel
-        self._heard = b""
-        self._begun = asyncio.Event()
+        self._message = b""  # the start of an incomplete message of the warden
+        self._started = asyncio.Event()
         self._output = warden.stdout
         self._on_line = on_line
-        self._lines = Lines()
+        self._lines = LineSplitter()
         os.set_blocking(self._output.fileno(), False)
-        loop.add_reader(channel, self._hear)
-        loop.add_reader(self._output, self._read)
+        loop.add_reader(channel, self._read_messages)
+        loop.add_reader(self._output, self._read_output)
 
     @classmethod
-    async def start(cls, loop: asyncio.AbstractEventLoop, command: Command, on_line: Callable[[str], None]) -> Process:
-        """Starts an engine; returns when its pid is known. `on_line` hears each line, without its end.
+    async def start(
+        cls, loop: asyncio.AbstractEventLoop, command: EngineCommand, on_line: Callable[[str], None]
+    ) -> EngineProcess:
+        """Start an engine; return when its pid is known. `on_line` is called with each line, without the newline.
 
-        An engine that cannot be run at all says so in a line and exits with status 127.
+        An engine that cannot be run at all writes a line with the reason and exits with status 127.
 
-        Raises: OSError when the system has no room for a process.
+        Raises: OSError when the system cannot start another process.
         """
         ours, theirs = socket.socketpair()
         try:
@@ -136,7 +136,7 @@ class Process:
         ours.setblocking(False)
         process = cls(loop, warden, ours, on_line)
         try:
-            await process._begun.wait()
+            await process._started.wait()
         except asyncio.CancelledError:
             process.kill()
             raise
@@ -144,20 +144,20 @@ class Process:
 
     def __repr__(self) -> str:
         state = f"ended with {self.exited.result()}" if self.exited.done() else "running"
-        return f"<Process {self.pid}: {state}{', gone' * self.gone.done()}>"
+        return f"<EngineProcess {self.pid}: {state}{', gone' * self.gone.done()}>"
 
     # -- its end -----------------------------------------------------------------------------------------------------
 
     def terminate(self) -> None:
-        """Asks the engine to end: SIGTERM to its main process."""
+        """Ask the engine to end: SIGTERM to its main process."""
         self._order(b"t")
 
     def kill(self) -> None:
-        """Ends it and all of its descendants at once: SIGKILL."""
+        """End the engine and all of its descendants at once: SIGKILL."""
         self._order(b"k")
 
     async def stop(self, grace: float) -> int:
-        """Ends it: SIGTERM, and `grace` seconds later SIGKILL to what is left. Returns the engine's status."""
+        """Send SIGTERM, and `grace` seconds later SIGKILL to all that is left. Return the engine's status."""
         self.terminate()
         await asyncio.wait({self.gone}, timeout=grace)
         self.kill()
@@ -165,13 +165,13 @@ class Process:
         return self.exited.result() if self.exited.done() else -signal.SIGKILL
 
     def _order(self, order: bytes) -> None:
-        with contextlib.suppress(OSError):  # the warden is gone, and all with it
+        with contextlib.suppress(OSError):  # the warden and the engine are gone already
             self._channel.send(order)
 
-    # -- what is heard -----------------------------------------------------------------------------------------------
+    # -- events ------------------------------------------------------------------------------------------------------
 
-    def _hear(self) -> None:
-        """Reports of the warden; their end is its own."""
+    def _read_messages(self) -> None:
+        """Read messages of the warden. End of file means that the warden ends."""
         try:
             data = self._channel.recv(512)
         except BlockingIOError:
@@ -183,17 +183,17 @@ class Process:
             self._channel.close()
             self._reap()
             return
-        *reports, self._heard = (self._heard + data).split(b"\n")
-        for report in reports:
-            what, _, number = report.partition(b" ")
+        *messages, self._message = (self._message + data).split(b"\n")
+        for message in messages:
+            what, _, number = message.partition(b" ")
             if what == b"pid":
                 self.pid = int(number)
-                self._begun.set()
+                self._started.set()
             else:
                 self.exited.set_result(int(number))
 
-    def _read(self) -> None:
-        """Output of the engine."""
+    def _read_output(self) -> None:
+        """Read output of the engine."""
         try:
             data = os.read(self._output.fileno(), 1 << 16)
         except BlockingIOError:
@@ -212,19 +212,19 @@ class Process:
             self._finish()
 
     def _reap(self) -> None:
-        """Takes the warden's status. It has closed its socket, so it is at its end or a moment before."""
+        """Reap the warden. It has closed its socket, so it has ended or is about to."""
         if self._warden.poll() is None:
-            self._loop.call_later(_MOMENT, self._reap)
+            self._loop.call_later(_POLL, self._reap)
             return
         if not self.exited.done():
-            self._killed_with_warden()
-        self._begun.set()
+            self._warden_was_killed()
+        self._started.set()
         timer = self._loop.call_later(_LINGER, self._end_output)
         self.gone.add_done_callback(lambda _: timer.cancel())
         self._finish()
 
-    def _killed_with_warden(self) -> None:
-        """Somebody killed the warden. The engine died with it; its children are found by their group only."""
+    def _warden_was_killed(self) -> None:
+        """Clean up after a warden that was killed: the engine died with it; kill its process group."""
         status = self._warden.returncode
         if self.pid:
             status = -signal.SIGKILL

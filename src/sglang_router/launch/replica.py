@@ -1,36 +1,35 @@
-"""A replica: one engine that this launcher runs, known by its rank. Its state, and who is told of it.
+"""A replica: one engine that this launcher runs, identified by its rank. Its state, and the port for its reporter.
 
-    STARTING --> LOADING --> HEALTHY          it runs; LOADING once it has written a line
+    STARTING --> LOADING --> HEALTHY          the process runs; LOADING once it has written a line
         |           |           |
-        +-----------+-----------+--> RESTARTING --> STARTING     it died or hung; started again after a pause
+        +-----------+-----------+--> RESTARTING --> STARTING     it died or hung; it is started again after a pause
         |                       |
-        '--> FAILED             '--> STOPPING --> STOPPED        asked to end: scaled down, or the launcher ends
+        '--> FAILED             '--> STOPPING --> STOPPED        it was scaled down, or the launcher ends
 
-The rank is what stays: GPUs, port and log file follow from it, whatever process holds it at the moment.
+A restart replaces the process, but not the rank. GPUs, port and log file belong to the rank.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import msgspec
 
-if TYPE_CHECKING:
-    from sglang_router.core.worker import Worker
+from sglang_router.routing.worker import Worker
 
 TAIL = 20
-"""Lines of its log that are kept of each replica, to be shown when it fails."""
+"""Lines of each replica's log that are kept, to be shown when it fails."""
 
 
-class Command(msgspec.Struct, frozen=True, kw_only=True):
-    """How one replica is started.
+class EngineCommand(msgspec.Struct, frozen=True, kw_only=True):
+    """How to start one replica.
 
     argv     the command
-    env      variables set beside the launcher's own environment
-    url      base URL on which it will listen
-    runtime  which kind of engine it is, as GET /workers shows it
+    env      variables to set in addition to the launcher's own environment
+    url      base URL of the engine once it listens
+    runtime  kind of engine, as GET /workers shows it
     """
 
     argv: tuple[str, ...]
@@ -39,7 +38,7 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     runtime: str
 
 
-class State(enum.Enum):
+class ReplicaState(enum.Enum):
     STARTING = "starting"
     LOADING = "loading"
     HEALTHY = "healthy"
@@ -49,14 +48,15 @@ class State(enum.Enum):
     FAILED = "failed"
 
 
-class Replica:
-    """One rank. The supervisor owns it and is the only one to change it; everyone else reads.
+class EngineReplica:
+    """One rank. Only the supervisor and its keepers change it; everyone else reads.
 
-    since       moment of the present state, seconds of the launcher's clock
-    started_at  moment its present process was started
-    restarts    how often it was started again, in all
-    pid         of the engine's process; 0 when there is none
-    exit        how the last process ended: status, or minus the signal; None while there was no end
+    since       when its current state began, seconds of the launcher's clock
+    started_at  when its current process was started
+    next_start  when its next process is to be started, in state RESTARTING
+    restarts    number of restarts in all
+    pid         process id of the engine; 0 without a process
+    exit        how the last process ended: exit status, or minus the signal; None if none has ended
     reason      why it is RESTARTING or FAILED, one sentence; else ""
     tail        the last lines of its log
     """
@@ -77,7 +77,7 @@ class Replica:
 
     def __init__(self, rank: int, now: float) -> None:
         self.rank = rank
-        self.state = State.STARTING
+        self.state = ReplicaState.STARTING
         self.since = now
         self.started_at = now
         self.next_start = 0.0
@@ -93,11 +93,11 @@ class Replica:
         return self.tail[-1] if self.tail else ""
 
 
-class Reporter(Protocol):
-    """Whoever shows people what replicas do. Called on the event loop: quick, and never raises."""
+class ReplicaReporter(Protocol):
+    """Shows people what replicas do. It is called on the event loop: it must not block and must not raise."""
 
-    def changed(self, replica: Replica) -> None:
-        """Its state is another one."""
+    def changed(self, replica: EngineReplica) -> None:
+        """A replica has changed its state."""
 
-    def line(self, replica: Replica, text: str) -> None:
-        """It wrote a line to its log (standard output or error), without the newline."""
+    def line(self, replica: EngineReplica, text: str) -> None:
+        """A replica has written a line (to standard output or error); `text` has no newline."""

@@ -1,15 +1,15 @@
-"""What people see of the replicas: their lines, how far the start is, and what became of those that failed.
+"""What the launcher shows of the replicas: their output, the progress of the start, and why replicas failed.
 
-    Supervisor --line-----> Echo   "[rank 0] ..." to standard error, or
-                            Files  rank-0.log, rank-1.log, ... in --log-dir
-               --changed--> Report: a record for each change of state; while the replicas start, beside that
+    Supervisor --line-----> LogEcho   "[rank 0] ..." to standard error, or
+                            LogFiles  rank-0.log, rank-1.log, ... in --log-dir
+               --changed--> ReplicaReport: a record for each change of state; in addition, while the replicas start
 
-        on a terminal         a row for each, redrawn in place; their lines are not echoed meanwhile
+        on a terminal         a row for each replica, redrawn in place; engine lines are not echoed meanwhile
             rank 0  healthy   18 s
             rank 1  loading   21 s  Loading safetensors checkpoint shards:  25% Completed
-        elsewhere             a record for each that is not ready yet, every ten seconds
+        elsewhere             every ten seconds, a record for each replica that is not ready yet
 
-The start is over when every replica is healthy or has failed. Nothing here waits for a terminal or a disk: records and
+The start is over when every replica is healthy or has failed. No code here blocks on a terminal or a disk: records and
 lines go through `observe.writer`, rows through `screen`.
 """
 
@@ -20,16 +20,14 @@ import os
 import re
 import shlex
 import time
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 from sglang_router.errors import ConfigError
-from sglang_router.launch.replica import Command, Replica, State
+from sglang_router.launch.replica import EngineCommand, EngineReplica, ReplicaState
 from sglang_router.launch.screen import Screen
 from sglang_router.observe.logs import LogWriter, Stamp, escaped
-from sglang_router.observe.writer import PATIENCE, Drain, Fixed
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+from sglang_router.observe.writer import CLOSE_TIMEOUT, LineBuffer, OpenFile
 
 _LOGGER = "sglang_router.replicas"
 _REDRAW = 0.2  # seconds
@@ -37,32 +35,32 @@ _REMIND = 10.0
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _SECRET = re.compile(r"[-_](key|token|secret|password)\b", re.IGNORECASE)
 
-_ENDED = frozenset({State.RESTARTING, State.FAILED})
-_SETTLED = frozenset({State.HEALTHY, State.RESTARTING, State.FAILED, State.STOPPED})
+_ENDED = frozenset({ReplicaState.RESTARTING, ReplicaState.FAILED})
+_SETTLED = frozenset({ReplicaState.HEALTHY, ReplicaState.RESTARTING, ReplicaState.FAILED, ReplicaState.STOPPED})
 _ADVICE: tuple[tuple[str, str], ...] = (
     ("unrecognized arguments", "the engine does not know a flag: correct it, or see the engine's own --help"),
-    ("out of memory", "memory is short: give the engine less of it, or more GPUs to each replica (--tp-size)"),
-    ("address already in use", "somebody else took its port: choose another --router-dp-worker-base-port"),
-    ("no module named", "the engine's environment is not complete: install what it misses, or see --engine-python"),
+    ("out of memory", "not enough memory: let the engine use less, or give each replica more GPUs (--tp-size)"),
+    ("address already in use", "the port is in use: choose another --router-dp-worker-base-port"),
+    ("no module named", "a package is missing in the engine's environment: install it, or set --engine-python"),
 )
-"""What to do, by what a failed replica's last lines say; the first that fits."""
+"""Advice by a text in a failed replica's last lines; the first match counts."""
 
 
 class EngineLines(Protocol):
-    """Where the engines' own lines go."""
+    """Where the engines' output goes."""
 
     def line(self, rank: int, text: str) -> None: ...
     def close(self) -> None: ...
 
 
-class Timer(Protocol):
-    """A call that is due later, as an event loop makes them."""
+class CancellableTimer(Protocol):
+    """A scheduled call, as an event loop returns it."""
 
     def cancel(self) -> None: ...
 
 
-class Echo:
-    """To the router's own log, with the rank in front; as records where that is JSON."""
+class LogEcho:
+    """Writes lines to the router's own log, with the rank in front; as records if the log is JSON."""
 
     def __init__(self, writer: LogWriter) -> None:
         self._writer = writer
@@ -78,18 +76,18 @@ class Echo:
         self._writer.write(line, False)
 
     def close(self) -> None:
-        """The writer belongs to the router."""
+        """Do nothing: the writer belongs to the router."""
 
 
-class Files:
-    """To a file for each rank in a folder, appended as they come.
+class LogFiles:
+    """Appends lines to a file for each rank in a folder.
 
-    Raises: ConfigError when there can be no files in that folder.
+    Raises: ConfigError if it cannot write files in that folder.
     """
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
-        self._drains: dict[int, Drain] = {}
+        self._buffers: dict[int, LineBuffer] = {}
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
@@ -98,21 +96,21 @@ class Files:
             raise ConfigError(f"--log-dir {folder}: no permission to write there")
 
     def line(self, rank: int, text: str) -> None:
-        drain = self._drains.get(rank)
-        if drain is None:
-            drain = self._drains[rank] = Drain(_RankFile(self.path(rank)), _missing)
-        drain.put(text + "\n")
+        buffer = self._buffers.get(rank)
+        if buffer is None:
+            buffer = self._buffers[rank] = LineBuffer(_RankFile(self.path(rank)), _missing)
+        buffer.put(text + "\n")
 
     def path(self, rank: int) -> str:
         return os.path.join(self._folder, f"rank-{rank}.log")
 
     def close(self) -> None:
-        for drain in self._drains.values():
-            drain.close(PATIENCE)
+        for buffer in self._buffers.values():
+            buffer.close(CLOSE_TIMEOUT)
 
 
-class _RankFile(Fixed):
-    """A file that is opened at the first line, and again when it was taken away."""
+class _RankFile(OpenFile):
+    """A file that is opened at the first line, and again after it was deleted or moved away."""
 
     def __init__(self, path: str) -> None:
         super().__init__(-1)
@@ -135,110 +133,118 @@ def _missing(lines: int) -> str:
     return f"[{lines} lines are missing here: they could not be written]\n"
 
 
-class Report:
-    """A Reporter (see `replica`).
+class ReportOutputs(NamedTuple):
+    """Where a report writes to.
 
-    later     the event loop's call_later
-    clock     the supervisor's, in seconds
-    size      replicas that are started at once
-    screen    where rows can be drawn; None elsewhere than on a terminal
-    url       of the router
-    by_hand   rank -> the command to start this replica by hand
+    writer  the router's log
+    lines   the engines' output
+    screen  rows on a terminal; None if standard error is not a terminal
+    """
+
+    writer: LogWriter
+    lines: EngineLines
+    screen: Screen | None
+
+
+class ReplicaReport:
+    """The launcher's ReplicaReporter (see `replica`).
+
+    later           the event loop's call_later
+    clock           the supervisor's clock, in seconds
+    size            number of replicas that are started at once
+    url             URL of the router
+    manual_command  rank -> the command to start this replica by hand
     """
 
     def __init__(
         self,
         *,
-        later: Callable[[float, Callable[[], None]], Timer],
+        later: Callable[[float, Callable[[], None]], CancellableTimer],
         clock: Callable[[], float],
-        writer: LogWriter,
-        lines: EngineLines,
-        screen: Screen | None,
+        outputs: ReportOutputs,
         size: int,
         url: str,
-        by_hand: Callable[[int], str],
+        manual_command: Callable[[int], str],
     ) -> None:
         self._later = later
         self._clock = clock
-        self._writer = writer
-        self._lines = lines
-        self._screen = screen
+        self._writer, self._lines, self._screen = outputs
         self._size = size
         self._url = url
-        self._by_hand = by_hand
+        self._manual_command = manual_command
         self._began = clock()
         self._stamp = Stamp()
-        self._replicas: dict[int, Replica] = {}
-        self._took: dict[int, float] = {}  # of those that are healthy: seconds until they were
-        self._given_up: set[int] = set()
-        self._explained: set[int] = set()  # of those whose present end was told of
+        self._replicas: dict[int, EngineReplica] = {}
+        self._startup_secs: dict[int, float] = {}  # by rank, of the healthy replicas
+        self._failed: set[int] = set()  # ranks reported as left down
+        self._explained: set[int] = set()  # ranks whose current failure was explained
         self._starting = size > 0
-        self._timer: Timer | None = None
+        self._timer: CancellableTimer | None = None
         if self._starting:
             self._tick()
 
-    # -- what the supervisor tells ---------------------------------------------------------------------------------
+    # -- called by the supervisor ------------------------------------------------------------------------------------
 
-    def line(self, replica: Replica, text: str) -> None:
-        if self._screen is None or isinstance(self._lines, Files):
+    def line(self, replica: EngineReplica, text: str) -> None:
+        if self._screen is None or isinstance(self._lines, LogFiles):
             self._lines.line(replica.rank, text)
 
-    def changed(self, replica: Replica) -> None:
-        first = not self._took
-        was_healthy = self._took.pop(replica.rank, None) is not None
+    def changed(self, replica: EngineReplica) -> None:
+        first = not self._startup_secs
+        was_healthy = self._startup_secs.pop(replica.rank, None) is not None
         self._replicas[replica.rank] = replica
-        if replica.state is State.HEALTHY:
-            self._took[replica.rank] = self._clock() - replica.started_at
-        self._tell(replica)
-        if replica.state is State.STARTING:
+        if replica.state is ReplicaState.HEALTHY:
+            self._startup_secs[replica.rank] = self._clock() - replica.started_at
+        self._log_change(replica)
+        if replica.state is ReplicaState.STARTING:
             self._explained.discard(replica.rank)
         elif replica.state in _ENDED and not (was_healthy or replica.pid or replica.rank in self._explained):
             self._explained.add(replica.rank)
             self._explain(replica)
-        if self._starting and replica.state is State.HEALTHY and first:
+        if self._starting and replica.state is ReplicaState.HEALTHY and first:
             self._record(logging.INFO, f"serving on {self._url}/v1", {})
-        if self._starting and self._over(replica):
-            self._end_of_start()
+        if self._starting and self._start_is_over(replica):
+            self._end_start()
 
     def close(self) -> None:
-        """Ends it all; nothing may be told any more."""
+        """Close the outputs. Call no other method after this."""
         self._stop_showing()
         self._lines.close()
 
     # -- changes ---------------------------------------------------------------------------------------------------
 
-    def _tell(self, replica: Replica) -> None:
-        """One record for a change; those that the rows show are left out, and the end of what has failed."""
+    def _log_change(self, replica: EngineReplica) -> None:
+        """Log a change of state. Skip changes that the rows show, and the end of a replica that has failed."""
         level, message = _MESSAGES[replica.state]
-        if replica.state is State.FAILED:
-            self._given_up.add(replica.rank)
-        elif replica.rank in self._given_up:
-            if replica.state in (State.STOPPING, State.STOPPED):
+        if replica.state is ReplicaState.FAILED:
+            self._failed.add(replica.rank)
+        elif replica.rank in self._failed:
+            if replica.state in (ReplicaState.STOPPING, ReplicaState.STOPPED):
                 return
-            self._given_up.discard(replica.rank)
-        if replica.pid and level == logging.WARNING:  # it runs still, so this was asked for
+            self._failed.discard(replica.rank)
+        if replica.pid and level == logging.WARNING:  # its process still runs, so the restart was requested
             level = logging.INFO
         if self._screen is not None and level < logging.WARNING:
             return
         fields: dict[str, object] = {"rank": replica.rank}
-        if replica.state is State.HEALTHY:
-            fields["seconds"] = round(self._took[replica.rank], 1)
+        if replica.state is ReplicaState.HEALTHY:
+            fields["seconds"] = round(self._startup_secs[replica.rank], 1)
         if replica.reason and replica.state in _ENDED:
             fields["reason"] = replica.reason
         if replica.restarts:
             fields["restarts"] = replica.restarts
         self._record(level, message, fields)
 
-    def _explain(self, replica: Replica) -> None:
-        """It ended before it was healthy: what it said last, and what to do."""
+    def _explain(self, replica: EngineReplica) -> None:
+        """Log the last lines of a replica that ended before it was healthy, and what to do."""
         tail = [_COLOUR.sub("", text) for text in replica.tail]
         fields = {"rank": replica.rank, "reason": replica.reason}
-        message = "its last lines" if tail else "it wrote nothing"
+        message = "its last lines" if tail else "it printed nothing"
         self._record(logging.ERROR, f"a replica did not become healthy; {message}", fields, "\n".join(tail))
-        said = "\n".join(tail).lower()
-        advice = next((advice + "; " for sign, advice in _ADVICE if sign in said), "")
-        hand = f"{advice}to try it by hand: {self._by_hand(replica.rank)}"
-        self._record(logging.ERROR, hand, {"rank": replica.rank})
+        output = "\n".join(tail).lower()
+        advice = next((advice + "; " for sign, advice in _ADVICE if sign in output), "")
+        manual = f"{advice}to try it by hand: {self._manual_command(replica.rank)}"
+        self._record(logging.ERROR, manual, {"rank": replica.rank})
 
     def _record(self, level: int, message: str, fields: Mapping[str, object], lines: str = "") -> None:
         if level >= self._writer.level:
@@ -248,19 +254,19 @@ class Report:
 
     # -- the start -------------------------------------------------------------------------------------------------
 
-    def _over(self, changed: Replica) -> bool:
+    def _start_is_over(self, changed: EngineReplica) -> bool:
         replicas = self._replicas.values()
-        whole = len(replicas) >= self._size and all(replica.state in _SETTLED for replica in replicas)
-        return whole or changed.state is State.STOPPING
+        complete = len(replicas) >= self._size and all(replica.state in _SETTLED for replica in replicas)
+        return complete or changed.state is ReplicaState.STOPPING
 
-    def _end_of_start(self) -> None:
+    def _end_start(self) -> None:
         self._stop_showing()
-        healthy, seconds = len(self._took), round(self._clock() - self._began, 1)
+        healthy, seconds = len(self._startup_secs), round(self._clock() - self._began, 1)
         if healthy:
             level = logging.INFO if healthy == len(self._replicas) else logging.WARNING
             message = f"{healthy} of {len(self._replicas)} replicas are healthy"
             self._record(level, message, {"seconds": seconds, "url": f"{self._url}/v1"})
-        elif all(replica.state is State.FAILED for replica in self._replicas.values()):
+        elif all(replica.state is ReplicaState.FAILED for replica in self._replicas.values()):
             self._record(logging.ERROR, "no replica could be started", {"seconds": seconds})
 
     def _stop_showing(self) -> None:
@@ -282,26 +288,26 @@ class Report:
                 self._record(logging.INFO, f"a replica is still {replica.state.value}", fields)
         self._timer = self._later(_REMIND if self._screen is None else _REDRAW, self._tick)
 
-    def _row(self, replica: Replica) -> str:
+    def _row(self, replica: EngineReplica) -> str:
         settled = replica.state in _SETTLED
-        seconds = self._took.get(replica.rank, self._clock() - replica.started_at)
+        seconds = self._startup_secs.get(replica.rank, self._clock() - replica.started_at)
         last = replica.reason if settled else escaped(_COLOUR.sub("", replica.last_line))
         return f"rank {replica.rank}  {replica.state.value:<10}  {seconds:4.0f} s  {last}".rstrip()
 
 
-_MESSAGES: dict[State, tuple[int, str]] = {
-    State.STARTING: (logging.INFO, "a replica is starting"),
-    State.LOADING: (logging.INFO, "a replica is loading"),
-    State.HEALTHY: (logging.INFO, "a replica is healthy"),
-    State.RESTARTING: (logging.WARNING, "a replica is to be started again"),
-    State.STOPPING: (logging.INFO, "a replica is stopping"),
-    State.STOPPED: (logging.INFO, "a replica has stopped"),
-    State.FAILED: (logging.ERROR, "a replica is left down"),
+_MESSAGES: dict[ReplicaState, tuple[int, str]] = {
+    ReplicaState.STARTING: (logging.INFO, "a replica is starting"),
+    ReplicaState.LOADING: (logging.INFO, "a replica is loading"),
+    ReplicaState.HEALTHY: (logging.INFO, "a replica is healthy"),
+    ReplicaState.RESTARTING: (logging.WARNING, "a replica will be restarted"),
+    ReplicaState.STOPPING: (logging.INFO, "a replica is stopping"),
+    ReplicaState.STOPPED: (logging.INFO, "a replica has stopped"),
+    ReplicaState.FAILED: (logging.ERROR, "a replica is left down"),
 }
 
 
-def by_hand(command: Command) -> str:
-    """A command as one would type it, without the secrets in its flags."""
+def manual_command(command: EngineCommand) -> str:
+    """Return a command as a user would type it, without the secrets in its flags."""
     shown: list[str] = []
     for word in command.argv:
         name, equals, _ = word.partition("=")

@@ -1,11 +1,11 @@
-"""A few rows at the bottom of a terminal that are redrawn in place, while whatever else is written scrolls above them.
+"""Rows at the bottom of a terminal that are redrawn in place, while all other output scrolls above them.
 
-    anybody --write--> fd --> pipe --> our thread --> terminal        (fd is usually 2, standard error)
-    show(rows) ----------------------------^
+    any writer --write--> fd --> pipe --> our thread --> terminal        (fd is usually 2, standard error)
+    show(rows) -------------------------------^
 
-The descriptor itself is led through a pipe, so nobody who writes to it need know of the rows: the thread takes them
-away, writes the whole lines that came, and draws the rows again. Only the thread ever waits for the terminal. `close`
-gives the descriptor back; what is on the screen then are the lines, and no row.
+A pipe replaces the file descriptor, so that writers need not know about the rows: the thread erases the rows, writes
+the complete lines that came through the pipe, and draws the rows again. Only the thread waits for the terminal. `close`
+restores the descriptor and erases the rows; the other lines stay on the screen.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import unicodedata
 from collections.abc import Sequence
 
 _PERIOD = 0.2  # seconds between two drawings
-_PATIENCE = 2.0  # for a terminal that takes nothing any more
+_PATIENCE = 2.0  # seconds that `close` waits for a terminal that accepts no output
 _BLOCK = 65536
 
 
 class Screen:
-    """See the module. There may be one for a descriptor at a time."""
+    """See the module. A descriptor can have one screen at a time."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -32,20 +32,20 @@ class Screen:
         self._pipe, writing = os.pipe()
         os.dup2(writing, fd, inheritable=os.get_inheritable(fd))
         os.close(writing)
-        self._rows: tuple[str, ...] = ()  # written by show, read by the thread: one assignment
+        self._rows: tuple[str, ...] = ()  # set by `show`, read by the thread; one assignment needs no lock
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="screen", daemon=True)
-        # Of the thread
+        # used by the thread only
         self._drawn: tuple[str, ...] = ()
-        self._rest = b""  # the beginning of a line
+        self._rest = b""  # the start of an incomplete line
         self._thread.start()
 
     def show(self, rows: Sequence[str]) -> None:
-        """What is to be seen from now on, one text for each row; it is cut to the terminal's width."""
+        """Show these rows from now on, each cut to the terminal's width."""
         self._rows = tuple(rows)
 
     def close(self) -> None:
-        """Takes the rows away, and gives the descriptor back. A second call does nothing."""
+        """Erase the rows and restore the descriptor. A second call does nothing."""
         if not self._closing:
             os.dup2(self._terminal, self._fd, inheritable=os.get_inheritable(self._fd))
             self._closing = True
@@ -57,9 +57,9 @@ class Screen:
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        at = time.monotonic()  # of the next drawing
+        at = time.monotonic()  # when to draw next
         while True:
-            last = self._closing  # asked for first: what was written until then is in the pipe
+            last = self._closing  # read before the pipe: all that was written before closing is in the pipe now
             wait = 0.0 if last else max(0.0, at - time.monotonic())
             readable, _, _ = select.select([self._pipe], [], [], wait)
             data = os.read(self._pipe, _BLOCK) if readable else b""
@@ -96,14 +96,14 @@ class Screen:
         return 80, 24
 
     def _put(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # the terminal is gone: what comes is still taken, so that nobody waits
+        with contextlib.suppress(OSError):  # the terminal is gone; keep reading the pipe so that no writer blocks
             while data:
                 data = data[os.write(self._terminal, data) :]
 
 
 def cut(text: str, width: int) -> str:
-    """The beginning of a text that takes so many columns, with an ellipsis if there is more of it."""
-    columns = fits = 0  # fits: characters that leave room for the ellipsis
+    """Cut a text to `width` columns of a terminal, with an ellipsis at the end if it is longer."""
+    columns = fits = 0  # fits: number of characters that leave room for the ellipsis
     for at, character in enumerate(text, 1):
         columns += 2 if unicodedata.east_asian_width(character) in "WF" else 1
         if columns > width:

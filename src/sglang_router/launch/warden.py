@@ -1,22 +1,25 @@
-"""The warden: a small program between the launcher and one engine. Nothing of the engine outlives it, or the launcher.
+"""The warden: a small program between the launcher and one engine.
 
-    python -I -S warden.py COMMAND [ARGUMENT ...]         (standard library only: it runs after 15 ms, in 8 MB)
+When the warden or the launcher ends, all processes of the engine end as well.
+
+    python -I -S warden.py COMMAND [ARGUMENT ...]         (standard library only: it starts in 15 ms and uses 8 MB)
 
     launcher ==== socket, its standard input ==== warden ---- engine ---- schedulers, workers, ...
-              <-- "pid 4711", "status -9"                     orphans among them become the warden's children
+              <-- "pid 4711", "status -9"                     their orphans become children of the warden
               --> "t": SIGTERM to the engine
-              --> "k", or end of file, as the launcher is gone: SIGKILL to all
+              --> "k", or end of file because the launcher is gone: SIGKILL to all
 
-    the engine runs --> it ended: SIGTERM to what is left of it --> `_GRACE` later: SIGKILL --> no child is left: exit
+    the engine ends --> SIGTERM to its remaining processes --> `_GRACE` later: SIGKILL --> no child is left: exit
 
-End of file is what a killed launcher leaves behind on any system. The parent-death signal would be tied to the thread
-that started the warden, and comes with a race at the start; it guards the engine against the warden's own death only.
+A killed launcher causes the end of file on any system. The parent-death signal is not used for this: it is tied to the
+thread that started the warden, and has a race at the start. It only ends the engine when the warden itself dies.
 
-SIGTERM goes to the engine's main process alone, as a container's does: it ends its children in its own order. Those
-that are left are found by their parents in /proc, because they may have left group and session. On a system without
-subreapers and /proc it is the engine's process group that is ended.
+SIGTERM goes to the engine's main process only, as in a container: the engine ends its children in its own order. The
+warden finds the remaining processes by their parents in /proc, because they may have left the engine's process group
+and session. On a system without subreapers and /proc, it ends the engine's process group.
 
-The launcher starts this in a session of its own, so Ctrl-C does not reach it; the engine has its own process group.
+The launcher starts the warden in its own session, so that Ctrl-C does not reach it. The engine has its own process
+group.
 """
 
 from __future__ import annotations
@@ -30,13 +33,13 @@ import time
 
 _CHANNEL = 0
 _GRACE = 2.0
-"""Seconds for what is left of an engine to end after SIGTERM, once its main process is gone."""
+"""Seconds that the remaining processes of an engine have to end after SIGTERM, once its main process is gone."""
 _ROUND = 0.02
-"""Seconds between two rounds of SIGKILL: what was born during one is hit by the next."""
+"""Seconds between two rounds of SIGKILL: the next round kills processes that were started during the last."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PROC = "/proc"
-_CANNOT_RUN = 127  # as a shell says it
+_CANNOT_RUN = 127  # the exit status that shells use
 
 
 class Warden:
@@ -44,18 +47,18 @@ class Warden:
 
     def __init__(self) -> None:
         self._pid = 0
-        self._status: int | None = None  # of the engine: exit status, or minus the signal
+        self._status: int | None = None  # the engine's exit status, or minus the signal that killed it
         self._kill_at = float("inf")
         self._woken = -1
         self._poll = select.poll()
 
     def run(self, argv: list[str]) -> int:
-        """Starts the engine and returns its status when nothing of it is left."""
+        """Start the engine. Return its status when none of its processes is left."""
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        # Before the signal handlers: the child would inherit them, and lose a signal that comes before its exec.
+        # Start the engine before setting signal handlers: it would inherit them, and lose signals before its exec.
         self._pid = _start(argv)
         self._listen()
-        self._tell(f"pid {self._pid}")
+        self._send(f"pid {self._pid}")
         while self._reap():
             left = self._kill_at - time.monotonic()
             if left <= 0:
@@ -77,19 +80,19 @@ class Warden:
         self._poll.register(_CHANNEL, select.POLLIN)
 
     def _wait(self, seconds: float) -> None:
-        """Waits for a signal, an order or the time, and does what is asked."""
+        """Wait for a signal, an order or the time to pass, and handle it."""
         ready = self._poll.poll(None if seconds == float("inf") else seconds * 1000 + 1)
         for fd, _ in ready:
             if fd == self._woken:
                 if {*os.read(fd, 512)} - {signal.SIGCHLD}:
                     self._terminate()
             else:
-                self._hear()
+                self._read_orders()
 
-    def _hear(self) -> None:
+    def _read_orders(self) -> None:
         try:
             orders = os.read(_CHANNEL, 512)
-        except OSError:  # a reset is an end as well
+        except OSError:  # a reset counts as end of file
             orders = b""
         if not orders:
             self._poll.unregister(_CHANNEL)
@@ -98,8 +101,8 @@ class Warden:
         elif b"t" in orders:
             self._terminate()
 
-    def _tell(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # nobody is there to hear it: reading tells so too, and has consequences
+    def _send(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the launcher is gone; reading will see the end of file and act on it
             os.write(_CHANNEL, f"{text}\n".encode())
 
     def _terminate(self) -> None:
@@ -107,7 +110,7 @@ class Warden:
             os.kill(self._pid, signal.SIGTERM)
 
     def _reap(self) -> bool:
-        """Takes note of who ended. False when no child is left; as a subreaper, that is no descendant."""
+        """Reap children that ended. Return False when no child is left; with a subreaper that means no descendant."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -117,29 +120,29 @@ class Warden:
                 return True
             if pid == self._pid:
                 self._status = os.waitstatus_to_exitcode(status)
-                self._tell(f"status {self._status}")
+                self._send(f"status {self._status}")
                 self._signal_all(signal.SIGTERM)
                 self._kill_at = min(self._kill_at, time.monotonic() + _GRACE)
 
     def _signal_all(self, number: int) -> None:
-        for pid in _descendants() if os.path.isdir(_PROC) else [-self._pid]:  # a negative one is a process group
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # ended by itself; became another user's
+        for pid in _descendants() if os.path.isdir(_PROC) else [-self._pid]:  # a negative number is a process group
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it ended, or changed its user
                 os.kill(pid, number)
 
 
 def _descendants() -> list[int]:
-    """All processes below this one. (The kernel's own lists of children are not compiled in everywhere.)"""
+    """Return all descendants of this process. (Not every kernel has /proc/PID/task/TID/children.)"""
     children: dict[int, list[int]] = {}
     for name in os.listdir(_PROC):
         if name.isdecimal():
             try:
                 with open(f"{_PROC}/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()  # a name may hold blanks and brackets
+                    fields = file.read().rpartition(b")")[2].split()  # a name may contain spaces and brackets
                 children.setdefault(int(fields[1]), []).append(int(name))
             except (OSError, IndexError):
-                continue  # it ended meanwhile
+                continue  # it has ended
     found = list(children.get(os.getpid(), ()))
-    for pid in found:  # grows as it goes
+    for pid in found:  # the list grows inside the loop
         found += children.get(pid, ())
     return found
 
@@ -156,12 +159,12 @@ def _start(argv: list[str]) -> int:
 
 
 def _become(argv: list[str], warden: int) -> None:
-    """In the child: becomes the engine. Returns if that cannot be."""
+    """In the child process: become the engine. Returns only if that fails."""
     os.setpgid(0, 0)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != warden:  # it died before that
+    if os.getppid() != warden:  # the warden died before prctl took effect
         return
-    # Python has its own ways with some; a shell's `nohup` and `&` leave others ignored, which engines would inherit.
+    # Python changes the handling of some signals; a shell's `nohup` and `&` ignore others. The engine would inherit it.
     for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGPIPE", "SIGXFSZ"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -175,7 +178,7 @@ def _become(argv: list[str], warden: int) -> None:
 def _prctl(option: int, value: int) -> None:
     """Linux's prctl(2); nothing elsewhere."""
     if sys.platform == "linux":
-        import ctypes  # late: 2 ms that other systems need not spend
+        import ctypes  # imported here because it takes 2 ms and only Linux needs it
 
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 

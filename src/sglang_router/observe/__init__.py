@@ -1,1 +1,1 @@
-"""Listeners of `core.events`: metrics, logs, the access line."""
+"""Listeners of `routing.events`: metrics, the access log, the log of worker changes. And the log writer."""

@@ -1,11 +1,11 @@
-"""Two listeners that write log lines: one line per finished request, one per change of a worker.
+"""Two listeners that write log lines: one line per finished request, and one per change of a worker.
 
     2026-10-25T12:00:00.123Z INFO  sglang_router.access: POST /v1/chat/completions 200 id=chatcmpl-4f peer=10.0.0.9
         worker=http://10.0.0.7:30000 branch=hit matched=87% retries=0 duration_ms=812.4 first_byte_ms=95.1
-        in=5120 out=20480 stream=1                                          (in truth all on one line)
+        in=5120 out=20480 stream=1                                          (one line; broken here to fit)
 
-Never in it: anything of a prompt or an answer, header values but the request's id, the query. What clients choose
-(id, path) is escaped where it could break the line or be taken for another field.
+A line never contains: text of a prompt or an answer, a header value except the request id, the query string. What
+clients choose (id, path) is escaped where it could end the line or be read as another field.
 """
 
 from __future__ import annotations
@@ -13,30 +13,32 @@ from __future__ import annotations
 import json
 import logging
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import msgspec
 
-from sglang_router.core.events import Listener
-from sglang_router.core.worker import Outcome
-from sglang_router.observe.logs import Stamp, cut, plain, value
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from sglang_router.core.events import Finished, WorkerChanged
-    from sglang_router.core.worker import Worker
-    from sglang_router.observe.logs import LogWriter
+from sglang_router.observe.logs import LogWriter, Stamp, cut, plain, value
+from sglang_router.routing.events import Finished, Listener, WorkerChanged
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.plan import RequestTag
+from sglang_router.routing.worker import Worker
 
 _LOGGER = "sglang_router.access"
-_SERVED = Outcome.SERVED
+_SERVED = Outcome.SERVED  # a global is quicker than a member of an enumeration
+_MOST_HEADS = 1000
+_LONGEST_HEAD = 256  # characters
 _encode = msgspec.json.Encoder().encode
 
 
 class AccessLine(msgspec.Struct, gc=False):
-    """The line in JSON. `matched` is in percent, null when there was nothing to match; `first_byte_ms` is null
-    when there was none; `in` and `out` are bytes of the bodies, a stream's with its chunked coding. `client`, the name
-    of its key, is only there with one, and `resumed` only where another worker had to go on with a stream."""
+    """The line in JSON.
+
+    matched        percent; null when the request has no routing text
+    first_byte_ms  null when no byte was answered
+    in, out        bytes of the bodies, with the chunked coding of a stream
+    client         name of the client's key; only with access keys
+    resumed        only when another worker continued the stream
+    """
 
     time: str
     level: str
@@ -63,7 +65,7 @@ class AccessLine(msgspec.Struct, gc=False):
 
 
 class AccessLog(Listener):
-    """One line for each request that ended, at level info. `clock` gives seconds since 1970."""
+    """One line for each finished request, at level info. `clock` gives seconds since 1970."""
 
     def __init__(self, writer: LogWriter, clock: Callable[[], float] = time.time) -> None:
         self._write = writer.write
@@ -71,61 +73,92 @@ class AccessLog(Listener):
         self._stamp = Stamp()
         self._line = self._json if writer.json else self._text
         self._wanted = writer.level <= logging.INFO
+        self._heads: dict[tuple[str, str, int], str] = {}  # by method, path and status; at most _MOST_HEADS
 
     def finished(self, event: Finished) -> None:
+        """Write the line of a request, if the log level wants it."""
         if self._wanted:
             self._write(self._line(event), False)
 
     def _text(self, event: Finished) -> str:
-        worker, outcome, total, first = event.worker, event.outcome, event.total, event.first_byte
-        request_id, path, code = event.request_id, event.path, event.code
-        if not (request_id and path and plain(request_id + path)):
-            request_id, path = value(request_id), value(path)
-        end = f" client={value(event.client)}" if event.client else ""
-        if event.resumed:
-            end += f" resumed={event.resumed}"
-        if code or (outcome is not None and outcome is not _SERVED):
-            end += f" code={code or '-'} outcome={outcome.label if outcome is not None else '-'}"
+        """Format the line as text.
+
+        Hot path: two numbers in one "%" cost less than one by one, and a constant "0" less than a formatted 0.
+        """
+        tag, leg, answer = event.tag, event.leg, event.answer
+        request_id, first, outcome = tag.id, answer.first_byte, answer.outcome
+        head = self._heads.get((tag.route.method, tag.route.path, answer.status)) or self._head(tag, answer.status)
+        if not plain(request_id):
+            request_id = value(request_id)
+        worker = branch = matched = "-"
+        if leg is not None:
+            worker, branch = leg.target.name, leg.branch or "-"
+            if leg.total:
+                matched = f"{leg.matched * 100 // leg.total}%"
+        if first >= 0.0:
+            times = "%.1f first_byte_ms=%.1f" % (answer.duration * 1e3, first * 1e3)  # noqa: UP031
+        else:
+            times = f"{answer.duration * 1e3:.1f} first_byte_ms=-"
+        end = "" if outcome is _SERVED and not (answer.code or tag.client or answer.resumed) else _end(event)
         return (
-            f"{self._stamp(self._clock())} INFO  {_LOGGER}: {event.method} {path} {event.status}"
-            f" id={request_id} peer={event.peer or '-'} worker={'-' if worker is None else worker.url}"
-            f" branch={event.branch or '-'} matched={f'{event.matched * 100 // total}%' if total else '-'}"
-            f" retries={event.retries} duration_ms={event.duration * 1e3:.1f}"
-            f" first_byte_ms={f'{first * 1e3:.1f}' if first >= 0.0 else '-'}"
-            f" in={event.received} out={event.sent} stream={1 if event.streaming else 0}{end}\n"
+            f"{self._stamp(self._clock())}{head}{request_id} peer={tag.peer or '-'}"
+            f" worker={worker} branch={branch} matched={matched} retries={answer.retries or '0'}"
+            f" duration_ms={times} in={tag.received} out={answer.sent} stream={'1' if tag.streaming else '0'}{end}\n"
         )
 
+    def _head(self, tag: RequestTag, status: int) -> str:
+        """Return the line's text between time and request id. Texts of relayed paths are kept: few, and hot."""
+        head = f" INFO  {_LOGGER}: {tag.route.method} {value(tag.route.path)} {status} id="
+        if tag.route.endpoint and len(self._heads) < _MOST_HEADS and len(head) <= _LONGEST_HEAD:
+            self._heads[tag.route.method, tag.route.path, status] = head
+        return head
+
     def _json(self, event: Finished) -> str:
-        worker, outcome, total, first = event.worker, event.outcome, event.total, event.first_byte
-        line = AccessLine(
+        text = _encode(self._fields(event)).decode()
+        if not (event.tag.id.isprintable() and event.tag.route.path.isprintable()):
+            # msgspec leaves characters unescaped that move a terminal's cursor or end a line for some readers (U+0085).
+            text = json.dumps(json.loads(text), separators=(",", ":"))
+        return text + "\n"
+
+    def _fields(self, event: Finished) -> AccessLine:
+        tag, leg, answer = event.tag, event.leg, event.answer
+        outcome, first = answer.outcome, answer.first_byte
+        return AccessLine(
             self._stamp(self._clock()),
             "info",
             _LOGGER,
             "request",
-            event.request_id,
-            event.peer,
-            event.method,
-            cut(event.path),
-            event.status,
-            event.code,
+            tag.id,
+            tag.peer,
+            tag.route.method,
+            cut(tag.route.path),
+            answer.status,
+            answer.code,
             None if outcome is None else outcome.label,
-            None if worker is None else worker.url,
-            event.branch,
-            event.matched * 100 // total if total else None,
-            event.retries,
-            round(event.duration * 1e3, 1),
+            None if leg is None else leg.target.name,
+            "" if leg is None else leg.branch,
+            leg.matched * 100 // leg.total if leg is not None and leg.total else None,
+            answer.retries,
+            round(answer.duration * 1e3, 1),
             round(first * 1e3, 1) if first >= 0.0 else None,
-            event.received,
-            event.sent,
-            event.streaming,
-            event.client or msgspec.UNSET,
-            event.resumed or msgspec.UNSET,
+            tag.received,
+            answer.sent,
+            tag.streaming,
+            tag.client or msgspec.UNSET,
+            answer.resumed or msgspec.UNSET,
         )
-        text = _encode(line).decode()
-        if not (event.request_id.isprintable() and event.path.isprintable()):
-            # JSON lets through what moves a terminal's cursor, or ends a line for some readers (U+0085).
-            text = json.dumps(json.loads(text), separators=(",", ":"))
-        return text + "\n"
+
+
+def _end(event: Finished) -> str:
+    """Return the fields that only some lines have."""
+    client, answer = event.tag.client, event.answer
+    outcome = answer.outcome
+    end = f" client={value(client)}" if client else ""
+    if answer.resumed:
+        end += f" resumed={answer.resumed}"
+    if answer.code or (outcome is not None and outcome is not _SERVED):
+        end += f" code={answer.code or '-'} outcome={outcome.label if outcome is not None else '-'}"
+    return end
 
 
 _workers = logging.getLogger("sglang_router.workers")
@@ -133,26 +166,27 @@ _workers = logging.getLogger("sglang_router.workers")
 _CHANGES = {
     ("added", ""): (logging.INFO, "worker added"),
     ("removed", ""): (logging.INFO, "worker removed"),
-    ("restarted", ""): (logging.WARNING, "worker is another process: what it had cached is forgotten"),
+    ("restarted", ""): (logging.WARNING, "worker is a new process: its remembered prefixes are dropped"),
     ("health", "healthy"): (logging.INFO, "worker is healthy"),
-    ("health", "starting"): (logging.WARNING, "worker's process is gone; another one starts"),
-    ("health", "down"): (logging.ERROR, "worker is down and is not started again"),
+    ("health", "starting"): (logging.WARNING, "worker's process ended; a new one starts"),
+    ("health", "down"): (logging.ERROR, "worker is down and will not be restarted"),
     ("health", "unhealthy"): (logging.WARNING, "worker is unhealthy"),
-    ("breaker", "open"): (logging.WARNING, "circuit breaker is open: no requests for the worker"),
-    ("breaker", "half_open"): (logging.INFO, "circuit breaker is half open: one request may try the worker"),
-    ("breaker", "closed"): (logging.INFO, "circuit breaker is closed: the worker serves again"),
-    ("outlier", "held_off"): (logging.WARNING, "worker is held off: it does much worse than the others"),
-    ("outlier", "kept"): (logging.INFO, "worker is not held off any more"),
+    ("breaker", "open"): (logging.WARNING, "circuit breaker is open: the worker gets no requests"),
+    ("breaker", "half_open"): (logging.INFO, "circuit breaker is half open: one request at a time probes the worker"),
+    ("breaker", "closed"): (logging.INFO, "circuit breaker is closed: the worker gets requests again"),
+    ("outlier", "held_off"): (logging.WARNING, "worker is ejected: it fails or lags far more than the others"),
+    ("outlier", "kept"): (logging.INFO, "worker is no longer ejected"),
     ("draining", "draining"): (logging.INFO, "worker is draining: it gets no new requests"),
-    ("draining", "active"): (logging.INFO, "worker takes requests again"),
+    ("draining", "active"): (logging.INFO, "worker gets new requests again"),
 }
-"""Level and message for what changed and its new state; "" stands for any."""
+"""Level and message by what changed and its new state; "" stands for any state."""
 
 
 class WorkerLog(Listener):
-    """One line for each change of a worker, through `logging`: there are few of them."""
+    """One line for each change of a worker, through `logging`: changes are rare."""
 
     def worker_changed(self, event: WorkerChanged) -> None:
+        """Log the change."""
         worker, what = event.worker, event.what
         unknown = (logging.INFO, f"worker changed: {what}")
         level, message = _CHANGES.get((what, event.new)) or _CHANGES.get((what, "")) or unknown
@@ -162,17 +196,17 @@ class WorkerLog(Listener):
         if what == "added":
             fields["health"] = event.new
         if what == "breaker":
-            fields["failures"] = worker.failures
+            fields["failures"] = worker.circuit.failures
             if event.new == "open":
-                fields["open_seconds"] = worker.open_for
-        if worker.held_off:
-            fields["why"] = worker.held_off
+                fields["open_seconds"] = worker.circuit.open_for
+        if worker.ejected:
+            fields["why"] = worker.ejected
         if worker.last_error:
             fields["error"] = _without_key(worker)
         _workers.log(level, message, extra={"fields": fields})
 
 
 def _without_key(worker: Worker) -> str:
-    """The worker's last error; it is made of what the worker said, which may be what it was sent."""
+    """Return the worker's last error without its API key: an engine may quote the request that it got."""
     key = worker.spec.api_key
     return worker.last_error.replace(key, "***") if key else worker.last_error

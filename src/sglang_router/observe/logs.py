@@ -1,14 +1,13 @@
 """Logging: one line per record, in text or JSON, through a writer that never blocks.
 
     logging.getLogger("sglang_router.x").info("msg", extra={"fields": {...}})  --> _Handler --.
-    AccessLog (observe.access), without the detour                             ---------------+--> LogWriter
+    AccessLog (observe.access), directly                                       ---------------+--> LogWriter
 
     2026-10-25T12:00:00.123Z INFO  sglang_router.workers: worker is healthy worker=http://10.0.0.7:30000
     {"time":"2026-10-25T12:00:00.123Z","level":"info","logger":"sglang_router.workers","message":"worker ..."}
 
-Whatever a line tells may come from a client or a worker, so nothing in it may end the line or start another:
-text is escaped as in JSON, values with spaces stand in quotes, and only the lines of a traceback follow, each
-behind a bar.
+The text of a line may come from a client or a worker, so nothing in it may end the line or start another one: text is
+escaped as in JSON, and a value with spaces is quoted. Only the lines of a traceback follow a line, each after a bar.
 """
 
 from __future__ import annotations
@@ -17,74 +16,76 @@ import json
 import logging
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from sglang_router.observe.writer import CAPACITY, PATIENCE, Daily, Drain, Fixed
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+from sglang_router.observe.writer import CAPACITY, CLOSE_TIMEOUT, DailyFile, Destination, LineBuffer, OpenFile
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
 _NAMES = {logging.DEBUG: "DEBUG", logging.INFO: "INFO", logging.WARNING: "WARN", logging.ERROR: "ERROR"}
 _OWN = "sglang_router"
 _LONGEST_MESSAGE = 16384  # characters
-_LONGEST_VALUE = 1024
+_LONGEST_VALUE = 1024  # characters
 _STDERR = 2
 
 
 class Stamp:
-    """UTC time in ISO 8601 with milliseconds. The last one is kept: under load many lines share it."""
+    """UTC time in ISO 8601 with milliseconds. The last text is kept: under load many lines share its millisecond."""
 
-    __slots__ = ("_millisecond", "_second", "_text", "_whole")
+    __slots__ = ("_from", "_second", "_second_text", "_text", "_until")
 
     def __init__(self) -> None:
-        self._millisecond = self._second = -1
-        self._text = self._whole = ""
+        self._from = self._until = -1.0  # when _text is right, seconds since 1970
+        self._text = ""
+        self._second = -1
+        self._second_text = ""
 
     def __call__(self, now: float) -> str:
-        """`now` is in seconds since 1970."""
-        millisecond = int(now * 1000)
-        if millisecond != self._millisecond:
-            self._millisecond = millisecond
-            second, rest = divmod(millisecond, 1000)
-            if second != self._second:
-                self._second = second
-                self._text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-            self._whole = f"{self._text}.{rest:03d}Z"
-        return self._whole
+        """Return the text of a moment; `now` is in seconds since 1970."""
+        if not self._from <= now < self._until:
+            self._renew(int(now * 1000))
+        return self._text
+
+    def _renew(self, millisecond: int) -> None:
+        second, rest = divmod(millisecond, 1000)
+        if second != self._second:
+            self._second = second
+            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        self._from, self._until = millisecond / 1000, (millisecond + 1) / 1000
+        self._text = f"{self._second_text}.{rest:03d}Z"
 
 
 def escaped(text: str) -> str:
-    """A message on one line: what does not print becomes an escape as in JSON."""
+    """Return a message on one line: characters that do not print become escapes as in JSON."""
     text = cut(text, _LONGEST_MESSAGE)
     return text if text.isprintable() else json.dumps(text)[1:-1].replace('\\"', '"')
 
 
 def plain(text: str) -> bool:
-    """Whether a text may stand after `key=` as it is: it cannot be taken for more than one value."""
+    """Whether a text needs no quotes after `key=`: it cannot be read as more than one value."""
     return text.isprintable() and " " not in text and '"' not in text and 0 < len(text) <= _LONGEST_VALUE
 
 
 def value(item: object) -> str:
-    """A value for `key=value`, in quotes as JSON where it must be."""
+    """Return a value for `key=value`, quoted as JSON where it must be."""
     text = str(item)
     return text if plain(text) else json.dumps(cut(text))
 
 
 def cut(text: str, longest: int = _LONGEST_VALUE) -> str:
-    """A text of bounded length."""
+    """Return a text of bounded length."""
     return text if len(text) <= longest else text[:longest] + "..."
 
 
 def text_line(stamp: str, level: int, logger: str, message: str, fields: Mapping[str, object], trace: str) -> str:
-    """One record as text, with the newline."""
+    """Format one record as text, with the newline."""
     pairs = "".join([f" {key}={value(item)}" for key, item in fields.items()])
     lines = "".join([f"    | {escaped(line)}\n" for line in trace.splitlines()])
     return f"{stamp} {_name(level):<5} {escaped(logger)}: {escaped(message)}{pairs}\n{lines}"
 
 
 def json_line(stamp: str, level: int, logger: str, message: str, fields: Mapping[str, object], trace: str) -> str:
-    """One record as a JSON object, with the newline."""
+    """Format one record as a JSON object, with the newline."""
     record: dict[str, object] = {"time": stamp, "level": _name(level).lower(), "logger": logger}
     record["message"] = cut(message, _LONGEST_MESSAGE)
     record |= {key: item for key, item in fields.items() if key not in record}
@@ -104,51 +105,52 @@ FORMATS: dict[str, Callable[[str, int, str, str, Mapping[str, object], str], str
 
 
 class LogWriter:
-    """Where lines go.
+    """Writes log lines to all destinations.
 
-    level  the least severe one that is wanted, a number of `logging`
+    level  the least severe level that is wanted, a number of `logging`
     json   whether lines are JSON
-    write  takes a line that ends in a newline, and whether it is urgent; returns at once, whatever the places do
+    line   formats one record
+    write  takes a line that ends in a newline, and whether it is urgent; never blocks
     """
 
     write: Callable[[str, bool], None]
 
-    def __init__(self, level: int, form: str, places: list[Fixed | Daily], capacity: int = CAPACITY) -> None:
+    def __init__(self, level: int, form: str, files: list[Destination], capacity: int = CAPACITY) -> None:
         self.level = level
         self.json = form == "json"
         self.line = FORMATS[form]
-        self._drains = [Drain(place, self._notice, capacity) for place in places]
-        self.write = self._drains[0].put if len(places) == 1 else self._write_all
+        self._buffers = [LineBuffer(file, self._notice, capacity) for file in files]
+        self.write = self._buffers[0].put if len(files) == 1 else self._write_all
         self._handler: _Handler | None = None
 
     @property
     def lost(self) -> int:
-        """Lines that could not be written, in all places together."""
-        return sum(drain.lost for drain in self._drains)
+        """Lines that could not be written, over all destinations."""
+        return sum(buffer.lost for buffer in self._buffers)
 
     def _write_all(self, line: str, urgent: bool) -> None:
-        for drain in self._drains:
-            drain.put(line, urgent)
+        for buffer in self._buffers:
+            buffer.put(line, urgent)
 
-    def flush(self, timeout: float = PATIENCE) -> bool:
-        """Waits until all accepted lines are written or lost; False if `timeout` seconds were not enough."""
-        done = [drain.flush(timeout) for drain in self._drains]
+    def flush(self, timeout: float = CLOSE_TIMEOUT) -> bool:
+        """Wait until all accepted lines are written or lost; False after `timeout` seconds."""
+        done = [buffer.flush(timeout) for buffer in self._buffers]
         return all(done)
 
     def attach(self) -> None:
-        """Makes `logging` write here: the router's own loggers at the level, others from warnings on."""
+        """Make `logging` write here: the router's own loggers from `level` on, others from warnings on."""
         root = logging.getLogger()
         self._handler = _Handler(self)
         root.addHandler(self._handler)
         root.setLevel(max(self.level, logging.WARNING))
         logging.getLogger(_OWN).setLevel(self.level)
 
-    def close(self, timeout: float = PATIENCE) -> None:
-        """Writes what was accepted, and lets go; a blocked place costs at most the time."""
+    def close(self, timeout: float = CLOSE_TIMEOUT) -> None:
+        """Detach from `logging`, write what was accepted, and end; wait at most `timeout` seconds per destination."""
         if self._handler is not None:
             logging.getLogger().removeHandler(self._handler)
-        for drain in self._drains:
-            drain.close(timeout)
+        for buffer in self._buffers:
+            buffer.close(timeout)
 
     def _notice(self, missing: int) -> str:
         message = "log lines are missing: they could not be written"
@@ -156,7 +158,7 @@ class LogWriter:
 
 
 class _Handler(logging.Handler):
-    """From `logging` to the writer. `logging` itself flushes it when the interpreter exits."""
+    """Passes records of `logging` to the writer. `logging` flushes it when the interpreter exits."""
 
     def __init__(self, writer: LogWriter) -> None:
         super().__init__()
@@ -164,9 +166,10 @@ class _Handler(logging.Handler):
         self._stamp = Stamp()
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
         try:
             message = record.getMessage()
-        except (TypeError, ValueError, KeyError):  # arguments that do not fit the message: still worth a line
+        except (TypeError, ValueError, KeyError):  # arguments that do not fit the message: log them all the same
             message = f"{record.msg} {record.args}"
         fields: Mapping[str, Any] = getattr(record, "fields", {})
         trace = ""
@@ -176,17 +179,18 @@ class _Handler(logging.Handler):
         self._writer.write(line, record.levelno >= logging.WARNING)
 
     def flush(self) -> None:
+        """Write all lines that are kept."""
         self._writer.flush()
 
 
 def configure(level: str, form: str, log_dir: str | None, *, stderr: int = _STDERR) -> LogWriter:
-    """Starts logging: level debug, info, warn or error; form text or json; `log_dir` gets a file a day.
+    """Start logging: level debug, info, warn or error; form text or json; `log_dir` gets one file per day.
 
     Raises: ConfigError when the file cannot be opened.
     """
-    places: list[Fixed | Daily] = [Fixed(stderr)]
+    files: list[Destination] = [OpenFile(stderr)]
     if log_dir is not None:
-        places.append(Daily(log_dir, time.time))
-    writer = LogWriter(LEVELS[level], form, places)
+        files.append(DailyFile(log_dir, time.time))
+    writer = LogWriter(LEVELS[level], form, files)
     writer.attach()
     return writer

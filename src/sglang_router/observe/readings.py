@@ -1,38 +1,37 @@
-"""How a family of metrics is read: functions from `Metrics` to samples, made from small parts.
+"""How a metric family is read: functions from `MetricCounts` to samples, made from small parts.
 
 A sample is a tuple of label values, and a number or a histogram. Readers are made by:
 
-    requests(key, value, where)   sums over series, grouped by key; `times` does it for histograms
-    per_worker(value)             one sample for each worker there is
-    per_tally(value)              the same, of what was counted for it; `per_tally_items` when it is several
-    per_tree_slot(value)          the same, of what the prefix tree holds for it
-    totals(items)                 sums over all workers there are and were
-    per_report(value)             what each worker's engine says of itself, where it does
-    per_replica(value)            the same of the replicas that the router runs itself
-    live(name)                    a number that somebody else knows
+    requests(key, value, where)   sums over series, grouped by key; `times` does the same for histograms
+    per_worker(value)             one sample for each present worker
+    per_tally(value)              the same, of what was counted for the worker; `per_tally_items`: several samples
+    per_memory(value)             the same, of the prefixes remembered for the worker
+    totals(items)                 sums over all present and removed workers
+    per_report(value)             what each worker's engine reports, where it reports it
+    per_replica(value)            the same, of the replicas that the router runs itself
+    live(source)                  a number that another part of the router owns
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sglang_router.core.worker import Breaker, Health, Hears, Outcome, Worker
-
-if TYPE_CHECKING:
-    from sglang_router.core.report import EngineReport
-    from sglang_router.core.tree import Tree
-    from sglang_router.observe.metrics import Metrics
-    from sglang_router.observe.tallies import Histogram, Series, Tally
+from sglang_router.observe.counts import LiveSources, MetricCounts, Number, RememberedPrefixes
+from sglang_router.observe.tallies import Histogram, Series, Tally
+from sglang_router.routing.engine_report import EngineReport
+from sglang_router.routing.outcome import Hears, Outcome
+from sglang_router.routing.states import Breaker, Health
+from sglang_router.routing.worker import Worker
 
 Values = tuple[str, ...]
 Sample = tuple[Values, Any]  # the labels' values; an int, a float or a Histogram
-Reader = Callable[["Metrics"], Iterable[Sample]]
+Reader = Callable[[MetricCounts], Iterable[Sample]]
 
 ROUTER = ("http",)
 """router_type: requests are relayed as HTTP."""
 BACKEND = ("regular", "http")
-"""backend_type or worker_type, and connection_mode: workers for both prefill and decode, by HTTP."""
+"""backend_type or worker_type, and connection_mode: workers that do both prefill and decode, over HTTP."""
 
 
 # -- readers ---------------------------------------------------------------------------------------------
@@ -41,11 +40,11 @@ BACKEND = ("regular", "http")
 def requests(
     key: Callable[[Series], Values], value: Callable[[Series], int], where: Callable[[Series], object]
 ) -> Reader:
-    """Sums over the series that `where` takes."""
+    """Sum over the series for which `where` holds."""
 
-    def read(metrics: Metrics) -> Iterable[Sample]:
+    def read(counts: MetricCounts) -> Iterable[Sample]:
         sums: dict[Values, int] = {}
-        for series in metrics.series.values():
+        for series in counts.series.values():
             if where(series):
                 values = key(series)
                 sums[values] = sums.get(values, 0) + value(series)
@@ -59,13 +58,13 @@ def times(
 ) -> Reader:
     """The same for histograms."""
 
-    def read(metrics: Metrics) -> Iterable[Sample]:
+    def read(counts: MetricCounts) -> Iterable[Sample]:
         sums: dict[Values, Histogram] = {}
-        for series in metrics.series.values():
+        for series in counts.series.values():
             if where(series):
                 values = key(series)
                 if values not in sums:
-                    sums[values] = metrics.histogram()
+                    sums[values] = counts.histogram()
                 sums[values].add(value(series))
         return sums.items()
 
@@ -73,12 +72,15 @@ def times(
 
 
 def per_worker(value: Callable[[Worker], float]) -> Reader:
-    return lambda metrics: [((worker.url,), value(worker)) for worker in metrics.fleet]
+    """Read a value of each worker."""
+    return lambda counts: [((worker.url,), value(worker)) for worker in counts.fleet]
 
 
 def per_report(value: Callable[[EngineReport], int | None]) -> Reader:
-    def read(metrics: Metrics) -> Iterator[Sample]:
-        for worker in metrics.fleet:
+    """Read a value of each engine's report; skip engines that do not report it."""
+
+    def read(counts: MetricCounts) -> Iterator[Sample]:
+        for worker in counts.fleet:
             number = value(worker.report)
             if number is not None:
                 yield (worker.url,), number
@@ -87,49 +89,51 @@ def per_report(value: Callable[[EngineReport], int | None]) -> Reader:
 
 
 def per_replica(value: Callable[[int, bool], int]) -> Reader:
-    """`value` takes how often it was restarted, and whether it is up; nothing while no replicas are run."""
+    """`value` takes the number of restarts, and whether the replica is up. No samples without a source."""
 
-    def read(metrics: Metrics) -> Iterable[Sample]:
-        source = metrics.live["replicas"]
+    def read(counts: MetricCounts) -> Iterable[Sample]:
+        source = counts.sources.replicas
         return [] if source is None else [((url,), value(restarts, up)) for url, restarts, up in source()]
 
     return read
 
 
 def per_tally(value: Callable[[Tally], float]) -> Reader:
-    return lambda metrics: [((worker.url,), value(tally)) for worker, tally in metrics.tallies.items()]
+    """Read a value of each worker's counts."""
+    return lambda counts: [((tally.name,), value(tally)) for tally in counts.tallies.values()]
 
 
 def per_tally_items(items: Callable[[Tally], Iterable[Sample]]) -> Reader:
-    """Several samples of each worker; what `items` gives stands behind the worker's URL."""
-    return lambda metrics: [
-        ((worker.url, *values), number) for worker, tally in metrics.tallies.items() for values, number in items(tally)
+    """Several samples per worker; the label values of `items` follow the worker's name."""
+    return lambda counts: [
+        ((tally.name, *values), number) for tally in counts.tallies.values() for values, number in items(tally)
     ]
 
 
-def per_tree_slot(value: Callable[[Tree, int], int]) -> Reader:
-    """What the prefix tree keeps for each worker; nothing for policies without one."""
+def per_memory(value: Callable[[RememberedPrefixes, Worker], int]) -> Reader:
+    """What the policy remembers for each worker. No samples for a policy without a prefix memory."""
 
-    def read(metrics: Metrics) -> Iterator[Sample]:
-        tree = metrics.tree
-        if tree is not None:
-            for worker in metrics.fleet:
-                yield (worker.url,), value(tree, worker.slot)
+    def read(counts: MetricCounts) -> Iterator[Sample]:
+        memory = counts.memory
+        if memory is not None:
+            for worker in counts.fleet:
+                yield (worker.url,), value(memory, worker)
 
     return read
 
 
-def of_tree(value: Callable[[Tree], int]) -> Reader:
-    return lambda metrics: [] if metrics.tree is None else [((), value(metrics.tree))]
+def of_memory(value: Callable[[RememberedPrefixes], int]) -> Reader:
+    """Read a value of the prefix memories; nothing for policies without one."""
+    return lambda counts: [] if counts.memory is None else [((), value(counts.memory))]
 
 
-def totals(items: Callable[[str, Tally], Iterable[Sample]]) -> Reader:
-    """Sums over the workers there are and were; `items` takes the worker's type."""
+def totals(items: Callable[[Tally], Iterable[Sample]]) -> Reader:
+    """Sum over all present and removed workers."""
 
-    def read(metrics: Metrics) -> Iterable[Sample]:
+    def read(counts: MetricCounts) -> Iterable[Sample]:
         sums: dict[Values, int] = {}
-        for worker_type, tally in metrics.totals():
-            for values, count in items(worker_type, tally):
+        for tally in counts.all_tallies():
+            for values, count in items(tally):
                 sums[values] = sums.get(values, 0) + count
         return sums.items()
 
@@ -137,24 +141,26 @@ def totals(items: Callable[[str, Tally], Iterable[Sample]]) -> Reader:
 
 
 def branches_of(policy: str) -> Reader:
-    """Decisions of one policy by branch; nothing while another is in use."""
-    return totals(lambda _, tally: [((branch,), n) for (name, branch), n in tally.decisions.items() if name == policy])
+    """Decisions of one policy by branch. No samples while another policy is in use."""
+    return totals(lambda tally: [((branch,), n) for name, branch, n in tally.by_decision() if name == policy])
 
 
 def cache_branch(wanted: str) -> Reader:
-    """Decisions of one branch, of whatever policy; 0 from the start on."""
+    """Decisions of one branch, of any policy; 0 before the first."""
 
-    def read(metrics: Metrics) -> Iterable[Sample]:
-        tallies = [tally for _, tally in metrics.totals()]
-        return [((), sum(n for t in tallies for (_, branch), n in t.decisions.items() if branch == wanted))]
+    def read(counts: MetricCounts) -> Iterable[Sample]:
+        decided = [decision for tally in counts.all_tallies() for decision in tally.by_decision()]
+        return [((), sum(n for _, branch, n in decided if branch == wanted))]
 
     return read
 
 
-def live(name: str, values: Values = ()) -> Reader:
-    def read(metrics: Metrics) -> Iterable[Sample]:
-        source = metrics.live[name]
-        return [] if source is None else [(values, source())]
+def live(source: Callable[[LiveSources], Number | None], values: Values = ()) -> Reader:
+    """Read a value at the moment of the scrape; nothing where its source is missing."""
+
+    def read(counts: MetricCounts) -> Iterable[Sample]:
+        number = source(counts.sources)
+        return [] if number is None else [(values, number())]
 
     return read
 
@@ -162,25 +168,26 @@ def live(name: str, values: Values = ()) -> Reader:
 def load_of_all(pick: Callable[[list[int]], int]) -> Reader:
     """Over the workers in rotation."""
 
-    def read(metrics: Metrics) -> Iterable[Sample]:
-        loads = [worker.load for worker in metrics.fleet if worker.in_rotation]
+    def read(counts: MetricCounts) -> Iterable[Sample]:
+        loads = [worker.load for worker in counts.fleet if worker.in_rotation]
         return [((), pick(loads) if loads else 0)]
 
     return read
 
 
-def pool(metrics: Metrics) -> Iterable[Sample]:
+def pool(counts: MetricCounts) -> Iterable[Sample]:
+    """Count workers by type and model."""
     sizes: dict[Values, int] = {}
-    for worker in metrics.fleet:
+    for worker in counts.fleet:
         values = (worker.spec.worker_type, "http", worker.spec.model_id or "unknown")
         sizes[values] = sizes.get(values, 0) + 1
     return sizes.items()
 
 
-def selections(metrics: Metrics) -> Iterable[Sample]:
-    """Counted when the request ends, because there its model is known in bounded form."""
-    legs = requests(lambda s: (*BACKEND, s.model, metrics.policy), lambda s: s.legs, lambda s: s.legs)
-    return legs(metrics)
+def selections(counts: MetricCounts) -> Iterable[Sample]:
+    """Counted when the request ends: only then is the bounded label of its model known."""
+    legs = requests(lambda s: (*BACKEND, s.model, counts.policy), lambda s: s.legs, lambda s: s.legs)
+    return legs(counts)
 
 
 # -- what the readers read -------------------------------------------------------------------------------
@@ -200,65 +207,77 @@ _ERRORS = frozenset(outcome.label for outcome in Outcome if outcome.retryable or
 
 
 def everything(series: Series) -> bool:
+    """Take all series."""
     return True
 
 
 def relayed(series: Series) -> bool:
+    """Take relayed requests."""
     return bool(series.endpoint)
 
 
 def failed(series: Series) -> bool:
-    """An error answer, or an answer that broke off; a client that leaves is no error."""
+    """Whether the request ended in an error answer or a broken answer. A client that leaves is no error."""
     return bool(series.endpoint) and (series.code != "" or series.status >= 400)
 
 
 def answered(series: Series) -> bool:
-    """By a worker, and not with an error."""
+    """Whether a worker answered, without an error."""
     return bool(series.endpoint) and not series.code and 0 < series.status < 400
 
 
 def from_worker(series: Series) -> bool:
+    """Take requests that a worker answered."""
     return bool(series.endpoint) and not series.code and series.status > 0
 
 
 def count(series: Series) -> int:
+    """Return the number of requests."""
     return sum(series.duration.counts)
 
 
 def duration(series: Series) -> Histogram:
+    """Return the histogram of durations."""
     return series.duration
 
 
 def route(series: Series) -> Values:
+    """Label by path."""
     return (series.path,)
 
 
 def method_path(series: Series) -> Values:
+    """Label by method and path."""
     return (series.method, series.path)
 
 
 def worker_endpoint(series: Series) -> Values:
+    """Label by backend and endpoint."""
     return (BACKEND[0], series.endpoint)
 
 
 def router_labels(series: Series) -> Values:
+    """Label by router, backend, model and endpoint."""
     return (*ROUTER, *BACKEND, series.model, series.endpoint)
 
 
 def status_code(series: Series) -> Values:
+    """Label by status (499: the client left before the answer) and error code."""
     return (str(series.status or 499), series.code)
 
 
 def upstream_status(series: Series) -> Values:
+    """Label by router, status and error code."""
     return (*ROUTER, str(series.status), series.code)
 
 
 def error_code(series: Series) -> str:
+    """Return the error code; "http_" and the status for a worker's own answer."""
     return series.code or f"http_{series.status}"
 
 
 def error_type(series: Series) -> str:
-    """The reference's five kinds of errors."""
+    """Return one of the reference's five kinds of errors."""
     kind = _ERROR_TYPES.get(series.code)
     if kind is None:
         kind = "validation_error" if 400 <= series.status < 500 else "backend_error"
@@ -267,19 +286,22 @@ def error_type(series: Series) -> str:
 
 
 def decisions(tally: Tally) -> Iterable[Sample]:
-    return tally.decisions.items()
+    """Read the decisions by policy and branch."""
+    return [((policy, branch), n) for policy, branch, n in tally.by_decision()]
 
 
 def transitions(tally: Tally) -> Iterable[Sample]:
+    """Read the changes of the breaker by old and new state."""
     return tally.transitions.items()
 
 
 def outcomes(tally: Tally) -> Iterable[Sample]:
+    """Read the legs by outcome."""
     return [((label,), n) for label, n in tally.outcomes.items()]
 
 
 def heard(tally: Tally) -> Iterable[Sample]:
-    """What the breaker heard, both from the start on."""
+    """What the breaker heard. Both samples exist from the start."""
     served = failures = 0
     for label, n in tally.outcomes.items():
         hears = _OUTCOMES[label].hears
@@ -288,21 +310,26 @@ def heard(tally: Tally) -> Iterable[Sample]:
     return [(("success",), served), (("failure",), failures)]
 
 
-def worker_errors(worker_type: str, tally: Tally) -> Iterable[Sample]:
-    return [((worker_type, "http", label), n) for label, n in tally.outcomes.items() if label in _ERRORS]
+def worker_errors(tally: Tally) -> Iterable[Sample]:
+    """Read the failed legs by outcome."""
+    return [((tally.role, "http", label), n) for label, n in tally.outcomes.items() if label in _ERRORS]
 
 
 def load(worker: Worker) -> int:
+    """Return the requests in flight."""
     return worker.load
 
 
 def healthy(worker: Worker) -> int:
+    """Return 1 for a healthy worker."""
     return int(worker.health is Health.HEALTHY)
 
 
 def down(worker: Worker) -> int:
+    """Return 1 for a worker whose engine was given up."""
     return int(worker.health is Health.DOWN)
 
 
 def breaker(worker: Worker) -> int:
+    """Return the number of the breaker's state."""
     return _BREAKER_STATES[worker.breaker]

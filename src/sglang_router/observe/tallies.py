@@ -1,94 +1,127 @@
 """What is counted while requests run: plain integers in plain objects, so that counting costs a microsecond.
 
-    Routed   ->  Tally   of its worker     decisions by policy and branch, bytes matched and seen
-    Finished ->  Series  of its kind       kind: method, path, model, streaming, status, code
-             ->  Tally   of its worker     legs by outcome
+    Routed    ->  Tally of the leg's worker     decisions by policy and branch, bytes matched and in total
+    Finished  ->  Series of the request's kind  kind: method, path, model, streaming, status, code
+              ->  Tally of the leg's worker     legs by outcome
 
-A request is counted once, in one `Series`; every family of metrics about requests is a sum over series, made
-when somebody scrapes. Kinds are bounded, for their labels come from clients: `Labels` folds what it does not
-know into "other".
+A request is counted once, in one `Series`. Each metric family about requests is a sum over series, computed at the
+scrape. The number of kinds is bounded, because clients choose the labels: `Labels` folds unknown labels into "other".
 
-A worker's `Tally` lives as long as the worker. What it had counted is then added to the tally of the removed,
-so that totals without a worker label never go back.
+A worker's `Tally` lives as long as the worker. When the worker is removed, its tally is added to the tally of the
+removed workers, so that totals without a worker label never decrease.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
 
 import msgspec
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 OTHER = "other"
 MOST_MODELS = 100
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
-class Histogram(msgspec.Struct, gc=False):
-    """Observations by bucket, not cumulated; the last bucket has no upper bound. `sum` in seconds."""
+SeriesKind = tuple[str, str, str, bool, int, str]
+"""Method, path, model, streaming, status, error code."""
 
-    counts: list[int]
-    sum: float = 0.0
+
+class Histogram:
+    """Observations by bucket, not cumulative; the last bucket has no upper bound. `sum` in seconds."""
+
+    __slots__ = ("counts", "sum")
+
+    def __init__(self, buckets: int) -> None:
+        self.counts = [0] * buckets
+        self.sum = 0.0
 
     def add(self, other: Histogram) -> None:
-        """Adds another histogram with the same bounds."""
+        """Add another histogram with the same bounds."""
         self.counts = [mine + its for mine, its in zip(self.counts, other.counts, strict=True)]
         self.sum += other.sum
 
 
-class Series(msgspec.Struct, gc=False, eq=False, kw_only=True):
-    """Requests of one kind. `endpoint` is "" for the control plane; the labels are bounded already.
+class Series:
+    """Requests of one kind. `endpoint` is "" for the control plane. The labels are bounded.
 
+    received   bytes of request bodies
+    sent       bytes of answers
     legs       legs sent to workers, retries included
-    exhausted  requests whose last failure could have been retried, had the rules or the fleet allowed
-    gone       requests whose client left before the end
-    resumed    streams with which another worker went on
+    exhausted  requests whose last outcome is retryable, but no retry or no worker was left
+    gone       requests whose client left before the end of the answer
+    resumed    streams that another worker continued
     """
 
-    method: str
-    path: str
-    endpoint: str
-    model: str
-    streaming: bool
-    status: int
-    code: str
-    duration: Histogram
-    first_byte: Histogram
-    received: int = 0
-    sent: int = 0
-    legs: int = 0
-    retries: int = 0
-    exhausted: int = 0
-    gone: int = 0
-    resumed: int = 0
+    __slots__ = (
+        *("method", "path", "endpoint", "model", "streaming", "status", "code"),
+        *("duration", "first_byte", "received", "sent"),
+        *("legs", "retries", "exhausted", "gone", "resumed"),
+    )
+
+    def __init__(self, kind: SeriesKind, endpoint: str, buckets: int) -> None:
+        self.method, self.path, self.model, self.streaming, self.status, self.code = kind
+        self.endpoint = endpoint
+        self.duration = Histogram(buckets)
+        self.first_byte = Histogram(buckets)
+        self.received = self.sent = 0
+        self.legs = self.retries = self.exhausted = 0
+        self.gone = self.resumed = 0
 
 
-class Tally(msgspec.Struct, gc=False, eq=False):
-    """What happened with one worker, or with all removed ones. `matched`, `total`: bytes of routing text."""
+class Tally:
+    """What was counted for one worker, or for all removed workers of one role (`name` is "" then).
 
-    decisions: dict[tuple[str, str], int] = msgspec.field(default_factory=dict)  # by policy and branch
-    outcomes: dict[str, int] = msgspec.field(default_factory=dict)  # by label of core.worker.Outcome
-    transitions: dict[tuple[str, str], int] = msgspec.field(default_factory=dict)  # of the breaker
-    matched: int = 0
-    total: int = 0
+    decisions    legs, by policy and then by branch
+    outcomes     legs, by label of their Outcome
+    transitions  moves of the circuit breaker, by old and new state
+    matched      bytes of routing text that the worker was believed to hold, of `total`
+    """
+
+    __slots__ = ("decisions", "matched", "name", "outcomes", "role", "total", "transitions")
+
+    def __init__(self, name: str, role: str) -> None:
+        self.name = name
+        self.role = role
+        self.decisions: dict[str, dict[str, int]] = {}
+        self.outcomes: dict[str, int] = {}
+        self.transitions: dict[tuple[str, str], int] = {}
+        self.matched = 0
+        self.total = 0
+
+    def decided(self, policy: str, branch: str, legs: int = 1) -> None:
+        """Count decisions."""
+        branches = self.decisions.setdefault(policy, {})
+        branches[branch] = branches.get(branch, 0) + legs
+
+    def ended(self, outcome: str, legs: int = 1) -> None:
+        """Count legs that ended, by the label of their outcome."""
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + legs
+
+    def moved(self, old: str, new: str) -> None:
+        """Count a move of the circuit breaker."""
+        self.transitions[old, new] = self.transitions.get((old, new), 0) + 1
+
+    def by_decision(self) -> Iterator[tuple[str, str, int]]:
+        """Yield policy, branch and legs."""
+        for policy, branches in self.decisions.items():
+            for branch, legs in branches.items():
+                yield policy, branch, legs
 
     def add(self, other: Tally) -> None:
-        """Adds all of another tally but its transitions, which nobody totals."""
-        for decision, count in other.decisions.items():
-            self.decisions[decision] = self.decisions.get(decision, 0) + count
-        for outcome, count in other.outcomes.items():
-            self.outcomes[outcome] = self.outcomes.get(outcome, 0) + count
+        """Add all of another tally except its transitions: no metric sums them."""
+        for policy, branch, legs in other.by_decision():
+            self.decided(policy, branch, legs)
+        for outcome, legs in other.outcomes.items():
+            self.ended(outcome, legs)
         self.matched += other.matched
         self.total += other.total
 
 
 class Labels:
-    """Bounds the labels that come from clients.
+    """Bounds the labels that clients choose.
 
-    `paths` are those the router knows, exact or with parameters as in "/workers/{id}". The first
+    `paths` are the paths the router serves, exact or with parameters as in "/workers/{id}". The first
     `MOST_MODELS` models that were answered without an error keep their names.
     """
 
@@ -99,15 +132,17 @@ class Labels:
         self._models: dict[str, str] = {"": "unknown"}
 
     def method(self, method: str) -> str:
+        """Return the label of a method."""
         return method if method in METHODS else OTHER
 
     def path(self, path: str) -> str:
+        """Return the path, the pattern it matches, or "other"."""
         if path in self._exact:
             return path
         return next((name for pattern, name in self._patterns if pattern.fullmatch(path)), OTHER)
 
     def model(self, model: str, status: int) -> str:
-        """The label of a model; `model` is JSON text as the request had it, "" when it named none."""
+        """Return the label of a model. `model` is the JSON text of the request, "" when the request names no model."""
         label = self._models.get(model)
         if label is None:
             if not 200 <= status < 400 or len(self._models) > MOST_MODELS:
@@ -117,6 +152,7 @@ class Labels:
 
 
 def _pattern(path: str) -> re.Pattern[str]:
+    """Compile "/workers/{id}" or "/files/{path:path}"; only the second kind of parameter matches slashes."""
     parts = re.split(r"\{(\w+(?::\w+)?)\}", path)
     fields = [".+" if name.endswith(":path") else "[^/]+" for name in parts[1::2]]
     texts = [re.escape(text) for text in parts[::2]]
@@ -124,7 +160,7 @@ def _pattern(path: str) -> re.Pattern[str]:
 
 
 def _plain(model: str) -> str:
-    """The name without its JSON quotes; what is not like a name is not told apart."""
+    """Return the name without its JSON quotes; "other" for what cannot be a model's name."""
     try:
         name = msgspec.json.decode(model, type=str)
     except msgspec.DecodeError:

@@ -1,15 +1,15 @@
-"""The way of a log line to where it is kept. It may lose lines, and says how many, but never blocks the router.
+"""Writes log lines to where they are kept. It may lose lines, and says how many, but never blocks the router.
 
-    any thread -> LogWriter.write -> Drain: bounded buffer -> its daemon thread -> stderr
-                                 '-> Drain: bounded buffer -> its daemon thread -> the day's file in --log-dir
+    any thread -> LogWriter.write -> LineBuffer: bounded buffer -> its daemon thread -> stderr
+                                 '-> LineBuffer: bounded buffer -> its daemon thread -> the day's file in --log-dir
 
-Each place has a buffer and a thread of its own, so that a terminal that was stopped does not hold up the file.
-The thread gathers lines for `_GATHER` seconds before it writes them: one wake-up and one write for many, as a
-thread that wakes for each line would cost more than the request it tells of. Warnings go at once.
+Each destination has its own buffer and thread, so that a stopped terminal does not delay the file. The thread gathers
+lines for `_GATHER` seconds before it writes them: one wake-up and one write for many lines, because a thread that wakes
+for each line would cost more than the request. Warnings are written at once.
 
-What does not fit into the buffer is dropped and counted, and so is what a full disk or a closed pipe refuses; the
-next line that can be written stands behind one that says how many are missing. `close` writes what was accepted,
-and waits for a blocked place no longer than `PATIENCE` seconds.
+A line that does not fit into the buffer is dropped and counted, and so is a line that a full disk or a closed pipe does
+not accept. The next line that can be written follows a notice that says how many are missing. `close` writes what was
+accepted; it waits at most `CLOSE_TIMEOUT` seconds for a blocked destination.
 """
 
 from __future__ import annotations
@@ -18,37 +18,49 @@ import os
 import select
 import threading
 import time
+from collections.abc import Callable
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from sglang_router.errors import ConfigError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-CAPACITY = 4 << 20  # characters a place may lag behind
-_GATHER = 0.1
-PATIENCE = 2.0
-_CHUNK = 65536
+CAPACITY = 4 << 20  # characters that a destination may lag behind
+CLOSE_TIMEOUT = 2.0  # seconds
+_GATHER = 0.1  # seconds
+_CHUNK = 65536  # bytes
 
 
-class Fixed:
+class Destination(Protocol):
+    """Where a buffer writes to."""
+
+    def fd(self) -> int:
+        """Return the descriptor to write to now.
+
+        Raises: OSError
+        """
+
+    def close(self) -> None:
+        """Close the file."""
+
+
+class OpenFile:
     """A descriptor that is always open, such as stderr's."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     def fd(self) -> int:
+        """Return the file's descriptor."""
         return self._fd
 
     def close(self) -> None:
-        """Leaves the descriptor open: it is not ours."""
+        """Leave the descriptor open: it is not ours."""
 
 
-class Daily:
-    """sglang-router.YYYY-MM-DD.log in a directory; a new one each day (UTC), or when it was taken away.
+class DailyFile:
+    """sglang-router.YYYY-MM-DD.log in a directory; a new file each day (UTC), or when the file was removed.
 
-    Raises: ConfigError when the first cannot be opened.
+    Raises: ConfigError when the first file cannot be opened.
     """
 
     def __init__(self, directory: str, clock: Callable[[], float]) -> None:
@@ -63,10 +75,7 @@ class Daily:
             raise ConfigError(f"--log-dir {directory}: {exc.strerror or exc}") from None
 
     def fd(self) -> int:
-        """The descriptor to write to now.
-
-        Raises: OSError
-        """
+        """Return the descriptor of today's file; open it if it is new or was removed."""
         now = self._clock()
         if int(now // 86400) != self._day or os.fstat(self._fd).st_nlink == 0:
             name = time.strftime("sglang-router.%Y-%m-%d.log", time.gmtime(now))
@@ -77,36 +86,37 @@ class Daily:
         return self._fd
 
     def close(self) -> None:
+        """Close the file."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
 class _Notice(str):
-    """A line that stands in the place of lines that are missing."""
+    """A line that replaces missing lines, and how many they are."""
 
     __slots__ = ("missing",)
     missing: int
 
 
-class Drain:
-    """One place, its buffer and its thread. `notice(n)` makes the line that says n lines are missing."""
+class LineBuffer:
+    """One destination with its buffer and its thread. `notice(n)` makes the line that says n lines are missing."""
 
-    def __init__(self, place: Fixed | Daily, notice: Callable[[int], str], capacity: int = CAPACITY) -> None:
-        self._place = place
+    def __init__(self, file: Destination, notice: Callable[[int], str], capacity: int = CAPACITY) -> None:
+        self._file = file
         self._notice = notice
         self._capacity = capacity
-        # Under the lock; it is held for moments only, and re-entrant, as a finalizer may log meanwhile.
+        # Guarded by the lock. It is held for moments only, and is re-entrant: a finalizer may log meanwhile.
         self._lock = threading.RLock()
         self._lines: list[str] = []
         self._size = 0
-        self._missing = 0  # lines lost that no notice has told of
-        self._busy = False  # the thread has lines in hand
+        self._missing = 0  # lost lines that no notice has reported
+        self._busy = False  # the thread is writing lines
         self._closing = False
-        self.lost = 0  # lines lost in all
-        # Of the thread
-        self._torn = False  # what was written last ends inside a line
-        # Between them
+        self.lost = 0  # all lost lines
+        # Owned by the thread
+        self._torn = False  # the last write ended inside a line
+        # Signals between callers and the thread
         self._work = threading.Event()
         self._hurry = threading.Event()
         self._idle = threading.Condition(self._lock)
@@ -114,7 +124,7 @@ class Drain:
         self._thread.start()
 
     def put(self, line: str, urgent: bool = False) -> None:
-        """Accepts a line that ends in a newline, or counts it as lost."""
+        """Accept a line that ends in a newline, or count it as lost."""
         with self._lock:
             if self._size + len(line) > self._capacity or self._closing:
                 self._missing += 1
@@ -122,7 +132,7 @@ class Drain:
                 return
             first = not self._lines
             if self._missing:
-                self._tell()
+                self._add_notice()
             self._size += len(line)
             self._lines.append(line)
         if first:
@@ -130,27 +140,27 @@ class Drain:
         if urgent:
             self._hurry.set()
 
-    def _tell(self) -> None:
+    def _add_notice(self) -> None:
         notice = _Notice(self._notice(self._missing))
         notice.missing, self._missing = self._missing, 0
         self._size += len(notice)
         self._lines.append(notice)
 
     def flush(self, timeout: float) -> bool:
-        """Waits until all that was accepted is written or lost; False when the time was not enough."""
+        """Wait until all accepted lines are written or lost; False after `timeout` seconds."""
         with self._lock:
             self._hurry.set()
             return self._idle.wait_for(lambda: not self._lines and not self._busy, timeout)
 
     def close(self, timeout: float) -> None:
-        """Flushes, and ends the thread. A thread that is stuck in a write is left behind."""
+        """Flush, and end the thread. A thread that is blocked in a write is left behind."""
         with self._lock:
             self._closing = True
         self._hurry.set()
         self._work.set()
         self._thread.join(timeout)
         if not self._thread.is_alive():
-            self._place.close()
+            self._file.close()
 
     # -- the thread ---------------------------------------------------------------------------------------
 
@@ -164,11 +174,11 @@ class Drain:
                 self._hurry.clear()
                 self._busy, closing = True, self._closing
                 if closing and self._missing:
-                    self._tell()
+                    self._add_notice()
                 lines, self._lines = self._lines, []
             unwritten = self._write(lines) if lines else []
             with self._lock:
-                # Only now, for what was in hand counts against the capacity as well.
+                # Not earlier: lines that are being written count against the capacity as well.
                 self._size -= sum(map(len, lines))
                 for line in unwritten:
                     if isinstance(line, _Notice):
@@ -180,15 +190,15 @@ class Drain:
                 self._idle.notify_all()
 
     def _write(self, lines: list[str]) -> list[str]:
-        """Writes the lines; returns those of which at least the end could not be written."""
+        """Write the lines; return those of which at least the end could not be written."""
         texts = ["\n", *lines] if self._torn else lines
         data = "".join(texts).encode("utf-8", "backslashreplace")
         done = 0
         try:
-            fd = self._place.fd()
+            fd = self._file.fd()
             while done < len(data):
                 done += _write_some(fd, data, done)
-        except OSError:  # the disk is full, the reader has gone, the directory is no more
+        except OSError:  # the disk is full, the reader is gone, the directory was removed
             pass
         if done:
             self._torn = data[done - 1 : done] != b"\n"
@@ -200,10 +210,10 @@ class Drain:
 
 
 def _write_some(fd: int, data: bytes, start: int) -> int:
-    """Writes a part, and says how much that was."""
+    """Write a part of the data; return the number of bytes written."""
     try:
         return os.write(fd, memoryview(data)[start : start + _CHUNK])
-    except BlockingIOError:  # somebody made the descriptor non-blocking, so the waiting is on us
+    except BlockingIOError:  # another process made the descriptor non-blocking: wait here
         poll = select.poll()
         poll.register(fd, select.POLLOUT)
         poll.poll(1000)

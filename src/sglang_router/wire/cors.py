@@ -1,42 +1,37 @@
-"""Cross-origin requests: which web pages may read the router's answers (fetch.spec.whatwg.org, "CORS protocol").
+"""Cross-origin requests: decide which web pages may read the router's answers (fetch.spec.whatwg.org, "CORS protocol").
 
     browser                                                   router
     OPTIONS /v1/..   Origin, Access-Control-Request-Method -> preflight(): answered here, without a key
     POST /v1/..      Origin                                -> the request; fields() go into its answer, errors too
 
-Only what a browser lets a page read depends on this: it keeps nobody out, that is what keys are for. So a page
-elsewhere gets its answer without the fields, and its browser keeps the answer from it.
+CORS only controls what a browser lets a page read; it does not protect the router, keys do. A page of another origin
+still gets its answer, but without these fields, so its browser does not show the answer to the page.
 
-Without --cors-allowed-origins there is no `Cors`, and answers of workers keep what they say themselves.
+Without --cors-allowed-origins there is no `Cors`, and the CORS fields of the workers' answers are passed on.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
-from sglang_router.wire.headers import answer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from sglang_router.wire.request import Headers, Request
+from sglang_router.wire.request import Headers, Request
 
 _METHODS = b"GET, POST, OPTIONS"
 _FIELDS = b"authorization, content-type"
-"""What a page may send if it does not say what it wants to."""
+"""Request header fields that are allowed when the preflight names none."""
 _HOLDS_FOR = b"3600"
-"""Seconds for which a browser need not ask again."""
+"""Seconds for which a browser may cache the answer to a preflight."""
 
 
 class Cors:
-    """The origins whose pages may read answers, in the form browsers send them; `*` stands for all."""
+    """The origins whose pages may read answers, written as browsers send them; `*` allows all."""
 
     def __init__(self, origins: Iterable[str]) -> None:
         self._origins = frozenset(origin.encode() for origin in origins)
         self._anyone = b"*" in self._origins
 
     def fields(self, headers: Headers) -> bytes:
-        """The fields of an answer to a request with these headers, each with its CRLF."""
+        """Return the CORS fields of an answer to a request with these headers, each with its CRLF."""
         allowed = self._allowed(headers)
         lines = [] if self._anyone else [b"vary: origin\r\n"]
         if allowed:
@@ -44,29 +39,26 @@ class Cors:
             lines.append(b"access-control-expose-headers: x-request-id\r\n")
         return b"".join(lines)
 
-    def preflight(self, request: Request, request_id: bytes, connection: bytes) -> bytes | None:
-        """The whole answer to a browser's question whether a page may send a request; None for anything else."""
+    def preflight(self, request: Request) -> list[tuple[bytes, bytes]] | None:
+        """Return the fields of the answer (200, no body) to a preflight request; None for any other request."""
         if request.method != b"OPTIONS":
             return None
         asked = {name: value for name, value in request.headers if name.startswith(b"access-control-request-")}
         if b"access-control-request-method" not in asked:
             return None
-        extra = [
-            (b"x-request-id", request_id),
-            (b"vary", b"origin, access-control-request-method, access-control-request-headers"),
-        ]
+        fields = [(b"vary", b"origin, access-control-request-method, access-control-request-headers")]
         allowed = self._allowed(request.headers)
         if allowed:
-            extra += (
+            fields += (
                 (b"access-control-allow-origin", allowed),
                 (b"access-control-allow-methods", _METHODS),
                 (b"access-control-allow-headers", asked.get(b"access-control-request-headers") or _FIELDS),
                 (b"access-control-max-age", _HOLDS_FOR),
             )
-        return answer(200, b"", extra=extra, connection=connection)
+        return fields
 
     def _allowed(self, headers: Headers) -> bytes:
-        """What the answer's field says, or nothing."""
+        """Return the value of Access-Control-Allow-Origin; b"" when the origin is not allowed."""
         if self._anyone:
             return b"*"
         origin = next((value for name, value in headers if name == b"origin"), b"")

@@ -1,22 +1,21 @@
-"""Reads HTTP/1.1 requests (RFC 9112) out of the bytes of one client connection, in any split, pipelined or not.
+"""Parse HTTP/1.1 requests (RFC 9112) from the bytes of one client connection, split in any way, pipelined or not.
 
     bytes --feed()--> [Request, Request, RouterError]
 
-llhttp (by httptools) does the grammar and is strict: no bare LF, no obs-fold, no Content-Length beside
-Transfer-Encoding, no `+5`. Added here is what a proxy must refuse besides, because the next hop could read it in
-another way: Transfer-Encoding on HTTP/1.0 or other than `chunked` alone, a missing or doubled Host, versions other than
-1.0 and 1.1, upgrades, and whatever exceeds the limits.
+llhttp (through httptools) parses the grammar strictly: no bare LF, no obs-fold, no Content-Length together with
+Transfer-Encoding, no `Content-Length: +5`. This module also rejects what the next hop could read in another way:
+Transfer-Encoding on HTTP/1.0 or other than `chunked` alone, a missing or repeated Host, versions other than 1.0 and
+1.1, upgrades, and everything that exceeds the limits.
 
-A mistake is not raised but returned, behind the good requests that came before it in the pipeline: each gets its answer
-in order. After a mistake the parser is done: where the next message would begin is not known any more.
+An invalid request is returned as an error, not raised, after the valid requests that came before it: so each gets its
+answer in order. After an error the parser stops, because it is not known where the next message begins.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import httptools
-import msgspec
 
 from sglang_router.errors import (
     BadHTTP,
@@ -27,12 +26,10 @@ from sglang_router.errors import (
     URITooLong,
     VersionNotSupported,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from sglang_router.wire.limits import Limits
 
 _FRAMING_PER_BYTE = 16
-"""Bytes of chunk framing that one byte of content may cost for long; a chunk of one byte costs six."""
+"""Bytes allowed for each byte of a chunked body's content, chunk framing included; a chunk of one byte takes six."""
 
 _WATCHED = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
@@ -40,37 +37,57 @@ Headers = list[tuple[bytes, bytes]]
 """Fields in the order they came; names in lower case."""
 
 
-class Limits(msgspec.Struct, frozen=True):
-    """What one request may cost. All in bytes but the count."""
+class Request:
+    """One complete request.
 
-    head_bytes: int = 65536
-    header_count: int = 128
-    body_bytes: int = 512 << 20
-
-
-class Request(msgspec.Struct, gc=False):
-    """One whole request.
-
-    `body` has its transfer coding removed and is otherwise what the client sent; `target` is path and query, also when
-    it came in absolute form. With a `refusal` that is the answer, and the body was not read. `client` is the name of
-    its key, where one is asked for.
+    target      path and query, also when the request line had the absolute form
+    path        the target without its query
+    headers     fields in the order they came; names in lower case
+    body        without its transfer coding, otherwise as the client sent it
+    http10      the request has version HTTP/1.0
+    keep_alive  whether the client wants to keep its connection open
+    refusal     the error to answer with, decided at the head; the body was not read
+    client      name of the client's API key; "" when no key is required
     """
 
-    method: bytes
-    target: bytes
-    path: bytes
-    headers: Headers
-    body: bytes = b""
-    http10: bool = False
-    keep_alive: bool = True
-    refusal: RouterError | None = None
-    client: str = ""
+    __slots__ = ("body", "client", "headers", "http10", "keep_alive", "method", "path", "refusal", "target")
+
+    def __init__(
+        self, method: bytes, target: bytes, path: bytes, headers: Headers, http10: bool = False, keep_alive: bool = True
+    ) -> None:
+        self.method = method
+        self.target = target
+        self.path = path
+        self.headers = headers
+        self.body = b""
+        self.http10 = http10
+        self.keep_alive = keep_alive
+        self.refusal: RouterError | None = None
+        self.client = ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Request) and self._facts() == other._facts()
+
+    def _facts(self) -> tuple[object, ...]:
+        message = (self.method, self.target, self.path, self.headers, self.body)
+        return (*message, self.http10, self.keep_alive, self.refusal, self.client)
+
+    def with_body(self, body: bytes) -> Request:
+        """Return the same request with another body."""
+        other = Request(self.method, self.target, self.path, self.headers, self.http10, self.keep_alive)
+        other.body = body
+        other.client = self.client
+        return other
+
+    def __repr__(self) -> str:
+        return f"<Request {self.method.decode('latin-1')} {self.path.decode('latin-1')} {len(self.body)} bytes>"
 
 
 class RequestParser:
     """The parser of one connection.
 
-    admit  asked when a head is here, with the request and whether a body follows; may set refusal and client
+    limits  sizes above which a request is rejected
+    admit   called when a head is complete, with the request and whether a body follows; may set refusal and client
     """
 
     __slots__ = (
@@ -80,6 +97,8 @@ class RequestParser:
         "_headers",
         "_limits",
         "_long",
+        "_most_body",
+        "_most_headers",
         "_parser",
         "_pieces",
         "_ready",
@@ -97,24 +116,26 @@ class RequestParser:
 
     def __init__(self, limits: Limits, admit: Callable[[Request, bool], None] | None = None) -> None:
         self._limits = limits
+        self._most_headers = limits.header_count
+        self._most_body = limits.body_bytes
         self._admit = admit
-        self._long = False  # a head that ends in this read may be over the limit
+        self._long = False  # a head that ends in this read may exceed the limit
         self._error: RouterError | None = None
         self._ready: list[Request | RouterError] = []
         self.mid_head = False
-        """Some bytes of a head are here, not all."""
+        """A part of a head has arrived."""
         self.mid_body = False
-        """A head is here, its body is not, or not wholly."""
+        """A head is complete and its body is not."""
         self.wants_continue = False
-        """The client waits for `100 Continue` before it sends the body; the owner clears it when sent."""
+        """The client waits for `100 Continue` before it sends the body; the owner clears it when it has sent that."""
         self.on_message_begin()
         self.mid_head = False
         self._parser = httptools.HttpRequestParser(self)
 
     def feed(self, data: bytes) -> list[Request | RouterError]:
-        """Takes the next bytes; returns what they completed, in order. Nothing follows an error."""
+        """Parse the next bytes; return the requests they complete, in order. Nothing follows an error."""
         parser = self._parser
-        if parser is None or self._error is not None:
+        if parser is None:
             return []
         in_body, size = self.mid_body, self._size
         between = not (self.mid_head or in_body)
@@ -125,32 +146,35 @@ class RequestParser:
             if self._parser is not None:
                 self._error = self._error or _verdict(exc)
         if self.mid_head:
-            # A field that never ends makes no callback. A read in which the head began behind other messages is not
-            # counted; the head itself is measured when it is whole.
+            # A field that does not end triggers no callback, so count bytes here. A read in which the head began after
+            # other messages is not counted; the head itself is measured when it is complete.
             self._head_bytes += len(data) if self._head_bytes or (between and not self._ready) else 1
             if self._head_bytes > self._limits.head_bytes:
                 self._error = self._error or self._too_large()
         elif in_body and self.mid_body and not self._ready:
-            # Nor do chunk extensions and trailers that never end. A byte of content pays for some that are not content.
+            # Chunk extensions and trailers that do not end trigger no callback either. Each byte of content allows
+            # some bytes that are not content.
             self._head_bytes = max(0, self._head_bytes + len(data) - _FRAMING_PER_BYTE * (self._size - size))
             if self._head_bytes > self._limits.head_bytes:
                 self._error = self._error or HeadTooLarge("The chunked body is mostly chunk extensions or trailers.")
         ready = self._ready
         if self._error is not None:
-            ready.append(self._error.with_traceback(None))  # its frames hold this object: a cycle for the collector
+            ready.append(self._error.with_traceback(None))  # its frames refer to this object: avoid a cycle
             self.mid_head = self.mid_body = self.wants_continue = False
+            self._parser = None
         if ready:
             self._ready = []
         return ready
 
     def close(self) -> None:
-        """Lets go of the parser, which holds this object: no cycle stays behind for the collector."""
+        """Release the parser, which refers to this object, so that no reference cycle remains."""
         self._error = self._error or BadHTTP()
         self._parser = None
 
-    # -- llhttp's callbacks ------------------------------------------------------------------------------------------
+    # -- called by llhttp ----------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        """Reset the state of one message."""
         self._url = b""
         self._headers: Headers = []
         self._head_bytes = 0
@@ -160,20 +184,23 @@ class RequestParser:
         self.mid_head = True
 
     def on_url(self, url: bytes) -> None:
+        """Add a part of the target."""
         self._url += url
         if len(self._url) > self._limits.head_bytes:
             self._fail(URITooLong())
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Add a field; trailers come here too, and are counted like fields."""
         headers = self._headers
         headers.append((name.lower(), value))
-        if len(headers) > self._limits.header_count:
+        if len(headers) > self._most_headers:
             self._fail(HeadTooLarge())
 
     def on_headers_complete(self) -> None:
+        """Check the head and create the request."""
         parser, headers = self._parser, self._headers
         assert parser is not None
-        self._headers = []  # what follows is trailers: a proxy that does not need them may drop them (RFC 9110 6.5.1)
+        self._headers = []  # trailers go here and are dropped, as a proxy may (RFC 9110 6.5.1)
         self.mid_head = False
         self.mid_body = True
         self._head_bytes = 0
@@ -188,21 +215,24 @@ class RequestParser:
         if not url.startswith(b"/"):
             url = _origin_form(url)
         path = url.partition(b"?")[0]
-        self._request = Request(parser.get_method(), url, path, headers, b"", http10, parser.should_keep_alive())
+        self._request = Request(parser.get_method(), url, path, headers, http10, parser.should_keep_alive())
         if self._admit is not None:
             self._ask_for(self._request, self._admit, has_body)
 
     def _ask_for(self, request: Request, admit: Callable[[Request, bool], None], has_body: bool) -> None:
-        """A body that nobody will look at is not read: the request is complete without it, and the last one."""
+        """Call `admit`. A refused request is complete without its body, and is the last one of the connection."""
         admit(request, has_body)
         if request.refusal is not None and has_body:
             request.keep_alive = self.wants_continue = False
             self._parser = None
             self._ready.append(request)
-            raise BadHTTP  # only to leave llhttp; nobody hears of it
+            raise BadHTTP  # stops llhttp; `feed` ignores it, because the parser is already released
 
     def _check(self, headers: Headers, http10: bool) -> bool:
-        """What llhttp leaves to its user. Returns whether a body follows."""
+        """Check what llhttp does not check; return whether a body follows.
+
+        Raises: RouterError, the answer to an invalid head.
+        """
         hosts = length = 0
         coded = expects = False
         for name, value in headers:
@@ -211,10 +241,10 @@ class RequestParser:
             if name == b"host":
                 hosts += 1
             elif name == b"content-length":
-                length = int(value)  # llhttp lets only digits through
+                length = int(value)  # llhttp accepts only digits
             elif name == b"transfer-encoding":
                 coded = True
-                if value.rstrip().lower() != b"chunked":  # llhttp leaves the white space behind a value
+                if value.rstrip().lower() != b"chunked":  # llhttp keeps the white space after a value
                     self._fail(BadHTTP("The only transfer coding the router takes is chunked."))
             else:
                 expects = value.rstrip().lower() == b"100-continue"
@@ -233,13 +263,15 @@ class RequestParser:
         return has_body
 
     def on_body(self, piece: bytes) -> None:
+        """Add a part of the body, without its transfer coding."""
         self._pieces.append(piece)
         self._size += len(piece)
         self.wants_continue = False
-        if self._size > self._limits.body_bytes:
+        if self._size > self._most_body:
             self._fail(PayloadTooLarge())
 
     def on_message_complete(self) -> None:
+        """Pass the complete request on."""
         request, pieces = self._request, self._pieces
         assert request is not None
         request.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -257,13 +289,14 @@ class RequestParser:
 
 
 def _origin_form(target: bytes) -> bytes:
-    """Path and query of a target in absolute form (RFC 9112 3.2.2), as clients of a proxy send it; `*` stays `*`."""
+    """Return path and query of a target in absolute form (RFC 9112 3.2.2), as proxy clients send it; `*` stays `*`."""
     whole, mark, query = target.partition(b"?")
     _, absolute, rest = whole.partition(b"://")
     return b"/" + rest.partition(b"/")[2] + mark + query if absolute else target
 
 
 def _verdict(exc: httptools.HttpParserError) -> RouterError:
+    """Return the router's error for one of llhttp's."""
     text = str(exc)
     if "PRI" in text or "HTTP version" in text:
         return VersionNotSupported()

@@ -1,92 +1,107 @@
-"""Reads a worker's HTTP/1.1 response (RFC 9112): the head into facts, the body only as far as its end must be known.
+"""Parse the head of a worker's HTTP/1.1 response (RFC 9112); `wire.framing` parses its body.
 
-A router hands the worker's bytes to the client as they are, so it needs of a body just three things, for each read: is
-it still well-formed, where exactly does the message end, and, should the worker break off here, how many bytes would
-complete the chunk the client is in the middle of. llhttp tells none of the last two, so the framing is walked here:
+    parse_head(data) --> ResponseHead, or None while the head is not complete
+    framing_of(head) --> Sized | Chunked | UntilClose
 
-    head  --parse_head()-->  ResponseHead  --framing_of()-->  Sized | Chunked | UntilClose
-    body  --framing.feed(data)--> index in `data` just behind the message, or -1 while it goes on
-
-The grammar is strict (no bare LF, no folding, no second length). What does not fit it raises WorkerInvalid: a worker
-that is not understood is not guessed at.
+The grammar is strict: no bare LF, no folding, no second length. Anything else raises WorkerInvalid: the router does
+not guess what a worker meant.
 """
 
 from __future__ import annotations
 
 import re
 
-import msgspec
-
 from sglang_router.errors import WorkerInvalid
+from sglang_router.wire.framing import Chunked, Framing, Sized, UntilClose
 from sglang_router.wire.request import Headers
+from sglang_router.wire.tokens import TOKEN, VALUE
 
 MAX_HEAD = 65536
-"""Bytes of a response head; a worker that sends more is broken."""
+"""Most bytes of a response head; a longer one is invalid."""
 _SHORT = 4096
-"""Bytes in which the end of a head is looked for by matching the head itself."""
-_MAX_LINE = 4096
-"""Bytes of a chunk's size line with its extensions, and of one trailer field."""
-
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_VALUE = rb"[\t\x20-\x7e\x80-\xff]*"
+"""Bytes up to which the whole head is matched without first looking for its end."""
 _HEAD = re.compile(
-    rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: (" + _VALUE + rb"))?"
-    rb"((?:\r\n" + _TOKEN + rb":" + _VALUE + rb")*)\r\n\r\n"
+    rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: (" + VALUE + rb"))?"
+    rb"((?:\r\n" + TOKEN + rb":" + VALUE + rb")*)\r\n\r\n"
 )
-_FIELD = re.compile(rb"\n(" + _TOKEN + rb"):[ \t]*([^\r\n]*)")
-# Looked for in lower case: what tells the framing, and what is not passed on.
+_FIELD = re.compile(rb"\n(" + TOKEN + rb"):[ \t]*([^\r\n]*)")
+# Matched against the fields in lower case: those that set the framing, and those that are not passed on.
 _NOTABLE = re.compile(
     rb"\n(content-length|connection|transfer-encoding|keep-alive|proxy-[a-z-]+|te|trailer|upgrade|x-request-id)"
     rb":[ \t]*([^\r\n]*)"
 )
 _BODYLESS = frozenset((204, 304))
 _DIGITS = re.compile(rb"[0-9]{1,18}")
-_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e]*)?\r\n")
-_SIZE_LINE_CUT = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:;[\t\x20-\x7e]*)?\r?)?")
-_TRAILER = re.compile(_TOKEN + rb":" + _VALUE + rb"\r\n")
-_TRAILER_CUT = re.compile(rb"\r|(?:" + _TOKEN + rb"(?::" + _VALUE + rb"\r?)?)?")
 
 
-class ResponseHead(msgspec.Struct, gc=False):
+class ResponseHead:
     """A response head.
 
+    status          status code
+    reason          reason phrase; b"" without one
     fields          the fields as they came, each with the CRLF before it
-    plain           nothing among them concerns this connection only, and Content-Length tells the framing
-    content_length  None when the head names none
-    end             where the head ends in the bytes read
+    plain           no field concerns this connection only, and Content-Length gives the framing
+    keep_alive      the connection may be used again (RFC 9112 9.3)
+    chunked         the body has the chunked coding
+    content_length  bytes of the body; None when the head does not say
+    end             index of the first byte after the head, in the bytes that were parsed
     """
 
-    status: int
-    reason: bytes
-    fields: bytes
-    plain: bool
-    keep_alive: bool
-    chunked: bool
-    content_length: int | None
-    end: int
+    __slots__ = ("chunked", "content_length", "end", "fields", "keep_alive", "plain", "reason", "status")
+
+    def __init__(
+        self,
+        status: int,
+        reason: bytes,
+        fields: bytes,
+        plain: bool,
+        keep_alive: bool,
+        chunked: bool,
+        content_length: int | None,
+        end: int,
+    ) -> None:
+        self.status = status
+        self.reason = reason
+        self.fields = fields
+        self.plain = plain
+        self.keep_alive = keep_alive
+        self.chunked = chunked
+        self.content_length = content_length
+        self.end = end
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ResponseHead) and self._facts() == other._facts()
+
+    def _facts(self) -> tuple[object, ...]:
+        framing = (self.plain, self.keep_alive, self.chunked, self.content_length, self.end)
+        return (self.status, self.reason, self.fields, *framing)
+
+    def __repr__(self) -> str:
+        return f"<ResponseHead {self.status}>"
 
     @property
     def headers(self) -> Headers:
-        """The fields one by one, names in lower case."""
+        """The fields as a list, names in lower case."""
         return [(name.lower(), value.rstrip(b" \t")) for name, value in _FIELD.findall(self.fields)]
 
     def header(self, name: bytes) -> bytes | None:
-        """The first value of a field, by its name in lower case."""
+        """Return the first value of a field, by its name in lower case; None without one."""
         if name not in self.fields.lower():
             return None
         return next((value for key, value in self.headers if key == name), None)
 
 
 def parse_head(data: bytes, seen: int = 0) -> ResponseHead | None:
-    """The head at the start of `data`, or None while it is not all there.
+    """Return the head at the start of `data`, or None while it is not complete.
 
-    Interim responses (1xx) come back like any other; the caller drops `data[:head.end]` and asks again. `seen`: for so
-    many of these bytes the answer was None before; they are not looked through once more.
+    Interim responses (1xx) are returned like any other; the caller drops `data[:head.end]` and calls again.
+
+    seen  bytes of `data` for which an earlier call returned None; they are not searched again
 
     Raises: WorkerInvalid for what is not HTTP/1.x, two lengths, an unknown transfer coding, 101, or a head over
     MAX_HEAD.
     """
-    # To match a head of 64 KiB takes as long as to answer ten requests: not again for each byte of one that drips in.
+    # Matching a head of 64 KiB costs as much as answering ten requests: do not repeat it for each byte of a slow head.
     if (seen or len(data) > _SHORT) and data.find(b"\r\n\r\n", max(0, seen - 3)) < 0:
         _check_start(data, seen)
         return None
@@ -116,13 +131,21 @@ def parse_head(data: bytes, seen: int = 0) -> ResponseHead | None:
     code, end = int(status), match.end()
     if (chunked and length is not None) or code == 101 or end > MAX_HEAD:
         raise WorkerInvalid
-    keep_alive = _persists(connection, minor == b"1")
-    plain = plain and length is not None and code not in _BODYLESS
+    keep_alive = minor == b"1"
+    if connection:
+        keep_alive = _persists(connection, keep_alive)
+    if length is None or code in _BODYLESS:
+        plain = False
     return ResponseHead(code, reason, fields, plain, keep_alive, chunked, length, end)
 
 
 def _check_start(data: bytes, seen: int) -> None:
-    """Whether a head may begin so. Tells a bare LF: a head of such lines would be waited for until the time is up."""
+    """Check the beginning of an incomplete head.
+
+    A bare LF is rejected here: the end of a head with such lines would never be found.
+
+    Raises: WorkerInvalid, when no valid head begins like this.
+    """
     start = b"HTTP/1."
     if len(data) > MAX_HEAD or not (data.startswith(start) or start.startswith(data)):
         raise WorkerInvalid
@@ -131,175 +154,15 @@ def _check_start(data: bytes, seen: int) -> None:
 
 
 def _persists(connection: bytes, default: bool) -> bool:
-    """RFC 9112 9.3, for all Connection fields in one list: `close` wins over `keep-alive`."""
-    if not connection:
-        return default
+    """Return whether the connection persists (RFC 9112 9.3); `connection` joins all Connection fields, `close` wins."""
     options = {option.strip() for option in connection.split(b",")}
     if b"close" in options:
         return False
     return default or b"keep-alive" in options
 
 
-class Framing:
-    """Where a response body ends. One method; subclasses differ in how the end is told (RFC 9112 6.3)."""
-
-    __slots__ = ()
-
-    def feed(self, data: bytes, payload: list[bytes] | None = None) -> int:
-        """Walks over the next bytes; returns the index just behind the message, or -1 while it goes on.
-
-        With a list as `payload`, the content without its transfer coding is appended to it.
-
-        Raises: WorkerInvalid when the framing is broken.
-        """
-        raise NotImplementedError
-
-    @property
-    def gap(self) -> int | None:
-        """Bytes missing until something else could follow in the same coding; None when nothing can."""
-        return None
-
-    @property
-    def ends_at_close(self) -> bool:
-        """Whether the closing of the connection is a proper end here."""
-        return False
-
-
-class Sized(Framing):
-    """A body of known length."""
-
-    __slots__ = ("left",)
-
-    def __init__(self, length: int) -> None:
-        self.left = length
-
-    def feed(self, data: bytes, payload: list[bytes] | None = None) -> int:
-        size = len(data)
-        if size < self.left:
-            self.left -= size
-            end = -1
-        else:
-            end, self.left = self.left, 0
-        if payload is not None:
-            payload.append(data if end < 0 else data[:end])
-        return end
-
-
-class UntilClose(Framing):
-    """A body without any length: it lasts until the worker closes."""
-
-    __slots__ = ()
-
-    def feed(self, data: bytes, payload: list[bytes] | None = None) -> int:
-        if payload is not None:
-            payload.append(data)
-        return -1
-
-    @property
-    def gap(self) -> int | None:
-        return 0
-
-    @property
-    def ends_at_close(self) -> bool:
-        return True
-
-
-_SIZE, _DATA, _CRLF, _TRAILERS, _DONE = range(5)
-
-
-class Chunked(Framing):
-    """A chunked body (RFC 9112 7.1).
-
-        SIZE --n--> DATA --> CRLF --> SIZE ...            each chunk
-        SIZE --0--> TRAILERS --empty line--> DONE         the end
-
-    A line cut by the end of a read is kept and put before the next one; everything else is only counted. A read that
-    breaks the framing changes nothing: `gap` then speaks of the reads before it, which are what the client was sent.
-    """
-
-    __slots__ = ("_left", "_line", "_state", "_trailer_bytes")
-
-    def __init__(self) -> None:
-        self._state = _SIZE
-        self._left = 0  # of the chunk's data, in DATA
-        self._line = b""  # the beginning of a line that is not here wholly
-        self._trailer_bytes = 0
-
-    def feed(self, data: bytes, payload: list[bytes] | None = None) -> int:
-        kept = len(self._line)
-        if self._state == _SIZE and not kept and payload is None:
-            # As a rule a read holds one whole chunk, and nothing changes.
-            match = _SIZE_LINE.match(data)
-            if match is not None:
-                left = int(match.group(1), 16)
-                if left and match.end() + left + 2 == len(data) and data.endswith(b"\r\n") and match.end() <= _MAX_LINE:
-                    return -1
-        if kept:
-            data = self._line + data
-        cut = b""
-        pos, size = 0, len(data)
-        state, left = self._state, self._left
-        while pos < size:
-            if state == _SIZE:
-                match = _SIZE_LINE.match(data, pos)
-                if match is None or match.end() - pos > _MAX_LINE:
-                    cut = _cut_line(_SIZE_LINE_CUT, data, pos)
-                    break
-                pos = match.end()
-                left = int(match.group(1), 16)
-                state = _DATA if left else _TRAILERS
-            elif state == _DATA:
-                taken = left if left <= size - pos else size - pos
-                if payload is not None:
-                    payload.append(data[pos : pos + taken])
-                pos += taken
-                left -= taken
-                if not left:
-                    state = _CRLF
-            elif state == _CRLF:
-                if not data.startswith(b"\r\n", pos):
-                    cut = data[pos:]
-                    if cut != b"\r":
-                        raise WorkerInvalid
-                    break
-                pos += 2
-                state = _SIZE
-            elif data.startswith(b"\r\n", pos):  # the empty line behind the trailers
-                self._state = _DONE
-                return pos + 2 - kept
-            else:
-                match = _TRAILER.match(data, pos)
-                if match is None or match.end() - pos > _MAX_LINE:
-                    cut = _cut_line(_TRAILER_CUT, data, pos)
-                    break
-                self._trailer_bytes += match.end() - pos
-                if self._trailer_bytes > MAX_HEAD:
-                    raise WorkerInvalid
-                pos = match.end()
-        self._state, self._left, self._line = state, left, cut
-        return -1
-
-    @property
-    def gap(self) -> int | None:
-        if self._state == _DATA:
-            return self._left + 2
-        if self._state == _CRLF:
-            return 2 - len(self._line)
-        if self._state == _SIZE and not self._line:
-            return 0
-        return None
-
-
-def _cut_line(beginning: re.Pattern[bytes], data: bytes, pos: int) -> bytes:
-    """The rest of a read, which must be the beginning of a line."""
-    line = data[pos:]
-    if len(line) > _MAX_LINE or not beginning.fullmatch(line):
-        raise WorkerInvalid
-    return line
-
-
 def framing_of(head: ResponseHead) -> Framing:
-    """How the body behind `head` ends, for an answer to anything but HEAD."""
+    """Return the framing of the body after `head`, for an answer to any method but HEAD."""
     if head.status in _BODYLESS or head.status < 200:
         return Sized(0)
     if head.chunked:

@@ -1,11 +1,11 @@
-"""Streams of server-sent events: the last one after a break, and where one ends and the next begins.
+"""Server-sent events: write the error event of a broken stream, and split a stream into whole events.
 
-*The last event* of a stream that a worker broke off, in the shape that the protocol's clients read as an error. A
-stream is never ended cleanly after it: the connection closes without the final chunk, so that a client which knows
-nothing of error events notices as well.
+*The error event* is the last one of a stream that broke, in the format that clients of the endpoint read as an error.
+The stream does not end cleanly after it: the connection closes without the final chunk, so that a client that does not
+know error events notices the break too.
 
-*Whole events.* A stream that may be continued by another worker must never break inside an event at the client:
-`EventSplitter` lets whole events through and holds the beginning of the next one back.
+*Whole events.* A stream that another worker may continue must not break inside an event at the client:
+`EventSplitter` passes whole events on and keeps the beginning of the next one.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import re
 import msgspec
 
 from sglang_router.errors import RouterError
-from sglang_router.wire.response import Chunked, Framing
+from sglang_router.wire.framing import Chunked, Framing, chunk, fill
 
 _MAX_PADDING = 65536
-"""Bytes written to fill a chunk the worker left open; a larger hole is not filled, the connection just closes."""
+"""Most bytes written to complete a chunk that the worker left open; for a larger gap, no error event is sent."""
 
 
 def error_event(path: bytes, error: RouterError) -> bytes:
-    """The event for a stream of this endpoint: OpenAI's `{"error": ...}` unless the endpoint has a shape of its own."""
+    """Return the error event for a stream of this endpoint: OpenAI's `{"error": ...}` unless it has its own format."""
     if path == b"/v1/messages":
         shape = {"type": "error", "error": {"type": "api_error", "message": str(error)}}
         return b"event: error\ndata: %s\n\n" % msgspec.json.encode(shape)
@@ -32,32 +32,30 @@ def error_event(path: bytes, error: RouterError) -> bytes:
     return b"data: %s\n\n" % error.body()
 
 
-def farewell(event: bytes, framing: Framing, chunked: bool) -> bytes | None:
-    """The bytes that put `event` behind what the client already has; None where that cannot be done.
+def last_event(event: bytes, framing: Framing, chunked: bool) -> bytes | None:
+    """Return the bytes that append `event` to what the client was sent; None where that is not possible.
 
-    `chunked` says whether the client is sent the chunks as they are, or (HTTP/1.0) their content.
+    framing  of the worker's answer, at the break
+    chunked  the client is sent the worker's chunks as they are; False: (HTTP/1.0) only their content
 
-    A chunk the worker left open is filled up with newlines, which mean nothing between events.
+    A chunk that the worker left open is completed with newlines, which mean nothing between events.
     """
+    event = b"\n\n" + event
     if isinstance(framing, Chunked) and not chunked:
-        return b"\n\n" + event
+        return event
     gap = framing.gap
     if gap is None or gap > _MAX_PADDING:
         return None
-    event = b"\n\n" + event
-    if not chunked:
-        return event
-    filled = b"" if not gap else (b"\n" * gap)[: max(0, gap - 2)] + b"\r\n"[max(0, 2 - gap) :]
-    return filled + b"%x\r\n%s\r\n" % (len(event), event)
+    return fill(gap) + chunk(event) if chunked else event
 
 
 _END = re.compile(rb"\r?\n\r?\n")
 _LONGEST_EVENT = 1 << 24
-"""Bytes of one event that are held back at most; what is longer is no event."""
+"""Most bytes kept of one incomplete event; more are passed on, because they are no event."""
 
 
 class EventSplitter:
-    """Cuts a stream behind whole events. `held` is what came of the next one."""
+    """Split a stream after whole events. held: the beginning of the next event."""
 
     __slots__ = ("held",)
 
@@ -65,10 +63,10 @@ class EventSplitter:
         self.held = b""
 
     def feed(self, data: bytes) -> bytes:
-        """The whole events there are now, with their ends; b"" when there is none."""
+        """Return the whole events that these bytes complete, with their empty lines; b"" when there is none."""
         if self.held:
             data = self.held + data
-        elif data.endswith(b"\n\n"):  # as a rule: one read, one event
+        elif data.endswith(b"\n\n"):  # the usual case: one read, one event
             return data
         line, pair = data.rfind(b"\n\n"), data.rfind(b"\n\r\n")
         end = max(0 if line < 0 else line + 2, 0 if pair < 0 else pair + 3)
@@ -79,7 +77,10 @@ class EventSplitter:
 
 
 def payloads(events: bytes) -> list[tuple[bytes, bytes]]:
-    """Each whole event as it came, its end included, and its data; b"" for one without (a comment, to keep alive)."""
+    """Return each whole event as it came, with the empty line after it, and its data.
+
+    The data is b"" for an event without data, such as a comment that keeps the connection alive.
+    """
     if b"\r" not in events:
         return [(event + b"\n\n", _payload(event)) for event in events.split(b"\n\n")[:-1]]
     found = []
@@ -91,12 +92,7 @@ def payloads(events: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def _payload(event: bytes) -> bytes:
-    if event.startswith(b"data: ") and b"\n" not in event:  # as a rule
+    if event.startswith(b"data: ") and b"\n" not in event:  # the usual case
         return event[6:]
     lines = event.splitlines()
     return b"\n".join([line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")])
-
-
-def chunk(data: bytes) -> bytes:
-    """Bytes in the chunked coding (RFC 9112 7.1); not for b"", which would end the body."""
-    return b"%x\r\n%b\r\n" % (len(data), data)

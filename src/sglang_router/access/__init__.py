@@ -1,0 +1,1 @@
+"""Who may ask: keys, roles, where a request comes from, TLS."""

@@ -1,0 +1,236 @@
+"""Who may do what: the kind of a request, its key and where it comes from give an identity, or an error.
+
+    kind             --control-plane-api-keys        only --api-key           neither
+    ---------------  ------------------------------  -----------------------  -----------------
+    PUBLIC           everybody                       everybody                everybody
+    INFERENCE        a client key, if there are any  a client key             everybody
+    CONTROL_READ     a control key                   a client key             everybody
+    CONTROL_CHANGE   a control key, role admin       a client key, locally    locally
+
+"Locally" means from this machine; --control-plane-open lifts that, and nothing else. See `is_local` for the rules.
+
+Keys are looked up by their SHA-256. The time that takes tells nothing about a key: the digest is made of all bytes that
+were sent; the dict compares a keyed hash of the digest before any of its bytes; and nobody can choose a digest, so no
+guess can approach the right key step by step. There is one lookup for all keys, found or not.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from enum import Enum, IntEnum
+from hashlib import sha256
+from urllib.parse import urlsplit
+
+import msgspec
+
+from sglang_router.config.keys import ClientKey, ControlKey
+from sglang_router.errors import AccessRefused, Forbidden, MissingKey, Unauthorized
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class AccessKind(IntEnum):
+    """What a request asks for, as far as access is concerned. The order is that of `Access._rules`."""
+
+    PUBLIC = 0
+    INFERENCE = 1
+    CONTROL_READ = 2
+    CONTROL_CHANGE = 3
+
+
+class Role(Enum):
+    """What a key permits."""
+
+    NONE = ""
+    CLIENT = "client"
+    USER = "user"
+    ADMIN = "admin"
+
+
+class Identity(msgspec.Struct, frozen=True, gc=False):
+    """Who sent a request, for logs. Nothing in it is secret.
+
+    id    name of the client key, id of the control key, or one of the two below
+    name  of the owner of a control key
+    """
+
+    id: str
+    name: str = ""
+    role: Role = Role.NONE
+
+
+ANYONE = Identity("anyone")
+LOOPBACK = Identity("loopback")
+
+
+# -- the decision ------------------------------------------------------------------------------------------------------
+
+_NOT_FOR_IT = {
+    AccessKind.INFERENCE: "This key is for the control plane; inference needs a client key.",
+    AccessKind.CONTROL_READ: "This is a client key; the control plane has keys of its own.",
+    AccessKind.CONTROL_CHANGE: "A change needs a key of the control plane with the role admin.",
+}
+_NOT_LOCAL = (
+    "Changes are accepted from this machine only: start the router with --control-plane-api-keys to make them from"
+    " elsewhere, or with --control-plane-open where nobody else can reach it."
+)
+
+
+class _Rule(msgspec.Struct, frozen=True):
+    """allowed: digests of keys and whose they are, None if no key is needed; locally: only from this machine."""
+
+    allowed: dict[bytes, Identity] | None = None
+    locally: bool = False
+
+
+class Access:
+    """The keys and what each allows. It never changes: new keys mean a new object.
+
+    open  without control keys, changes are accepted from anywhere
+    """
+
+    def __init__(
+        self, client_keys: Iterable[ClientKey] = (), control_keys: Iterable[ControlKey] = (), *, open: bool = False
+    ) -> None:
+        clients = {_digest(each.key): Identity(each.name, role=Role.CLIENT) for each in client_keys}
+        control = {_digest(each.key): Identity(each.id, each.name, Role(each.role)) for each in control_keys}
+        admins = {digest: identity for digest, identity in control.items() if identity.role is Role.ADMIN}
+        inference = _Rule(clients or None)
+        if control:
+            read, change = _Rule(control), _Rule(admins)
+        else:
+            read, change = inference, _Rule(clients or None, locally=not open)
+        self._rules = (_Rule(), inference, read, change)
+        self._known = clients | control
+
+    @property
+    def consumes_key(self) -> bool:
+        """Whether the key of an inference request is meant for the router, so that it must not reach a worker."""
+        return self._rules[AccessKind.INFERENCE].allowed is not None
+
+    def check(self, kind: AccessKind, credentials: bytes | None, local: bool = False) -> Identity:
+        """Return who asks, if they may.
+
+        credentials  what `credentials_of` found
+        local        what `is_local` said; it matters for changes only
+
+        Raises: AccessRefused
+        """
+        rule = self._rules[kind]
+        if rule.allowed is None:
+            identity = LOOPBACK if local else ANYONE
+        elif not credentials:
+            raise MissingKey
+        else:
+            digest = sha256(credentials).digest()
+            found = rule.allowed.get(digest)
+            if found is None:
+                raise self._refusal(kind, digest)
+            identity = found
+        if rule.locally and not local:
+            raise Forbidden(_NOT_LOCAL)
+        return identity
+
+    def _refusal(self, kind: AccessKind, digest: bytes) -> AccessRefused:
+        """Make the error. The owner of a key that allows something else is told so, for they have that key already."""
+        return Forbidden(_NOT_FOR_IT[kind]) if digest in self._known else Unauthorized()
+
+    def identify(self, credentials: bytes | None) -> Identity:
+        """Return whose key this is, whatever it allows."""
+        return self._known.get(sha256(credentials or b"").digest(), ANYONE)
+
+
+def _digest(key: str) -> bytes:
+    return sha256(key.encode("ascii")).digest()
+
+
+def credentials_of(headers: Headers) -> bytes | None:
+    """Return the key in a request's header fields (names in lower case): a bearer token, else x-api-key."""
+    other = None
+    for name, value in headers:
+        if name == b"authorization":
+            if value[:7].lower() == b"bearer ":
+                return value[7:].strip()
+        elif name == b"x-api-key" and other is None:
+            other = value
+    return other
+
+
+# -- from where --------------------------------------------------------------------------------------------------------
+
+_PASSED_ON = frozenset(
+    (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip")
+)
+"""Fields that a proxy adds. What they say is never believed; they show that the peer speaks for somebody else."""
+
+
+def is_local(peername: object, headers: Headers) -> bool:
+    """Whether a request was made on this machine, and not for somebody elsewhere.
+
+    peername  what getpeername() gave: an IP address in a tuple, the text of a Unix socket, None when not known
+
+    A request that a proxy forwarded does not count, nor one that a browser sent for a page from elsewhere: any web
+    page can make a browser send requests to 127.0.0.1, and can even make its own name point there.
+    """
+    fields = dict(headers)
+    return is_loopback(peername) and _PASSED_ON.isdisjoint(fields) and not _of_foreign_page(fields)
+
+
+def is_loopback(peername: object) -> bool:
+    """Whether a peer is on this machine: 127.0.0.0/8 (also as ::ffff:127.0.0.1), ::1, any Unix socket.
+
+    None is not: a client that resets its connection at once leaves no address, although its request is read.
+    """
+    if isinstance(peername, (str, bytes)):
+        return True
+    return isinstance(peername, tuple) and len(peername) >= 2 and _loopback_address(str(peername[0]))
+
+
+def _loopback_address(text: str) -> bool:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback
+
+
+def _of_foreign_page(fields: dict[bytes, bytes]) -> bool:
+    """Whether a browser sent this for a page from elsewhere: browsers say which page made them send a request.
+
+    The router's own pages are not foreign, if they were loaded from loopback.
+    """
+    origin, site = fields.get(b"origin"), fields.get(b"sec-fetch-site")
+    if origin is None and site is None:
+        return False
+    host = fields.get(b"host", b"").decode("latin-1")
+    same_origin = origin is None or origin.decode("latin-1").partition("://")[2] == host
+    return not (same_origin and site in (None, b"none", b"same-origin") and _loopback_host(host))
+
+
+def _loopback_host(authority: str) -> bool:
+    try:
+        name = urlsplit(f"//{authority}").hostname or ""
+    except ValueError:
+        return False
+    return name == "localhost" or _loopback_address(name)
+
+
+# -- the audit log -----------------------------------------------------------------------------------------------------
+
+
+def audit_line(
+    who: Identity, method: str, path: str, peer: str, status: int, code: str = "", target: str = ""
+) -> tuple[str, dict[str, object]]:
+    """Return message and fields of the log line for a change, or for an attempt that was refused.
+
+        POST /workers/7f0c/drain 200 by=ops name="Service Account" role=admin peer=10.0.0.9
+
+    `path` is without its query, because `POST /add_worker` has a key there. `target`: the worker, if the path does not
+    name it.
+    """
+    fields: dict[str, object] = {"by": who.id, "name": who.name, "role": who.role.value}
+    fields |= {"peer": peer, "target": target, "code": code}
+    return f"{method} {path} {status}", {name: value for name, value in fields.items() if value}

@@ -1,0 +1,88 @@
+"""The table of the control plane: every path that is not relayed, who answers it, and who may ask.
+
+ROUTES --> admin.app       serves it
+      |--> admin.page      docs/endpoints.md
+      '--> admin.openapi   GET /openapi.json, served from here
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sglang_router.access.permissions import AccessKind
+from sglang_router.admin import broadcast, engine_metrics, info, openapi, replicas, workers
+from sglang_router.admin.context import Context
+from sglang_router.admin.rows import ControlRow as Row
+
+
+async def openapi_document(context: Context, request: Request) -> Response:
+    """Return the OpenAPI document."""
+    return Response(_document(), media_type="application/json")
+
+
+@cache
+def _document() -> bytes:
+    """Built once, at the first request: it takes 7 ms of the event loop."""
+    return msgspec.json.encode(openapi.document(ROUTES))
+
+
+PUBLIC, CLIENTS = AccessKind.PUBLIC, AccessKind.INFERENCE
+
+ROUTES: dict[str, tuple[Row, ...]] = {
+    "Health": (
+        Row("GET /health", info.health, "200 and the text `OK` while the router runs.", PUBLIC),
+        Row("GET /liveness", info.health, "The same as /health.", PUBLIC),
+        Row("GET /readiness", info.readiness, "200 while a healthy worker can take requests, else 503.", PUBLIC),
+        Row(
+            "GET /health_generate", info.health_generate, "Lets a worker generate a token; 503 if three fail.", CLIENTS
+        ),
+    ),
+    "Information": (
+        Row("GET /v1/models", info.models, "The models of all healthy workers, as the engines list them.", CLIENTS),
+        Row("GET /v1/models/{model:path}", info.model, "One model.", CLIENTS),
+        Row("GET /get_model_info", info.from_a_worker, "What a healthy worker says of its model, unchanged.", CLIENTS),
+        Row("GET /model_info", info.from_a_worker, "The same, under its newer name.", CLIENTS),
+        Row("GET /get_server_info", info.from_a_worker, "What a healthy worker says of itself, unchanged.", CLIENTS),
+        Row("GET /server_info", info.from_a_worker, "The same, under its newer name.", CLIENTS),
+        Row("GET /get_loads", info.loads, "The load of each worker: tokens if the engine reports them, else requests."),
+        Row("GET /metrics", info.metrics, "The metrics of the router, for Prometheus."),
+        Row("GET /engine_metrics", engine_metrics.merged, "The metrics of all engines, with the label `worker_addr`."),
+        Row(f"GET {openapi.PATH}", openapi_document, "The OpenAPI 3.1 document of all endpoints."),
+    ),
+    "Broadcast": (
+        Row(
+            "GET POST /flush_cache", broadcast.flush_cache, "Flushes all caches; the router forgets the prefixes, too."
+        ),
+        Row("POST /update_weights_from_disk", broadcast.update_weights, "Loads new weights on all workers."),
+        Row("POST /update_weights_from_tensor", broadcast.update_weights, "Loads new weights on all workers."),
+        Row("POST /update_weights_from_distributed", broadcast.update_weights, "Loads new weights on all workers."),
+        Row("POST /abort_request", broadcast.broadcast, "Aborts one request (`rid`) or all of them, on all workers."),
+        Row("POST /pause_generation", broadcast.broadcast, "Pauses generation on all workers."),
+        Row("POST /continue_generation", broadcast.broadcast, "Continues generation on all workers."),
+        Row("POST /start_profile", broadcast.broadcast, "Starts the profiler of all workers."),
+        Row("POST /stop_profile", broadcast.broadcast, "Stops the profiler of all workers."),
+    ),
+    "Scaling": (
+        Row("POST /add_worker", workers.add, "`?url=U[&api_key=K]`: adds the worker; 200 once it is healthy."),
+        Row("POST /remove_worker", workers.remove, "`?url=U`: removes the worker; its requests in flight finish."),
+        Row("GET /list_workers", workers.urls, 'The URLs of all workers: `{"urls": [...]}`.'),
+        Row("POST /workers", workers.create, "Registers the worker in the body; 202 with its id."),
+        Row("GET /workers", workers.index, "All workers with their state."),
+        Row(
+            "POST /workers/{id:path}/drain", workers.drain, "Stops new requests; the worker keeps its cached prefixes."
+        ),
+        Row("POST /workers/{id:path}/resume", workers.resume, "Ends the drain; the worker takes requests again."),
+        Row("POST /workers/{id:path}/restart", replicas.restart, "Drains the worker, then restarts its engine; 202."),
+        Row("POST /restart_workers", replicas.restart_all, "Restarts all engines, one after the other; 202."),
+        Row("GET /restart_workers", replicas.rolling, "The progress of that restart."),
+        Row("GET /scale", replicas.scale, "The desired number of workers, and the last decisions with reasons."),
+        Row("GET /workers/{id:path}", workers.show, "One worker; `id` is its id or its percent-encoded URL."),
+        Row("PUT /workers/{id:path}", workers.change, "Changes API key, priority, cost, labels or health checks; 202."),
+        Row("DELETE /workers/{id:path}", workers.delete, "Removes the worker; its requests in flight finish; 202."),
+    ),
+}
+"""All rows by group, in the order in which paths are matched."""

@@ -1,0 +1,362 @@
+"""Build all parts of a router from its options, and connect them. Production, tests and simulations all use it.
+
+    build(args, loop, writer) --> App          construction only: nothing listens, no job runs, no task is started
+      routing     fleet, its pools and policies, queue, retry budget, router (the decider)
+      relay       batch, connections to workers, clients, exchanges
+      workers     health checks, engine survey, membership
+      observers   metrics, access log, worker log, autoscaling
+      admin       the control plane
+      frontends   the main port and the metrics port: the same class with two tables of routes
+
+`Seams` lists what tests can replace: the clock, the random generator, the decider, the table of endpoints and others.
+`app.lifecycle` listens, runs the jobs, serves and stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+from sglang_router.access.permissions import Access, AccessKind, credentials_of
+from sglang_router.access.tls import TLSFiles
+from sglang_router.admin.app import create_app, create_metrics_app
+from sglang_router.admin.context import Context
+from sglang_router.admin.exchange import ASGIApp, ControlPlane
+from sglang_router.admin.routes import ROUTES
+from sglang_router.app import settings
+from sglang_router.app.memories import memories_of
+from sglang_router.app.parts import App
+from sglang_router.autoscale.autoscaler import Autoscaler, autoscaler
+from sglang_router.config import RouterArgs
+from sglang_router.errors import AccessRefused
+from sglang_router.observe.access import AccessLog, WorkerLog
+from sglang_router.observe.counts import LiveSources
+from sglang_router.observe.deferred import Deferred
+from sglang_router.observe.logs import LogWriter
+from sglang_router.observe.metrics import Metrics
+from sglang_router.relay.answers import Answers
+from sglang_router.relay.batch import Batch
+from sglang_router.relay.body import no_handler
+from sglang_router.relay.budget import ByteBudget
+from sglang_router.relay.client import Frontend
+from sglang_router.relay.clients import Clients
+from sglang_router.relay.connection_pool import ConnectionPool
+from sglang_router.relay.exchange import Exchange
+from sglang_router.relay.relay import Relay, RelayRules
+from sglang_router.relay.routes import Routes
+from sglang_router.resume.handler import handlers_of
+from sglang_router.routing.decider import Decider
+from sglang_router.routing.events import Listeners
+from sglang_router.routing.facts import ENDPOINTS, Endpoint
+from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.policies import POLICIES
+from sglang_router.routing.policies.base import Policy
+from sglang_router.routing.queue import Queue
+from sglang_router.routing.retry_budget import RetryBudget
+from sglang_router.routing.router import Router, Soon
+from sglang_router.wire.cors import Cors
+from sglang_router.wire.limits import Limits
+from sglang_router.wire.request import Request
+from sglang_router.wire.request_id import REQUEST_ID_HEADERS, RequestIds
+from sglang_router.workers.engine_survey import EngineSurvey
+from sglang_router.workers.health_checks import HealthChecks
+from sglang_router.workers.membership import Membership
+
+_SCRAPE = 4096
+"""Most bytes of a request's body on the metrics port; a scrape has no body."""
+_MAX_IDLE = 512
+"""Most idle connections kept for one worker."""
+_NO_LIMIT = 1 << 62
+"""A number of bytes or connections that is never reached."""
+
+
+def _itself(router: Router) -> Decider:
+    return router
+
+
+class Seams(NamedTuple):
+    """What tests and simulations can replace.
+
+    clock      returns seconds; never goes back
+    rng        the random generator; None: a new one
+    endpoints  the relayed endpoints, by path
+    decider    returns the decider that the relay asks; by default the router itself
+    checks     the class of the health checks
+    survey     the class of the engine survey
+    app        the ASGI app of the control plane; None: the real one
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    rng: random.Random | None = None
+    endpoints: Mapping[bytes, Endpoint] = ENDPOINTS
+    decider: Callable[[Router], Decider] = _itself
+    checks: type[HealthChecks] = HealthChecks
+    survey: type[EngineSurvey] = EngineSurvey
+    app: ASGIApp | None = None
+
+
+def build(
+    args: RouterArgs,
+    loop: asyncio.AbstractEventLoop,
+    writer: LogWriter | None = None,
+    seams: Seams | None = None,
+) -> App:
+    """Make all parts of a router and connect them; nothing runs yet.
+
+    args    validated options
+    loop    the event loop that will run the router
+    writer  writes access log lines; None: no access log
+    seams   what is replaced; None: nothing
+
+    Raises: ConfigError, when files that the options name cannot be used.
+    """
+    seams = seams or Seams()
+    rng, clock = seams.rng or random.Random(), seams.clock
+    listeners, deferred = Listeners(), Deferred(loop.call_later)
+    tls, worker_tls = settings.server_tls(args), settings.worker_tls(args)
+    access, answers = settings.access_rules(args), _answers(args, rng)
+    workers = _workers(args, loop, seams, listeners, rng, worker_tls)
+    fleet, connections = workers.fleet, workers.connections
+    router = _router(args, fleet, listeners, rng, workers.checks, partial(_soon, loop, clock))
+    clients, scrapers = _clients(args, clock, connections)
+    relay = _relay(args, loop, seams, connections, answers, listeners, router, access)
+    scaler = autoscaler(args, loop, fleet, clients.unanswered, clock)
+    metrics = _metrics(args, fleet, clients, connections, router, scaler, writer)
+    render = partial(_render, deferred, metrics)
+    control = _control(args, workers, clock, render, access, scaler)
+    serve = partial(ControlPlane, loop=loop, clock=clock, answers=answers, timeout=args.request_timeout_secs)
+    plane = serve(seams.app or create_app(control), listener=listeners)
+    scrape = serve(create_metrics_app(render), listener=Listeners())
+    routes = _routes(plane, relay, seams.endpoints)
+    ports = partial(Frontend, batch=connections.batch, answers=answers, timeouts=settings.timeouts(args))
+    app = App(
+        args=args,
+        loop=loop,
+        clock=clock,
+        listeners=listeners,
+        deferred=deferred,
+        router=router,
+        clients=clients,
+        scrapers=scrapers,
+        relay=relay,
+        frontend=ports(
+            routes,
+            clients,
+            listener=listeners,
+            limits=settings.limits(args),
+            admit=_admission(access, routes) if access.consumes_key else None,
+        ),
+        metrics_frontend=ports(
+            Routes(scrape.exchange), scrapers, listener=Listeners(), limits=Limits(body_bytes=_SCRAPE)
+        ),
+        metrics=metrics,
+        control=control,
+        plane=plane,
+        scaler=scaler,
+        tls=tls,
+        certificates=[files for files in (tls, worker_tls) if files is not None],
+        **workers._asdict(),
+    )
+    _listen(app, writer)
+    return app
+
+
+# -- the parts --------------------------------------------------------------------------------------------------------
+
+
+def _new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def _policy(args: RouterArgs, rng: random.Random) -> Policy:
+    """Make the policy of a pool."""
+    return POLICIES[args.policy](settings.policy_settings(args), rng)
+
+
+def _soon(loop: asyncio.AbstractEventLoop, clock: Callable[[], float], work: Callable[[float], None]) -> None:
+    """Call a function with the time after the current call."""
+    loop.call_soon(lambda: work(clock()))
+
+
+class _Workers(NamedTuple):
+    """The parts that know the workers; fields of App."""
+
+    connections: ConnectionPool
+    fleet: Fleet
+    survey: EngineSurvey
+    checks: HealthChecks
+    membership: Membership
+
+
+def _workers(
+    args: RouterArgs,
+    loop: asyncio.AbstractEventLoop,
+    seams: Seams,
+    listeners: Listeners,
+    rng: random.Random,
+    tls: TLSFiles | None,
+) -> _Workers:
+    connections = ConnectionPool(
+        loop,
+        Batch(loop),
+        connect_timeout=args.connect_timeout_secs,
+        idle_timeout=args.upstream_idle_timeout_secs,
+        max_idle=_MAX_IDLE,
+        tls=tls,
+    )
+    fleet = Fleet(listeners, _new_id, partial(_policy, args, rng), settings.fleet_rules(args))
+    survey = seams.survey(loop, fleet, connections, seams.clock, args.engine_report_interval_secs)
+    checks = seams.checks(
+        loop,
+        fleet,
+        connections,
+        seams.clock,
+        unhealthy_interval=args.worker_startup_check_interval,
+        introduce=survey.introduce,
+    )
+    return _Workers(connections, fleet, survey, checks, Membership(fleet, connections, checks, survey))
+
+
+def _control(
+    args: RouterArgs,
+    workers: _Workers,
+    clock: Callable[[], float],
+    render: Callable[[str], tuple[bytes, str]],
+    access: Access,
+    scaler: Autoscaler | None,
+) -> Context:
+    return Context(
+        fleet=workers.fleet,
+        pool=workers.connections,
+        checks=workers.checks,
+        membership=workers.membership,
+        clock=clock,
+        metrics_render=render,
+        add_rules=settings.add_rules(args),
+        access=access,
+        autoscaler=scaler,
+    )
+
+
+def _router(
+    args: RouterArgs, fleet: Fleet, listeners: Listeners, rng: random.Random, checks: HealthChecks, soon: Soon
+) -> Router:
+    return Router(
+        fleet,
+        Queue(settings.queue_rules(args)),
+        listeners,
+        settings.retry_rules(args),
+        RetryBudget(settings.retry_budget_rules(args)),
+        rng,
+        soon,
+        checks.check_now,
+    )
+
+
+def _answers(args: RouterArgs, rng: random.Random) -> Answers:
+    ids = RequestIds(rng.getrandbits, args.request_id_headers or REQUEST_ID_HEADERS)
+    return Answers(ids, Cors(args.cors_allowed_origins) if args.cors_allowed_origins else None)
+
+
+def _clients(args: RouterArgs, clock: Callable[[], float], connections: ConnectionPool) -> tuple[Clients, Clients]:
+    """Make the registries of the main port's and of the metrics port's connections."""
+    numbers = itertools.count(1)
+    budget = ByteBudget(args.max_buffered_request_bytes)
+    clients = Clients(clock, budget, settings.most_connections(), lambda: connections.open, numbers)
+    return clients, Clients(clock, ByteBudget(_NO_LIMIT), _NO_LIMIT, lambda: 0, numbers)
+
+
+def _relay(
+    args: RouterArgs,
+    loop: asyncio.AbstractEventLoop,
+    seams: Seams,
+    connections: ConnectionPool,
+    answers: Answers,
+    listeners: Listeners,
+    router: Router,
+    access: Access,
+) -> Relay:
+    rules = RelayRules(
+        settings.timeouts(args),
+        settings.forward_rules(args, access),
+        handlers_of(settings.resume_rules(args)) if args.resume_streams else no_handler,
+    )
+    return Relay(loop, seams.clock, seams.decider(router), connections, answers, listeners, rules)
+
+
+def _metrics(
+    args: RouterArgs,
+    fleet: Fleet,
+    clients: Clients,
+    connections: ConnectionPool,
+    router: Router,
+    scaler: Autoscaler | None,
+    writer: LogWriter | None,
+) -> Metrics:
+    sources = LiveSources(
+        connections=lambda: len(clients.connections),
+        active=lambda: clients.active,
+        upstream_connections=lambda: connections.open,
+        lost_lines=None if writer is None else lambda: writer.lost,
+        waiting=lambda: len(router.queue),
+        desired_workers=None if scaler is None else lambda: scaler.desired,
+    )
+    return Metrics(
+        fleet,
+        args.policy,
+        memories_of(fleet.pools),
+        sources,
+        duration_buckets=args.prometheus_duration_buckets,
+        paths=[row.path for rows in ROUTES.values() for row in rows],
+    )
+
+
+def _render(deferred: Deferred, metrics: Metrics, accept: str) -> tuple[bytes, str]:
+    """Return the metrics, after the listeners received the events that were kept for a batch."""
+    deferred.flush()
+    return metrics.render(accept)
+
+
+def _routes(plane: ControlPlane, relay: Relay, endpoints: Mapping[bytes, Endpoint]) -> Routes:
+    """Make the routes of the main port: the relayed endpoints; everything else goes to the control plane."""
+    routes = Routes(plane.exchange)
+    for endpoint in endpoints.values():
+        for method in endpoint.methods:
+            routes.add(method, endpoint.path, partial(Exchange, relay, endpoint))
+    return routes
+
+
+def _admission(access: Access, routes: Routes) -> Callable[[Request, bool], None]:
+    """Return the check of each head, which refuses a request without a valid key before its body is read.
+
+    So a client without a key cannot fill the memory. The control plane checks its own requests, so here they are
+    checked only when they have a body, which only a change needs.
+    """
+
+    def admit(request: Request, has_body: bool) -> None:
+        inference = routes.relays(request)
+        if inference or has_body:
+            kind = AccessKind.INFERENCE if inference else AccessKind.CONTROL_CHANGE
+            try:
+                request.client = access.check(kind, credentials_of(request.headers), local=True).id
+            except AccessRefused as error:
+                request.refusal = error.with_traceback(None)  # its frames refer to the request: avoid a cycle
+
+    return admit
+
+
+def _listen(app: App, writer: LogWriter | None) -> None:
+    """Add the listeners of events, in the order in which they receive them."""
+    app.deferred.add(app.metrics)
+    if app.scaler is not None:
+        app.deferred.add(app.scaler.observer)
+    if app.args.access_log and writer is not None:
+        app.deferred.add(AccessLog(writer))
+    for listener in (app.membership, app.router, WorkerLog(), app.deferred):
+        app.listeners.add(listener)

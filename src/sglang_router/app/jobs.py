@@ -1,0 +1,112 @@
+"""The periodic jobs of a router: one table, one timer for each job.
+
+    job         every                                what
+    sweep       0.25 s                               check deadlines and the queue; close old idle connections
+    judge       1 s (5 s with 200 workers or more)   eject outliers, and let them return
+    renew       5 s                                  load certificates that were renewed
+    collect     1 s                                  collect the youngest generation of garbage
+    tidy        --eviction-interval-secs             clean up the policies' memories in small steps
+
+The cyclic garbage collector must not pause requests: what exists after the start is frozen, automatic collection is
+off, and the prefix tree is invisible to the collector by construction (see `routing.prefix_tree.tree`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from sglang_router.access.tls import TLSFiles
+from sglang_router.relay.clients import Clients
+from sglang_router.relay.connection_pool import ConnectionPool
+from sglang_router.routing.router import Router
+
+_SWEEP_EVERY = 0.25
+_JUDGE_EVERY = 1.0
+_LARGE_FLEET = 200
+_RENEW_EVERY = 5.0
+_COLLECT_EVERY = 1.0
+_TIDY_STEPS = 512
+_TIDY_PAUSE = 0.01
+
+
+class Job(NamedTuple):
+    """A periodic job. run: does it once, and returns the seconds until the next time."""
+
+    name: str
+    run: Callable[[], float]
+
+
+class Jobs:
+    """Runs jobs on an event loop from `start` until `close`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, jobs: Sequence[Job]) -> None:
+        self._loop = loop
+        self._jobs = jobs
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def __repr__(self) -> str:
+        return f"<Jobs {', '.join(job.name for job in self._jobs)}>"
+
+    def start(self) -> None:
+        """Run each job now and periodically; turn off automatic garbage collection, which is a job too."""
+        for job in self._jobs:
+            self._run(job)
+        gc.freeze()
+        gc.disable()
+
+    def _run(self, job: Job) -> None:
+        self._timers[job.name] = self._loop.call_later(job.run(), self._run, job)
+
+    def close(self) -> None:
+        """Stop all jobs."""
+        for timer in self._timers.values():
+            timer.cancel()
+
+
+def table(
+    clock: Callable[[], float],
+    clients: Sequence[Clients],
+    connections: ConnectionPool,
+    router: Router,
+    certificates: Sequence[TLSFiles],
+    tidy_every: float,
+) -> tuple[Job, ...]:
+    """Return the jobs of a router.
+
+    clients       the registries whose deadlines are checked
+    certificates  files that are loaded again when they change
+    tidy_every    seconds between two clean-ups of the policies' memories
+    """
+    fleet = router.fleet
+
+    def sweep() -> float:
+        for each in clients:
+            each.sweep()
+        connections.trim()
+        router.look(clock())
+        return _SWEEP_EVERY
+
+    def judge() -> float:
+        fleet.judge(clock())
+        return _JUDGE_EVERY if len(fleet) < _LARGE_FLEET else 5 * _JUDGE_EVERY
+
+    def renew() -> float:
+        for files in certificates:
+            files.refresh()
+        return _RENEW_EVERY
+
+    def collect() -> float:
+        gc.collect(0)  # cycles left by the requests of the last second; there should be none
+        return _COLLECT_EVERY
+
+    def tidy() -> float:
+        if fleet.pools.tidy(clock(), _TIDY_STEPS):
+            return _TIDY_PAUSE
+        gc.collect()
+        return tidy_every
+
+    names = {"sweep": sweep, "judge": judge, "renew": renew, "collect": collect, "tidy": tidy}
+    return tuple(Job(name, run) for name, run in names.items())

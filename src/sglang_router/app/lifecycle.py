@@ -1,0 +1,321 @@
+"""The life cycle of one router process: listen, serve, drain, stop.
+
+    serve(args, crew)            everything, on a uvloop event loop
+      app.build                  make all parts
+      Life.start                 listen; register workers at once and check them concurrently
+      ... until SIGTERM, SIGINT or SIGQUIT
+      Life.stop                  accept no connections; finish requests in flight within the grace period
+      Life.close                 abort and log what is left; also after a start that failed
+
+A `Crew` runs engines for the router: it starts after the router listens and stops when the router has drained.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import uvloop
+
+from sglang_router.app import settings
+from sglang_router.app.build import build
+from sglang_router.app.jobs import Jobs, table
+from sglang_router.app.listening import Listening, address_errors, open_all
+from sglang_router.app.parts import App, Attachment
+from sglang_router.app.signals import Signals, first_of
+from sglang_router.autoscale.scaler import ScalingRules
+from sglang_router.config import RouterArgs
+from sglang_router.errors import ConfigError, ShuttingDown
+from sglang_router.observe import logs
+from sglang_router.restart.state_file import StateFile
+from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.states import Health
+from sglang_router.workers.health_checks import HealthChecks
+
+log = logging.getLogger("sglang_router")
+
+_CHECKED_EVERY = 0.01
+"""Seconds between two looks at the first health checks."""
+_HANDSHAKES = 1.0
+"""Seconds for TLS handshakes in progress when another router takes over: such connections are not registered yet."""
+_LAST_REQUEST = 10.0
+"""Seconds that an idle connection has for a last request when another router has taken over the port."""
+
+
+class Host(NamedTuple):
+    """A router that listens, as a crew sees it.
+
+    clock    returns seconds of the router's clock
+    writer   writes log lines
+    url      where clients reach the router
+    fleet    all workers
+    checks   the health checks
+    scaling  the rules of autoscaling; None: the number of workers is fixed
+    active   returns the number of exchanges in flight
+    attach   adds listeners, actuators, and what the control plane and the metrics ask
+    """
+
+    loop: asyncio.AbstractEventLoop
+    clock: Callable[[], float]
+    writer: logs.LogWriter
+    url: str
+    fleet: Fleet
+    checks: HealthChecks
+    scaling: ScalingRules | None
+    active: Callable[[], int]
+    attach: Callable[[Attachment], None]
+
+
+class Crew(Protocol):
+    """Runs engines for the router in the same process. failed: set when no engine is left to run."""
+
+    failed: asyncio.Event
+
+    async def start(self) -> None:
+        """Start the engines; return at once, before they are ready."""
+
+    async def stop(self, urgent: asyncio.Event) -> None:
+        """Stop all engines, at once when `urgent` is set. Called exactly once, also when the start failed."""
+
+
+class Life:
+    """One router from its start to its end. See the module."""
+
+    def __init__(self, app: App, writer: logs.LogWriter) -> None:
+        self.app = app
+        self._writer = writer
+        args = app.args
+        self._configured = settings.configured_workers(args)
+        self._listening = Listening(app.loop)
+        self._clients = (app.clients, app.scrapers)
+        self._jobs = Jobs(
+            app.loop,
+            table(app.clock, self._clients, app.connections, app.router, app.certificates, args.eviction_interval_secs),
+        )
+        self._state = None if args.state_file is None else self._state_file(args.state_file)
+
+    def _state_file(self, path: str) -> StateFile:
+        app = self.app
+        memory = app.fleet.pools.default.policy.memory
+        return StateFile(path, app.fleet, memory, self._configured, suspended=lambda: self._listening.succeeded)
+
+    @property
+    def url(self) -> str:
+        """Where clients reach the router."""
+        host = self.app.args.host
+        name = f"[{host}]" if ":" in host else host
+        scheme = "http" if self.app.tls is None else "https"
+        return f"{scheme}://{name}:{self._listening.port}"
+
+    @property
+    def host(self) -> Host:
+        """What a crew gets of the router."""
+        app = self.app
+        return Host(
+            app.loop,
+            app.clock,
+            self._writer,
+            self.url,
+            app.fleet,
+            app.checks,
+            None if app.scaler is None else app.scaler.rules,
+            lambda: app.clients.active,
+            app.attach,
+        )
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Listen, and register the workers given at start.
+
+        The main port is bound first, so that a second router with the same options fails at once. It is opened last: a
+        request before the workers are registered would be refused for want of workers. A router that takes over lets
+        the previous one serve until the workers are checked.
+
+        Raises: ConfigError, when an address cannot be bound.
+        """
+        app, args, listening = self.app, self.app.args, self._listening
+        with address_errors(args.host, args.port, "--port"):
+            follows = args.reuse_port and await listening.take_over(args.host, args.port)
+            servers = await listening.bind(app.frontend, args.host, args.port, app.tls)
+        await self._listen_for_metrics()
+        self._register()
+        if follows:
+            listening.leave_rest()
+            await self._checked()
+        with address_errors(args.host, args.port, "--port"):
+            await open_all(servers)
+        if args.reuse_port:
+            listening.offer(self._save)
+        if self._state is not None:
+            self._state.start(args.state_interval_secs)
+        if app.scaler is not None:
+            app.scaler.start()
+        self._jobs.start()
+        log.info("listening on %s, policy %s, %d workers", self.url, args.policy, len(app.fleet))
+
+    async def _listen_for_metrics(self) -> None:
+        """Open the metrics port. If the default port is taken, only warn: the main port serves metrics too.
+
+        Raises: ConfigError, when --prometheus-port was given and cannot be bound.
+        """
+        args = self.app.args
+        try:
+            with address_errors(args.prometheus_host, args.prometheus_port, "--prometheus-port"):
+                await open_all(
+                    await self._listening.bind(self.app.metrics_frontend, args.prometheus_host, args.prometheus_port)
+                )
+        except ConfigError as exc:
+            if "prometheus_port" in args.given:
+                raise
+            log.warning("%s; metrics are served on %s/metrics only", exc, self.url)
+
+    def _register(self) -> None:
+        """Register the workers of the state file, and those of the options."""
+        if self._state is not None:
+            self._state.load()
+        fleet = self.app.fleet
+        for spec in self._configured.specs:
+            if not fleet.entries(spec.url):
+                fleet.add(spec, self.app.clock())
+
+    async def _checked(self) -> None:
+        """Wait until each worker was checked once, but no longer than --startup-wait-secs."""
+        app = self.app
+        until = app.clock() + app.args.startup_wait_secs
+        # Poll, because no event reports a first check that failed.
+        while app.clock() < until and any(w.health is Health.STARTING and not w.last_error for w in app.fleet):  # noqa: ASYNC110
+            await asyncio.sleep(_CHECKED_EVERY)
+
+    async def _save(self) -> None:
+        """Write the state file, if there is one."""
+        if self._state is not None:
+            await self._state.save(hurry=True)
+
+    # -- stop ----------------------------------------------------------------------------------------------------------
+
+    async def stop(self, urgent: asyncio.Event) -> None:
+        """Accept nothing new, and finish what is in flight within the grace period, or until `urgent` is set."""
+        app = self.app
+        if app.scaler is not None:
+            await app.scaler.close()  # it must not scale down because the load drains
+        succeeded = await self._listening.stop()
+        if succeeded and app.tls is not None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(urgent.wait(), _HANDSHAKES)
+        for clients in self._clients:
+            clients.drain(_LAST_REQUEST if succeeded else 0.0)
+        app.router.refuse_stranded(ShuttingDown(), app.clock())
+        app.checks.release()
+        if app.clients.active:
+            log.info("finishing %d running requests", app.clients.active)
+        waits = [app.loop.create_task(work) for work in (self._wind_up(succeeded), urgent.wait())]
+        await asyncio.wait(waits, timeout=app.args.shutdown_grace_period_secs, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        if app.clients.active and not urgent.is_set():
+            log.warning("the grace period is over: %d requests are cut", app.clients.active)
+
+    async def _wind_up(self, succeeded: bool) -> None:
+        """Write the state file, unless another router has taken over, and wait for the last request."""
+        if not succeeded:
+            await self._save()
+        await self._drained()
+
+    async def _drained(self) -> None:
+        """Wait until the last client connection is closed."""
+        for clients in self._clients:
+            await clients.drained.wait()
+
+    async def close(self) -> None:
+        """Close everything; abort what is still in flight."""
+        app = self.app
+        self._listening.stop_accepting()
+        for clients in self._clients:
+            clients.cut()
+        self._jobs.close()
+        await self._drained()  # the aborted requests are logged and counted too
+        if self._state is not None:
+            await self._state.close()
+        await self._listening.close()
+        if app.scaler is not None:
+            await app.scaler.close()
+        await app.checks.close()
+        await app.survey.close()
+        await app.connections.close()
+        app.deferred.flush()
+
+
+def serve(args: RouterArgs, crew: Callable[[Host], Crew] | None = None) -> int:
+    """Run a router until SIGTERM, SIGINT or SIGQUIT; return the exit status.
+
+    crew  makes what runs engines for the router; None: the router has no engines of its own
+
+    Raises: ConfigError, when the router cannot start with these options.
+    """
+    writer = logs.configure(args.log_level, args.log_format, args.log_dir)
+    _raise_descriptor_limit()
+    try:
+        with contextlib.closing(uvloop.new_event_loop()) as loop, _handshakes_cut_quietly(loop):
+            asyncio.set_event_loop(loop)
+            return int(loop.run_until_complete(_run(args, loop, writer, crew)))
+    finally:
+        asyncio.set_event_loop(None)
+        writer.close()
+
+
+async def _run(
+    args: RouterArgs,
+    loop: asyncio.AbstractEventLoop,
+    writer: logs.LogWriter,
+    crew_of: Callable[[Host], Crew] | None,
+) -> int:
+    signals = Signals(loop)
+    life = Life(build(args, loop, writer), writer)
+    crew: Crew | None = None
+    try:
+        await life.start()
+        if crew_of is not None:
+            crew = crew_of(life.host)
+            await crew.start()
+        await first_of(loop, signals.stop, *([crew.failed] if crew is not None else ()))
+        if not signals.stop.is_set():
+            signals.status = 1
+        await life.stop(signals.urgent)
+    finally:
+        if crew is not None:
+            await crew.stop(signals.urgent)
+        await life.close()
+    log.info("stopped")
+    return signals.status
+
+
+@contextlib.contextmanager
+def _handshakes_cut_quietly(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Close the loop at the end, without warnings about TLS handshakes in progress.
+
+    Only uvloop knows a client in the middle of a handshake. It closes the connection here, and warns; where warnings
+    are errors, it would not close it.
+    """
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            loop.close()
+
+
+def _raise_descriptor_limit() -> None:
+    """Raise the soft limit on file descriptors to the hard one.
+
+    A request may need two descriptors, and the soft limit is often 1,024 while the hard one is far higher.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

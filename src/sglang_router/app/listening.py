@@ -1,0 +1,143 @@
+"""The listening sockets of a router: bind, open, hand over to the next router, close.
+
+bind(...)      bind an address without accepting clients; a second router with the same options fails here
+open_all(...)  accept clients from now on
+offer(...)     let the next router take the sockets over (--reuse-port, `restart.handover`)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, cast
+
+from sglang_router.access.tls import TLSFiles, listening_context
+from sglang_router.errors import ConfigError
+from sglang_router.relay.client import ClientConnection, Frontend
+from sglang_router.restart.handover import InheritedSockets, SocketOffer, take_over
+
+_BACKLOG = 4096
+"""Connections that the kernel queues before the router accepts them."""
+_HANDSHAKE = 10.0
+"""Seconds that a client has for the TLS handshake."""
+_SHUTDOWN = 2.0
+"""Seconds that a client has to end TLS; a silent client delays a shutdown by as much."""
+
+
+class Listening:
+    """All listening sockets of one router, including those taken over from the previous router."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._servers: list[asyncio.Server] = []
+        self._by_address: dict[tuple[str, int], list[asyncio.Server]] = {}
+        self._inherited: InheritedSockets | None = None
+        self._offered: SocketOffer | None = None
+
+    def __repr__(self) -> str:
+        return f"<Listening on {', '.join(f'{host}:{port}' for host, port in self._by_address)}>"
+
+    @property
+    def port(self) -> int:
+        """The port number of the address that was bound first."""
+        return int(self._servers[0].sockets[0].getsockname()[1])
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether another router has taken the sockets over and is running."""
+        return self._offered is not None and self._offered.succeeded
+
+    async def take_over(self, host: str, port: int) -> bool:
+        """Ask a router that listens at this address for its sockets; return whether one gave them.
+
+        Raises: OSError, when that router does not answer.
+        """
+        self._inherited = await take_over(self._loop, host, port)
+        return self._inherited is not None
+
+    def leave_rest(self) -> None:
+        """Close the sockets that were taken over and are not used."""
+        if self._inherited is not None:
+            self._inherited.close_rest()
+
+    async def bind(self, frontend: Frontend, host: str, port: int, tls: TLSFiles | None = None) -> list[asyncio.Server]:
+        """Bind an address; return its servers, which do not accept clients yet: one, or one per socket taken over.
+
+        frontend  what the clients of this port share
+        tls       key and certificate; None for plain HTTP
+
+        Raises: OSError, when the address cannot be bound.
+        """
+        times: dict[str, Any] = {"ssl_handshake_timeout": _HANDSHAKE, "ssl_shutdown_timeout": _SHUTDOWN}
+        taken = self._inherited.take(host, port) if self._inherited is not None else []
+        places: list[dict[str, Any]] = [{"sock": sock} for sock in taken]
+        servers: list[asyncio.Server] = [
+            await self._loop.create_server(
+                lambda: cast("asyncio.Protocol", ClientConnection(frontend)),
+                backlog=_BACKLOG,
+                start_serving=False,
+                ssl=listening_context(tls) if tls is not None else None,
+                **(times if tls is not None else {}),  # uvloop supports them on all versions of Python
+                **place,
+            )
+            for place in places or [{"host": host.strip("[]"), "port": port, "reuse_address": True}]
+        ]
+        self._servers += servers
+        self._by_address[host, port] = servers
+        return servers
+
+    def offer(self, ready: Callable[[], Awaitable[object]]) -> None:
+        """Let the next router take over all addresses with a fixed port. ready: awaited before that."""
+        fds = {
+            place: [sock.fileno() for server in servers for sock in server.sockets]
+            for place, servers in self._by_address.items()
+            if place[1]
+        }
+        self._offered = SocketOffer(self._loop, fds, ready)
+        self._offered.offer()
+
+    async def stop(self) -> bool:
+        """Stop accepting clients; return whether another router accepts them."""
+        succeeded = self._offered is not None and await self._offered.settle()
+        self.stop_accepting()
+        return succeeded
+
+    def stop_accepting(self) -> None:
+        """Stop accepting clients; may be called again."""
+        for server in self._servers:
+            server.close()
+
+    async def close(self) -> None:
+        """Close all sockets."""
+        self.stop_accepting()
+        if self._offered is not None:
+            await self._offered.close()
+        if self._inherited is not None:
+            self._inherited.close()
+
+
+async def open_all(servers: list[asyncio.Server]) -> None:
+    """Accept clients from now on.
+
+    Raises: OSError, when another process listens at an address.
+    """
+    for server in servers:
+        await server.start_serving()
+    # uvloop raises nothing when another process began to listen there after the bind; it only has no socket then.
+    if not all(sock for server in servers for sock in server.sockets):
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+@contextlib.contextmanager
+def address_errors(host: str, port: int, option: str) -> Iterator[None]:
+    """Turn an OSError about an address into a ConfigError that names the option."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            raise ConfigError(f"{host}:{port} is in use; choose another {option}") from None
+        why = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc
+        raise ConfigError(f"cannot listen on {host}:{port}: {why}; see --host and {option}") from None

@@ -1,0 +1,212 @@
+"""Convert the options into what each part takes: rules, limits and timeouts.
+
+Files with keys and certificates are read here too, and the process's limit on file descriptors.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+
+from sglang_router.access.permissions import Access
+from sglang_router.access.tls import TLSFiles, server_files, worker_files
+from sglang_router.admin.context import AddRules
+from sglang_router.config import RouterArgs, keys
+from sglang_router.relay.rules import Timeouts
+from sglang_router.resume.continuation import ResumeRules
+from sglang_router.routing.rules import (
+    BreakerRules,
+    FleetRules,
+    HealthRules,
+    OutlierRules,
+    PolicySettings,
+    QueueRules,
+    RetryBudgetRules,
+    RetryRules,
+)
+from sglang_router.wire.headers import ForwardRules
+from sglang_router.wire.limits import Limits
+from sglang_router.workers.sources import ConfiguredWorkers, WorkerDefaults, configured_specs
+
+log = logging.getLogger("sglang_router")
+
+_SPARE_DESCRIPTORS = 64
+
+
+def policy_settings(args: RouterArgs) -> PolicySettings:
+    """Return the options that policies read."""
+    return PolicySettings(
+        cache_threshold=args.cache_threshold,
+        balance_abs_threshold=args.balance_abs_threshold,
+        balance_rel_threshold=args.balance_rel_threshold,
+        max_tree_size=args.max_tree_size,
+        max_idle=args.max_idle_secs,
+        assignment_mode=args.assignment_mode,
+        prefix_hash_bytes=args.prefix_hash_bytes,
+        hash_load_factor=args.hash_load_factor,
+    )
+
+
+def breaker_rules(args: RouterArgs) -> BreakerRules:
+    """Return when a circuit breaker opens and closes."""
+    return BreakerRules(
+        threshold=args.cb_failure_threshold or args.max_worker_retries + 1,
+        successes=args.cb_success_threshold,
+        timeout=args.cb_timeout_duration_secs,
+        max_timeout=max(args.cb_timeout_duration_secs, args.cb_max_timeout_duration_secs),
+        enabled=not args.disable_circuit_breaker,
+    )
+
+
+def retry_rules(args: RouterArgs) -> RetryRules:
+    """Return how often a request is retried, and after which pauses."""
+    return RetryRules(
+        per_worker=args.max_worker_retries,
+        total=args.max_total_retries,
+        initial_backoff=args.retry_initial_backoff_ms / 1000,
+        max_backoff=args.retry_max_backoff_ms / 1000,
+        multiplier=args.retry_backoff_multiplier,
+        jitter=args.retry_jitter_factor,
+    )
+
+
+def access_rules(args: RouterArgs) -> Access:
+    """Load the API keys; return who may send which requests.
+
+    Raises: ConfigError, when a key file cannot be used.
+    """
+    ring = keys.load(args.api_key, args.api_key_file, args.control_plane_api_keys, args.control_plane_api_keys_file)
+    for warning in ring.warnings:
+        log.warning(warning)
+    return Access(ring.client, ring.control, open=args.control_plane_open)
+
+
+def server_tls(args: RouterArgs) -> TLSFiles | None:
+    """Load key and certificate of the main port; None for plain HTTP.
+
+    Raises: ConfigError, when a file cannot be used.
+    """
+    if args.server_cert_path is None or args.server_key_path is None:
+        return None
+    return server_files(args.server_cert_path, args.server_key_path)
+
+
+def worker_tls(args: RouterArgs) -> TLSFiles | None:
+    """Load how https workers are verified, and the router's own certificate for them.
+
+    None without such options: the system's authorities are then loaded for the first https worker.
+
+    Raises: ConfigError, when a file cannot be used.
+    """
+    if not args.ca_cert_paths and args.client_cert_path is None:
+        return None
+    return worker_files(args.ca_cert_paths, args.client_cert_path, args.client_key_path)
+
+
+def outlier_rules(args: RouterArgs) -> OutlierRules:
+    """Return when a worker is ejected as an outlier."""
+    return OutlierRules(
+        window=args.outlier_window_secs,
+        failure_rate=args.outlier_failure_rate,
+        latency_factor=args.outlier_latency_factor,
+        ejection=args.outlier_ejection_secs,
+        max_ejection=args.outlier_ejection_secs * 10,
+    )
+
+
+def fleet_rules(args: RouterArgs) -> FleetRules:
+    """Return what applies to all workers."""
+    return FleetRules(
+        breaker=breaker_rules(args),
+        startup_timeout=args.worker_startup_timeout_secs,
+        slow_start=args.slow_start_secs,
+        most_load=args.max_running_per_worker,
+        elastic=args.scales_to_zero,
+        outliers=None if args.disable_outlier_ejection else outlier_rules(args),
+    )
+
+
+def retry_budget_rules(args: RouterArgs) -> RetryBudgetRules:
+    """Return the limit on all retries together."""
+    return RetryBudgetRules(args.retry_budget_ratio, args.retry_budget_min_per_second)
+
+
+def resume_rules(args: RouterArgs) -> ResumeRules:
+    """Return which broken streams are continued."""
+    return ResumeRules(args.resume_max_bytes, args.resume_nonzero_temperature)
+
+
+def queue_rules(args: RouterArgs) -> QueueRules:
+    """Return the limits on requests in flight, queued requests and their rate."""
+    return QueueRules(
+        max_concurrent=args.max_concurrent_requests if args.max_concurrent_requests > 0 else None,
+        queue_size=args.queue_size,
+        rate=args.rate_limit_tokens_per_second or None,
+        queue_timeout=args.queue_timeout_secs,
+        start_timeout=args.autoscale_wake_timeout_secs if args.scales_to_zero else args.startup_wait_secs,
+    )
+
+
+def forward_rules(args: RouterArgs, access: Access) -> ForwardRules:
+    """Return which request fields are forwarded to workers."""
+    return ForwardRules(everything=args.forward_headers == "all", guarded=access.consumes_key)
+
+
+def health_rules(args: RouterArgs) -> HealthRules:
+    """Return the health checks of workers that do not set their own."""
+    return HealthRules(
+        failure_threshold=args.health_failure_threshold,
+        success_threshold=args.health_success_threshold,
+        interval=args.health_check_interval_secs,
+        timeout=args.health_check_timeout_secs,
+        endpoint=args.health_check_endpoint,
+        enabled=not args.disable_health_check,
+    )
+
+
+def add_rules(args: RouterArgs) -> AddRules:
+    """Return the defaults of workers that are added through the API."""
+    return AddRules(
+        startup_timeout=args.worker_startup_timeout_secs,
+        health=health_rules(args),
+        api_key=args.worker_api_key,
+        dp_aware=args.dp_aware,
+    )
+
+
+def worker_defaults(args: RouterArgs) -> WorkerDefaults:
+    """Return the defaults of workers that flags or a file name."""
+    return WorkerDefaults(args.worker_api_key, args.dp_aware, health_rules(args))
+
+
+def configured_workers(args: RouterArgs) -> ConfiguredWorkers:
+    """Return the workers that flags or a file name at this start."""
+    defaults = worker_defaults(args)
+    from_file = "worker_urls" in args.from_file
+    return ConfiguredWorkers(defaults, configured_specs(args.worker_urls, defaults, from_file=from_file))
+
+
+def limits(args: RouterArgs) -> Limits:
+    """Return the limits on one request."""
+    return Limits(args.max_head_bytes, args.max_header_count, args.max_payload_size)
+
+
+def timeouts(args: RouterArgs) -> Timeouts:
+    """Return the timeouts of the relay, in seconds."""
+    return Timeouts(
+        head=args.head_timeout_secs,
+        body=args.body_timeout_secs,
+        idle=args.keepalive_timeout_secs,
+        request=args.request_timeout_secs,
+        first_byte=args.first_byte_timeout_secs,
+        chunk=args.chunk_timeout_secs,
+    )
+
+
+def most_connections() -> int:
+    """Return the most connections, of clients and to workers together.
+
+    Some file descriptors are left for files and health checks.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, soft - _SPARE_DESCRIPTORS)

@@ -1,1 +1,0 @@
-"""Sockets: the only folder with asyncio."""

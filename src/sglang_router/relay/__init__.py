@@ -1,0 +1,1 @@
+"""The hot path: client connections, exchanges, legs and connections to workers."""

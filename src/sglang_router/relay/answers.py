@@ -1,0 +1,178 @@
+"""Write every head and every error answer that the router sends to clients; no other module writes them.
+
+    error_answer(error, ...)       a complete answer for an error of the router
+    plain_answer(status, ...)      another complete answer of the router
+    worker_head(head, ...)         the head of a worker's answer
+    app_head(status, ...)          the head of an answer of the control plane
+    connection_field(...)          the Connection field, where it is needed (RFC 9112 9.3)
+
+`Answers` adds what is the same for all requests of a port: the rule for request ids, and the CORS fields.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from http import HTTPStatus
+
+from sglang_router.errors import RouterError
+from sglang_router.wire.cors import Cors
+from sglang_router.wire.framing import Framing, Sized, UntilClose
+from sglang_router.wire.headers import HOP_BY_HOP, named_by_connection
+from sglang_router.wire.request import Headers, Request
+from sglang_router.wire.request_id import RequestIds
+from sglang_router.wire.response import ResponseHead
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""The interim answer for a client that waits for it before it sends its body."""
+
+_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+_CORS = b"access-control-"
+_DROPPED = HOP_BY_HOP | {b"content-length", b"x-request-id"}
+
+
+def connection_field(keep_alive: bool, http10: bool) -> bytes:
+    """Return the Connection field with its CRLF; b"" where it would repeat the default of the HTTP version."""
+    if not keep_alive:
+        return b"connection: close\r\n"
+    return b"connection: keep-alive\r\n" if http10 else b""
+
+
+def plain_answer(
+    status: int, body: bytes, extra: Sequence[tuple[bytes, bytes]], tail: bytes, content_type: bytes = b""
+) -> bytes:
+    """Return a complete answer of the router.
+
+    extra         fields of the head
+    tail          further fields, each with its CRLF
+    content_type  b"" for application/json
+    """
+    lines = [
+        b"HTTP/1.1 %d %s\r\ncontent-type: %s\r\ncontent-length: %d\r\n"
+        % (status, _REASONS.get(status, b""), content_type or b"application/json", len(body))
+    ]
+    for name, value in extra:
+        lines += (name, b": ", value, b"\r\n")
+    lines += (tail, b"\r\n", body)
+    return b"".join(lines)
+
+
+def error_answer(error: RouterError, request_id: bytes, tail: bytes, head: bool = False) -> bytes:
+    """Return the answer for an error of the router.
+
+    tail  further fields, each with its CRLF
+    head  the request was HEAD, so the body is left out
+    """
+    fields = [(b"x-request-id", request_id), (b"x-smg-error-code", error.code.encode())]
+    if error.retry_after is not None:
+        fields.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
+    fields += ((name.encode(), value.encode()) for name, value in error.fields)
+    whole = plain_answer(error.status, error.body(), fields, tail)
+    return whole[: whole.index(b"\r\n\r\n") + 4] if head else whole
+
+
+def worker_head(head: ResponseHead, request_id: bytes, framing: bytes, connection: bytes, cors: bytes = b"") -> bytes:
+    """Return the head of a worker's answer as the client gets it.
+
+    framing     Content-Length or Transfer-Encoding with CRLF; b"" when `head` has the length or the close ends the body
+    connection  the Connection field with CRLF, or b""
+    cors        the router's own CORS fields, each with CRLF: they replace the worker's; b"": keep the worker's
+    """
+    start = b"HTTP/1.1 %d %s" % (head.status, head.reason or _REASONS.get(head.status, b""))
+    if head.plain:  # the usual case: pass the fields on as they came, including Content-Length
+        fields = _without_cors(head) if cors else head.fields
+        return b"".join((start, fields, b"\r\nx-request-id: ", request_id, b"\r\n", connection, cors, b"\r\n"))
+    dropped = _DROPPED | named_by_connection(head.headers)
+    lines = [start, b"\r\n"]
+    for name, value in head.headers:
+        if name not in dropped and not (cors and name.startswith(_CORS)):
+            lines += (name, b": ", value, b"\r\n")
+    lines += (b"x-request-id: ", request_id, b"\r\n", framing, connection, cors, b"\r\n")
+    return b"".join(lines)
+
+
+def _without_cors(head: ResponseHead) -> bytes:
+    """Return the fields of a head without the worker's CORS fields, each with the CRLF before it."""
+    if _CORS not in head.fields.lower():
+        return head.fields
+    kept = (b"\r\n%s: %s" % field for field in head.headers if not field[0].startswith(_CORS))
+    return b"".join(kept)
+
+
+def app_head(status: int, fields: Iterable[tuple[bytes, bytes]], request_id: bytes, tail: bytes) -> bytes:
+    """Return the head of an answer of the control plane.
+
+    tail  framing, Connection and CORS fields, each with its CRLF
+    """
+    lines = [b"HTTP/1.1 %d %s\r\n" % (status, _REASONS.get(status, b""))]
+    for name, value in fields:
+        lines += (name, b": ", value, b"\r\n")
+    lines += (tail, b"x-request-id: ", request_id, b"\r\n\r\n")
+    return b"".join(lines)
+
+
+class Answers:
+    """Writes the answers of one port.
+
+    ids   the rule for request ids
+    cors  which web pages may read the answers; None: the router adds no CORS fields
+    """
+
+    __slots__ = ("cors", "ids")
+
+    def __init__(self, ids: RequestIds, cors: Cors | None = None) -> None:
+        self.ids = ids
+        self.cors = cors
+
+    def cors_fields(self, headers: Headers) -> bytes:
+        """Return the router's own CORS fields for an answer to a request with these headers; b"" without CORS."""
+        return b"" if self.cors is None else self.cors.fields(headers)
+
+    def tail(self, request: Request, keep_alive: bool) -> bytes:
+        """Return the Connection and CORS fields of an answer."""
+        return connection_field(keep_alive, request.http10) + self.cors_fields(request.headers)
+
+    def error(self, error: RouterError, request: Request, request_id: bytes, keep_alive: bool) -> bytes:
+        """Return the answer to a request that failed with an error of the router."""
+        return error_answer(error, request_id, self.tail(request, keep_alive), head=request.method == b"HEAD")
+
+    def refusal(self, error: RouterError, request_id: bytes) -> bytes:
+        """Return the answer to bytes that were no valid request; the connection closes after it."""
+        return error_answer(error, request_id, connection_field(False, False) + self.cors_fields([]))
+
+    def client_head(
+        self, head: ResponseHead, framing: Framing, request: Request, request_id: bytes, keep_alive: bool
+    ) -> tuple[bytes, bool, bool, bool]:
+        """Return the head of a worker's answer for the client, and how its body is sent.
+
+        framing     of the worker's answer
+        keep_alive  whether the client's connection may stay open
+
+        Returns: the head; whether the client is sent chunks; whether the answer is a stream of events; whether the
+        client's connection stays open. In HTTP/1.0 a body without a length ends when the connection closes.
+        """
+        field = connection = b""
+        chunked = events = False
+        if isinstance(framing, Sized):
+            if not head.plain and head.status != 204:
+                field = b"content-length: %d\r\n" % (head.content_length or 0)
+        else:
+            chunked = not (isinstance(framing, UntilClose) or request.http10)
+            if chunked:
+                field = b"transfer-encoding: chunked\r\n"
+            else:
+                keep_alive = False
+            content_type = head.header(b"content-type")
+            events = content_type is not None and content_type.startswith(b"text/event-stream")
+        if request.http10 or not keep_alive:
+            connection = connection_field(keep_alive, request.http10)
+        cors = b"" if self.cors is None else self.cors.fields(request.headers)
+        return worker_head(head, request_id, field, connection, cors), chunked, events, keep_alive
+
+    def preflight(self, request: Request, request_id: bytes, keep_alive: bool) -> bytes | None:
+        """Return the complete answer to a browser's preflight; None for any other request, or without CORS."""
+        fields = None if self.cors is None else self.cors.preflight(request)
+        if fields is None:
+            return None
+        extra = [(b"x-request-id", request_id), *fields]
+        return plain_answer(200, b"", extra, connection_field(keep_alive, request.http10))

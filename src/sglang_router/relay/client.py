@@ -1,0 +1,372 @@
+"""One client connection: read bytes, answer the requests in their order, write bytes.
+
+    data_received -> wire.RequestParser -> queue -> Routes -> Exchange -> answer -> next request of the queue
+                                                       |
+           the client closes: exchange.gone()     the client does not read: exchange.pause(), resume()
+
+A table (`relay.routes`) says what handles a request: this class depends neither on the relay nor on the control plane.
+Only one exchange is in flight at a time. Pipelined requests are parsed and queued; when more than `_AHEAD` bytes of
+them have arrived, the socket is not read until the answer is written.
+
+    state       deadline                                     when the deadline passes
+    IDLE        IDLE (HEAD before the first request)         the connection closes
+    READING     HEAD, BODY or BUDGET                         408 or 429, then LINGERING
+    BUSY        none: the exchange has one
+    LINGERING   LINGER                                       the connection is aborted
+    CLOSING     CLOSE                                        aborted, unless the client still reads what was written
+
+    from / to    IDLE   READING  BUSY   LINGERING  CLOSING     (- the state stays)
+    IDLE           -       x       x        x         x
+    READING        x       -       x        x         x
+    BUSY           x       x       -        x         x
+    LINGERING                               -
+    CLOSING                                           -
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from sglang_router.errors import RouterError, TooManyConnections
+from sglang_router.relay import answers
+from sglang_router.relay.answers import Answers
+from sglang_router.relay.batch import Batch
+from sglang_router.relay.clients import AnyExchange, Clients
+from sglang_router.relay.deadlines import DUE_IDLE, ERRORS, NEVER, Deadline, Due
+from sglang_router.relay.moves import CLIENT_MOVES, IllegalMove
+from sglang_router.relay.routes import Routes
+from sglang_router.relay.rules import Timeouts
+from sglang_router.relay.states import BUSY, CLOSING, IDLE, LINGERING, READING, ClientState
+from sglang_router.routing.events import Answered, Finished, Listener
+from sglang_router.routing.plan import RequestTag, Route
+from sglang_router.wire.limits import Limits
+from sglang_router.wire.request import Request, RequestParser
+
+_AHEAD = 65536
+"""Bytes of pipelined requests that are read ahead, before reading pauses."""
+_LINGER = 2.0
+"""Seconds that the client has to read the last answer, while what it sends is discarded."""
+_PARKED = 5.0
+"""Seconds that a client waits for the request-body budget; then its request is refused."""
+
+
+class Frontend:
+    """What all client connections of one port share.
+
+    routes    which exchange handles a request
+    clients   the registry of the connections
+    batch     does the work of one event-loop iteration in stages
+    listener  hears of requests that were refused before they were complete
+    answers   writes error answers
+    limits    limits on one request
+    timeouts  in seconds
+    admit     checks each head before its body is read; may set the request's refusal and client; None: no check
+    """
+
+    __slots__ = ("admit", "answers", "batch", "clients", "limits", "listener", "routes", "timeouts")
+
+    def __init__(
+        self,
+        routes: Routes,
+        clients: Clients,
+        batch: Batch,
+        listener: Listener,
+        answers: Answers,
+        limits: Limits,
+        timeouts: Timeouts,
+        admit: Callable[[Request, bool], None] | None = None,
+    ) -> None:
+        self.routes = routes
+        self.clients = clients
+        self.batch = batch
+        self.listener = listener
+        self.answers = answers
+        self.limits = limits
+        self.timeouts = timeouts
+        self.admit = admit
+
+
+class ClientConnection:
+    """See the module. It has the methods of an asyncio protocol, but not the base class.
+
+    deadline  kind and moment; `Clients.sweep` calls `overdue` when it has passed
+    exchange  the exchange in flight
+    peer      address of the client
+    stalled   the client does not read what it is sent
+    state     see the table of the module
+    """
+
+    __slots__ = (
+        "_early",
+        "_frontend",
+        "_hold",
+        "_parser",
+        "_queue",
+        "_read_paused",
+        "_unread",
+        "clients",
+        "deadline",
+        "exchange",
+        "peer",
+        "stalled",
+        "state",
+        "transport",
+    )
+
+    transport: asyncio.Transport
+
+    def __init__(self, frontend: Frontend) -> None:
+        # per connection
+        self._frontend = frontend
+        self.clients = frontend.clients
+        self._hold = frontend.clients.budget.hold()
+        self._parser = RequestParser(frontend.limits, frontend.admit)
+        self._queue: deque[Request | RouterError] = deque()
+        self.state: ClientState = IDLE
+        self.deadline: Deadline = NEVER
+        self.stalled = False  # the client does not read what it is sent
+        self.peer = ""
+        self._unread = 0  # CLOSING: bytes that the client had not read at the last check
+        self._read_paused = False
+        # per exchange
+        self.exchange: AnyExchange | None = None
+        self._early = 0  # bytes that arrived while an earlier request was not answered yet
+
+    def __repr__(self) -> str:
+        kind, at = self.deadline
+        due = "" if kind is Due.NEVER else f", {kind.value} due at {at:.3f}"
+        flags = ", stalled" * self.stalled + ", not read" * self._read_paused
+        return f"<ClientConnection {self.peer} {self.state.name}{due}, {self._hold.size} bytes held{flags}>"
+
+    def _move(self, state: ClientState, deadline: Deadline) -> None:
+        if not CLIENT_MOVES[self.state] >> state & 1:
+            raise IllegalMove(f"{state.name} in {self!r}")
+        self.state = state
+        self.deadline = deadline
+
+    # -- called by the event loop --------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Register the connection; refuse it when there are too many."""
+        self.transport = transport
+        self.deadline = (Due.HEAD, self.clients.clock() + self._frontend.timeouts.head)
+        peer = transport.get_extra_info("peername")
+        self.peer = peer[0] if isinstance(peer, tuple) else ""
+        if not self.clients.add(self):
+            self.refuse(TooManyConnections(retry_after=1.0))
+
+    def data_received(self, data: bytes) -> None:
+        """Parse bytes; queue complete requests, and pause reading when too many bytes are read ahead."""
+        if self.state >= LINGERING:  # TLS still delivers what arrives while the last answer is flushed
+            return
+        self._hold.grow(len(data))
+        ready = self._parser.feed(data)
+        if self.exchange is None and not self._queue and not self.stalled:
+            if ready:
+                self._queue.extend(ready)
+                self._frontend.batch.request(self)
+            else:
+                self._await_rest()
+        else:
+            self._queue.extend(ready)
+            self._early += len(data)
+            if self._early > _AHEAD:
+                self._pause_reading()
+
+    def eof_received(self) -> None:
+        """React to the client's end of sending: returning None closes the transport."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Remove the connection; end the exchange in flight."""
+        self.clients.left(self)
+        self.clients.budget.unpark(self)
+        self._hold.release()
+        self._parser.close()
+        self._queue.clear()
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None:
+            self.clients.exchanges.discard(exchange)
+            exchange.gone()
+
+    def pause_writing(self) -> None:
+        """Pause the answer: the client does not read."""
+        self.stalled = True
+        if self.exchange is not None:
+            self.exchange.pause()
+
+    def resume_writing(self) -> None:
+        """Continue: the client reads again."""
+        self.stalled = False
+        if self.exchange is not None:
+            self.exchange.resume()
+        elif self._queue:
+            self._frontend.batch.request(self)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def _pause_reading(self) -> None:
+        if not self._read_paused:
+            self._read_paused = True
+            self.transport.pause_reading()
+
+    def _resume_reading(self) -> None:
+        if self._read_paused:
+            self._read_paused = False
+            self.transport.resume_reading()
+
+    def _await_rest(self) -> None:
+        """Set the deadline for the rest of a request, a part of which has arrived."""
+        parser = self._parser
+        if parser.wants_continue:
+            parser.wants_continue = False
+            self.write(answers.CONTINUE)
+        if parser.mid_body:
+            if self.clients.budget.exhausted:
+                self._park()
+            else:
+                self._move(READING, (Due.BODY, self.clients.clock() + self._frontend.timeouts.body))
+        elif parser.mid_head and self.state is not READING:
+            # The deadline counts from the first byte: further bytes do not extend it.
+            self._move(READING, (Due.HEAD, self.clients.clock() + self._frontend.timeouts.head))
+
+    def _park(self) -> None:
+        """Pause reading: the request-body budget is exhausted."""
+        self._move(READING, (Due.BUDGET, self.clients.clock() + _PARKED))
+        self._pause_reading()
+        self.clients.budget.park(self)
+
+    def read_on(self) -> None:
+        """Read again: the request-body budget has room."""
+        self._move(READING, (Due.BODY, self.clients.clock() + self._frontend.timeouts.body))
+        self._resume_reading()
+
+    # -- one request after the other -----------------------------------------------------------------------------------
+
+    def proceed(self) -> None:
+        """Start the next request of the queue, or wait for the rest of one. The batch calls it."""
+        if self.exchange is not None or self.state >= LINGERING or self.stalled or self.transport.is_closing():
+            return
+        if not self._queue:
+            self._await_rest()
+            return
+        item = self._queue.popleft()
+        if isinstance(item, RouterError):
+            self.refuse(item)
+            return
+        self._move(BUSY, NEVER)
+        exchange = self.exchange = self._frontend.routes.find(item.method, item.path)(self, item)
+        self.clients.exchanges.add(exchange)
+        exchange.start()
+
+    def write(self, data: bytes) -> None:
+        """Send bytes of an answer."""
+        self._frontend.batch.write(self.transport, data)
+
+    def done(self, keep_alive: bool, now: float) -> None:
+        """End the exchange in flight, whose answer is written: close the connection, or wait for the next request."""
+        clients, queue, parser = self.clients, self._queue, self._parser
+        if self.exchange is not None:
+            clients.exchanges.discard(self.exchange)
+            self.exchange = None
+        if not queue:
+            self._hold.release()
+        if self.transport.is_closing():
+            return
+        if not keep_alive or (clients.draining and not clients.last_request_timeout):
+            self._leave()
+            return
+        self._move(IDLE, (DUE_IDLE, now + (clients.last_request_timeout or self._frontend.timeouts.idle)))
+        if not queue:  # otherwise each answer of a pipeline would let in many more requests
+            self._early = 0
+            if self._read_paused:
+                self._resume_reading()
+        if queue or parser.mid_head or parser.mid_body:
+            # Do not call `proceed` here: a pipeline of many refusals would recurse.
+            self._frontend.batch.request(self)
+
+    def abort(self) -> None:
+        """End the exchange in flight, whose answer broke: close after what was written, without a clean end."""
+        if self.exchange is not None:
+            self.clients.exchanges.discard(self.exchange)
+            self.exchange = None
+        self._close()
+
+    def refuse(self, error: RouterError) -> None:
+        """Answer an invalid request, or one that came too slowly, with an error; then close the connection."""
+        frontend = self._frontend
+        request_id = frontend.answers.ids.new(b"req-")
+        self.write(frontend.answers.refusal(error, request_id))
+        tag = RequestTag(next(self.clients.numbers), request_id, self.clients.clock(), Route(), self.peer)
+        frontend.listener.finished(Finished(tag, None, Answered(error.status, error.code, first_byte=0.0)))
+        self._linger()
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        """Close after the last answer, and make sure that it arrives.
+
+        Closing at once while the client still sends would reset the connection, and the client could lose the answer
+        (RFC 9112 9.6).
+        """
+        if self._parser.mid_body or self._parser.mid_head or self._early:
+            self._linger()
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        """Close after what was written; abort when the client reads nothing of it for the idle timeout."""
+        self.clients.budget.unpark(self)
+        self._frontend.batch.flush()
+        self.transport.close()
+        self._unread = self.transport.get_write_buffer_size()
+        self._move(CLOSING, (Due.CLOSE, self.clients.clock() + self._frontend.timeouts.idle))
+
+    def _linger(self) -> None:
+        """Close the sending side, and discard what the client still sends."""
+        self._queue.clear()
+        self.clients.budget.unpark(self)
+        self._hold.release()
+        self._frontend.batch.flush()
+        self._move(LINGERING, (Due.LINGER, self.clients.clock() + _LINGER))
+        self._resume_reading()
+        if self.transport.can_write_eof() and not self.transport.is_closing():
+            self.transport.write_eof()
+
+    def cut(self) -> None:
+        """Close the connection now."""
+        self.transport.abort()
+
+    def overdue(self, now: float) -> None:
+        """React to the deadline, which has passed; see the table of the module."""
+        kind, self.deadline = self.deadline[0], NEVER
+        if kind is Due.LINGER:
+            self.transport.abort()
+        elif kind is Due.CLOSE:
+            self._look_at_reader(now)
+        elif self.state is READING and not self.stalled:
+            self.refuse(ERRORS[kind](retry_after=1.0 if kind is Due.BUDGET else None))
+        else:
+            self._close()
+
+    def _look_at_reader(self, now: float) -> None:
+        """In CLOSING: give a client that still reads more time, abort otherwise."""
+        unread, self._unread = self._unread, self.transport.get_write_buffer_size()
+        if self._unread < unread:
+            self.deadline = (Due.CLOSE, now + self._frontend.timeouts.idle)
+        else:
+            self.transport.abort()
+
+    def close_if_idle(self) -> None:
+        """Close a connection without a request for the shutdown: at once, or after `last_request_timeout`.
+
+        A request that has arrived is still answered; a connection that is closing keeps its own deadline.
+        """
+        if self.exchange is None and not self._queue and self.state < LINGERING:
+            timeout = self.clients.last_request_timeout
+            if timeout:
+                kind, at = self.deadline
+                self.deadline = (kind, min(at, self.clients.clock() + timeout))
+            else:
+                self._close()

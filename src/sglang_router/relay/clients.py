@@ -1,0 +1,184 @@
+"""The client connections of one port and the exchanges in flight on them: registry, drain and deadlines.
+
+add / left          a connection opened; a connection is closed
+exchanges           the exchanges in flight; their client connections add and remove them
+drain               each connection closes after the answer in flight; `drained` is set when the last one is closed
+sweep               every quarter of a second: call `overdue` of connections and exchanges whose deadline has passed
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+from sglang_router.relay.budget import ByteBudget
+from sglang_router.relay.deadlines import Deadline
+
+
+class Unanswered(NamedTuple):
+    """Requests that are queued, and streams without a first byte.
+
+    requests  how many
+    held      how many of them are queued in the router
+    size      bytes of their routing text that no worker is believed to have cached
+    oldest    seconds since the oldest of them arrived
+    """
+
+    requests: int
+    held: int
+    size: int
+    oldest: float
+
+
+class AnyExchange(Protocol):
+    """A request in flight, as its client connection sees it.
+
+    It ends when it calls `ClientConnection.done` or `abort`, or when its `gone` is called.
+    """
+
+    deadline: Deadline
+
+    def start(self) -> None:
+        """Start: the requests before it on its connection are answered."""
+
+    def gone(self) -> None:
+        """End: the client closed its connection."""
+
+    def pause(self) -> None:
+        """Stop sending: the client does not read."""
+
+    def resume(self) -> None:
+        """Send again: the client reads again."""
+
+    def overdue(self, now: float) -> None:
+        """React to `deadline`, which has passed."""
+
+    def unanswered(self) -> tuple[float, int, bool] | None:
+        """Describe an inference request without a first byte; None for any other request.
+
+        Returns: when it arrived (seconds of the router's clock), how many bytes of its routing text no worker is
+        believed to have cached, and whether it is queued in the router.
+        """
+
+
+class Connected(Protocol):
+    """A client connection, as the registry sees it."""
+
+    deadline: Deadline
+
+    def overdue(self, now: float) -> None:
+        """React to `deadline`, which has passed."""
+
+    def close_if_idle(self) -> None:
+        """Close for a shutdown, unless a request is here."""
+
+    def cut(self) -> None:
+        """Close now."""
+
+
+class Clients:
+    """See the module.
+
+    clock                 seconds; never goes back
+    budget                the request-body budget of these clients
+    limit                 most connections, of clients and to workers together; further clients are refused
+    upstream              returns the number of connections to workers
+    numbers               numbers for the tags of requests
+    draining              no connection is kept open for further requests
+    last_request_timeout  while draining: seconds that an idle connection has for one more request; 0.0 for none
+    drained               set when the last connection is closed while draining
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        budget: ByteBudget,
+        limit: int,
+        upstream: Callable[[], int],
+        numbers: Iterator[int],
+    ) -> None:
+        self.clock = clock
+        self.budget = budget
+        self.numbers = numbers
+        self.draining = False
+        self.last_request_timeout = 0.0
+        self.drained = asyncio.Event()
+        self.connections: set[Connected] = set()
+        self.exchanges: set[AnyExchange] = set()
+        self.limit = limit
+        self._upstream = upstream
+
+    def __repr__(self) -> str:
+        state = " draining" if self.draining else ""
+        return f"<Clients {len(self.connections)} connections, {len(self.exchanges)} in flight{state}>"
+
+    # -- registry ------------------------------------------------------------------------------------------------------
+
+    def add(self, connection: Connected) -> bool:
+        """Register a connection; return False when that makes more than `limit`."""
+        self.connections.add(connection)
+        return len(self.connections) + self._upstream() <= self.limit
+
+    def left(self, connection: Connected) -> None:
+        """Remove a connection, which is closed."""
+        self.connections.discard(connection)
+        self._look_drained()
+
+    @property
+    def active(self) -> int:
+        """Exchanges in flight."""
+        return len(self.exchanges)
+
+    # -- drain ---------------------------------------------------------------------------------------------------------
+
+    def drain(self, last_request_timeout: float = 0.0) -> None:
+        """Close each connection after the answer in flight, and idle ones at once.
+
+        last_request_timeout  seconds for which idle connections stay open instead, so that a client that just sends a
+                              request still gets an answer, which then closes the connection
+        """
+        self.draining = True
+        self.last_request_timeout = last_request_timeout
+        for connection in list(self.connections):
+            connection.close_if_idle()
+        self._look_drained()
+
+    def cut(self) -> None:
+        """Close all connections now."""
+        self.drain()
+        for connection in list(self.connections):
+            connection.cut()
+
+    def _look_drained(self) -> None:
+        if self.draining and not self.connections:
+            self.drained.set()
+
+    # -- deadlines -----------------------------------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Call `overdue` where a deadline has passed.
+
+        A timer per request would cost more than this loop four times a second.
+        """
+        now = self.clock()
+        for connection in [c for c in self.connections if c.deadline[1] <= now]:
+            connection.overdue(now)
+        for exchange in [e for e in self.exchanges if e.deadline[1] <= now]:
+            exchange.overdue(now)
+        self.budget.read_on()
+
+    def unanswered(self) -> Unanswered:
+        """Sum up the requests without a first byte. It reads all exchanges: call it from a timer, not per request."""
+        now = self.clock()
+        requests = held = size = 0
+        oldest = 0.0
+        for exchange in self.exchanges:
+            waits = exchange.unanswered()
+            if waits is not None:
+                since, missing, here = waits
+                requests += 1
+                held += here
+                size += missing
+                oldest = max(oldest, now - since)
+        return Unanswered(requests, held, size, oldest)

@@ -1,0 +1,396 @@
+"""One relayed request of one client: from the complete request to the last byte of its answer.
+
+    start --> ask the decider --> legs sent --> head --> bytes ... --> end                       without a failure
+                  |                   ^           |
+                  '-- queued ---------'           '-- failing status, or broken before the head: retry, or the error
+
+    state       meaning                                      deadline               when the deadline passes
+    NEW         not decided yet                              none
+    QUEUED      in the decider's queue                       QUEUE                  decider.expired: 408 or 503
+    ROUTED      has a plan; no head of an answer yet         REQUEST, FIRST_BYTE    504
+    ANSWERING   the client has the head                      PROGRESS, REQUEST      the answer breaks
+    DONE        ended; later events are ignored              none
+
+Which state may follow which is a table in `relay.moves`.
+Every exchange ends in `_end`, exactly once: the leases are closed and one Finished event is emitted. Once the client
+has the head of an answer nothing is retried, unless a body handler can continue the answer. If the worker breaks then,
+the client gets an error event (when the answer is a stream of events) and a connection without a clean end.
+"""
+
+from __future__ import annotations
+
+from sglang_router.errors import BufferFull, InternalError, RouterError, StreamBroken, UnsupportedMediaType
+from sglang_router.relay import failover
+from sglang_router.relay.client import ClientConnection
+from sglang_router.relay.deadlines import DUE_FIRST_BYTE, DUE_PROGRESS, DUE_REQUEST, ERRORS, NEVER, Deadline, Due
+from sglang_router.relay.handled import Handled
+from sglang_router.relay.leg import LOOKS, Leg, send_all
+from sglang_router.relay.moves import EXCHANGE_MOVES, IllegalMove
+from sglang_router.relay.pending import Pending, error_of
+from sglang_router.relay.relay import Relay
+from sglang_router.relay.states import ANSWERING, DONE, NEW, QUEUED, ROUTED, ExchangeState
+from sglang_router.routing.decider import Delivered
+from sglang_router.routing.events import Answered, Finished, FirstByte
+from sglang_router.routing.facts import Endpoint, Facts, read
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
+from sglang_router.wire.request import Request
+from sglang_router.wire.response import ResponseHead
+from sglang_router.wire.sse import error_event, last_event
+
+
+class Exchange:
+    """See the module. It implements `relay.clients.AnyExchange` for its client connection and owns its legs.
+
+    deadline  kind and moment; `Clients.sweep` calls `overdue` when it has passed
+    facts     what routing needs of the request; None when it was refused before that
+    handled   the body handler, where a stream has one
+    relay     what all exchanges share
+    request   the client's request; with another body for the leg that continues a stream
+    state     see the table of the module
+    tag       identifies the request in events; set by `start`
+    """
+
+    __slots__ = (
+        "_client",
+        "_endpoint",
+        "_first_byte",
+        "_keep_alive",
+        "_legs",
+        "_pending",
+        "_plan",
+        "_shown",
+        "_status",
+        "deadline",
+        "facts",
+        "handled",
+        "relay",
+        "request",
+        "state",
+        "tag",
+    )
+
+    tag: RequestTag
+
+    def __init__(self, relay: Relay, endpoint: Endpoint, client: ClientConnection, request: Request) -> None:
+        # per request
+        self.relay = relay
+        self._client = client
+        self.request = request
+        self._endpoint = endpoint
+        self._keep_alive = request.keep_alive
+        self.facts: Facts | None = None
+        self.state = NEW
+        self.deadline: Deadline = NEVER
+        # per attempt
+        self._plan: Plan | None = None
+        self._legs: tuple[Leg, ...] = ()  # the client gets the answer of the last one
+        self._pending: Pending | None = None  # a failed leg whose retry the decider has not decided yet
+        # per answer
+        self._shown: Leg | None = None  # the leg whose head the client has
+        self._status = 0  # what the client was sent; 0: nothing yet
+        self._first_byte = -1.0  # seconds after the request was complete; negative: not sent yet
+        self.handled: Handled | None = None
+
+    def __repr__(self) -> str:
+        kind, at = self.deadline
+        due = "" if kind is Due.NEVER else f", {kind.value} due at {at:.3f}"
+        legs = "".join(f", {leg!r}" for leg in self._legs)
+        return f"<Exchange {self._endpoint.name} {self.state.name}{due}{legs}>"
+
+    def _move(self, state: ExchangeState) -> None:
+        if not EXCHANGE_MOVES[self.state] >> state & 1:
+            raise IllegalMove(f"{state.name} in {self!r}")
+        self.state = state
+
+    # -- the client's side ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Read the facts of the request and ask the decider."""
+        relay, request, endpoint, client = self.relay, self.request, self._endpoint, self._client
+        now = relay.clock()
+        named = relay.ids.read(request.headers, endpoint.id)
+        route = endpoint.route or endpoint.route_of(request.method, request.path)
+        number, size = next(client.clients.numbers), len(request.body)
+        self.tag = tag = RequestTag(number, named[0], now, route, client.peer, request.client, size, named)
+        try:
+            if request.refusal is not None:
+                raise request.refusal
+            if named[3]:
+                raise UnsupportedMediaType
+            if client.clients.budget.exhausted:
+                raise BufferFull(retry_after=1.0)
+            self.facts = facts = read(endpoint, request.body, named[1])
+            if facts.model:
+                tag.model = facts.model.decode("utf-8", "replace")
+            tag.streaming = facts.streaming
+            answer = relay.decider.ask(tag, facts, now)
+        except RouterError as error:
+            self.refuse(error)
+            return
+        if facts.streaming and (handler := relay.handlers(endpoint, request.body, facts)) is not None:
+            self.handled = Handled(self, handler)
+        if isinstance(answer, Plan):
+            self.follow(answer)
+        else:
+            self.queue(answer)
+
+    def gone(self) -> None:
+        """Give up the legs and end: the client closed its connection."""
+        self._unqueue()
+        self._end(Outcome.GONE, self.relay.clock())
+
+    def pause(self) -> None:
+        """Stop reading from the workers: the client does not read."""
+        for leg in self._legs:
+            leg.pause()
+
+    def resume(self) -> None:
+        """Read from the workers again: the client reads again."""
+        for leg in self._legs:
+            leg.resume()
+
+    def overdue(self, now: float) -> None:
+        """React to the deadline, which has passed, by its kind."""
+        kind = self.deadline[0]
+        if kind is Due.QUEUE:
+            self.relay.queued.pop(self.tag.number, None)
+            self.refuse(self.relay.decider.expired(self.tag, now))
+            return
+        if kind is Due.PROGRESS and self._shown is not None and self._shown.progresses(self._client.stalled):
+            self._watch(now)
+            return
+        self._unqueue()
+        self.failed(Outcome.SILENT if kind is Due.PROGRESS else Outcome.TIMEOUT, ERRORS[kind]())
+
+    def _watch(self, now: float) -> None:
+        """Set the next check of the answer's progress, or the request's own deadline when that is earlier."""
+        timeouts = self.relay.timeouts
+        look, end = now + timeouts.chunk / LOOKS, self.tag.start + timeouts.request
+        self.deadline = (DUE_PROGRESS, look) if look < end else (DUE_REQUEST, end)
+
+    def unanswered(self) -> tuple[float, int, bool] | None:
+        """Describe the request if it has no first byte; see `relay.clients.AnyExchange`."""
+        facts = self.facts
+        if self._first_byte >= 0.0 or facts is None:
+            return None
+        if not self._legs:
+            return self.tag.start, len(facts.text), True
+        if not facts.streaming:
+            return None  # its answer comes all at once, so most of it may be computed already
+        planned = self._legs[-1].planned
+        return self.tag.start, planned.total - planned.matched, False
+
+    # -- the decision --------------------------------------------------------------------------------------------------
+
+    def queue(self, wait: Wait, pending: Pending | None = None) -> None:
+        """Wait for the decider, which answers later. pending: the failed leg for which it was asked for a retry."""
+        if pending is None:
+            self._move(QUEUED)
+            self.deadline = (Due.QUEUE, wait.until)
+        self._pending = pending
+        self.relay.queued[self.tag.number] = self
+
+    def _unqueue(self) -> None:
+        """Leave the decider's queue."""
+        if self.relay.queued.pop(self.tag.number, None) is not None:
+            self.relay.decider.withdraw(self.tag)
+
+    def decided(self, answer: Delivered) -> None:
+        """Act on the decider's late answer."""
+        pending = self._pending
+        if isinstance(answer, Wait):
+            self.queue(answer, pending)
+        elif pending is not None:
+            self._pending = None
+            failover.decided(self, pending, answer)
+        elif isinstance(answer, Plan):
+            self.follow(answer)
+        else:
+            self.refuse(answer or InternalError())
+
+    def follow(self, plan: Plan) -> None:
+        """Send the legs of a plan."""
+        relay, planned = self.relay, plan.legs
+        self._plan = plan
+        if self.state is not ANSWERING:
+            self._move(ROUTED)
+        self.deadline = (DUE_REQUEST, self.tag.start + relay.timeouts.request)
+        decoding = self.request.http10 or (self.handled is not None and self.handled.handler.decoding)
+        last = Leg(self, planned[-1], relay.batch, self._client.transport, decoding)
+        if len(planned) == 1 and not plan.retries:
+            self._legs = (last,)
+            relay.batch.leg(last)
+            return
+        silent = [Leg(self, each, relay.batch, self._client.transport, decoding) for each in planned[:-1]]
+        self._legs = (*silent, last)
+        send_all(self._legs, plan, relay)
+
+    def sending(self, leg: Leg) -> None:
+        """Set the deadline for the first byte of a stream whose leg is sent now."""
+        first = self.relay.clock() + self.relay.timeouts.first_byte
+        if first < self.deadline[1]:
+            self.deadline = (DUE_FIRST_BYTE if self.state is ROUTED else DUE_PROGRESS, first)
+
+    # -- the worker's side (Owner) -------------------------------------------------------------------------------------
+
+    def answered(self, leg: Leg, head: ResponseHead, data: bytes, done: bool) -> None:
+        """Take the head of a leg's answer: retry a failing status, pass anything else on to the client."""
+        if self._shown is not None and self.handled is not None:
+            self.handled.continued(leg, head, data, done)
+            return
+        if head.status >= 429 and failover.retry_status(self, leg, head, data, done):
+            return
+        if leg.silent:
+            self._begin(leg)
+            if done:
+                self.leg_done(leg)
+        else:
+            self.pass_on(leg, head, data, done)
+
+    def _begin(self, leg: Leg) -> float:
+        """Report the first byte of an answer to the decider; return the time."""
+        now = self.relay.clock()
+        if self.tag.streaming:
+            self.relay.decider.began(leg.planned, now)
+        return now
+
+    def pass_on(self, leg: Leg, head: ResponseHead, data: bytes, done: bool) -> None:
+        """Pass the answer of this leg on to the client."""
+        relay, tag = self.relay, self.tag
+        self._move(ANSWERING)
+        self._shown = leg
+        self._status = head.status
+        now = self._begin(leg)
+        self._first_byte = now - tag.start
+        if relay.listener.hears_first_byte:
+            relay.listener.first_byte(FirstByte(tag, leg.planned, self._first_byte))
+        if not done:
+            self._watch(now)
+        if self._client.clients.draining:
+            self._keep_alive = False
+        assert leg.framing is not None
+        bytes_out, leg.chunked, leg.events, self._keep_alive = relay.answers.client_head(
+            head, leg.framing, self.request, tag.raw_id, self._keep_alive
+        )
+        if self.handled is not None and self.handled.begin(leg, head):
+            relay.batch.write(self._client.transport, bytes_out)
+            if data or done:
+                self.handled.data(leg, data, done)
+        else:
+            leg.sent = len(data)
+            relay.batch.write(self._client.transport, bytes_out + data)
+            if done:
+                self._end(leg.outcome, now)
+                self._client.done(self._keep_alive, now)
+        if self._client.stalled:
+            leg.pause()
+
+    def leg_done(self, leg: Leg) -> None:
+        """End a leg whose answer is complete, and the exchange with it unless the leg is silent."""
+        if leg.silent:
+            self.relay.decider.ended(self.tag, leg.planned, leg.outcome, self.relay.clock())
+        else:
+            self.finish(leg.outcome)
+
+    def leg_broken(self, leg: Leg, outcome: Outcome, detail: str) -> None:
+        """Retry a broken leg if the client has no head yet; fail otherwise. A stale connection is simply replaced."""
+        if outcome is Outcome.STALE:
+            leg.send(True)
+            return
+        self.relay.decider.suspect(leg.planned)
+        error = error_of(outcome, detail)
+        if leg.silent and self.state is ANSWERING:  # the client has the answer of the last leg, which goes on
+            leg.outcome = outcome
+            self.leg_done(leg)
+        elif self._pending is not None:  # it had answered with a failing status: that answer cannot be passed on now
+            self._pending.error = error
+        elif self.state is ANSWERING or not failover.retry(self, Pending(leg, outcome, error)):
+            self.failed(outcome, error)
+
+    # -- for the body handler (Continuable) ----------------------------------------------------------------------------
+
+    def retry(self, pending: Pending, facts: Facts) -> bool:
+        """Ask the decider for another plan, for the rest of a broken stream; return False when there is none."""
+        return failover.retry(self, pending, facts)
+
+    def goes_on(self, leg: Leg) -> None:
+        """Watch the answer of a leg that continues the broken one."""
+        assert self._shown is not None
+        self._shown.forget_looks()
+        self._watch(self._begin(leg))
+        if self._client.stalled:
+            leg.pause()
+
+    def write(self, data: bytes) -> None:
+        """Send bytes that a body handler made."""
+        if data and self._shown is not None:
+            self._shown.sent += len(data)
+            self.relay.batch.write(self._client.transport, data)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def give_up_legs(self, failed: Leg | None = None) -> None:
+        """Abort all legs in flight; they report nothing more. failed: spare this one, and end those beside it."""
+        for leg in self._legs:
+            if leg is not failed:
+                leg.abort()
+                if failed is not None:
+                    self.relay.decider.ended(self.tag, leg.planned, Outcome.ABANDONED, self.relay.clock())
+
+    def finish(self, outcome: Outcome) -> None:
+        """End the exchange: the whole answer is written."""
+        now = self.relay.clock()
+        self._end(outcome, now)
+        self._client.done(self._keep_alive, now)
+
+    def failed(self, outcome: Outcome, error: RouterError) -> None:
+        """Fail, unless a body handler can continue the answer: there is no retry."""
+        self.give_up_legs()
+        if self.state is ANSWERING and outcome is not Outcome.TIMEOUT:
+            if self.handled is not None and self.handled.broke(Pending(self._legs[-1], outcome, error)):
+                return
+            if outcome is not Outcome.SILENT:
+                error = StreamBroken(str(error))
+        self.fail(outcome, error)
+
+    def fail(self, outcome: Outcome, error: RouterError) -> None:
+        """End with an error: as the answer if the client has no head yet, else as a break, with an error event."""
+        shown = self._shown
+        if shown is None or shown.framing is None:
+            self.refuse(error, outcome)
+            return
+        event = error_event(self.request.path, error) if shown.events else b""
+        if event and (last := last_event(event, shown.framing, shown.chunked)) is not None:
+            self.relay.batch.write(self._client.transport, last)
+        self._end(outcome, self.relay.clock(), error.code)
+        self._client.abort()
+
+    def refuse(self, error: RouterError, outcome: Outcome | None = None) -> None:
+        """Answer with an error of the router; nothing has been sent to the client yet."""
+        self._status = error.status
+        keep_alive = self._keep_alive and not error.close and not self._client.clients.draining
+        self._client.write(self.relay.answers.error(error, self.request, self.tag.raw_id, keep_alive))
+        now = self.relay.clock()
+        self._end(outcome, now, error.code)
+        self._client.done(keep_alive, now)
+
+    def _end(self, outcome: Outcome | None, now: float, code: str = "") -> None:
+        """End the exchange, exactly once: give up its legs, close the leases and emit Finished."""
+        self._move(DONE)
+        self.deadline = NEVER
+        relay, tag, plan, shown = self.relay, self.tag, self._plan, self._shown
+        planned: PlannedLeg | None = None
+        for leg in self._legs:
+            planned = leg.planned
+            if leg.connection is not None:
+                leg.abort()
+            relay.decider.ended(tag, planned, outcome or Outcome.ABANDONED, now)
+        if shown is not None:
+            planned = shown.planned
+        sent, retries = shown.sent if shown else 0, plan.retries if plan else 0
+        answer = Answered(self._status, code, outcome, now - tag.start, self._first_byte, sent, retries)
+        if self.handled is not None:
+            answer.resumed, answer.unresumed = self.handled.handler.resumed, self.handled.handler.unresumed
+        relay.listener.finished(Finished(tag, planned, answer))
+        self._legs, self._shown, self.handled, self._pending = (), None, None, None  # they refer to it: leave no cycle

@@ -1,0 +1,273 @@
+"""One leg: a request sent to one worker, and the worker's answer.
+
+    send --> connection (idle, opening, or a pause before a retry) --> begin --> data ... data(done)
+                                                                         '--> broken
+
+A leg is the Sink of its connection. It reports the head and the end to its exchange and passes itself as an argument,
+so an exchange can have several legs. The bytes in between go straight to the client: per chunk the connection parses
+the framing, the leg counts bytes and the batch writes; no object is created.
+
+The body of a `silent` leg (the prefill leg of a prefill/decode pair) is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from sglang_router.relay.batch import Batch
+from sglang_router.relay.relay import Relay
+from sglang_router.relay.states import DONE, ExchangeState
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag
+from sglang_router.wire.framing import Framing
+from sglang_router.wire.headers import request_head
+from sglang_router.wire.request import Request
+from sglang_router.wire.response import ResponseHead
+from sglang_router.wire.splice import splice
+
+LOOKS = 4
+"""Checks of an answer's progress per `timeouts.chunk`: a silent answer ends after 1 to 1.25 times that timeout."""
+
+
+class Carrier(Protocol):
+    """What carries a leg: a connection, one that is being opened, or the pause before a retry."""
+
+    def abort(self) -> None:
+        """Give the leg up; it hears nothing more."""
+
+    def pause(self) -> None:
+        """Stop reading the answer."""
+
+    def resume(self) -> None:
+        """Read the answer again."""
+
+
+class Owner(Protocol):
+    """An exchange, as its legs see it."""
+
+    relay: Relay
+    request: Request
+    state: ExchangeState
+    tag: RequestTag
+
+    def sending(self, leg: Leg) -> None:
+        """Prepare for a stream's answer: the leg is sent now."""
+
+    def answered(self, leg: Leg, head: ResponseHead, data: bytes, done: bool) -> None:
+        """Take the head of the answer, with the first bytes of the body; `done`: these are all."""
+
+    def leg_done(self, leg: Leg) -> None:
+        """End a leg whose answer is complete."""
+
+    def leg_broken(self, leg: Leg, outcome: Outcome, detail: str) -> None:
+        """Take the end of a leg without a complete answer; `detail` says why, for people."""
+
+
+class BodySink(Protocol):
+    """Takes the body of an answer that is not passed on unchanged."""
+
+    def data(self, leg: Leg, data: bytes, done: bool) -> None:
+        """Take bytes of the body; `done`: they are the last."""
+
+
+class Dropped:
+    """Drops the body of a silent leg, and reports its end."""
+
+    __slots__ = ("_exchange",)
+
+    def __init__(self, exchange: Owner) -> None:
+        self._exchange = exchange
+
+    def data(self, leg: Leg, data: bytes, done: bool) -> None:
+        """Drop bytes; report the end."""
+        if done:
+            self._exchange.leg_done(leg)
+
+
+class Pause:
+    """The pause before a leg of a retry is sent. It can be aborted like a connection."""
+
+    __slots__ = ("_timer",)
+
+    def __init__(self, timer: asyncio.TimerHandle) -> None:
+        self._timer = timer
+
+    def abort(self) -> None:
+        """Give the leg up: it is not sent."""
+        self._timer.cancel()
+
+    def pause(self) -> None:
+        """Do nothing: nothing is read yet."""
+
+    def resume(self) -> None:
+        """Do nothing: nothing is read yet."""
+
+
+class Leg:
+    """See the module.
+
+    planned     the leg as the plan has it: target, lease, splice
+    connection  what carries the leg; None before it is sent and after its end
+    decoding    take the answer's content without its transfer coding
+    framing     of the answer, as far as the client has it; None before the head
+    outcome     how the leg ended, as far as is known
+    sent        bytes of the answer's body that were sent to the client
+    chunked     the client is sent chunks
+    events      the answer is a stream of events
+    handled     takes the body; None: it goes to the client unchanged
+    silent      the answer is not sent to the client
+    """
+
+    __slots__ = (
+        "_batch",
+        "_exchange",
+        "_quiet",
+        "_seen",
+        "_transport",
+        "chunked",
+        "connection",
+        "decoding",
+        "events",
+        "framing",
+        "handled",
+        "outcome",
+        "planned",
+        "sent",
+        "silent",
+    )
+
+    def __init__(
+        self, exchange: Owner, planned: PlannedLeg, batch: Batch, transport: asyncio.Transport, decoding: bool
+    ) -> None:
+        self._exchange = exchange
+        self._batch = batch
+        self._transport = transport
+        self.planned = planned
+        self.connection: Carrier | None = None
+        self.decoding = decoding
+        self.silent = False
+        # per answer
+        self.framing: Framing | None = None
+        self.handled: BodySink | None = None
+        self.outcome = Outcome.SERVED
+        self.sent = 0
+        self.chunked = False
+        self.events = False
+        self._seen = 0  # `sent` at the last check
+        self._quiet = 0  # checks in a row without new bytes
+
+    def __repr__(self) -> str:
+        answer = "no answer yet" if self.framing is None else f"{self.sent} bytes sent"
+        carried = "not carried" if self.connection is None else type(self.connection).__name__
+        return f"<Leg to {self.planned.target.name}: {carried}, {answer}, {self.outcome.label}>"
+
+    # -- towards the worker --------------------------------------------------------------------------------------------
+
+    def send(self, fresh: bool = False) -> None:
+        """Send the leg's request. `fresh`: on a new connection in any case."""
+        exchange, planned = self._exchange, self.planned
+        if exchange.state is DONE:  # the client left between two stages of the batch
+            return
+        relay, request, tag, target = exchange.relay, exchange.request, exchange.tag, planned.target
+        connections = relay.connections.known.get(target) or relay.connections.at(target)
+        body = request.body
+        if planned.splice:
+            body = splice(body, planned.splice)
+        if tag.streaming:
+            exchange.sending(self)
+        start = connections.origin.start(request.method, request.target)
+        head = request_head(request, start, tag.raw_id, len(body), target.key, relay.forward)
+        self.connection = connections.send(self, head, body, fresh)
+
+    def send_after(self, delay: float, call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle]) -> None:
+        """Send the leg's request in `delay` seconds."""
+        self.connection = Pause(call_later(delay, self.send))
+
+    def silence(self) -> None:
+        """Keep the answer from the client; its end is reported all the same."""
+        self.silent, self.handled = True, Dropped(self._exchange)
+
+    def speak(self) -> None:
+        """Let the client get the answer after all: it is a failure, and no retry follows."""
+        if self.silent:
+            self.silent, self.handled = False, None
+
+    def abort(self) -> None:
+        """Give the leg up: its exchange hears nothing more of it."""
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.abort()
+
+    def pause(self) -> None:
+        """Stop reading the answer: the client does not read."""
+        if self.connection is not None:
+            self.connection.pause()
+
+    def resume(self) -> None:
+        """Read the answer again: the client reads again."""
+        if self.connection is not None:
+            self.connection.resume()
+
+    def progresses(self, stalled: bool) -> bool:
+        """Check the answer's progress; return whether new bytes came within the last `LOOKS` checks.
+
+        Checking now and then costs less than a time stamp on each chunk. While the client does not read (`stalled`),
+        the worker may be silent.
+        """
+        if stalled or self.sent != self._seen:
+            self.forget_looks()
+        else:
+            self._quiet += 1
+        return self._quiet < LOOKS
+
+    def forget_looks(self) -> None:
+        """Forget the last checks: the worker was allowed to be silent."""
+        self._seen, self._quiet = self.sent, 0
+
+    # -- called by the connection (Sink) -------------------------------------------------------------------------------
+
+    def connected(self, connection: Carrier) -> None:
+        """Take the connection that was opened for the leg."""
+        self.connection = connection
+
+    def begin(self, head: ResponseHead, framing: Framing, data: bytes, done: bool) -> None:
+        """Take the head of the answer, with the first bytes of the body; `done`: these are all."""
+        if done:
+            self.connection = None
+        self.framing = framing
+        self._exchange.answered(self, head, data, done)
+
+    def data(self, data: bytes, done: bool) -> None:
+        """Send bytes of the body to the client, or pass them to `handled`."""
+        if done:
+            self.connection = None
+        if self.handled is not None:
+            self.handled.data(self, data, done)
+            return
+        self.sent += len(data)
+        self._batch.write(self._transport, data)
+        if done:
+            self._exchange.leg_done(self)
+
+    def broken(self, outcome: Outcome, detail: str) -> None:
+        """Report the end of the leg without a complete answer."""
+        self.connection = None
+        self._exchange.leg_broken(self, outcome, detail)
+
+
+def send_all(legs: tuple[Leg, ...], plan: Plan, relay: Relay) -> None:
+    """Send the legs of a plan in order: after its delay, at once for a retry, else with this turn's batch.
+
+    The client gets the answer of the last leg; the others are silent.
+    """
+    for leg in legs:
+        if leg is not legs[-1]:
+            leg.silence()
+        if plan.delay:
+            leg.send_after(plan.delay, relay.call_later)
+        elif plan.retries:
+            leg.send()
+        else:
+            relay.batch.leg(leg)

@@ -1,0 +1,93 @@
+"""What all exchanges of one router share: the decider, the connections to workers and the rules.
+
+An exchange that waits for the decider is in `queued`, by the number of its request; `deliver` passes it the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from sglang_router.relay.answers import Answers
+from sglang_router.relay.body import Handlers
+from sglang_router.relay.connection_pool import ConnectionPool
+from sglang_router.relay.rules import Timeouts
+from sglang_router.routing.decider import Decider, Delivered
+from sglang_router.routing.events import Listeners
+from sglang_router.wire.headers import ForwardRules
+
+
+class Undecided(Protocol):
+    """An exchange that waits for the decider."""
+
+    def decided(self, answer: Delivered) -> None:
+        """Act on the decider's answer."""
+
+
+class RelayRules:
+    """The options of the relay.
+
+    timeouts  in seconds
+    forward   which request fields are forwarded to workers
+    handlers  returns the body handler of each stream
+    """
+
+    __slots__ = ("forward", "handlers", "timeouts")
+
+    def __init__(self, timeouts: Timeouts, forward: ForwardRules, handlers: Handlers) -> None:
+        self.timeouts = timeouts
+        self.forward = forward
+        self.handlers = handlers
+
+
+class Relay:
+    """See the module. clock: returns seconds and never goes back."""
+
+    __slots__ = (
+        "answers",
+        "batch",
+        "call_later",
+        "clock",
+        "connections",
+        "decider",
+        "forward",
+        "handlers",
+        "ids",
+        "listener",
+        "queued",
+        "timeouts",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], float],
+        decider: Decider,
+        connections: ConnectionPool,
+        answers: Answers,
+        listener: Listeners,
+        rules: RelayRules,
+    ) -> None:
+        self.call_later = loop.call_later
+        self.clock = clock
+        self.decider = decider
+        self.connections = connections
+        self.batch = connections.batch
+        self.answers = answers
+        self.ids = answers.ids
+        self.listener = listener
+        self.timeouts = rules.timeouts
+        self.forward = rules.forward
+        self.handlers = rules.handlers
+        self.queued: dict[int, Undecided] = {}
+        decider.deliver = self.deliver
+
+    def __repr__(self) -> str:
+        return f"<Relay {len(self.queued)} queued, {self.connections!r}>"
+
+    def deliver(self, number: int, answer: Delivered) -> None:
+        """Pass the decider's late answer to its exchange; ignore it when the client has left."""
+        exchange = self.queued.pop(number, None)
+        if exchange is not None:
+            exchange.decided(answer)

@@ -1,0 +1,1 @@
+"""What a router hands to the next one: its state, by a file, and its listening sockets."""

@@ -1,0 +1,1 @@
+"""Continue a broken stream on another worker (`--resume-streams`)."""

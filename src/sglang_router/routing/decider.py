@@ -1,0 +1,71 @@
+"""The interface of the decider, which chooses workers for the relay: all that the relay depends on.
+
+    ask      --> Plan | Wait               the first attempt
+    retry    --> Plan | Wait | None        a leg failed; None: no retry, so the failed leg's answer or error is final
+    began, ended                           report what happened to a leg
+    expired, withdraw                      a queued request waited too long; its client left
+    suspect                                a connection broke
+
+In one process `routing.router.Router` answers at once. A decider that needs longer (because of a queue, or because it
+is in another process) answers Wait, and later calls `deliver(number, answer)` on the event loop with a Plan, a final
+error, None (for a retry: there is none), or another Wait when deadline or reason have changed.
+
+An answer that crosses `withdraw` or `expired` on its way reaches nobody: the decider itself ends the legs of such a
+plan.
+
+All arguments and answers are data (`routing.plan`, `routing.facts`), so a process boundary can be placed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from sglang_router.errors import RouterError
+from sglang_router.routing.facts import Facts
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
+
+Delivered = Plan | Wait | RouterError | None
+Deliver = Callable[[int, Delivered], None]
+"""Takes the number of a request, and the answer it waits for."""
+
+
+class Decider(Protocol):
+    """See the module. now: seconds of the router's clock."""
+
+    deliver: Deliver
+    """Set by the relay, before the first request."""
+
+    def ask(self, tag: RequestTag, facts: Facts, now: float) -> Plan | Wait:
+        """Return where a new request goes, or until when it is queued.
+
+        Raises: RouterError, when the request is refused.
+        """
+
+    def retry(
+        self, tag: RequestTag, leg: PlannedLeg, facts: Facts, outcome: Outcome, now: float, continued: bool = False
+    ) -> Plan | Wait | None:
+        """Return where a request goes after a leg failed; None: no retry.
+
+        A plan ends the failed leg; otherwise the relay calls `ended` for it.
+
+        facts      of the request; of the request for the rest when a stream is continued
+        outcome    how the leg failed
+        continued  a stream broke and is to be continued
+        """
+
+    def began(self, leg: PlannedLeg, now: float) -> None:
+        """Take note that the first byte of a stream's answer arrived."""
+
+    def ended(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, now: float) -> None:
+        """End a leg, and with its last leg the request. A second call for the same leg does nothing."""
+
+    def expired(self, tag: RequestTag, now: float) -> RouterError:
+        """Remove a request that waited too long from the queue; return the error that answers it."""
+
+    def withdraw(self, tag: RequestTag) -> None:
+        """Remove a request whose client left from the queue."""
+
+    def suspect(self, leg: PlannedLeg) -> None:
+        """Check the leg's worker soon: its connection broke."""

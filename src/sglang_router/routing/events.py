@@ -1,0 +1,198 @@
+"""Events: records of what happened. Routing and relay emit them without knowing who listens.
+
+    Routed          a request got a worker (also for each retry)
+    Retried         a leg failed and another one follows; when none follows, Finished tells how the last leg ended
+    FirstByte       the first byte of an answer is about to be sent to the client
+    Finished        a request ended: exactly one event for every request, whatever its end
+    WorkerChanged   the state of a worker changed: one of CHANGES
+
+Each event about a request contains its RequestTag. No event contains any part of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sglang_router.routing.native import mypyc_attr
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.plan import PlannedLeg, RequestTag
+from sglang_router.routing.worker import Worker
+
+CHANGES = ("added", "removed", "restarted", "health", "breaker", "outlier", "draining")
+"""What can change: the values of WorkerChanged.what."""
+
+
+class Routed:
+    """The decider chose a worker. policy: name of the policy; retries: attempts before this one."""
+
+    __slots__ = ("leg", "policy", "retries", "tag")
+
+    def __init__(self, tag: RequestTag, leg: PlannedLeg, policy: str, retries: int) -> None:
+        self.tag = tag
+        self.leg = leg
+        self.policy = policy
+        self.retries = retries
+
+
+class Retried:
+    """A leg failed with `outcome`, and another attempt follows after `delay` seconds (0: at once)."""
+
+    __slots__ = ("delay", "leg", "outcome", "tag")
+
+    def __init__(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, delay: float) -> None:
+        self.tag = tag
+        self.leg = leg
+        self.outcome = outcome
+        self.delay = delay
+
+
+class FirstByte:
+    """The client gets the first byte of the answer, `seconds` after the request was complete."""
+
+    __slots__ = ("leg", "seconds", "tag")
+
+    def __init__(self, tag: RequestTag, leg: PlannedLeg, seconds: float) -> None:
+        self.tag = tag
+        self.leg = leg
+        self.seconds = seconds
+
+
+class Answered:
+    """How a request was answered.
+
+    status      status code that the client was sent; 0 when it left before that
+    code        the router's error code; "" for a worker's own answer
+    outcome     how the last leg ended; None when the request had no leg
+    duration    seconds from the complete request to the last byte of the answer
+    first_byte  seconds from the complete request to the first byte of the answer; negative when there was none
+    sent        bytes of the answer's body, including the chunked coding of a stream
+    retries     attempts after the first
+    resumed     how often another worker continued the stream, or the router completed it
+    unresumed   why a stream that broke was not continued, a key of resume.continuation.REASONS; "" otherwise
+    """
+
+    __slots__ = ("code", "duration", "first_byte", "outcome", "resumed", "retries", "sent", "status", "unresumed")
+
+    def __init__(
+        self,
+        status: int,
+        code: str = "",
+        outcome: Outcome | None = None,
+        duration: float = 0.0,
+        first_byte: float = -1.0,
+        sent: int = 0,
+        retries: int = 0,
+        resumed: int = 0,
+        unresumed: str = "",
+    ) -> None:
+        self.status = status
+        self.code = code
+        self.outcome = outcome
+        self.duration = duration
+        self.first_byte = first_byte
+        self.sent = sent
+        self.retries = retries
+        self.resumed = resumed
+        self.unresumed = unresumed
+
+
+class Finished:
+    """A request ended. leg: the last one; None when the request never had a worker."""
+
+    __slots__ = ("answer", "leg", "tag")
+
+    def __init__(self, tag: RequestTag, leg: PlannedLeg | None, answer: Answered) -> None:
+        self.tag = tag
+        self.leg = leg
+        self.answer = answer
+
+
+class WorkerChanged:
+    """The state of a worker changed from `old` to `new`. what: one of CHANGES."""
+
+    __slots__ = ("new", "old", "what", "worker")
+
+    def __init__(self, worker: Worker, what: str, old: str, new: str) -> None:
+        self.worker = worker
+        self.what = what
+        self.old = old
+        self.new = new
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Listener:
+    """Receives events on the event loop's thread: it must be quick and must not raise.
+
+    A subclass defines the methods of the events that it needs.
+    """
+
+    def routed(self, event: Routed) -> None:
+        """A request got a worker."""
+
+    def retried(self, event: Retried) -> None:
+        """A leg failed and another attempt follows."""
+
+    def first_byte(self, event: FirstByte) -> None:
+        """The client gets the first byte of an answer."""
+
+    def finished(self, event: Finished) -> None:
+        """A request ended."""
+
+    def worker_changed(self, event: WorkerChanged) -> None:
+        """The state of a worker changed."""
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Listeners(Listener):
+    """Passes each event to the listeners that define its method, in the order in which they were added.
+
+    hears_first_byte  whether a listener needs FirstByte; otherwise it need not be created
+    """
+
+    def __init__(self) -> None:
+        self.hears_first_byte = False
+        self._routed: list[Callable[[Routed], None]] = []
+        self._retried: list[Callable[[Retried], None]] = []
+        self._first_byte: list[Callable[[FirstByte], None]] = []
+        self._finished: list[Callable[[Finished], None]] = []
+        self._worker_changed: list[Callable[[WorkerChanged], None]] = []
+
+    def add(self, listener: Listener) -> None:
+        """Add a listener. Which events it needs is read now; later changes have no effect."""
+        kind = type(listener)
+        if kind.routed is not Listener.routed:
+            self._routed.append(listener.routed)
+        if kind.retried is not Listener.retried:
+            self._retried.append(listener.retried)
+        if listener.hears_first_byte if isinstance(listener, Listeners) else kind.first_byte is not Listener.first_byte:
+            self._first_byte.append(listener.first_byte)
+            self.hears_first_byte = True
+        if kind.finished is not Listener.finished:
+            self._finished.append(listener.finished)
+        if kind.worker_changed is not Listener.worker_changed:
+            self._worker_changed.append(listener.worker_changed)
+
+    def routed(self, event: Routed) -> None:
+        """Pass the event on."""
+        for hear in self._routed:
+            hear(event)
+
+    def retried(self, event: Retried) -> None:
+        """Pass the event on."""
+        for hear in self._retried:
+            hear(event)
+
+    def first_byte(self, event: FirstByte) -> None:
+        """Pass the event on."""
+        for hear in self._first_byte:
+            hear(event)
+
+    def finished(self, event: Finished) -> None:
+        """Pass the event on."""
+        for hear in self._finished:
+            hear(event)
+
+    def worker_changed(self, event: WorkerChanged) -> None:
+        """Pass the event on."""
+        for hear in self._worker_changed:
+            hear(event)

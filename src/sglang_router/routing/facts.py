@@ -1,0 +1,229 @@
+"""Read what routing needs of a request, once.
+
+`ENDPOINTS` is the table of the relayed paths: for each, the fields of the body that make up its routing text, in the
+order in which the engine's template puts them before the model. The raw bytes of these fields are the routing text:
+exact in order, roles and images, not decoded, fast to compare. Model, adapter and cache salt are not part of the text
+but form the *namespace*: prefixes are never matched across namespaces, and each has its own tree.
+
+    {"model":"m","tools":[...],"messages":[{"role":"system","content":"You ..."}, ...],"stream":true}
+       |            |             '--- scaffold ----------------'  |                       |
+       namespace    '-- text: tools, then messages ----------------'                       streaming
+
+The scaffold (brackets, keys and role before the first content) is the same in all requests. It is part of the text, but
+a match of only the scaffold counts as no match.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from hashlib import blake2b
+from operator import attrgetter
+from typing import Any
+
+import msgspec
+
+from sglang_router.errors import InvalidJSON
+from sglang_router.routing.plan import Route
+
+_CLOSERS = b']"'
+_TRUE = msgspec.Raw(b"true")
+_LONG_NAMESPACE = 128
+_SCAFFOLD = re.compile(
+    rb'\s*\[\s*\{\s*(?:"(?:role|type)"\s*:\s*"[a-z_]{1,16}"\s*,\s*)*"(?:content|text)"\s*:\s*'
+    rb'(?:\[\s*\{\s*"type"\s*:\s*"[a-z_]{1,16}"\s*,\s*"text"\s*:\s*)?'
+)
+"""The constant beginning of a list of messages, up to the first content."""
+
+
+NAMESPACE = ("model", "lora_path", "lora_id", "cache_salt")
+"""Fields that divide the engines' caches: a prefix cached for one value is useless for another."""
+
+
+class _Reader:
+    """Reads the bodies of one endpoint.
+
+    decode  decodes the fields that routing needs, each as raw JSON
+    text    returns the decoded fields that make up the routing text
+    """
+
+    __slots__ = ("_usual", "decode", "text")
+
+    def __init__(self, name: str, text: tuple[str, ...]) -> None:
+        names = dict.fromkeys((*NAMESPACE, "stream", "nothing", *text))
+        raw = msgspec.Raw(b"")
+        struct = msgspec.defstruct(f"{name}_body", [(field, msgspec.Raw, raw) for field in names], gc=False)
+        self.decode: Callable[[bytes], Any] = msgspec.json.Decoder(struct).decode
+        # attrgetter returns a tuple only for two names or more, so add the name of a field that is always empty.
+        self.text: Callable[[Any], tuple[msgspec.Raw, ...]] = attrgetter(*text, *(["nothing"] * (2 - len(text))))
+        self._usual = b"\0"  # the last scaffold: most texts of an endpoint have the same
+
+    def scaffold(self, text: bytes) -> int:
+        """Return the length of a text's scaffold, in bytes; 0 without one.
+
+        The last scaffold is tried first, which is faster than the regular expression.
+        """
+        usual = self._usual
+        size = len(usual)
+        if text.startswith(usual) and text[size : size + 1] == b'"':
+            return size
+        match = _SCAFFOLD.match(text)
+        if match is None:
+            return 0
+        self._usual = match.group()
+        return match.end()
+
+
+class Endpoint:
+    """One relayed path.
+
+    path     path, with {name} for a variable segment
+    name     short name, the `endpoint` label of metrics
+    text     fields of the routing text, in template order; empty where the KV cache is not used
+    json     False for bodies that the router does not read
+    id       prefix of generated request ids
+    methods  methods that are relayed
+    route    the Route of all its requests, where method and path are fixed; else None
+    """
+
+    __slots__ = ("id", "methods", "name", "path", "reader", "route", "text")
+
+    def __init__(
+        self,
+        path: bytes,
+        name: str,
+        text: tuple[str, ...] = (),
+        json: bool = True,
+        id: bytes = b"req-",
+        methods: tuple[bytes, ...] = (b"POST",),
+    ) -> None:
+        self.path = path
+        self.name = name
+        self.text = text
+        self.reader = _Reader(name, text) if json else None
+        self.id = id
+        self.methods = methods
+        one = len(methods) == 1 and b"{" not in path
+        self.route = Route(methods[0].decode(), path.decode(), name) if one else None
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self.path.decode()}>"
+
+    def route_of(self, method: bytes, path: bytes) -> Route:
+        """Return the Route of a request with this method and path."""
+        return Route(method.decode("latin-1"), path.decode("latin-1"), self.name)
+
+    @property
+    def json(self) -> bool:
+        """Whether the router reads the body."""
+        return self.reader is not None
+
+
+_ROWS = (
+    Endpoint(b"/generate", "generate", ("text", "input_ids", "image_data"), id=b"gnt-"),
+    Endpoint(b"/v1/chat/completions", "chat", ("tools", "messages"), id=b"chatcmpl-"),
+    Endpoint(b"/v1/completions", "completions", ("prompt",), id=b"cmpl-"),
+    Endpoint(b"/v1/responses", "responses", ("tools", "instructions", "input"), id=b"resp-"),
+    Endpoint(b"/v1/messages", "messages", ("tools", "system", "messages"), id=b"msg-"),
+    Endpoint(b"/v1/embeddings", "embeddings", ("input",)),
+    Endpoint(b"/v1/classify", "classify", ("text", "input")),
+    Endpoint(b"/v1/score", "score", ("query", "text_1", "items", "text_2")),
+    Endpoint(b"/v1/rerank", "rerank", ("query", "documents")),
+    Endpoint(b"/rerank", "rerank", ("query", "documents")),
+    Endpoint(b"/v1/tokenize", "tokenize"),
+    Endpoint(b"/v1/detokenize", "detokenize"),
+    Endpoint(b"/v1/audio/transcriptions", "transcriptions", json=False),
+)
+
+ENDPOINTS: dict[bytes, Endpoint] = {row.path: row for row in _ROWS}
+"""The relayed endpoints, by path."""
+
+_NOTHING = frozenset((b"", b"null", b"[]", b'""'))
+"""Values that mean the same as a missing field: some clients send every field they know."""
+
+
+class Facts:
+    """A request as routing sees it.
+
+    endpoint     the row of ENDPOINTS
+    namespace    model, adapter and salt, hashed when long; b"" when the request names none
+    text         the routing text
+    scaffold     length of its scaffold in bytes, which does not count as matched
+    streaming    the client asked for a stream
+    model        the model's name as sent, JSON text, or b""
+    routing_key  header x-smg-routing-key, or b""
+    size         length of the body, in bytes
+    """
+
+    __slots__ = ("endpoint", "model", "namespace", "routing_key", "scaffold", "size", "streaming", "text")
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        namespace: bytes = b"",
+        text: bytes = b"",
+        scaffold: int = 0,
+        streaming: bool = False,
+        model: bytes = b"",
+        routing_key: bytes = b"",
+        size: int = 0,
+    ) -> None:
+        self.endpoint = endpoint
+        self.namespace = namespace
+        self.text = text
+        self.scaffold = scaffold
+        self.streaming = streaming
+        self.model = model
+        self.routing_key = routing_key
+        self.size = size
+
+    def __repr__(self) -> str:
+        return f"<Facts {self.endpoint.name} {len(self.text)} bytes of text>"
+
+
+def read(endpoint: Endpoint, body: bytes, routing_key: bytes = b"") -> Facts:
+    """Read the facts of one request.
+
+    Raises: InvalidJSON, when the body is not a JSON object; the engine checks its content.
+    """
+    size = len(body)
+    reader = endpoint.reader
+    if reader is None:
+        return Facts(endpoint, b"", b"", 0, False, b"", routing_key, size)
+    try:
+        fields = reader.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
+        raise InvalidJSON(f"The body is not a JSON object: {exc}.") from None
+    model = bytes(fields.model)
+    if model in _NOTHING:
+        model = b""
+    parts = []
+    for part in reader.text(fields):  # faster than a comprehension, which is a call, for usually two parts
+        # Check the length first: comparing a long prompt would copy it.
+        if len(part) > 4 or bytes(part) not in _NOTHING:
+            parts.append(part)  # noqa: PERF401
+    text, scaffold = b"", 0
+    if parts:
+        text = b"".join(parts)
+        # Drop the closing bracket: the next turn of a chat continues at this place, so its text has this one as prefix.
+        if text[-1] in _CLOSERS:
+            text = text[:-1]
+        scaffold = reader.scaffold(text)
+    namespace = model
+    if fields.lora_path or fields.lora_id or fields.cache_salt:
+        namespace = _divided(model, fields)
+    if len(namespace) > _LONG_NAMESPACE:
+        namespace = blake2b(namespace, digest_size=32).digest()
+    return Facts(endpoint, namespace, text, scaffold, fields.stream == _TRUE, model, routing_key, size)
+
+
+def _divided(model: bytes, fields: Any) -> bytes:
+    """Return model, adapter and salt joined; only the model when the others are empty."""
+    divided = (_given(fields.lora_path), _given(fields.lora_id), _given(fields.cache_salt))
+    return b"\0".join((model, *divided)) if any(divided) else model
+
+
+def _given(field: msgspec.Raw) -> bytes:
+    """Return a field's value; b"" when it means the same as a missing field."""
+    value = bytes(field)
+    return b"" if value in _NOTHING else value

@@ -1,0 +1,321 @@
+"""The fleet: the only owner of workers and of everything that changes on them.
+
+    add / remove / drain / resume    membership
+    probed(worker, ...)              the result of a health check
+    lost / down                      the part that runs the engine reports that its process is gone
+    lease(worker)                    load + 1; Lease.close(outcome, now): load - 1, and the breaker hears the outcome
+    judge(now)                       once a second: ejects outliers (`routing.outliers`), pool by pool
+
+Each change has two effects: the pool of the worker is marked stale (`routing.pools`), and an event is emitted. The
+pools decide which workers may take a request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from sglang_router.errors import Conflict, Unavailable
+from sglang_router.routing.engine_report import NOTHING, EngineReport
+from sglang_router.routing.events import Listener, WorkerChanged
+from sglang_router.routing.lease import Lease
+from sglang_router.routing.outcome import Hears, Outcome
+from sglang_router.routing.outliers import Outliers
+from sglang_router.routing.policies.base import Policy
+from sglang_router.routing.pools import Pool, PoolKey, Pools, one_pool
+from sglang_router.routing.rules import FleetRules
+from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.states import Breaker, BreakerEvent, Health
+from sglang_router.routing.worker import Worker
+
+# Members of an enumeration are looked up slowly before Python 3.12.
+_NOTHING, _SUCCESS = Hears.NOTHING, Hears.SUCCESS
+_REFUSED = Outcome.REFUSED
+_HALF_OPEN = Breaker.HALF_OPEN
+
+
+class Fleet:
+    """All workers.
+
+    new_id       makes the ids of workers (the reference uses UUIDs)
+    make_policy  makes the policy of a pool
+    assign       returns the key of the pool that a worker belongs to; without it there is one pool
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        new_id: Callable[[], str],
+        make_policy: Callable[[], Policy],
+        rules: FleetRules | None = None,
+        assign: Callable[[Worker], PoolKey] = one_pool,
+    ) -> None:
+        self.rules = rules or FleetRules()
+        self.pools = Pools(make_policy, self.rules, self._time_up, assign)
+        self._breaks = self.rules.breaker.enabled
+        self._listener = listener
+        self._new_id = new_id
+        self._workers: dict[str, Worker] = {}  # by URL, in order of registration
+        self._added = 0
+        self._leases = 0  # the number of the last lease
+        self._restored: set[Worker] = set()  # not checked yet; the cache may still be warm
+
+    def __repr__(self) -> str:
+        return f"<Fleet {len(self)} workers, {self.pools!r}>"
+
+    # -- membership --------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers.values())
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def by_url(self, url: str) -> Worker | None:
+        """Return a worker by its URL (with "@" and the rank for a rank); None without one."""
+        return self._workers.get(url)
+
+    def by_id(self, worker_id: str) -> Worker | None:
+        """Return a worker by its id; None without one."""
+        return next((worker for worker in self if worker.id == worker_id), None)
+
+    def entries(self, url: str) -> list[Worker]:
+        """Return all workers of the engine with this base URL: itself, or its ranks."""
+        return [worker for worker in self if worker.spec.url == url]
+
+    def add(self, spec: WorkerSpec, now: float, *, restored: str = "") -> Worker:
+        """Register a worker. It takes requests once a health check has passed.
+
+        restored  the id it had before the router was restarted; its cache may still be as it was, which is assumed when
+                  its first check passes
+
+        Raises: Conflict, when the URL is registered already.
+        """
+        worker = Worker(spec, restored or self._new_id(), self._added + 1, now)
+        if worker.url in self._workers:
+            raise Conflict(f"Worker {worker.url} already exists", param="url")
+        self._added += 1
+        self._workers[worker.url] = worker
+        if restored and spec.health.enabled:
+            self._restored.add(worker)
+        self.pools.place(worker)
+        self._changed(worker, "added", "", worker.health.value)
+        return worker
+
+    def remove(self, worker: Worker) -> None:
+        """Remove a worker for good: it gets no request from now on; those in flight finish."""
+        if not worker.removed:
+            worker.removed = True
+            del self._workers[worker.url]
+            self._restored.discard(worker)
+            self.pools.remove(worker)
+            self._changed(worker, "removed", worker.health.value, "")
+
+    def amend(self, worker: Worker, spec: WorkerSpec) -> None:
+        """Change what an operator said of a worker: key, name, weights, health checks. Its URL stays."""
+        worker.describe(msgspec.structs.replace(spec, url=worker.spec.url, dp_rank=worker.dp_rank))
+        if not worker.removed:
+            self.pools.place(worker)
+
+    def reported(self, worker: Worker, report: EngineReport) -> None:
+        """Store what an engine reported about itself."""
+        worker.report = report
+        if not worker.removed:
+            self.pools.place(worker)
+
+    def emptied(self, worker: Worker) -> None:
+        """Forget the prefixes of a worker: its cache was flushed, or is useless."""
+        if not worker.removed:
+            self.pools.of(worker).policy.emptied(worker)
+
+    def set_draining(self, worker: Worker, draining: bool, *, returning: bool = False) -> None:
+        """Stop (or resume) sending requests to a worker that stays registered and keeps its cached prefixes.
+
+        returning  it will be restarted, so that requests may wait for it when there is no other worker
+        """
+        worker.returning = draining and returning
+        if worker.draining != draining:
+            worker.draining = draining
+            names = ("active", "draining")
+            self._changed(worker, "draining", names[not draining], names[draining])
+
+    # -- who may take a request --------------------------------------------------------------------------------------
+
+    def candidates(self, now: float) -> tuple[Worker, ...]:
+        """Return the candidates of all pools."""
+        only = self.pools.only
+        if only is not None:
+            return only.candidates(now)
+        return tuple(worker for pool in self.pools for worker in pool.candidates(now))
+
+    def able(self, now: float) -> tuple[Worker, ...]:
+        """Return the able workers of all pools; see `Pool.able`."""
+        return tuple(worker for pool in self.pools for worker in pool.able(now))
+
+    def unavailable(self, now: float) -> Unavailable:
+        """Return why no pool has a candidate: the reason of the first one."""
+        return next(iter(self.pools)).unavailable(now)
+
+    def judge(self, now: float) -> None:
+        """Eject workers that do much worse than the others of their pool, and end ejections whose time is up."""
+        for pool in self.pools:
+            if pool.outliers is not None:
+                self._judge(pool.healthy(), pool.outliers, now)
+
+    def _judge(self, workers: list[Worker], outliers: Outliers[Worker], now: float) -> None:
+        reasons = {ejection.worker: ejection.reason for ejection in outliers.judge(workers, now)}
+        for worker in workers:
+            old, worker.ejected = worker.ejected, reasons.get(worker, "")
+            if bool(old) != bool(worker.ejected):
+                names = ("kept", "held_off")
+                self._changed(worker, "outlier", names[bool(old)], names[bool(worker.ejected)])
+
+    # -- leases ------------------------------------------------------------------------------------------------------
+
+    def lease(self, worker: Worker) -> Lease:
+        """Take one unit of load on a worker. The load counts from now on, whatever the policy."""
+        worker.load += 1
+        self._leases = number = self._leases + 1
+        if worker.circuit.state is _HALF_OPEN:
+            worker.probing = number  # the circuit lets no other request pass until this one ends
+            self.pools.changed(worker)
+        return Lease(number, worker, self._close)
+
+    def _close(self, lease: Lease, outcome: Outcome, now: float) -> None:
+        worker, hears = lease.worker, outcome.hears
+        worker.load -= 1
+        if hears is _SUCCESS:
+            worker.processed += 1
+        if worker.removed:  # no state to keep, no event to send
+            return
+        probe = worker.probing == lease.number
+        if probe:
+            worker.probing = 0
+            self.pools.changed(worker)
+        if outcome is _REFUSED:
+            worker.gone_silent = True
+        elif worker.gone_silent and lease.silent and hears is _SUCCESS:
+            self._came_back(worker, now)
+        if hears is _NOTHING:
+            return
+        if worker.outliers is not None:
+            worker.outliers.heard(worker, hears is not _SUCCESS, lease.first_byte, lease.bucket, now)
+        # A success changes nothing while there are no failures, which is nearly always.
+        if self._breaks and (hears is not _SUCCESS or worker.circuit.failures):
+            self._hear(worker, _EVENTS[hears is _SUCCESS, probe], now, hears)
+
+    # -- breakers ----------------------------------------------------------------------------------------------------
+
+    def _hear(self, worker: Worker, event: BreakerEvent, now: float, kind: Hears = _NOTHING) -> None:
+        """Pass an event to the circuit of a worker; emit an event if its state changed."""
+        circuit = worker.circuit
+        old = circuit.state
+        circuit.hear(event, self.rules.breaker, now, kind)
+        if circuit.state is old:
+            return
+        worker.probing = 0  # a probe that is still in flight is a request like any other from here on
+        if circuit.state is Breaker.OPEN:
+            pool = self.pools.of(worker)
+            pool.reopen_at = min(pool.reopen_at, circuit.reopen_at)
+        self._changed(worker, "breaker", old.value, circuit.state.value)
+
+    def _time_up(self, pool: Pool, now: float) -> None:
+        """Make breakers half-open whose time is up. A pool calls this when it is asked for candidates."""
+        is_open = [worker for worker in pool.workers if worker.breaker is Breaker.OPEN]
+        pool.reopen_at = math.inf
+        for worker in is_open:
+            if worker.circuit.reopen_at <= now:
+                self._hear(worker, BreakerEvent.TIME_UP, now)
+            else:
+                pool.reopen_at = min(pool.reopen_at, worker.circuit.reopen_at)
+
+    # -- health ------------------------------------------------------------------------------------------------------
+
+    def probed(self, worker: Worker, error: str | None, now: float, *, refused: bool = False) -> None:
+        """Take the result of one health check: `error` says what was wrong; None: it passed."""
+        if worker.removed or worker.health is Health.DOWN:
+            return
+        if error is not None:
+            self._probe_failed(worker, error, now, refused)
+            return
+        worker.last_error = ""
+        worker.health_failures = 0
+        worker.health_successes += 1
+        if worker.gone_silent:
+            self._came_back(worker, now)
+        self._hear(worker, BreakerEvent.CHECK_PASSED, now)
+        enough = worker.health_successes >= worker.spec.health.success_threshold
+        if worker.health is Health.STARTING:
+            if worker not in self._restored:
+                self._warm_up(worker, now)
+            self._restored.discard(worker)
+            self._set_health(worker, Health.HEALTHY)
+        elif worker.health is Health.UNHEALTHY and enough:
+            self._set_health(worker, Health.HEALTHY)
+
+    def _probe_failed(self, worker: Worker, error: str, now: float, refused: bool) -> None:
+        worker.last_error = error
+        worker.health_successes = 0
+        worker.health_failures += 1
+        if worker in self._restored or (refused and worker.health is not Health.STARTING):
+            worker.gone_silent = True
+        if worker.health is Health.STARTING:
+            if now - worker.since > self.rules.startup_timeout:
+                self._set_health(worker, Health.UNHEALTHY)
+        elif worker.health_failures >= worker.spec.health.failure_threshold:
+            self._set_health(worker, Health.UNHEALTHY)
+
+    def lost(self, worker: Worker, now: float) -> None:
+        """Make a worker STARTING again: its process is gone, and another one with an empty cache will listen there."""
+        if worker.removed:
+            return
+        had = worker.health is not Health.STARTING or worker in self._restored
+        self._restored.discard(worker)
+        worker.since = now
+        worker.ejected = ""
+        worker.health_failures = worker.health_successes = 0
+        worker.report = NOTHING
+        self._set_health(worker, Health.STARTING)
+        self._hear(worker, BreakerEvent.PROCESS_LOST, now)
+        worker.gone_silent = False
+        if had:
+            self._came_back(worker, now)
+
+    def down(self, worker: Worker, reason: str) -> None:
+        """Make a worker DOWN, and no candidate whatever a check says: its process is gone and is not started again."""
+        if not worker.removed:
+            worker.last_error = reason
+            worker.report = NOTHING
+            self._set_health(worker, Health.DOWN)
+
+    def _set_health(self, worker: Worker, health: Health) -> None:
+        if worker.health is not health:
+            old, worker.health = worker.health, health
+            self._changed(worker, "health", old.value, health.value)
+
+    def _came_back(self, worker: Worker, now: float) -> None:
+        """Treat a worker as restarted: after refused connections, another process with an empty cache listens there."""
+        worker.gone_silent = False
+        self._restored.discard(worker)
+        self._warm_up(worker, now)
+        self.emptied(worker)
+        self._changed(worker, "restarted", "", "")
+
+    def _warm_up(self, worker: Worker, now: float) -> None:
+        if self.rules.slow_start:
+            worker.warm_at = now + self.rules.slow_start
+
+    def _changed(self, worker: Worker, what: str, old: str, new: str) -> None:
+        self.pools.changed(worker)
+        self._listener.worker_changed(WorkerChanged(worker, what, old, new))
+
+
+_EVENTS = {
+    (True, False): BreakerEvent.SUCCESS,
+    (False, False): BreakerEvent.FAILURE,
+    (True, True): BreakerEvent.PROBE_SUCCESS,
+    (False, True): BreakerEvent.PROBE_FAILURE,
+}
+"""What a breaker hears at the end of a leg, by (whether it succeeded, whether it was the probe)."""

@@ -1,0 +1,307 @@
+"""Pools: the workers that can serve one model in one role, with their candidates, their policy and its memory.
+
+    Fleet   -- place, remove, changed -->  Pools  --  PoolKey(model, role)  -->  Pool
+    Router  -- only, find ------------->                                          |-- candidates(now)
+                                                                                  |-- policy, its memory
+                                                                                  '-- outliers
+
+Which pool a worker belongs to is said by `assign`, a function given at construction; without one all workers are in one
+pool. Pools are made when a worker needs one and closed when their last worker has left.
+
+*Candidates* are worked out when something changed, not per request: the fleet marks the pool stale at a state change,
+and the passing of time matters only at `reopen_at`, the next moment when an open breaker may let a probe pass.
+
+    in rotation, breaker lets pass, healthy, not ejected     -> candidates
+    else: the same, but ejected                              -> candidates: better an outlier than an unhealthy worker
+    else: in rotation, breaker lets pass, unhealthy          -> candidates (panic: when all checks fail, the workers are
+                                                                busy or the check is broken)
+    else                                                     -> `unavailable` says why, and when to retry
+
+*Slow start.* A worker with an empty cache has the shortest queue and the smallest tree, so that every policy would send
+it all that no other worker wants. For `slow_start` seconds its load may be at most a share, growing to all, of the mean
+load of the others; above that it is no candidate for the moment.
+
+*Full workers.* A worker with `most_load` requests in flight is no candidate; when all have that many, requests wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from sglang_router.errors import NoWorkers, Unavailable, WorkersFull, WorkersStarting
+from sglang_router.routing.outliers import Outliers
+from sglang_router.routing.policies.base import Policy
+from sglang_router.routing.rules import FleetRules
+from sglang_router.routing.states import Breaker, Health
+from sglang_router.routing.worker import Worker
+
+_RETRY_AFTER = 5.0
+"""Retry-After in seconds, when nothing better is known."""
+_PROBED_AFTER = 1.0
+"""Seconds in which the one request of a half-open breaker may be back."""
+
+
+class PoolKey(NamedTuple):
+    """What the workers of a pool have in common.
+
+    model  the model's name as clients send it, JSON text; b"" for any model
+    role   "regular"; "prefill" or "decode" with disaggregation
+    """
+
+    model: bytes = b""
+    role: str = "regular"
+
+
+class Pool:
+    """See the module. Only the fleet and `Pools` change it.
+
+    workers    in order of registration
+    outliers   finds the workers that do much worse than the others; None: no worker is ejected
+    reopen_at  the next moment when a breaker of the pool becomes half-open; infinity: none is open
+    """
+
+    __slots__ = (
+        "_able",
+        "_most_load",
+        "_room",
+        "_rules",
+        "_stale",
+        "_time_up",
+        "_warming",
+        "key",
+        "outliers",
+        "policy",
+        "reopen_at",
+        "workers",
+    )
+
+    def __init__(self, key: PoolKey, policy: Policy, rules: FleetRules, time_up: Callable[[Pool, float], None]) -> None:
+        self.key = key
+        self.policy = policy
+        self.workers: list[Worker] = []
+        self.outliers: Outliers[Worker] | None = Outliers(rules.outliers) if rules.outliers is not None else None
+        self.reopen_at = math.inf
+        self._rules = rules
+        self._most_load = rules.most_load
+        self._time_up = time_up
+        self._stale = False
+        self._able: tuple[Worker, ...] = ()
+        self._warming: list[Worker] = []  # those of them whose slow start is not over
+        self._room: tuple[Worker, ...] = ()  # those of them that had room the last time
+
+    def __repr__(self) -> str:
+        model = self.key.model.decode(errors="replace") or "any model"
+        return f"<Pool {model} {self.key.role}: {len(self.workers)} workers, {len(self._able)} able, {self.policy!r}>"
+
+    # -- membership, for `Pools` -------------------------------------------------------------------------------------
+
+    def add(self, worker: Worker) -> None:
+        """Add a worker."""
+        self.workers.append(worker)
+        worker.outliers = self.outliers
+        self.workers.sort(key=lambda w: w.order)
+        if worker.breaker is Breaker.OPEN:
+            self.reopen_at = min(self.reopen_at, worker.circuit.reopen_at)
+        self._stale = True
+        self.policy.added(worker)
+
+    def remove(self, worker: Worker) -> None:
+        """Remove a worker."""
+        self.workers.remove(worker)
+        self._stale = True
+        self.policy.removed(worker)
+
+    def changed(self) -> None:
+        """Mark the candidates as stale: the state of a worker changed. They are computed again at the next call."""
+        self._stale = True
+
+    # -- who may take a request --------------------------------------------------------------------------------------
+
+    def candidates(self, now: float) -> tuple[Worker, ...]:
+        """Return the workers that may take a request now, in order of registration.
+
+        It is the same tuple until something changes.
+        """
+        if now >= self.reopen_at:
+            self._time_up(self, now)
+        if self._stale:
+            self._refresh(now)
+        return self._with_room(now) if self._warming or self._most_load else self._able
+
+    def able(self, now: float) -> tuple[Worker, ...]:
+        """Return the candidates and the workers left out only for their load: for a retry, which is not queued."""
+        self.candidates(now)
+        return self._able
+
+    def healthy(self) -> list[Worker]:
+        """Return the workers that may take requests if none is ejected."""
+        return [w for w in self.workers if w.health is Health.HEALTHY and w.in_rotation and w.lets_pass]
+
+    def _refresh(self, now: float) -> None:
+        self._stale = False
+        well = self.healthy()
+        able = [w for w in well if not w.ejected] or well or self._unhealthy()
+        self._able = tuple(able)
+        self._warming = [w for w in able if now < w.warm_at]
+
+    def _unhealthy(self) -> list[Worker]:
+        return [w for w in self.workers if w.health is Health.UNHEALTHY and w.in_rotation and w.lets_pass]
+
+    def _with_room(self, now: float) -> tuple[Worker, ...]:
+        """Return the able workers without the full ones, and without those in slow start that have their share."""
+        full = {w for w in self._able if w.load >= self._most_load} if self._most_load else set()
+        self._warming = warming = [w for w in self._warming if now < w.warm_at]
+        others = [w.load for w in self._able if w not in warming]
+        if others and warming:
+            mean = sum(others) / len(others)
+            full |= {w for w in warming if w.load >= self._share(w, mean, now)}
+        if not full:
+            return self._able
+        room = tuple(w for w in self._able if w not in full)
+        if room != self._room:  # otherwise return the same object: policies cache what they derive from it
+            self._room = room
+        return self._room
+
+    def _share(self, worker: Worker, mean: float, now: float) -> float:
+        """Return the load that a worker in slow start may have."""
+        return max(1.0, mean * (1.0 - (worker.warm_at - now) / self._rules.slow_start))
+
+    # -- when there are none -----------------------------------------------------------------------------------------
+
+    def unavailable(self, now: float) -> Unavailable:
+        """Return the error that says why there are no candidates, and when to retry."""
+        if not self.workers and not self._rules.elastic:
+            return NoWorkers(retry_after=_RETRY_AFTER)
+        if self._most_load and self.able(now):
+            return WorkersFull(retry_after=1.0)
+        rotation = [w for w in self.workers if w.in_rotation]
+        if self._starting(rotation):
+            return WorkersStarting(retry_after=_RETRY_AFTER)
+        waits = [max(0.0, w.circuit.reopen_at - now) for w in rotation if w.breaker is Breaker.OPEN]
+        waits += [_PROBED_AFTER for w in rotation if w.breaker is Breaker.HALF_OPEN]
+        return Unavailable(retry_after=min(waits, default=_RETRY_AFTER))
+
+    def _starting(self, rotation: list[Worker]) -> bool:
+        """Return whether a worker will become ready without an operator."""
+        if rotation:
+            return all(w.health is Health.STARTING for w in rotation)
+        return self._rules.elastic or any(w.returning for w in self.workers)
+
+    def remembered(self, worker: Worker) -> int:
+        """Return the bytes of prefixes that a worker is believed to have cached; 0 for policies without a memory."""
+        return self.policy.memory.size(worker) if self.policy.memory is not None else 0
+
+
+def one_pool(worker: Worker) -> PoolKey:
+    """Put all workers in one pool."""
+    return PoolKey()
+
+
+class Pools:
+    """See the module. Iteration gives the pools that have workers, or the default one while there are no workers.
+
+    only     the pool, while there is exactly one
+    default  the pool of workers that belong to no other; it is never closed
+    version  increases when a pool is added or removed: a request may belong to another pool then
+    """
+
+    def __init__(
+        self,
+        make_policy: Callable[[], Policy],
+        rules: FleetRules,
+        time_up: Callable[[Pool, float], None],
+        assign: Callable[[Worker], PoolKey] = one_pool,
+    ) -> None:
+        self._make_policy = make_policy
+        self._rules = rules
+        self._time_up = time_up
+        self._assign = assign
+        self._pools: dict[tuple[bytes, str], Pool] = {}  # by PoolKey
+        self._of: dict[Worker, Pool] = {}
+        self._closing: list[Pool] = []  # without workers; their memory is still to be freed
+        self._nobody: Pool | None = None  # for requests to a pool that does not exist
+        self.default = self._open(PoolKey())
+        self._used: tuple[Pool, ...] = ()
+        self.version = 0
+        self.only: Pool | None = None
+        self._count()
+
+    def __iter__(self) -> Iterator[Pool]:
+        return iter(self._used)
+
+    def __len__(self) -> int:
+        return len(self._used)
+
+    def __repr__(self) -> str:
+        return f"<Pools {list(self._used)}>"
+
+    def find(self, model: bytes, role: str = "regular") -> Pool:
+        """Return the pool for a model in a role: its own, else the one for any model, else one without workers."""
+        pools = self._pools
+        found = pools.get((model, role)) or pools.get((b"", role)) or self._nobody
+        if found is None:
+            found = self._nobody = self._new(PoolKey(role=""))
+        return found
+
+    def of(self, worker: Worker) -> Pool:
+        """Return the pool of a registered worker."""
+        return self._of[worker]
+
+    def remembered(self, worker: Worker) -> int:
+        """Return the bytes of prefixes that a worker is believed to have cached; 0 for one that was removed."""
+        pool = self._of.get(worker)
+        return pool.remembered(worker) if pool is not None else 0
+
+    # -- for the fleet -----------------------------------------------------------------------------------------------
+
+    def place(self, worker: Worker) -> None:
+        """Put a worker into its pool: a new one, or one of which something else is known now."""
+        key, old = self._assign(worker), self._of.get(worker)
+        if old is not None:
+            if old.key == key:
+                return
+            self.remove(worker)
+        pool = self._pools.get(key) or self._open(key)
+        self._of[worker] = pool
+        pool.add(worker)
+        self._count()
+
+    def remove(self, worker: Worker) -> None:
+        """Remove a worker from its pool, and the pool with its last worker unless it is the default."""
+        pool = self._of.pop(worker)
+        pool.remove(worker)
+        if not pool.workers and pool is not self.default:
+            del self._pools[pool.key]
+            self._closing.append(pool)
+        self._count()
+
+    def changed(self, worker: Worker) -> None:
+        """Tell the worker's pool that its state changed; do nothing for a removed one."""
+        pool = self._of.get(worker)
+        if pool is not None:
+            pool.changed()
+
+    def tidy(self, now: float, budget: int) -> bool:
+        """Do up to `budget` steps of cleaning the policies' memories; return whether there is more to do."""
+        pools = [*self._pools.values(), *self._closing]
+        share = max(1, budget // len(pools))
+        busy = [pool for pool in pools if pool.policy.tidy(now, share)]
+        # A prefix tree must be emptied before it is dropped: the cyclic collector does not see it.
+        self._closing = [pool for pool in self._closing if pool in busy]
+        return bool(busy)
+
+    def _open(self, key: PoolKey) -> Pool:
+        pool = self._pools[key] = self._new(key)
+        return pool
+
+    def _new(self, key: PoolKey) -> Pool:
+        return Pool(key, self._make_policy(), self._rules, self._time_up)
+
+    def _count(self) -> None:
+        used = tuple(pool for pool in self._pools.values() if pool.workers) or (self.default,)
+        if used != self._used:
+            self._used = used
+            self.version += 1
+        self.only = self._used[0] if len(self._used) == 1 else None

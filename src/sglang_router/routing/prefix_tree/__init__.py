@@ -1,0 +1,1 @@
+"""Which worker holds which prompt prefix: a radix tree over bytes."""

@@ -1,0 +1,84 @@
+"""The prefix tree as the memory of a policy: by worker where the tree has slots.
+
+    policy --> TreeMemory --> Tree          cache_aware asks the tree itself, on the hot path
+                  ^
+                  '-- metrics, control plane, state file, scaling of replicas: `policy.memory`
+
+A worker has one slot for as long as its cache is believed to be the same; `Worker.slot` is set here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sglang_router.routing.prefix_tree.image import Builder, Walk
+from sglang_router.routing.prefix_tree.slot import Slot
+from sglang_router.routing.prefix_tree.tree import Tree
+from sglang_router.routing.worker import Worker
+
+
+class TreeMemory:
+    """See the module; `policies.base.PrefixMemory` describes the methods."""
+
+    def __init__(self, max_size: int) -> None:
+        self.tree = Tree(max_size)
+
+    def __repr__(self) -> str:
+        return f"<TreeMemory {self.tree!r}>"
+
+    # -- the policy's side -------------------------------------------------------------------------------------------
+
+    def add(self, worker: Worker) -> int:
+        """Give a worker an empty slot."""
+        worker.slot = self.tree.add_slot()
+        return worker.slot
+
+    def remove(self, worker: Worker) -> int:
+        """Forget all that a worker holds; return the slot that it had."""
+        slot, worker.slot = worker.slot, -1
+        self.tree.retire(slot)
+        return slot
+
+    # -- PrefixMemory ------------------------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes of the tree."""
+        return self.tree.nodes
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory; a text that several workers have is counted once."""
+        return self.tree.held
+
+    @property
+    def retired_size(self) -> int:
+        """Bytes of removed or emptied workers that are not freed yet."""
+        return self.tree.retired_size
+
+    def size(self, worker: Worker) -> int:
+        """Bytes that a worker is believed to have cached."""
+        return self._books(worker).size
+
+    def entries(self, worker: Worker) -> int:
+        """Number of texts that a worker is believed to have cached."""
+        return self._books(worker).entries
+
+    def evictions(self, worker: Worker) -> int:
+        """Number of nodes of a worker that were evicted."""
+        return self._books(worker).evictions
+
+    def evicted_bytes(self, worker: Worker) -> int:
+        """Bytes of those nodes."""
+        return self._books(worker).evicted_bytes
+
+    def walk(self) -> Walk:
+        """Return a walk over the tree, which reads it in small steps."""
+        return Walk(self.tree)
+
+    def builder(self, slots: Mapping[int, int], shift: float, now: float) -> Builder:
+        """Return what fills the empty tree with what a walk returned."""
+        return Builder(self.tree, slots, shift, now)
+
+    def _books(self, worker: Worker) -> Slot:
+        return self.tree.books(worker.slot)

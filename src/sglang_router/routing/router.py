@@ -1,0 +1,339 @@
+"""Decide, in one process, which worker gets a request, when the request is queued, and whether and where it is retried.
+
+    ask(tag, facts, now)      the pool of the request --> candidates --> policy --> lease --> Plan
+                                                      '-- no candidate, or no place: the queue (Wait), or a final error
+    retry(tag, leg, ...)      another worker, or the same one after a pause; None when the rules allow no retry
+    ended(tag, leg, ...)      the lease is closed; then queued requests may begin
+    deliver(number, answer)   called with the answer to a request that was queued
+
+A retry goes at once to a worker that has not failed this request. Only when there is none left does it return to a
+worker that has, after a pause that grows (exponential, with jitter). A worker that answered BUSY gets no retry of the
+same request.
+
+A budget limits all retries together (`routing.retry_budget`), so that they do not overload a fleet in trouble. A retry
+after a refused connection is free, because that attempt cost no engine anything.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Hashable
+
+from sglang_router.errors import QueueTimeout, RouterError, WorkersFull, WorkersStarting
+from sglang_router.routing.decider import Deliver
+from sglang_router.routing.events import Listener, Retried, Routed, WorkerChanged
+from sglang_router.routing.facts import Facts
+from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.lease import Lease
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
+from sglang_router.routing.pools import Pool
+from sglang_router.routing.queue import PLACE, ROOM, START, Queue
+from sglang_router.routing.retry_budget import RetryBudget
+from sglang_router.routing.rules import RetryRules
+from sglang_router.routing.worker import Worker
+
+Soon = Callable[[Callable[[float], None]], None]
+"""Calls a function with the time soon, after the current call: the event loop's `call_soon`."""
+
+
+class _Asked:
+    """What the router needs to decide a queued request."""
+
+    __slots__ = ("facts", "tag")
+
+    def __init__(self, tag: RequestTag, facts: Facts) -> None:
+        self.tag = tag
+        self.facts = facts
+
+
+class _Trail:
+    """The failed attempts of one request.
+
+    tries    failed legs by worker
+    returns  retries that went back to a worker that had failed
+    retries  attempts after the first
+    """
+
+    __slots__ = ("retries", "returns", "tries")
+
+    def __init__(self) -> None:
+        self.tries: dict[Worker, int] = {}
+        self.returns = 0
+        self.retries = 0
+
+
+class Router(Listener):
+    """See the module. It implements `routing.decider.Decider`; add it to the listeners of the fleet.
+
+    listener   hears Routed and Retried
+    retries    how often a request is retried, and after which pauses
+    budget     limits all retries together
+    rng        for the jitter of pauses
+    soon       lets the router check the queue after the call that freed something
+    check_now  requests a health check of a worker
+    """
+
+    deliver: Deliver
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        queue: Queue[_Asked],
+        listener: Listener,
+        retries: RetryRules,
+        budget: RetryBudget,
+        rng: random.Random,
+        soon: Soon,
+        check_now: Callable[[Worker], None],
+    ) -> None:
+        self.fleet = fleet
+        self.queue = queue
+        self.budget = budget
+        self._pools = fleet.pools
+        self._retries = retries
+        self._listener = listener
+        self._rng = rng
+        self._soon = soon
+        self._check_now = check_now
+        self._leases: dict[int, Lease] = {}  # by number; the closed lease of a failed leg stays until `ended`
+        self._trails: dict[int, _Trail] = {}  # by number of the request; only of requests with a failed leg
+        self._scheduled = False  # `_let_in` will be called
+        self._pools_seen = fleet.pools.version  # version of the pools to which the queue's lines belong
+
+    def __repr__(self) -> str:
+        return f"<Router {len(self._leases)} leases, {self.queue!r}, {self.budget!r}>"
+
+    @property
+    def leases(self) -> int:
+        """Number of leases that are not ended."""
+        return len(self._leases)
+
+    # -- a new request -------------------------------------------------------------------------------------------------
+
+    def ask(self, tag: RequestTag, facts: Facts, now: float) -> Plan | Wait:
+        """Decide where a new request goes. Raises: RouterError, see `Decider.ask`."""
+        pool = self._pools.only or self._pools.find(facts.model)
+        if self.queue.idle:
+            candidates = pool.candidates(now)
+            if candidates:
+                self.budget.request(now)
+                return self._plan(tag, facts, pool, candidates, now)
+        return self._ask_queue(tag, facts, pool, now)
+
+    def _pool(self, facts: Facts) -> Pool:
+        return self._pools.only or self._pools.find(facts.model)
+
+    def _ask_queue(self, tag: RequestTag, facts: Facts, pool: Pool, now: float) -> Plan | Wait:
+        """Decide where a limit is set, requests are queued, or no worker can take the request now."""
+        queue = self.queue
+        candidates: tuple[Worker, ...] = ()
+        why = queue.why_wait(pool)
+        if why != PLACE:
+            queue.take_token(now)
+            if not why:
+                candidates = pool.candidates(now)
+                why = "" if candidates else self._awaited(pool, now)
+        if why:
+            queue.check_length(why, now)
+            if why == PLACE:
+                queue.take_token(now)
+            queued = queue.wait(tag.number, _Asked(tag, facts), pool, why, now)
+            return Wait(queued.until, why)
+        return self._begin(tag, facts, pool, candidates, now)
+
+    def _begin(self, tag: RequestTag, facts: Facts, pool: Pool, candidates: tuple[Worker, ...], now: float) -> Plan:
+        """Let a request take its place, and plan it."""
+        self.queue.begin(tag.number, now)
+        self.budget.request(now)
+        return self._plan(tag, facts, pool, candidates, now)
+
+    def _awaited(self, pool: Pool, now: float) -> str:
+        """Return what a request to a pool without candidates can wait for: ROOM or START.
+
+        Raises: Unavailable, when waiting does not help.
+        """
+        error = pool.unavailable(now)
+        if isinstance(error, WorkersFull):
+            return ROOM
+        if isinstance(error, WorkersStarting):
+            return START
+        raise error
+
+    def _plan(
+        self,
+        tag: RequestTag,
+        facts: Facts,
+        pool: Pool,
+        candidates: tuple[Worker, ...],
+        now: float,
+        retries: int = 0,
+        delay: float = 0.0,
+    ) -> Plan:
+        """Plan one leg to the worker that the policy chooses, and take its lease. The leg is sent after `delay`."""
+        policy = pool.policy
+        choice = policy.choose(facts, candidates, now)
+        policy.chosen(choice, facts, now)
+        worker, total = choice.worker, choice.total
+        lease = self.fleet.lease(worker)
+        if facts.streaming:
+            lease.streams(total - choice.matched if total else -1, now + delay)
+        self._leases[lease.number] = lease
+        splice = worker.splice
+        if splice and not facts.endpoint.json:  # a body that is not JSON is not changed
+            splice = b""
+        leg = PlannedLeg(lease.number, worker.target, choice.branch, choice.matched, total, splice)
+        self._listener.routed(Routed(tag, leg, policy.name, retries))
+        return Plan((leg,), delay, retries)
+
+    # -- a leg failed --------------------------------------------------------------------------------------------------
+
+    def retry(
+        self, tag: RequestTag, leg: PlannedLeg, facts: Facts, outcome: Outcome, now: float, continued: bool = False
+    ) -> Plan | None:
+        """Close the leg's lease with its outcome, and plan a retry if the rules allow one; see `Decider.retry`."""
+        lease = self._leases[leg.lease]
+        lease.close(outcome, now)
+        self._freed()
+        trail = self._trails.get(tag.number) or _Trail()
+        rules = self._retries
+        if not (continued or outcome.retryable) or trail.retries >= rules.total:
+            return None
+        busy = outcome is Outcome.BUSY
+        trail.tries[lease.worker] = rules.per_worker if busy else trail.tries.get(lease.worker, 0) + 1
+        self._trails[tag.number] = trail
+        fresh, again = self._retry_candidates(self._pool(facts), trail.tries, busy, now)
+        if not (fresh or again) or (outcome is not Outcome.REFUSED and not self.budget.take(now)):
+            return None
+        del self._leases[leg.lease]
+        trail.retries += 1
+        delay = 0.0
+        if not fresh:
+            delay = self._backoff(trail.returns)
+            trail.returns += 1
+        plan = self._plan(tag, facts, self._pool(facts), fresh or again, now, trail.retries, delay)
+        self._listener.retried(Retried(tag, leg, outcome, plan.delay))
+        return plan
+
+    def _retry_candidates(
+        self, pool: Pool, tries: dict[Worker, int], busy: bool, now: float
+    ) -> tuple[tuple[Worker, ...], tuple[Worker, ...]]:
+        """Return the workers that have not failed the request, and those that have but may be tried again.
+
+        The first are those with room, or all of them when none has room: a retry is not queued.
+        """
+        able = pool.able(now)
+        fresh = tuple(w for w in pool.candidates(now) if w not in tries) or tuple(w for w in able if w not in tries)
+        if fresh or busy:
+            return fresh, ()
+        return fresh, tuple(w for w in able if tries[w] < self._retries.per_worker)
+
+    def _backoff(self, returns: int) -> float:
+        """Return the pause before a retry at a worker that has failed, in seconds."""
+        rules = self._retries
+        pause = min(rules.initial_backoff * rules.multiplier ** min(returns, 64), rules.max_backoff)
+        return float(pause * (1.0 + self._rng.uniform(-rules.jitter, rules.jitter)))
+
+    # -- what became of a leg ------------------------------------------------------------------------------------------
+
+    def began(self, leg: PlannedLeg, now: float) -> None:
+        """Tell the lease that the first byte of a stream's answer arrived."""
+        lease = self._leases.get(leg.lease)
+        if lease is not None:
+            lease.began(now)
+
+    def ended(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, now: float) -> None:
+        """Close the leg's lease, and free the request's place: plans of this router have one leg."""
+        lease = self._leases.pop(leg.lease, None)
+        if lease is None:
+            return
+        lease.close(outcome, now)
+        if self._trails:
+            self._trails.pop(tag.number, None)
+        if not self.queue.idle:
+            self.queue.leave(tag.number, now)
+            self._freed()
+
+    def suspect(self, leg: PlannedLeg) -> None:
+        """Check the leg's worker now: its connection broke."""
+        worker = self.fleet.by_url(leg.target.name)
+        if worker is not None:
+            self._check_now(worker)
+
+    # -- the queue -----------------------------------------------------------------------------------------------------
+
+    def expired(self, tag: RequestTag, now: float) -> RouterError:
+        """Remove a request that waited too long from the queue; return the error that answers it."""
+        queued = self.queue.remove(tag.number)
+        if queued is not None and queued.why != PLACE:
+            error = self._pool(queued.item.facts).unavailable(now)
+            if not isinstance(error, WorkersFull):
+                return error
+        return QueueTimeout(retry_after=self.queue.retry_after(now))
+
+    def withdraw(self, tag: RequestTag) -> None:
+        """Remove a request whose client left from the queue."""
+        self.queue.remove(tag.number)
+
+    def refuse_stranded(self, error: RouterError, now: float) -> None:
+        """Refuse, for a shutdown, all requests queued for a pool in which no worker can serve any more."""
+        for queued in self.queue:
+            if not self._pool(queued.item.facts).able(now):
+                self.queue.remove(queued.number)
+                self.deliver(queued.number, error)
+
+    def look(self, now: float) -> None:
+        """Start the queued requests that can begin now. Call it periodically.
+
+        Time alone can make a worker a candidate: an open breaker becomes half-open, or a slow start advances.
+        """
+        if len(self.queue):
+            self._let_in(now)
+
+    def worker_changed(self, event: WorkerChanged) -> None:
+        """Check the queue: requests may wait for this worker, or in vain."""
+        self._freed()
+
+    def _freed(self) -> None:
+        """Check the queue after the current call, once."""
+        if len(self.queue) and not self._scheduled:
+            self._scheduled = True
+            self._soon(self._let_in)
+
+    def _let_in(self, now: float) -> None:
+        """Start the queued requests that can begin now, first come, first served; refuse those that wait in vain."""
+        self._scheduled = False
+        self._regroup()
+        passed_over: set[Hashable] = set()
+        while self.queue.has_place and (queued := self.queue.first(passed_over)) is not None:
+            answer = self._answer(queued.item, now)
+            if isinstance(answer, str):
+                passed_over.add(queued.line)
+                self._still_waits(queued.line, answer)
+            else:
+                self.deliver(queued.number, answer)
+
+    def _answer(self, asked: _Asked, now: float) -> Plan | RouterError | str:
+        """Return the answer to a queued request and remove it from the queue; or return what it still waits for."""
+        number, pool = asked.tag.number, self._pool(asked.facts)
+        candidates = pool.candidates(now)
+        try:
+            if not candidates:
+                return self._awaited(pool, now)
+        except RouterError as error:
+            self.queue.remove(number)
+            return error
+        self.queue.remove(number)
+        return self._begin(asked.tag, asked.facts, pool, candidates, now)
+
+    def _still_waits(self, line: Hashable, why: str) -> None:
+        """Keep the requests of a line queued. Deliver the new deadline of those that waited for something else."""
+        for queued in self.queue.line_waits_for(line, why):
+            self.deliver(queued.number, Wait(queued.until, why))
+
+    def _regroup(self) -> None:
+        """Move each queued request to the line of its pool, if pools were added or removed."""
+        version = self.fleet.pools.version
+        if self._pools_seen != version:
+            self._pools_seen = version
+            self.queue.regroup(lambda asked: self._pool(asked.facts))

@@ -1,0 +1,31 @@
+"""What an operator says of a worker: a record that is read from JSON and written to the state file."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sglang_router.routing.rules import HealthRules
+from sglang_router.routing.source import Source
+
+
+class WorkerSpec(msgspec.Struct, kw_only=True):
+    """What is known of a worker before its engine is asked. No policy reads `priority` and `cost` yet.
+
+    url       base URL of the engine
+    dp_rank   which of the engine's data-parallel ranks this is; None for an engine as a whole
+    dp_aware  each rank of the engine becomes a worker of its own, see `workers.ranks`
+    source    what made the worker known, and so owns it
+    """
+
+    url: str
+    dp_rank: int | None = None
+    dp_aware: bool = False
+    api_key: str | None = None
+    model_id: str | None = None
+    priority: int = 50
+    cost: float = 1.0
+    worker_type: str = "regular"
+    runtime: str | None = None
+    labels: dict[str, str] = msgspec.field(default_factory=dict)
+    health: HealthRules = HealthRules()
+    source: Source = Source.API

@@ -1,0 +1,126 @@
+"""A worker: one engine behind a base URL, with its health, its circuit and its load.
+
+The fleet owns workers and is the only one to change their state. Three things decide whether a worker may take a
+request: is it in rotation, is it healthy, does its circuit let a request pass. `routing.pools` combines them.
+"""
+
+from __future__ import annotations
+
+from sglang_router.routing.breaker import Circuit
+from sglang_router.routing.engine_report import NOTHING, EngineReport
+from sglang_router.routing.outliers import Outliers
+from sglang_router.routing.plan import Target
+from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.states import Breaker, Health
+
+
+class Worker:
+    """One engine, or one data-parallel rank of an engine.
+
+    target     where its requests go, as the relay knows it
+    url        its name: the base URL, for a rank with "@" and its number
+    key        its own API key as it is sent; None without one
+    splice     members that each JSON body sent to it gets at its end: its rank; b"" for none
+    order      rises with each registration: the order of rotation
+    slot       its number in the prefix memory of its pool; -1: none
+    since      when it was registered or its process lost, seconds of the caller's clock
+    warm_at    when its slow start is over, seconds of the same clock
+    report     what its engine said of itself last
+    load       leases open now
+    waiting    streams sent there that have no byte of an answer yet
+    ejected    why it is ejected as an outlier; "" if it is not
+    outliers   the outlier detection of its pool; None: there is none
+    processed  requests it answered (outcome SERVED)
+    probing    number of the lease that its HALF_OPEN circuit let pass; 0: none
+    """
+
+    __slots__ = (
+        "circuit",
+        "dp_rank",
+        "draining",
+        "ejected",
+        "gone_silent",
+        "health",
+        "health_failures",
+        "health_successes",
+        "id",
+        "key",
+        "last_error",
+        "load",
+        "order",
+        "outliers",
+        "probing",
+        "processed",
+        "removed",
+        "report",
+        "returning",
+        "since",
+        "slot",
+        "spec",
+        "splice",
+        "target",
+        "url",
+        "waiting",
+        "warm_at",
+    )
+
+    def __init__(self, spec: WorkerSpec, worker_id: str, order: int, now: float) -> None:
+        # for its whole life
+        self.id = worker_id
+        self.dp_rank = spec.dp_rank
+        self.url = spec.url if spec.dp_rank is None else f"{spec.url}@{spec.dp_rank}"
+        self.splice = b"" if spec.dp_rank is None else b'"data_parallel_rank":%d' % spec.dp_rank
+        self.order = order
+        # until it is amended or says more of itself
+        self.describe(spec)
+        self.report: EngineReport = NOTHING
+        self.slot = -1
+        # load
+        self.load = 0
+        self.waiting = 0
+        self.processed = 0
+        # health
+        self.health = Health.STARTING if spec.health.enabled else Health.HEALTHY
+        self.health_failures = 0
+        self.health_successes = 0
+        self.last_error = ""
+        self.gone_silent = False  # it refused a connection: whatever listens there next is another process
+        self.since = now
+        self.warm_at = 0.0
+        self.ejected = ""
+        self.outliers: Outliers[Worker] | None = None
+        # rotation
+        self.draining = False
+        self.returning = False  # draining because it is about to be restarted
+        self.removed = False
+        # breaker
+        self.circuit = Circuit()
+        self.probing = 0
+
+    def __repr__(self) -> str:
+        state = [self.health.value, f"breaker {self.breaker.value}", f"load {self.load}"]
+        state += ["ejected"] * bool(self.ejected) + ["draining"] * self.draining + ["removed"] * self.removed
+        return f"<Worker {self.url}: {', '.join(state)}>"
+
+    def describe(self, spec: WorkerSpec) -> None:
+        """Store what an operator says of the worker, and what follows from that."""
+        key = spec.api_key.encode() if spec.api_key else None
+        self.spec = spec
+        self.key = key
+        self.target = Target(spec.url, self.dp_rank, key, self.url, self.id, spec.worker_type)
+
+    @property
+    def breaker(self) -> Breaker:
+        """The state of its circuit."""
+        return self.circuit.state
+
+    @property
+    def in_rotation(self) -> bool:
+        """Whether it is registered and not draining, whatever its health and its breaker."""
+        return not self.draining and not self.removed
+
+    @property
+    def lets_pass(self) -> bool:
+        """Whether its circuit lets one more request pass."""
+        state = self.circuit.state
+        return state is Breaker.CLOSED or (state is Breaker.HALF_OPEN and not self.probing)

@@ -1,0 +1,68 @@
+"""Read a request's header once: request id, routing key, trace context and content coding.
+
+The id is the client's own, from the first of the `--request-id-headers` that it sent; without a usable one the router
+makes a new id: the endpoint's prefix and 24 hexadecimal digits. This rule is implemented only here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from sglang_router.wire.request import Headers
+
+REQUEST_ID_HEADERS = ("x-request-id", "x-correlation-id", "x-trace-id", "request-id")
+"""Headers that may hold the id, in order of preference."""
+MAX_ID = 256
+"""Most bytes of a client's id; a longer id is replaced by a new one."""
+
+_ROUTING_KEY = -1
+_CONTENT_ENCODING = -2
+_TRACE = -3
+
+
+Named = tuple[bytes, bytes, bytes, bool]
+"""What is read from a header: the request's id; x-smg-routing-key, or b""; traceparent, or b""; whether the body has
+a Content-Encoding other than identity."""
+
+
+class RequestIds:
+    """Find or make the ids of requests.
+
+    random_bits  returns an integer of so many random bits
+    headers      names of the headers that may hold the id, in order of preference
+    """
+
+    def __init__(self, random_bits: Callable[[int], int], headers: Iterable[str] = REQUEST_ID_HEADERS) -> None:
+        self._random_bits = random_bits
+        # Header name -> the rank of an id header in the order of preference, or one of the negative marks.
+        self._places = {name.lower().encode(): place for place, name in enumerate(headers)}
+        self._places[b"x-smg-routing-key"] = _ROUTING_KEY
+        self._places[b"content-encoding"] = _CONTENT_ENCODING
+        self._places.setdefault(b"traceparent", _TRACE)
+
+    def new(self, prefix: bytes) -> bytes:
+        """Make a new id."""
+        return prefix + b"%024x" % self._random_bits(96)
+
+    def read(self, headers: Headers, prefix: bytes) -> Named:
+        """Read a header; make an id with this prefix when the client sent no usable one."""
+        request_id = routing_key = trace = b""
+        coded = False
+        places = self._places
+        best = len(places)
+        for name, value in headers:
+            place = places.get(name)
+            if place is None:
+                continue
+            if place >= 0:
+                if place < best and 0 < len(value) <= MAX_ID:
+                    best, request_id = place, value
+            elif place == _ROUTING_KEY:
+                routing_key = value
+            elif place == _TRACE:
+                trace = value
+            else:
+                coded = value.lower() != b"identity"
+        if not request_id:
+            request_id = prefix + b"%024x" % self._random_bits(96)
+        return request_id, routing_key, trace, coded

@@ -1,0 +1,1 @@
+"""How workers become and stay known: sources, membership, health checks, what engines say, ranks."""

@@ -1,0 +1,141 @@
+"""Requests of the router itself to one target: health checks, questions to engines, the control plane, webhooks.
+
+    fetched = await fetch(pool, worker.target, b"GET", b"/health", timeout=5.0)
+    fetched.status, fetched.headers, fetched.body
+
+They use the same connections as inference requests, and the target's own key. One future per request is cheap enough
+here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from sglang_router.relay.connection_pool import ConnectionPool
+from sglang_router.relay.upstream import Opening, UpstreamConnection
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.plan import Target
+from sglang_router.wire.framing import Framing
+from sglang_router.wire.response import ResponseHead
+
+_JSON = b"application/json"
+_MAX_BYTES = 64 << 20
+
+
+class Fetched(msgspec.Struct):
+    """A whole answer. `headers`: names in lower case; `body`: without the chunked coding."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+    @property
+    def ok(self) -> bool:
+        """Whether the status is 2xx."""
+        return 200 <= self.status < 300
+
+
+class FetchError(Exception):
+    """There is no whole answer; `outcome` says how it failed, the text why."""
+
+    def __init__(self, outcome: Outcome, detail: str) -> None:
+        super().__init__(detail)
+        self.outcome = outcome
+
+
+class Collector:
+    """A sink that gathers one answer of at most `max_bytes`."""
+
+    decoding = True
+
+    def __init__(self, answer: asyncio.Future[Fetched], max_bytes: int) -> None:
+        self.answer = answer
+        self.connection: UpstreamConnection | Opening | None = None
+        self._max_bytes = max_bytes
+        self._head: ResponseHead | None = None
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def connected(self, connection: UpstreamConnection) -> None:
+        """Keep the new connection, to abort it if the answer is too large."""
+        self.connection = connection
+
+    def begin(self, head: ResponseHead, framing: Framing, data: bytes, done: bool) -> None:
+        """Keep the head."""
+        self._head = head
+        self.data(data, done)
+
+    def data(self, data: bytes, done: bool) -> None:
+        """Collect bytes; set the answer at the end, or fail when there are too many."""
+        self._parts.append(data)
+        self._size += len(data)
+        if self.answer.done():
+            return
+        if done:
+            assert self._head is not None
+            self.answer.set_result(Fetched(self._head.status, self._head.headers, b"".join(self._parts)))
+        elif self._size > self._max_bytes and self.connection is not None:
+            self.connection.abort()
+            self.broken(Outcome.INVALID, f"The worker's answer is larger than {self._max_bytes} bytes.")
+
+    def broken(self, outcome: Outcome, detail: str) -> None:
+        """Fail with FetchError."""
+        if not self.answer.done():
+            self.answer.set_exception(FetchError(outcome, detail))
+
+
+async def fetch(
+    pool: ConnectionPool,
+    target: Target,
+    method: bytes,
+    path: bytes,
+    *,
+    body: bytes = b"",
+    content_type: bytes = _JSON,
+    timeout: float,
+    max_bytes: int = _MAX_BYTES,
+) -> Fetched:
+    """Send one request with the target's key and return the whole answer. `path` may have a query.
+
+    Raises: FetchError when there is no answer within `timeout` seconds, or it has more than `max_bytes`.
+    """
+    fields = [b"content-length: %d\r\n" % len(body)]
+    if body:
+        fields += (b"content-type: ", content_type, b"\r\n")
+    if target.key is not None:
+        fields += (b"authorization: Bearer ", target.key, b"\r\n")
+    head = b"".join((pool.origin(target).start(method, path), *fields, b"\r\n"))
+    try:
+        return await ask_once(pool, target, head, body, timeout=timeout, max_bytes=max_bytes)
+    except FetchError as exc:
+        if exc.outcome is not Outcome.STALE:
+            raise
+    return await ask_once(pool, target, head, body, timeout=timeout, max_bytes=max_bytes, fresh=True)
+
+
+async def ask_once(
+    pool: ConnectionPool,
+    target: Target,
+    head: bytes,
+    body: bytes,
+    *,
+    timeout: float,
+    max_bytes: int,
+    fresh: bool = False,
+) -> Fetched:
+    """Send these bytes once and return the whole answer; `fresh`: on a new connection.
+
+    Raises: FetchError. Its outcome is STALE when a kept connection had been closed: then send again, `fresh`.
+    """
+    collector = Collector(asyncio.get_running_loop().create_future(), max_bytes)
+    collector.connection = pool.send(target, collector, head, body, fresh=fresh)
+    try:
+        return await asyncio.wait_for(collector.answer, timeout)
+    except (TimeoutError, asyncio.TimeoutError):
+        collector.connection.abort()
+        raise FetchError(Outcome.TIMEOUT, f"No answer within {timeout:g} s.") from None
+    except asyncio.CancelledError:
+        collector.connection.abort()
+        raise

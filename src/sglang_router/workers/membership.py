@@ -1,0 +1,52 @@
+"""Membership: starts and ends what the router does for a worker while it is registered.
+
+    fleet: "added"   --> the pool keeps connections, health checks and the engine survey start
+    fleet: "removed" --> health checks and survey end, idle connections close; requests in flight end by themselves
+    amend(...)       --> the pool follows a worker whose key changed
+
+It is the only listener that does this, so code that adds or removes a worker only tells the fleet.
+"""
+
+from __future__ import annotations
+
+from sglang_router.relay.connection_pool import ConnectionPool
+from sglang_router.routing.events import Listener, WorkerChanged
+from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.worker import Worker
+from sglang_router.workers.engine_survey import EngineSurvey
+from sglang_router.workers.health_checks import HealthChecks
+
+
+class Membership(Listener):
+    """See the module."""
+
+    def __init__(self, fleet: Fleet, pool: ConnectionPool, checks: HealthChecks, survey: EngineSurvey) -> None:
+        self._fleet = fleet
+        self._pool = pool
+        self._checks = checks
+        self._survey = survey
+
+    def worker_changed(self, event: WorkerChanged) -> None:
+        """Keep connections to a worker that was added, check and survey it; stop all that for one that was removed."""
+        if event.what == "added":
+            self._joined(event.worker)
+        elif event.what == "removed":
+            self._left(event.worker)
+
+    def _joined(self, worker: Worker) -> None:
+        self._pool.know(worker.target)
+        self._checks.start(worker)
+        self._survey.start(worker)
+
+    def _left(self, worker: Worker) -> None:
+        self._checks.stop(worker)
+        self._survey.stop(worker)
+        self._pool.forget(worker.target)
+
+    def amend(self, worker: Worker, spec: WorkerSpec) -> None:
+        """Change what is said of a worker: key, name, weights, labels, health checks. Its URL and rank stay."""
+        before = worker.target
+        self._fleet.amend(worker, spec)
+        if worker.target != before:
+            self._pool.move(before, worker.target)

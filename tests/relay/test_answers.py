@@ -1,0 +1,258 @@
+"""Heads of answers: what is passed on, what never is, that workers cannot inject fields; the router's own answers."""
+
+from __future__ import annotations
+
+import random
+
+import h11
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_router.errors import InvalidJSON, MethodNotAllowed, MissingKey, NotFound, RouterError, Unavailable
+from sglang_router.relay.answers import (
+    Answers,
+    app_head,
+    connection_field,
+    error_answer,
+    plain_answer,
+    worker_head,
+)
+from sglang_router.wire.cors import Cors
+from sglang_router.wire.request import Headers, Request
+from sglang_router.wire.request_id import RequestIds
+from sglang_router.wire.response import parse_head
+
+ONE_HOP: Headers = [
+    (b"connection", b"keep-alive"),
+    (b"keep-alive", b"timeout=5"),
+    (b"proxy-authenticate", b"Basic"),
+    (b"proxy-authorization", b"Basic c2VjcmV0"),
+    (b"proxy-connection", b"keep-alive"),
+    (b"te", b"trailers"),
+    (b"trailer", b"x-sum"),
+    (b"transfer-encoding", b"chunked"),
+    (b"upgrade", b"h2c"),
+]
+
+
+def answered(fields: bytes, framing: bytes = b"", connection: bytes = b"") -> Headers:
+    """Return the fields of a worker's answer as the client reads them; `fields` with the CRLF after each."""
+    head = parse_head(b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n")
+    assert head is not None
+    client = h11.Connection(h11.CLIENT)
+    client.send(h11.Request(method="POST", target="/", headers=[("host", "x"), ("content-length", "0")]))
+    client.send(h11.EndOfMessage())
+    client.receive_data(worker_head(head, b"id-1", framing=framing, connection=connection))
+    event = client.next_event()
+    assert isinstance(event, h11.Response)
+    return list(event.headers)
+
+
+_lines = st.lists(
+    st.lists(
+        st.sampled_from(
+            [b"a", b"\x85", b"\xff", b" ", b"\t", b": ", b",", b"\r\n", b"\r\nX: y", b"\r", b"\n", b"\0", b"\r\n\r\n"]
+        ),
+        max_size=6,
+    ).map(b"".join),
+    min_size=1,
+    max_size=3,
+)
+"""Values of fields, among them attempts to inject further fields."""
+
+# -- to the worker -----------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_passes_with_one_id_and_our_framing() -> None:
+    fields = b"Server: engine\r\nContent-Length: 5\r\nX-Request-Id: theirs\r\nSet-Cookie: a\r\nSet-Cookie: b\r\n"
+    ours = [(b"x-request-id", b"id-1"), (b"content-length", b"5"), (b"connection", b"close")]
+    assert answered(fields, b"content-length: 5\r\n", b"connection: close\r\n") == [
+        (b"server", b"engine"),
+        (b"set-cookie", b"a"),
+        (b"set-cookie", b"b"),
+        *ours,
+    ]
+
+
+def test_a_plain_answer_has_each_field_once() -> None:
+    fields = answered(b"Content-Type: text/plain\r\nContent-Length:\t5 \r\nDate: now\r\n", b"content-length: 5\r\n")
+    assert sorted(fields) == [
+        (b"content-length", b"5"),
+        (b"content-type", b"text/plain"),
+        (b"date", b"now"),
+        (b"x-request-id", b"id-1"),
+    ]
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n"])
+def test_what_the_router_says_of_origins_takes_the_place_of_what_the_worker_says(framing: bytes) -> None:
+    fields = b"Access-Control-Allow-Origin: *\r\n" + framing + b"X: 1\r\nAccess-Control-Max-Age: 1\r\n"
+    head = parse_head(b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n")
+    assert head is not None
+    ours = b"access-control-allow-origin: https://a\r\n"
+    made = worker_head(head, b"id-1", framing=framing if not head.plain else b"", connection=b"", cors=ours)
+    read = parse_head(made)
+    assert read is not None
+    kept = [field for field in framing.decode().lower().split("\r\n") if field]
+    assert sorted(f"{name.decode()}: {value.decode()}" for name, value in read.headers) == sorted(
+        ["access-control-allow-origin: https://a", "x: 1", "x-request-id: id-1", *kept]
+    )
+
+
+def test_a_stream_is_framed_anew() -> None:
+    fields = b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
+    assert answered(fields, b"transfer-encoding: chunked\r\n") == [
+        (b"content-type", b"text/event-stream"),
+        (b"x-request-id", b"id-1"),
+        (b"transfer-encoding", b"chunked"),
+    ]
+    assert answered(fields, b"", b"connection: close\r\n")[-1] == (b"connection", b"close")
+
+
+@pytest.mark.parametrize("spelling", [bytes.title, bytes.upper, bytes.lower])
+@pytest.mark.parametrize("field", [pair for pair in ONE_HOP if pair[0] not in (b"transfer-encoding", b"upgrade")])
+@pytest.mark.parametrize("framing", [b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b""])
+def test_an_answers_hop_by_hop_fields_never_pass(field: tuple[bytes, bytes], framing: bytes, spelling: object) -> None:
+    assert callable(spelling)
+    fields = b"A: b\r\n%s: %s\r\n%s" % (spelling(field[0]), field[1], framing)
+    assert answered(fields) == [(b"a", b"b"), (b"x-request-id", b"id-1")]
+
+
+def test_an_answers_upgrade_never_passes() -> None:
+    assert answered(b"Upgrade: h2c\r\nContent-Length: 5\r\n") == [(b"x-request-id", b"id-1")]
+
+
+@pytest.mark.parametrize(
+    "connection", [b"x-inner", b"keep-alive, X-INNER", b"close,\tx-inner ,", b"x-other\r\nConnection: x-inner"]
+)
+def test_an_answers_connection_names_fields_before_and_behind_it(connection: bytes) -> None:
+    fields = b"X-Inner: 1\r\nA: b\r\nConnection: %s\r\nx-inner: 2\r\nX-Innermost: 3\r\n" % connection
+    assert answered(fields) == [(b"a", b"b"), (b"x-innermost", b"3"), (b"x-request-id", b"id-1")]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b"HTTP/1.1 200 OK", b"HTTP/1.1 200 OK"),
+        (b"HTTP/1.1 200 Fine", b"HTTP/1.1 200 Fine"),
+        (b"HTTP/1.0 200 OK", b"HTTP/1.1 200 OK"),
+        (b"HTTP/1.1 404", b"HTTP/1.1 404 Not Found"),
+        (b"HTTP/1.1 404 ", b"HTTP/1.1 404 Not Found"),
+        (b"HTTP/1.1 599", b"HTTP/1.1 599 "),
+    ],
+)
+def test_the_status_line(line: bytes, expected: bytes) -> None:
+    for fields in (b"", b"Content-Length: 0\r\n"):
+        head = parse_head(line + b"\r\n" + fields + b"\r\n")
+        assert head is not None
+        sent = worker_head(head, b"id-1", framing=fields.lower(), connection=b"")
+        assert sent.startswith(expected + b"\r\n")
+        assert sent.endswith(b"\r\n\r\n")
+
+
+@given(_lines, st.booleans())
+def test_a_worker_cannot_write_into_the_answer(lines: list[bytes], sized: bool) -> None:
+    raw = b"HTTP/1.1 200 OK\r\n" + b"".join(b"A: %s\r\n" % line for line in lines)
+    raw += b"Content-Length: 0\r\n\r\n" if sized else b"\r\n"
+    try:
+        head = parse_head(raw)
+    except RouterError:
+        return
+    assert head is not None
+    framing = b"" if head.content_length is None else b"content-length: 0\r\n"
+    sent = worker_head(head, b"id-1", framing=framing, connection=b"")
+    again = parse_head(sent)
+    assert again is not None
+    assert again.end == len(sent)
+    assert sorted(again.headers) == sorted([*head.headers, (b"x-request-id", b"id-1")])
+
+
+# -- the router's own answers ------------------------------------------------------------------------------------------
+
+
+def test_an_answer_of_the_router_itself() -> None:
+    assert plain_answer(404, b"no", [(b"a", b"b")], b"connection: close\r\n", b"text/plain") == (
+        b"HTTP/1.1 404 Not Found\r\ncontent-type: text/plain\r\ncontent-length: 2\r\na: b\r\n"
+        b"connection: close\r\n\r\nno"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "retry_after"),
+    [
+        (InvalidJSON(), 400, None),
+        (NotFound("no\r\nA: b"), 404, None),
+        (MissingKey(), 401, None),
+        (MethodNotAllowed(allow=("GET", "HEAD")), 405, None),
+        (Unavailable(), 503, None),
+        (Unavailable(retry_after=0.0), 503, b"1"),
+        (Unavailable(retry_after=0.2), 503, b"1"),
+        (Unavailable(retry_after=1.0), 503, b"1"),
+        (Unavailable(retry_after=1.1), 503, b"2"),
+        (Unavailable(retry_after=2.0), 503, b"2"),
+        (Unavailable(retry_after=59.5), 503, b"60"),
+    ],
+    ids=repr,
+)
+def test_an_error_answer(error: RouterError, status: int, retry_after: bytes | None) -> None:
+    raw = error_answer(error, b"id-1", b"connection: close\r\n")
+    head = parse_head(raw)
+    assert head is not None
+    assert (head.status, head.keep_alive, head.content_length) == (status, False, len(error.body()))
+    assert raw[head.end :] == error.body()
+    assert head.header(b"x-request-id") == b"id-1"
+    assert head.header(b"x-smg-error-code") == error.code.encode()
+    assert head.header(b"retry-after") == retry_after
+    for name, value in error.fields:
+        assert head.header(name.encode()) == value.encode()
+
+
+def test_an_error_of_a_head_request_has_no_body() -> None:
+    whole = error_answer(NotFound(), b"id-1", b"")
+    assert error_answer(NotFound(), b"id-1", b"", head=True) == whole.removesuffix(NotFound().body())
+
+
+@pytest.mark.parametrize(
+    ("keep_alive", "http10", "field"),
+    [
+        (True, False, b""),
+        (True, True, b"connection: keep-alive\r\n"),
+        (False, False, b"connection: close\r\n"),
+        (False, True, b"connection: close\r\n"),
+    ],
+)
+def test_the_connection_field(keep_alive: bool, http10: bool, field: bytes) -> None:
+    assert connection_field(keep_alive, http10) == field
+
+
+def test_the_head_of_the_control_plane() -> None:
+    head = app_head(201, [(b"location", b"/workers/1")], b"id-1", b"content-length: 0\r\n")
+    assert head == (b"HTTP/1.1 201 Created\r\nlocation: /workers/1\r\ncontent-length: 0\r\nx-request-id: id-1\r\n\r\n")
+
+
+def answers(*origins: str) -> Answers:
+    return Answers(RequestIds(random.Random(1).getrandbits), Cors(origins) if origins else None)
+
+
+def asked(method: bytes, *fields: tuple[bytes, bytes], http10: bool = False) -> Request:
+    return Request(method, b"/v1/models", b"/v1/models", [(b"host", b"h"), *fields], http10)
+
+
+def test_a_preflight_is_answered_whole() -> None:
+    wanted = asked(b"OPTIONS", (b"origin", b"https://a"), (b"access-control-request-method", b"POST"))
+    answer = answers("https://a").preflight(wanted, b"id-1", False)
+    assert answer is not None
+    head = parse_head(answer)
+    assert head is not None
+    assert (head.status, head.end, head.keep_alive, head.content_length) == (200, len(answer), False, 0)
+    assert head.header(b"x-request-id") == b"id-1"
+    assert head.header(b"access-control-allow-origin") == b"https://a"
+    assert answers().preflight(wanted, b"id-1", False) is None
+    assert answers("https://a").preflight(asked(b"GET"), b"id-1", False) is None
+
+
+def test_connection_and_origin_stand_in_each_error() -> None:
+    sent = answers("https://a").error(NotFound(), asked(b"GET", (b"origin", b"https://a"), http10=True), b"id-1", True)
+    assert b"\r\nconnection: keep-alive\r\nvary: origin\r\naccess-control-allow-origin: https://a\r\n" in sent
+    assert answers().refusal(NotFound(), b"id-1") == error_answer(NotFound(), b"id-1", b"connection: close\r\n")

@@ -1,0 +1,127 @@
+"""mypyc takes the modules of `compile_rule.ROOMS` as they are. What it would refuse, or compile into something slower
+or different, is refused here: that takes no compiler and no minute. `sh scripts/compile` does compile them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import sglang_router
+from compile_rule import Module, bases, classes, kind_of, modules
+
+PACKAGE = Path(sglang_router.__file__).parent
+ALL = {module.name: module for module in modules(PACKAGE)}
+COMPILED = {name: module for name, module in ALL.items() if not module.interpreted}
+OF_RECORDS = {name: module for name, module in ALL.items() if module.interpreted not in ("", "has a stub")}
+NATIVE = {node.name: node for module in COMPILED.values() for node in classes(module.tree)}
+
+FOREIGN = {"object", "Protocol", "Generic", "NamedTuple", "Exception", "LookupError", "IndexError", "ValueError"}
+"""Bases from elsewhere that a compiled class may have. mypyc takes no other exception of Python."""
+
+
+def of(source: str) -> Module:
+    """A module of such a source."""
+    tree = ast.parse(source)
+    kinds = ", ".join(filter(None, map(kind_of, classes(tree))))
+    return Module("sample", Path("sample.py"), tree, kinds)
+
+
+def logic(module: Module) -> list[str]:
+    """What a module holds besides records, enums, constants and imports."""
+    passive = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+    found = []
+    for node in module.tree.body:
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        record = isinstance(node, ast.ClassDef) and (kind_of(node) or "NamedTuple" in bases(node))
+        if not (text or record or isinstance(node, passive)):
+            found.append(f"{module.name}:{node.lineno}: {getattr(node, 'name', type(node).__name__)}")
+    return found
+
+
+def refused(module: Module, native: dict[str, ast.ClassDef]) -> list[str]:
+    """The classes of a module that mypyc would not make native, and why."""
+    found = []
+    for node in classes(module.tree):
+        foreign = [base for base in bases(node) if base not in FOREIGN | native.keys()]
+        found += [f"{node.name}: the base {base} is not compiled" for base in foreign]
+        found += [f"{node.name}: mypyc ignores {keyword.arg}=" for keyword in node.keywords]
+        found += [f"{node.name}: @{ast.unparse(each)}" for each in node.decorator_list if not is_for_mypyc(each)]
+    return found
+
+
+def is_for_mypyc(decorator: ast.expr) -> bool:
+    return isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "mypyc_attr"
+
+
+def may_be_extended(node: ast.ClassDef) -> bool:
+    return "@mypyc_attr(allow_interpreted_subclasses=True)" in [f"@{ast.unparse(each)}" for each in node.decorator_list]
+
+
+@pytest.mark.parametrize("name", OF_RECORDS)
+def test_a_module_of_records_and_enums_holds_nothing_else(name: str) -> None:
+    assert not logic(OF_RECORDS[name])
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_every_class_of_a_compiled_module_can_be_native(name: str) -> None:
+    assert not refused(COMPILED[name], NATIVE)
+
+
+def test_whoever_extends_a_compiled_class_from_outside_is_allowed_to() -> None:
+    """An interpreted class cannot be a subclass of a compiled one that does not say so."""
+    compiled = {module.path for module in COMPILED.values()}
+    outside = [ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py") if path not in compiled]
+    extended = {base for tree in outside for node in classes(tree) for base in bases(node)} & NATIVE.keys()
+    native = [NATIVE[name] for name in extended if "Protocol" not in bases(NATIVE[name])]
+    assert [node.name for node in native if not may_be_extended(node)] == []
+    assert all(may_be_extended(NATIVE[name]) for name in ("Policy", "Listener")), "users extend these"
+
+
+def test_msgspec_decodes_into_nothing_that_is_compiled() -> None:
+    decoded = {name for path in PACKAGE.rglob("*.py") for name in decoded_by(ast.parse(path.read_text("utf-8")))}
+    assert {"Record", "Head", "Fields"} <= decoded
+    assert not decoded & NATIVE.keys()
+
+
+def decoded_by(tree: ast.Module) -> set[str]:
+    """The names of all types that a module has msgspec decode."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    types = [node.args for node in calls if isinstance(node.func, ast.Attribute) and node.func.attr == "Decoder"]
+    types += [[word.value for word in node.keywords if word.arg == "type"] for node in calls]
+    return {node.id for each in types for one in each for node in ast.walk(one) if isinstance(node, ast.Name)}
+
+
+def test_most_of_the_rooms_is_compiled() -> None:
+    lines = {name: len(ast.unparse(module.tree).splitlines()) for name, module in ALL.items()}
+    assert sum(lines[name] for name in COMPILED) > 0.85 * sum(lines.values())
+
+
+def test_what_mypyc_refuses_is_seen() -> None:
+    source = """
+import msgspec, enum
+from dataclasses import dataclass
+class Record(msgspec.Struct, frozen=True): ...
+class Kind(enum.Enum): ...
+class Reader(asyncio.Protocol): ...
+@dataclass
+class Data: ...
+class Fits(Generic[T], ValueError): ...
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Open(Fits): ...
+def work(): ...
+"""
+    module = of(source)
+    assert module.interpreted == "Struct, enum"
+    assert [each.rpartition(" ")[2] for each in logic(module)] == ["Reader", "Data", "Fits", "Open", "work"]
+    native = {node.name: node for node in classes(module.tree) if node.name == "Fits"}
+    assert refused(module, native) == [
+        "Record: the base Struct is not compiled",
+        "Record: mypyc ignores frozen=",
+        "Kind: the base Enum is not compiled",
+        "Reader: the base asyncio.Protocol is not compiled",
+        "Data: @dataclass",
+    ]
+    extended = {node.name: may_be_extended(node) for node in classes(module.tree)}
+    assert [name for name, open_ in extended.items() if open_] == ["Open"]

@@ -1,0 +1,74 @@
+"""The files and names that the documents point to exist: `relay/leg.py`, `relay/leg.py: Leg.send`, `Leg.send`."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import TypeGuard
+
+import pytest
+
+import sglang_router
+
+SOURCE = Path(sglang_router.__file__).parent
+ROOT = SOURCE.parent.parent
+TREES = {path: ast.parse(path.read_text("utf-8")) for path in SOURCE.rglob("*.py")}
+DOCUMENTS = [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
+FILE = re.compile(r"([\w/]+/\w+\.py)(?:: ([\w.]+))?")
+METHOD = re.compile(r"([A-Z][a-z]\w+)\.([a-z_]\w+)")
+
+
+def is_own(node: ast.AST) -> TypeGuard[ast.Attribute]:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """Every class, function, variable and attribute in a source, methods also as Class.method."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.ClassDef(name=name, body=body):
+                defined = [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+                fields = [n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+                held = [inner.attr for inner in ast.walk(node) if is_own(inner)]
+                found |= {name, *(f"{name}.{inner}" for inner in (*defined, *fields, *held))}
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                found.add(name)
+            case ast.Name(id=name) | ast.Attribute(attr=name):
+                found.add(name)
+    return found
+
+
+NAMES = {path: names_in(tree) for path, tree in TREES.items()}
+EVERYWHERE = set().union(*NAMES.values())
+
+
+def missing(text: str) -> list[str]:
+    """What a document names and the sources do not have."""
+    found = []
+    for name in re.findall(r"`([^`\n]+)`", text):
+        if match := FILE.fullmatch(name):
+            path = next((root / match[1] for root in (SOURCE, ROOT) if (root / match[1]).exists()), None)
+            known = path is not None and (match[2] is None or match[2] in NAMES.get(path, names_in(parsed(path))))
+        elif match := METHOD.fullmatch(name):
+            known = name in EVERYWHERE
+        else:
+            continue
+        if not known:
+            found.append(name)
+    return found
+
+
+def parsed(path: Path) -> ast.AST:
+    return TREES.get(path) or ast.parse(path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_a_document_names_what_exists(document: Path) -> None:
+    assert missing(document.read_text("utf-8")) == []
+
+
+def test_what_does_not_exist_is_found() -> None:
+    text = "`relay/leg.py: Leg.send` `relay/leg.py: Leg.fly` `relay/none.py` `Leg.abort` `Leg.sing` `--flag`"
+    assert missing(text) == ["relay/leg.py: Leg.fly", "relay/none.py", "Leg.sing"]
