@@ -288,3 +288,5 @@ def test_streams_that_wait_for_their_first_byte_are_counted() -> None:
     for lease in (begun, given_up, plain):
         lease.close(Outcome.SERVED, 101.0)
     assert (one.waiting, given_up.bucket) == (0, 0)
+    given_up.began(101.0)  # its failing answer is passed on, because nothing else is tried
+    assert (one.waiting, given_up.first_byte) == (0, -1.0)
