@@ -51,7 +51,7 @@ class Lease:
         """Note that the first byte of the answer arrived. A closed lease ignores it: the leg failed before."""
         if not self.closed and self.sent_at >= 0.0 and self.first_byte < 0.0:
             self.worker.waiting -= 1
-            self.first_byte = max(0.0, now - self.sent_at)  # a pause may end early
+            self.first_byte = max(now - self.sent_at, 0.0)  # a timer may fire a little early, before a planned sending
 
     def close(self, outcome: Outcome, now: float) -> None:
         """End the lease with the outcome of its leg. A second call does nothing."""

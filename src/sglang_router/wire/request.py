@@ -161,7 +161,7 @@ class RequestParser:
         if self._error is not None:
             ready.append(self._error.with_traceback(None))  # its frames refer to this object: avoid a cycle
             self.mid_head = self.mid_body = self.wants_continue = False
-            self._parser = None
+            self._parser = None  # nothing follows an error
         if ready:
             self._ready = []
         return ready
