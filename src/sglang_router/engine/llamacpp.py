@@ -121,24 +121,28 @@ def _serve(options: argparse.Namespace) -> object:
         ) from error
 
 
-def _wait_for_signal() -> None:
-    """Return on SIGTERM or SIGINT. A socket, not `sigwait`, because a thread of the server may get the signal."""
+def _signals() -> tuple[socket.socket, socket.socket]:
+    """Return a socket that gets a byte on SIGTERM or SIGINT, which do nothing else from now on, and its other end.
+
+    Not `sigwait`, because a thread of the server may get the signal.
+    """
     woken, wake = socket.socketpair()
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    woken.recv(1)
+    return woken, wake
 
 
 def _run(options: argparse.Namespace) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     server = _serve(options)
+    woken, _wake = _signals()  # before the line that says that it serves: whoever reads it may send a signal at once
     address = getattr(server, "listening_address", f"http://{options.host}:{options.port}")
     sys.stdout.write(f"llama.cpp serves {options.model_path.name} on {address}\n")
     sys.stdout.flush()
-    _wait_for_signal()
+    woken.recv(1)
     os._exit(0)
 
 
