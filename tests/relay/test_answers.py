@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forged import forged_lines
 from sglang_router.errors import InvalidJSON, MethodNotAllowed, MissingKey, NotFound, RouterError, Unavailable
 from sglang_router.relay.answers import (
     Answers,
@@ -47,21 +48,6 @@ def answered(fields: bytes, framing: bytes = b"", connection: bytes = b"") -> He
     event = client.next_event()
     assert isinstance(event, h11.Response)
     return list(event.headers)
-
-
-_lines = st.lists(
-    st.lists(
-        st.sampled_from(
-            [b"a", b"\x85", b"\xff", b" ", b"\t", b": ", b",", b"\r\n", b"\r\nX: y", b"\r", b"\n", b"\0", b"\r\n\r\n"]
-        ),
-        max_size=6,
-    ).map(b"".join),
-    min_size=1,
-    max_size=3,
-)
-"""Values of fields, among them attempts to inject further fields."""
-
-# -- to the worker -----------------------------------------------------------------------------------------------------
 
 
 def test_an_answer_passes_with_one_id_and_our_framing() -> None:
@@ -151,7 +137,7 @@ def test_the_status_line(line: bytes, expected: bytes) -> None:
         assert sent.endswith(b"\r\n\r\n")
 
 
-@given(_lines, st.booleans())
+@given(forged_lines, st.booleans())
 def test_a_worker_cannot_write_into_the_answer(lines: list[bytes], sized: bool) -> None:
     raw = b"HTTP/1.1 200 OK\r\n" + b"".join(b"A: %s\r\n" % line for line in lines)
     raw += b"Content-Length: 0\r\n\r\n" if sized else b"\r\n"

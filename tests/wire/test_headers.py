@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forged import forged_lines
 from sglang_router.wire.headers import HOP_BY_HOP, WHITELIST, ForwardRules, request_head
 from sglang_router.wire.limits import Limits
 from sglang_router.wire.request import Headers, Request, RequestParser
@@ -60,18 +61,6 @@ def passed(headers: Headers, *, key: bytes | None = None, everything: bool = Fal
     assert fields[:2] == [(b"x-request-id", b"id-1"), (b"content-length", b"2")]
     return fields[2:]
 
-
-_lines = st.lists(
-    st.lists(
-        st.sampled_from(
-            [b"a", b"\x85", b"\xff", b" ", b"\t", b": ", b",", b"\r\n", b"\r\nX: y", b"\r", b"\n", b"\0", b"\r\n\r\n"]
-        ),
-        max_size=6,
-    ).map(b"".join),
-    min_size=1,
-    max_size=3,
-)
-"""Values of fields, among them attempts to inject further fields."""
 
 # -- to the worker -----------------------------------------------------------------------------------------------------
 
@@ -191,7 +180,7 @@ def test_a_request_is_not_changed_by_being_sent() -> None:
     assert request.headers == [(b"connection", b"accept"), (b"accept", b"*/*"), (b"te", b"x")]
 
 
-@given(_lines, st.booleans())
+@given(forged_lines, st.booleans())
 def test_a_client_cannot_write_into_the_leg(lines: list[bytes], everything: bool) -> None:
     """Whatever our parser accepts: another parser reads from the leg the fields that were forwarded, and no others."""
     raw = b"POST /generate HTTP/1.1\r\nHost: x\r\n" + b"".join(b"Accept: %s\r\n" % line for line in lines) + b"\r\n"
