@@ -81,11 +81,13 @@ def check_node(tree: Tree, node: Node) -> None:
     assert parent.children[node.edge[0]] is node
     assert node.owners
     assert node.owners < 1 << len(tree._slots)
+    assert len(node.edge) <= tree.max_edge
     assert parent.parent is None or node.owners & ~parent.owners == 0
     assert node.children is None or node.children
     if node.children is not None and len(node.children) == 1:
         (child,) = node.children.values()
-        assert child.owners != node.owners or node.use or node.uses, "a chain that should be one node"
+        long = len(node.edge) + len(child.edge) > tree.max_edge
+        assert long or child.owners != node.owners or node.use or node.uses, "a chain that should be one node"
 
 
 def check_slot(tree: Tree, slot: int) -> None:
@@ -102,5 +104,5 @@ def check_slot(tree: Tree, slot: int) -> None:
             assert find_use(node, slot) in used, "a leaf without a use could never be evicted"
     assert books.size == len(held(tree, slot))
     if books.bit & tree.alive:
-        assert books.size <= tree.max_size
+        assert books.size <= tree.max_size + tree.max_text
         assert books.entries <= tree.max_entries

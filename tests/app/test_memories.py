@@ -11,7 +11,7 @@ LONG, SHORT = b"a prompt that is long enough to count", b"a short one"
 
 
 def test_the_memories_of_two_pools_are_read_as_one() -> None:
-    bench = Bench(0, "cache_aware", assign=by_model, max_tree_size=60)
+    bench = Bench(0, "cache_aware", assign=by_model, max_tree_size=8 * 41)
     workers = [
         bench.fleet.add(WorkerSpec(url=f"http://{model}", model_id=model, health=HealthRules(enabled=False)), 0.0)
         for model in "AB"
@@ -23,7 +23,8 @@ def test_the_memories_of_two_pools_are_read_as_one() -> None:
     assert [memories.size(worker) for worker in workers] == [len(LONG), len(SHORT)]
     assert [memories.entries(worker) for worker in workers] == [1, 1]
     assert (memories.nodes, memories.held, memories.retired_size) == (2, len(LONG) + len(SHORT), 0)
-    bench.send(facts(b"not " + LONG, model=b'"A"'), 1.0)  # there is no room for both
+    for n in range(8):  # there is no room for all
+        bench.send(facts(b"%d" % n + b"." * 40, model=b'"A"'), 1.0 + n)
     assert [memories.evictions(worker) for worker in workers] == [1, 0]
     assert [memories.evicted_bytes(worker) for worker in workers] == [len(LONG), 0]
     bench.fleet.remove(workers[1])

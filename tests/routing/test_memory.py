@@ -21,14 +21,14 @@ def memory_of(count: int, size: int = 100) -> tuple[TreeMemory, list[Worker]]:
 
 def test_what_it_says_of_a_worker_is_what_the_tree_says_of_its_slot() -> None:
     memory, (one, other) = memory_of(2)
-    put(memory.tree, one.slot, b"a" * 60)
-    put(memory.tree, one.slot, b"b" * 60, 1.0)
-    put(memory.tree, other.slot, b"b" * 60, 2.0)
+    for n in range(9):
+        put(memory.tree, one.slot, bytes([n]) * 20, float(n))
+    put(memory.tree, other.slot, bytes([8]) * 20, 9.0)
     seen: PrefixMemory = memory
-    assert [seen.size(worker) for worker in (one, other)] == [60, 60]
-    assert [seen.entries(worker) for worker in (one, other)] == [1, 1]
-    assert (seen.evictions(one), seen.evicted_bytes(one), seen.evictions(other)) == (1, 60, 0)
-    assert (seen.nodes, seen.held, seen.retired_size) == (1, 60, 0)
+    assert [seen.size(worker) for worker in (one, other)] == [8 * 12, 12], "of a long text an eighth is remembered"
+    assert [seen.entries(worker) for worker in (one, other)] == [8, 1]
+    assert (seen.evictions(one), seen.evicted_bytes(one), seen.evictions(other)) == (1, 12, 0)
+    assert (seen.nodes, seen.held, seen.retired_size) == (8, 96, 0)
 
 
 def test_a_removed_worker_has_no_slot_and_what_it_held_is_still_to_be_freed() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from prefix_trees import BIG, check, put, shape
+from prefix_trees import BIG, check, check_node, put, shape, walk
+from sglang_router.routing.prefix_tree.memory import TreeMemory
 from sglang_router.routing.prefix_tree.slot import common_prefix
-from sglang_router.routing.prefix_tree.tree import BYTES_PER_EVICTION, Tree
+from sglang_router.routing.prefix_tree.tree import MAX_EDGE, Tree
 
 # -- examples ----------------------------------------------------------------------------------------------------------
 
@@ -155,27 +156,33 @@ def test_a_text_longer_than_the_bound_is_cut() -> None:
 
 
 def test_one_insertion_never_evicts_more_than_its_share_but_loses_its_end() -> None:
-    tree = Tree(1000, max_entries=1000, evictions_per_insert=4)
+    tree = Tree(1000, max_text=900, max_entries=1000, evictions_per_insert=4)
     slot = tree.add_slot()
     for i in range(500):
-        put(tree, slot, i.to_bytes(2, "big"), i)
-    room = 1000 - tree.size(slot)
+        put(tree, slot, i.to_bytes(4, "little"), i)
+    assert tree.size(slot) > 990
     before = tree.evictions(slot)
-    text = b"\xff" * 900
-    grown = put(tree, slot, text, 1000)
-    assert 0 < tree.evictions(slot) - before <= 4 + len(text) // BYTES_PER_EVICTION
-    assert tree.size(slot) == 1000
-    assert room < grown < len(text)
-    assert tree.match(b"m", text).best(-1)[0] == grown
+    first = put(tree, slot, b"\xfe" * 900, 1000)
+    assert first == 899  # its first byte was known; it may be too much for a while
+    second = put(tree, slot, b"\xff" * 900, 1001)  # its first byte was known too
+    assert tree.evictions(slot) - before <= 8
+    assert tree.size(slot) == 1900
+    assert 0 < second < 900
+    assert tree.match(b"m", b"\xff" * 900).best(-1)[0] == 1 + second
+    check(tree)
+    while tree.trim(7) == 7:
+        check(tree)
+    assert tree.size(slot) <= 1000
     check(tree)
 
 
 def test_a_text_that_found_no_room_counts_as_used_where_it_is_known() -> None:
     """Its end is given back whole, but the part that others share was used, and outlives what was not."""
-    tree = Tree(5, evictions_per_insert=1)
+    tree = Tree(5, max_text=5, evictions_per_insert=1)
     slot = tree.add_slot()
     for now, text in enumerate((b"Pq", b"P", b"Pq", b"Ka", b"b")):
         put(tree, slot, text, now)
+    tree.max_size, tree.max_text = 3, 2
     assert put(tree, slot, b"Kz", 5) == 0  # the one eviction it may make is of the mark at P, and frees nothing
     assert shape(tree) == [(b"K", 1), (b"Ka", 1), (b"Pq", 1), (b"b", 1)]
     for now, text in enumerate((b"f", b"gg", b"h"), 6):
@@ -278,11 +285,20 @@ def test_slots_that_are_not_in_use_are_refused(slot: int) -> None:
         tree.retire(slot)
 
 
-@pytest.mark.parametrize("bounds", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (-5, None, 1)])
-def test_bounds_must_be_positive(bounds: tuple[int, int | None, int]) -> None:
-    size, entries, evictions = bounds
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"max_size": 0},
+        {"max_size": -5},
+        {"max_text": 0},
+        {"max_entries": 0},
+        {"max_edge": 0},
+        {"evictions_per_insert": 0},
+    ],
+)
+def test_bounds_must_be_positive(bounds: dict[str, int]) -> None:
     with pytest.raises(ValueError):
-        Tree(size, max_entries=entries, evictions_per_insert=evictions)
+        Tree(**{"max_size": 1, **bounds})
 
 
 def test_expiry_takes_what_was_idle_within_its_budget() -> None:
@@ -350,6 +366,52 @@ def test_insertions_into_a_full_tree_of_any_age_stay_short() -> None:
         assert 50 < longest < 2000
     assert tree.size(slot) > (1 << 16) - 64
     check(tree)
+
+
+def test_f11_a_long_text_in_a_full_tree_evicts_a_few_entries_only() -> None:
+    """One prompt of 16 MiB evicted 131,072 entries in one step of the event loop: 303 ms."""
+    tree = Tree(1 << 20, max_text=1 << 17)
+    slot = tree.add_slot()
+    for i in range(1 << 14):
+        put(tree, slot, i.to_bytes(4, "big") * 32, i)
+    assert tree.size(slot) > (1 << 20) - (1 << 15)
+    for i in range(20):
+        before = tree.evictions(slot)
+        put(tree, slot, bytes([i]) * (1 << 24), 1 << 20)
+        assert tree.evictions(slot) - before <= tree.evictions_per_insert
+        assert tree.size(slot) <= (1 << 20) + (1 << 17)
+    check(tree)
+
+
+def test_f12_one_text_takes_an_eighth_of_what_is_remembered_of_a_worker() -> None:
+    """One oversized prompt emptied a worker's tree: 1,000 entries became 1."""
+    tree = TreeMemory(1 << 20).tree
+    slot = tree.add_slot()
+    for i in range(1000):
+        put(tree, slot, i.to_bytes(4, "big") + bytes(900), i)
+    put(tree, slot, b"x" * (1 << 24), 1000)
+    while tree.trim(100):
+        pass
+    assert tree.size(slot) <= 1 << 20
+    assert tree.entries(slot) > 850
+    assert tree.match(b"m", b"x" * (1 << 24)).best(-1)[0] == 1 << 17
+
+
+def test_f29_no_edge_is_long_so_that_a_short_text_copies_little() -> None:
+    """Each short request that left a long edge copied the rest of it: 14 MiB, 1.4 ms for 11 bytes."""
+    tree = Tree(1 << 24)
+    slot = tree.add_slot()
+    long = bytes(range(256)) * (1 << 14)
+    put(tree, slot, long)
+    assert max(len(node.edge) for _, node in walk(tree)) == MAX_EDGE
+    assert tree.nodes == len(long) // MAX_EDGE
+    for cut in (11, 1000, MAX_EDGE - 1, MAX_EDGE, MAX_EDGE + 1, 3 * MAX_EDGE + 7):
+        put(tree, slot, long[:cut] + b"!", cut)
+    for turn in range(1, 40):  # a conversation that grows stays a chain of few nodes
+        put(tree, slot, b"hi" + long[: turn * 5000], 1000 + turn)
+    for _, node in walk(tree):
+        check_node(tree, node)
+    assert tree.match(b"m", long).best(-1) == (len(long), 1 << slot)
 
 
 def test_emptied_trees_give_their_memory_back() -> None:

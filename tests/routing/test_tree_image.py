@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_trees import BIG, check, held, put, ring, shape, walk
-from sglang_router.routing.prefix_tree import image as tree_image
 from sglang_router.routing.prefix_tree.image import NAMESPACE, Builder, Walk
 from sglang_router.routing.prefix_tree.node import Record
-from sglang_router.routing.prefix_tree.tree import Tree
+from sglang_router.routing.prefix_tree.tree import MAX_EDGE, Tree
 
 texts = st.text("abc", max_size=7).map(str.encode)
 steps = st.lists(st.tuples(st.integers(0, 2), st.sampled_from([b"m", b"n"]), texts), max_size=25)
@@ -136,12 +135,18 @@ def test_times_are_shifted_but_never_into_the_future() -> None:
     assert [use.time for use in ring(again, 0)] == [-100.0, -99.0, -92.0]
 
 
-def test_a_long_edge_comes_in_pieces() -> None:
+def test_a_long_text_comes_in_pieces() -> None:
     tree = tree_of([(0, b"m", bytes(range(256)) * 3000)])
     records = told(tree)
-    assert max(len(record.text) for record in records) == tree_image._PIECE
+    assert max(len(record.text) for record in records) == MAX_EDGE
     assert len(records) > 3
     assert everything(built(records)) == everything(tree)
+
+
+def test_a_piece_that_is_too_long_for_one_edge_is_several() -> None:
+    tree = tree_of([(0, b"m", bytes(range(256)) * 3000)])
+    whole = [Record(NAMESPACE, b"m", []), Record(0, bytes(range(256)) * 3000, [(0, 0.0)])]
+    assert everything(built(whole)) == everything(tree)
 
 
 def test_a_bite_ends_at_its_size() -> None:

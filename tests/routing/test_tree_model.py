@@ -43,11 +43,13 @@ class TreeBesideModel(RuleBasedStateMachine):
     @initialize(
         size=st.integers(1, 40),
         entries=st.one_of(st.none(), st.integers(1, 6)),
+        text=st.one_of(st.none(), st.integers(1, 40)),
+        edge=st.sampled_from([1, 2, 3, 5, 64]),
         evictions=st.sampled_from([1, 2, 64]),
         slots=st.integers(1, 3),
     )
-    def begin(self, size: int, entries: int | None, evictions: int, slots: int) -> None:
-        self.tree = Tree(size, max_entries=entries, evictions_per_insert=evictions)
+    def begin(self, size: int, entries: int | None, text: int | None, edge: int, evictions: int, slots: int) -> None:
+        self.tree = Tree(size, max_text=text, max_entries=entries, max_edge=edge, evictions_per_insert=evictions)
         # Few entries, little work allowed: even a mark just made may have to go, so the order is not exact.
         self.few, self.exact = entries is not None, entries is None or evictions == 64
         for _ in range(slots):
@@ -99,7 +101,7 @@ class TreeBesideModel(RuleBasedStateMachine):
         grown = self.tree.insert(match, slot, self.now)
 
         before = set(self.held[slot])
-        text = text[: self.tree.max_size]
+        text = text[: self.tree.max_text]
         inserted = prefixes(namespace, text)
         self.held[slot].update(dict.fromkeys(inserted, self.now))
         if text:
@@ -124,6 +126,15 @@ class TreeBesideModel(RuleBasedStateMachine):
             lost = set(times) - held(self.tree, slot)
             assert not self.exact or (lost == idle if done < budget else lost <= idle)
             self.drop(slot, lost)
+
+    @rule(budget=st.sampled_from([1, 3, BIG]))
+    def trim(self, budget: int) -> None:
+        done = self.tree.trim(budget)
+        assert done <= budget
+        if done < budget:
+            assert all(size <= self.tree.max_size for size in self.tree.sizes.values())
+        for slot, times in self.held.items():
+            self.drop(slot, set(times) - held(self.tree, slot))
 
     @precondition(lambda self: self.now > 30)
     @rule()
@@ -168,7 +179,8 @@ class TreeBesideModel(RuleBasedStateMachine):
         lost = set(times) - after
         shortened = lost & may_shorten
         assert not shortened or self.tree.evictions_per_insert < 64
-        assert not shortened or self.few or len(after) == self.tree.max_size, "it lost more than it had to"
+        most = self.tree.max_size + self.tree.max_text
+        assert not shortened or self.few or len(after) == most, "it lost more than it had to"
         evicted = lost - may_shorten
         if evicted and self.exact:
             newest = max(times[prefix] for prefix in evicted)

@@ -237,7 +237,8 @@ class HTTPOptions:
     )
     max_tree_size: int = option(
         16_777_216,
-        "cache_aware: most bytes of prompts remembered for each worker; the least recently used are evicted first.",
+        "cache_aware: most bytes of prompts remembered for each worker; the least recently used are evicted first, and"
+        " one prompt takes at most an eighth. With many short prompts the process needs up to 7 times as much memory.",
         POLICY,
         unit="bytes",
         check=at_least(1),

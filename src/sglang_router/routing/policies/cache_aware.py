@@ -8,9 +8,10 @@
     no text       -> the least loaded, in turn                                                     branch "no_text"
 
 What the workers hold is not asked but remembered: `routing.prefix_tree.tree` keeps every text that was sent to each,
-within `max_tree_size` bytes a worker, and evicts the least recently used first, as the engines do. `choose` matches,
-`chosen` inserts where the match ended. A worker that is away for a while keeps its entries, because its cache is still
-there; one that restarted or was flushed loses them.
+within `max_tree_size` bytes a worker, and evicts the least recently used first, as the engines do. A prompt longer than
+an eighth of that counts only with its beginning. `choose` matches, `chosen` inserts where the match ended. A worker
+that is away for a while keeps its entries, because its cache is still there; one that restarted or was flushed loses
+them.
 
 A match of fewer than `_WORTH` bytes that is not the whole text saves the engine a few tokens and is no reason to leave
 the balance: else all short prompts that begin with the same word ("Question 1", "Question 2") would go to one worker.
@@ -43,6 +44,7 @@ class CacheAware(Policy):
         super().__init__(settings, rng)
         self.memory = self._memory = TreeMemory(settings.max_tree_size)
         self.tree = self._memory.tree
+        self._longest_text = self.tree.max_text
         self._threshold = settings.cache_threshold
         self._abs = settings.balance_abs_threshold
         self._rel = settings.balance_rel_threshold
@@ -58,6 +60,8 @@ class CacheAware(Policy):
     def choose(self, facts: Facts, candidates: tuple[Worker, ...], now: float) -> Choice:
         """Choose the worker with the longest matching prefix, unless load or a short match speak against it."""
         text, scaffold = facts.text, facts.scaffold
+        if len(text) > self._longest_text:
+            text = text[: self._longest_text]
         total = len(text) - scaffold
         if total <= 0:
             return self.least_loaded(candidates, "no_text")
@@ -143,8 +147,10 @@ class CacheAware(Policy):
         self.added(worker)
 
     def tidy(self, now: float, budget: int) -> bool:
-        """Free the nodes of removed workers, then evict texts not used for `max_idle` seconds."""
+        """Free the nodes of removed workers; evict what is too much, then what was unused for `max_idle` seconds."""
         done = self.tree.reclaim(budget)
+        if done < budget:
+            done += self.tree.trim(budget - done)
         if done < budget:
             done += self.tree.expire(now - self.settings.max_idle, budget - done)
         return done >= budget

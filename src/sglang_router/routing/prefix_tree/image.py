@@ -31,8 +31,6 @@ from sglang_router.routing.prefix_tree.slot import common_prefix
 from sglang_router.routing.prefix_tree.tree import Tree
 
 NAMESPACE = -1
-_PIECE = 1 << 18
-"""Bytes of text in one record; a longer edge comes in several, so that a bite stays small."""
 
 
 # -- out -----------------------------------------------------------------------------------------------------------
@@ -95,11 +93,8 @@ class Walk:
 
     def _give(self, path: bytearray, end: int, node: Node, at: int) -> Record:
         """Return a record of what follows `end` bytes of the path: the node's edge from `at` on, or a piece of it."""
-        text = node.edge[at : at + _PIECE]
+        text = node.edge[at:]
         path[end:] = text
-        if at + len(text) < len(node.edge):
-            self._inside = (node, at + len(text), len(path))
-            return Record(end, text, [])
         self._levels.append((len(path), _in_order(node)))
         uses = list(node.uses.values()) if node.uses is not None else []
         if node.use is not None:
@@ -179,15 +174,20 @@ class Builder:
             raise ValueError("texts are not in order")
         self._rise(shared)
         del path[shared:]
-        path += text
+        for at in range(0, len(text), self._tree.max_edge):
+            self._append(text[at : at + self._tree.max_edge])
+        self._note(self._levels[-1].node, uses)
+
+    def _append(self, edge: bytes) -> None:
+        """Add a node below the last one."""
         parent = self._levels[-1].node
-        node = Node(text, 0, parent)
+        node = Node(edge, 0, parent)
         if parent.children is None:
             parent.children = {}
-        parent.children[text[0]] = node
+        parent.children[edge[0]] = node
         self._tree.nodes += 1
-        self._levels.append(_Level(node, len(path)))
-        self._note(node, uses)
+        self._path += edge
+        self._levels.append(_Level(node, len(self._path)))
 
     def _begin(self, namespace: bytes) -> None:
         self._rise(NAMESPACE)
@@ -237,7 +237,7 @@ class Builder:
             tree.nodes -= 1
             if not parent.children:
                 parent.children = None if parent.parent is not None else {}
-        elif not ends and len(children) == 1:
+        elif not ends and len(children) == 1 and len(node.edge) + len(children[0].edge) <= tree.max_edge:
             self._join(node, children[0], parent)
 
     def _join(self, node: Node, child: Node, parent: Node) -> None:

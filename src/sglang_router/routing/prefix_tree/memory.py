@@ -16,12 +16,15 @@ from sglang_router.routing.prefix_tree.slot import Slot
 from sglang_router.routing.prefix_tree.tree import Tree
 from sglang_router.routing.worker import Worker
 
+TEXT_SHARE = 8
+"""One text may take at most this part of what is remembered of a worker: so no prompt pushes out all others."""
+
 
 class TreeMemory:
     """See the module; `policies.base.PrefixMemory` describes the methods."""
 
     def __init__(self, max_size: int) -> None:
-        self.tree = Tree(max_size)
+        self.tree = Tree(max_size, max_text=max(1, max_size // TEXT_SHARE))
 
     def __repr__(self) -> str:
         return f"<TreeMemory {self.tree!r}>"

@@ -2,7 +2,8 @@
 
 Engines keep the keys and values of prompts they have seen and skip the prefill of a prefix they hold. The router cannot
 see those caches, so it remembers what it sent where. The memory is approximate (the engine may have evicted more, or
-less) and bounded: per worker in bytes and in entries, at every moment.
+less) and bounded: per worker in bytes and in entries, at every moment. The work of one insertion is bounded too,
+whatever the length of the text.
 
     namespace (model, LoRA, salt) -> root
                                       | "You are a helpful "          owners {0,1,2}
@@ -19,16 +20,19 @@ thousand costs no more than a node owned by one, and "which candidates hold this
 What always holds, and tests/routing/test_tree_model.py checks after each step:
 
 1. A child's owners are a subset of its parent's, and every node has an owner. A root has none.
-2. A node and its single child with the same owners are one node, unless a text ends between them.
+2. A node and its single child with the same owners are one node, unless a text ends between them or together
+   they are longer than `max_edge`. So no step copies more than that, and a long text is a chain of few nodes.
 3. A slot has a `Use` at each of its leaves (nodes it owns without owning a child), and at inner nodes where
    one of its texts ended. A node was last used at the latest use in its subtree. So the oldest use of a ring
    is either at the least recently used leaf, or at an inner node below which something was used later.
-4. `size(slot)`, the sum of the edges it owns, is at most `max_size`, and its uses are at most `max_entries`.
+4. `size(slot)`, the sum of the edges it owns, is at most `max_size + max_text`, and its uses are at most
+   `max_entries`. What exceeds `max_size` is evicted by the next insertions, or by `trim`.
 
 *Insertion* continues where a match ended: split the last edge, become an owner of the nodes above, append the rest
 below, put the use at the new end of the ring, evict from the old end. *Eviction* of a leaf hands its use on to the
-parent if that is a leaf now, at the same position in the ring. The work of one insertion is bounded as well: if
-evicting `evictions_per_insert` entries (and one per 64 new bytes) makes too little room, the new text loses its end.
+parent if that is a leaf now, at the same position in the ring. One insertion evicts at most `evictions_per_insert`
+entries. A long text in a tree of short ones would lose its end by that, and with it its next turn, so the slot may hold
+`max_text` bytes too many for a while; beyond that the new text does lose its end.
 
 *Retiring* a slot takes effect at once for matching (its bit leaves the mask of live slots); its nodes are reclaimed in
 small slices, and its number is used again only after the last one.
@@ -49,7 +53,7 @@ from sglang_router.routing.prefix_tree.node import Node, Use
 from sglang_router.routing.prefix_tree.slot import Slot, attach, common_prefix, detach, find_use, owned_below
 
 BYTES_PER_ENTRY = 128  # default of max_entries: as many uses as would fill max_size with leaves this small
-BYTES_PER_EVICTION = 64  # a longer text may evict more entries: one for each of this many bytes
+MAX_EDGE = 1 << 16  # default of max_edge: copying so much takes some microseconds
 RECLAIM_PER_INSERT = 4
 
 
@@ -102,15 +106,27 @@ class Tree:
     """See the head of this file. Not for several threads.
 
     `max_size` is in bytes of text per slot, `max_entries` in uses per slot (a node costs some hundred bytes
-    besides its text, so bytes alone would not bound memory). `evictions_per_insert` bounds the work of one
-    insertion. Namespaces are kept as given, one copy each, and not counted: digest long ones.
+    besides its text, so bytes alone would not bound memory). `max_text` is in bytes too, by default `max_size`: only
+    the beginning of a longer text is kept. `max_edge` bounds the bytes that a split copies, `evictions_per_insert` the
+    entries that one insertion evicts. Namespaces are kept as given, one copy each, and not counted: digest long ones.
     """
 
-    def __init__(self, max_size: int, *, max_entries: int | None = None, evictions_per_insert: int = 64) -> None:
-        if max_size < 1 or evictions_per_insert < 1 or (max_entries is not None and max_entries < 1):
-            raise ValueError("max_size, max_entries and evictions_per_insert must be positive")
+    def __init__(
+        self,
+        max_size: int,
+        *,
+        max_text: int | None = None,
+        max_entries: int | None = None,
+        max_edge: int = MAX_EDGE,
+        evictions_per_insert: int = 64,
+    ) -> None:
+        given = [bound for bound in (max_text, max_entries) if bound is not None]
+        if min(max_size, max_edge, evictions_per_insert, *given) < 1:
+            raise ValueError("the bounds of a tree must be positive")
         self.max_size = max_size
+        self.max_text = min(max_text or max_size, max_size)
         self.max_entries = max_entries or max(64, max_size // BYTES_PER_ENTRY)
+        self.max_edge = max_edge
         self.evictions_per_insert = evictions_per_insert
         # Other classes may only read these.
         self.alive = 0  # mask of the live slots
@@ -208,13 +224,13 @@ class Tree:
         """Record that the slot holds the match's text, used `now`; return the bytes it did not hold before.
 
         It continues where the match ended; if the tree has changed since, it matches the text again. A text longer than
-        `max_size` is cut, and one for which the bound of work leaves too little room loses its end.
+        `max_text` is cut, and one for which the bound of work leaves too little room loses its end.
 
         Raises: KeyError, when there is no such live slot.
         """
         books, text = self.books(slot), match.text
-        if match.version != self.version or len(text) > self.max_size:
-            text = text[: self.max_size]
+        if match.version != self.version or len(text) > self.max_text:
+            text = text[: self.max_text]
             match = self.match(match.namespace, text)
         if not text:
             return 0
@@ -222,7 +238,9 @@ class Tree:
         before = books.size
         # Each step is called only where it has something to do: the calls would be a third of the work.
         node = match.node
+        long = len(text) > self.max_edge
         if node is None or match.end - match.start != len(node.edge):
+            long = long or (node is not None and match.start + len(node.edge) > self.max_edge)
             node = self._end_of(match)
         known = node if node.owners & books.bit else self._own(node, books)
         rest = text[match.end :]
@@ -233,8 +251,11 @@ class Tree:
         grown = books.size - before
         if books.size > self.max_size or books.entries > self.max_entries:
             grown -= self._make_room(books, grown)
+        # Merge last: what is given back must not take along what the slot held before.
         if known.children is not None and len(known.children) == 1:
-            self._merge(known)  # last: what is given back must not take along what the slot held before
+            self._merge(known)
+        if long:
+            self._merge_around(node, books)
         if self._retired:
             self.reclaim(RECLAIM_PER_INSERT)
         return grown
@@ -246,7 +267,18 @@ class Tree:
             node = self._roots[match.namespace] = Node(match.namespace, 0, None, {})
             return node
         at = match.end - match.start
-        return node if node.parent is None or at == len(node.edge) else self._split(node, at)
+        if node.parent is None or at == len(node.edge):
+            return node
+        upper = self._split(node, at)
+        self._merge(node)  # it may have been too long to be one with its child
+        return upper
+
+    def _merge_around(self, end: Node, slot: Slot) -> None:
+        """Merge with its parent what a split made short enough: the node at the match's end, and at the text's end."""
+        newest: Node = slot.ring.older.node
+        for node in (end, newest):
+            if node.parent is not None:
+                self._merge(node.parent)
 
     def _own(self, node: Node, slot: Slot) -> Node:
         """Make the slot own the node and all above it; return the lowest one that needed no change."""
@@ -263,9 +295,11 @@ class Tree:
         self.held += size
         slot.size += size
         children = node.children
-        if children is None and node.owners == slot.bit:
+        if children is None and node.owners == slot.bit and len(node.edge) + size <= self.max_edge:
             node.edge += rest
             return node
+        if size > self.max_edge:
+            return self._chain(node, rest, slot)
         self.nodes += 1
         leaf = Node(rest, slot.bit, node)
         if children is None:
@@ -273,6 +307,18 @@ class Tree:
         else:
             children[rest[0]] = leaf
         return leaf
+
+    def _chain(self, node: Node, rest: bytes, slot: Slot) -> Node:
+        """Append a long text in several nodes; return the last one."""
+        for at in range(0, len(rest), self.max_edge):
+            below = Node(rest[at : at + self.max_edge], slot.bit, node)
+            if node.children is None:
+                node.children = {rest[at]: below}
+            else:
+                node.children[rest[at]] = below
+            self.nodes += 1
+            node = below
+        return node
 
     # -- giving up -----------------------------------------------------------------------------------------------------
 
@@ -299,18 +345,30 @@ class Tree:
         self.version += done
         return done
 
+    def trim(self, budget: int) -> int:
+        """Evict what exceeds `max_size` since long texts came, at most `budget` entries; return how many."""
+        done = 0
+        for slot in self._living():
+            while done < budget and slot.size > self.max_size:
+                self._evict_oldest(slot)
+                done += 1
+        self.version += done
+        return done
+
     def _make_room(self, slot: Slot, grown: int) -> int:
         """Evict until the slot or the work is at its bound; return the bytes of the new text given back."""
-        for _ in range(self.evictions_per_insert + grown // BYTES_PER_EVICTION):
+        for _ in range(self.evictions_per_insert):
             self._evict_oldest(slot)
             if slot.size <= self.max_size and slot.entries <= self.max_entries:
                 return 0
+        if slot.size <= self.max_size + self.max_text and slot.entries <= self.max_entries:
+            return 0
         return self._give_back(slot, grown)
 
     def _give_back(self, slot: Slot, grown: int) -> int:
         """Take back the end of the newest text, as far as it is too much and was added; return how many bytes."""
         before = slot.size
-        excess = grown if slot.entries > self.max_entries else before - self.max_size
+        excess = grown if slot.entries > self.max_entries else before - self.max_size - self.max_text
         while excess > 0:
             use = slot.ring.older
             if excess < len(use.node.edge):
@@ -371,7 +429,7 @@ class Tree:
         return upper
 
     def _merge(self, node: Node) -> None:
-        """Join the node to its only child if both have the same owners and no text ends between them.
+        """Join the node to its only child if both have the same owners, no text ends between them, and they are short.
 
         Without it the path of a popular prompt would be cut into smaller and smaller pieces by other texts.
         """
@@ -380,6 +438,8 @@ class Tree:
             return
         (child,) = children.values()
         if child.owners != node.owners or node.use is not None or node.uses is not None:
+            return
+        if len(node.edge) + len(child.edge) > self.max_edge:
             return
         assert parent.children is not None
         child.edge = node.edge + child.edge
