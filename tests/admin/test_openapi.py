@@ -19,6 +19,7 @@ import pytest
 from fake_worker import CLOSE, answer
 from sglang_router.access.permissions import AccessKind
 from sglang_router.admin import (
+    adding,
     ask,
     broadcast,
     context,
@@ -101,7 +102,7 @@ def test_regular_expressions_are_those_of_json_schema() -> None:
 
 # -- the code of handlers ----------------------------------------------------------------------------------------------
 
-MODULES = (ask, broadcast, context, engine_metrics, info, replicas, workers)
+MODULES = (adding, ask, broadcast, context, engine_metrics, info, replicas, workers)
 DEEPER: dict[str, tuple[type[RouterError], ...]] = {
     "unavailable": contract.NO_WORKER,
     "restart_worker": (Conflict,),
@@ -299,6 +300,8 @@ def the_family(ask: Asker) -> None:
     assert ask(f"POST /add_worker?url={url}").status == 200
     assert ask(f"POST /remove_worker?url={url}").status == 200
     ask(f"POST /remove_worker?url={url}")
+    assert ask("POST /add_worker?url=http://127.0.0.1:9&wait=false").status == 202
+    assert ask("POST /remove_worker?url=http://127.0.0.1:9").status == 200
     assert ask("POST /workers", {"url": url, "runtime": "x", "labels": {"a": "b"}}).status == 202
     for body in ({"url": url}, b"{", {"url": "ftp://x"}, {}):
         ask("POST /workers", body)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import socket
+import struct
 import threading
 import uuid
 from urllib.parse import quote
@@ -11,7 +13,7 @@ from urllib.parse import quote
 import pytest
 
 from engines import engine_processes
-from fake_worker import HANG, Gate, answer
+from fake_worker import Gate, answer
 from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.source import Source
 from sglang_router.routing.states import Breaker, Health
@@ -115,15 +117,56 @@ def test_a_worker_that_does_not_become_healthy_is_removed_again() -> None:
         assert router.get("/list_workers").json() == {"urls": []}
 
 
-def test_the_worker_is_removed_if_the_client_leaves() -> None:
+def test_case_25_a_client_that_leaves_changes_nothing() -> None:
+    """The worker was removed when the client of /add_worker left before it was healthy."""
     with stack() as router:
-        fake = router.fake({HEALTH: HANG})
+        fake = router.fake({HEALTH: answer(503)})
         client = http.client.HTTPConnection("127.0.0.1", router.port, timeout=10)
         client.request("POST", f"/add_worker?url={fake.url}", b"")
         router.run(fake.asked(HEALTH))
-        assert router.get("/list_workers").json() == {"urls": [fake.url]}
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leaves with a reset
         client.close()
-        router.until(lambda: len(router.fleet) == 0)
+        router.until(lambda: not router.clients.connections)
+        assert router.get("/list_workers").json() == {"urls": [fake.url]}
+        again = refusal(router.post("/add_worker", url=fake.url))
+        assert again == (400, f"Worker {fake.url} already exists; it is starting (GET /health answered 503)")
+        fake.script[HEALTH] = answer(200)
+        router.until_healthy(fake.url)
+
+
+@pytest.mark.parametrize(("wait", "reason"), [("false", ""), ("0", ""), ("0.2", " (GET /health answered 503)")])
+def test_case_25_who_does_not_wait_is_told_at_once(wait: str, reason: str) -> None:
+    """There was no way to add a worker by the command without waiting for it in silence."""
+    with stack() as router:
+        fake = router.fake({HEALTH: answer(503)})
+        reply = router.post("/add_worker", url=fake.url, wait=wait)
+        place = reply.headers["location"]
+        said = f"Worker {fake.url} is registered and takes requests once it is healthy; it is starting{reason}"
+        assert (reply.status, reply.text) == (202, f"{said}. See GET {place}")
+        router.run(fake.asked(HEALTH, 2))
+        shown = router.get(place).json()
+        assert (shown["url"], shown["job_status"]["message"]) == (fake.url, "GET /health answered 503")
+
+
+@pytest.mark.parametrize("wait", ["-1", "soon", "1e9", "nan"])
+def test_case_25_a_wait_that_is_no_time_is_refused(wait: str) -> None:
+    with stack() as router:
+        status, message = refusal(router.post("/add_worker", url="http://127.0.0.1:9", wait=wait))
+        assert (status, router.get("/list_workers").json()) == (400, {"urls": []})
+        assert "wait must be" in message
+
+
+def test_case_13_adding_what_is_no_engine_ends_soon_and_names_the_slip() -> None:
+    """A URL with /v1 at its end was waited for in silence for half an hour."""
+    with stack(startup_timeout=1800.0) as router:
+        fake = router.fake()
+        status, message = refusal(router.post("/add_worker", url=f"{fake.url}/v1"))
+        assert status == 400
+        assert message == (
+            f"Worker {fake.url}/v1 is not added: no engine answers there (GET /v1/health answered 404:"
+            " worker URLs are base URLs; remove /v1 at the end of this one)"
+        )
+        assert router.get("/list_workers").json() == {"urls": []}
 
 
 def test_removing_a_worker_that_is_being_added_ends_the_addition() -> None:

@@ -8,6 +8,7 @@ import json
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,8 +154,7 @@ def test_a_second_signal_ends_it_at_once(urls: list[str]) -> None:
 
 def test_ctrl_c_while_no_worker_is_there_yet() -> None:
     """A request that is queued for a worker is refused."""
-    nobody = f"http://127.0.0.1:{free_port()}"
-    with router_process([nobody], healthy=False) as router:
+    with plain_worker({"/health": (503, {}, b"")}) as loading, router_process([loading.url], healthy=False) as router:
         answers = []
         asking = threading.Thread(target=lambda: answers.append(router.post("/generate", {"text": "x"})))
         asking.start()
@@ -198,11 +198,65 @@ def test_a_request_waits_for_the_first_worker() -> None:
 
 
 def test_a_request_does_not_wait_for_ever() -> None:
-    nobody = f"http://127.0.0.1:{free_port()}"
-    with router_process([nobody], "--startup-wait-secs", "0.3", healthy=False) as router:
+    loading = plain_worker({"/health": (503, {}, b"")})
+    with loading as worker, router_process([worker.url], "--startup-wait-secs", "0.3", healthy=False) as router:
         answer = router.post("/generate", {"text": "x"})
         assert (answer.status, answer.json()["error"]["code"]) == (503, "workers_starting")
         assert int(answer.headers["retry-after"]) > 0
+
+
+def test_case_14_a_request_hears_at_once_why_no_worker_is_there() -> None:
+    """It waited for ten seconds for workers that could not come."""
+    nobody = f"http://127.0.0.1:{free_port()}"
+    with (
+        plain_worker({"/health": (404, {}, b"")}) as wrong,
+        router_process([nobody, wrong.url], "--startup-wait-secs", "600", healthy=False) as router,
+    ):
+        router.until(lambda: router.log().count("worker fails its health checks") == 2)
+        answer = router.post("/generate", {"text": "x"})
+        error = answer.json()["error"]
+        assert (answer.status, error["code"], answer.headers["retry-after"]) == (503, "no_available_workers", "5")
+        assert "The worker refuses connections (1 of 2)" in error["message"]
+        assert "GET /health answered 404 (1 of 2)" in error["message"]
+        assert router.worker(nobody)["last_error"] == "The worker refuses connections."
+        assert "no workers yet" not in router.log()
+
+
+def test_case_13_no_workers_is_one_line_that_says_how_to_add_one(urls: list[str]) -> None:
+    """A router without workers said nothing of it. The command that it names works."""
+    with router_process([]) as router:
+        (line,) = [line for line in router.log().splitlines() if "no workers yet" in line]
+        assert "--worker-urls" in line
+        assert f"curl -X POST '{router.url}/add_worker?url=http://HOST:PORT'" in line
+        assert router.post(f"/add_worker?url={urls[0]}").status == 200
+
+
+def test_case_6_a_look_up_that_hangs_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    """Threads of an executor are joined at the end of the process, whatever they wait for."""
+    code = (
+        "import socket, sys, time\n"
+        "socket.getaddrinfo = lambda *_, **__: time.sleep(600)\n"
+        "from sglang_router.launch_router import main\n"
+        "sys.exit(main())"
+    )
+    port = free_port()
+    words = ["--port", str(port), "--prometheus-port", "0", "--health-check-timeout-secs", "0.1"]
+    with (tmp_path / "log").open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *words, "--worker-urls", "http://hangs:1"],
+            env=environment(),
+            stdout=sink,
+            stderr=sink,
+        )
+    router = RouterProcess(process, f"http://127.0.0.1:{port}", "", tmp_path / "log")
+    try:
+        router.until(lambda: "worker fails its health checks" in router.log())
+        router.send_signal(signal.SIGTERM)
+        assert router.exit_status(ENDS_AT_ONCE) == 0
+        router.end()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_port_that_is_taken_is_one_line_and_status_2() -> None:

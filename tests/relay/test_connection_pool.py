@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -270,6 +271,26 @@ def test_a_kept_connection_that_was_closed_is_stale(play: Play) -> None:
         with pytest.raises(FetchError) as caught:
             await bench.ask()
         assert caught.value.outcome is Outcome.STALE
+
+    play(scene)
+
+
+@pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EHOSTUNREACH])
+def test_case_8_a_kept_connection_whose_machine_vanished_is_not_stale(play: Play, number: int) -> None:
+    """The request would be sent to the same machine again, and wait there once more."""
+
+    async def scene(bench: Bench) -> None:
+        await bench.ask()
+        bench.fake.script[HEALTH] = HANG
+        collector = bench.send()
+        await bench.fake.asked(HEALTH, 2)
+        assert isinstance(collector.connection, UpstreamConnection)
+        collector.connection.connection_lost(OSError(number, "as the system says it"))
+        with pytest.raises(FetchError, match="machine does not answer") as caught:
+            await collector.answer
+        assert caught.value.outcome is Outcome.BROKEN
+        bench.pool.open += 1  # the real end of the connection is counted too
+        collector.connection.transport.abort()
 
     play(scene)
 

@@ -42,5 +42,13 @@ def test_starts_are_kept_up_to_a_limit_and_never_with_a_query() -> None:
     assert origin.start(b"GET", b"/x") is origin.start(b"GET", b"/x")
 
 
+def test_two_urls_of_one_server_have_one_place() -> None:
+    same = ["http://localhost:8000", "http://127.0.0.1:8000", "http://[::1]:8000/"]
+    assert len({origin_of(url).place for url in same}) == 1
+    assert origin_of("http://engine").place == origin_of("http://engine:80").place
+    others = ["http://localhost:8001", "http://127.0.0.2:8000", "http://localhost:8000/e1", "http://engine:8000"]
+    assert len({origin_of(url).place for url in [*others, same[0]]}) == 5
+
+
 def test_it_can_be_read_in_a_log() -> None:
     assert repr(origin_of("https://e/base")) == "<Origin https://e:443/base>"

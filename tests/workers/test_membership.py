@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import msgspec
+import pytest
 
 from fake_worker import FakeWorker, answer
 from fleets import any_policy
@@ -98,6 +99,24 @@ def test_a_new_key_is_used_at_once_and_on_the_same_connection() -> None:
         assert (worker.target.key, worker.key) == (b"new", b"new")
         bench.fleet.remove(worker)
         await bench.fake.hung_up()  # connections of the old key, too
+
+    run(scene)
+
+
+def test_case_26_one_engine_under_two_urls_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """`localhost` and `127.0.0.1` were two workers of one engine, and it got the share of two."""
+
+    async def scene(bench: Bench) -> None:
+        port = bench.fake.port
+        for url in (f"http://localhost:{port}", f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port}/e1"):
+            bench.fleet.add(WorkerSpec(url=url, health=HealthRules(interval=NEVER)), 0.0)
+        said = f"http://localhost:{port} and http://127.0.0.1:{port} seem to be one engine under two URLs: remove one"
+        assert [record.message for record in caplog.records if record.name == "sglang_router.workers"] == [said]
+        for worker in list(bench.fleet):
+            bench.fleet.remove(worker)
+        caplog.clear()
+        await bench.add()
+        assert not caplog.records
 
     run(scene)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from sglang_router.admin import broadcast, engine_metrics, info, replicas, shapes, workers
+from sglang_router.admin import adding, broadcast, engine_metrics, info, replicas, shapes, workers
 from sglang_router.admin.rows import Handler
 from sglang_router.errors import (
     Conflict,
@@ -124,12 +124,16 @@ CONTRACTS: dict[Handler, Contract] = {
     broadcast.flush_cache: Contract(_broadcast(shapes.Flushed)),
     broadcast.update_weights: _TO_ALL,
     broadcast.broadcast: _TO_ALL,
-    workers.add: Contract(
-        (DeclaredAnswer("The worker is healthy and takes requests.", media=_TEXT),),
+    adding.add: Contract(
+        (
+            DeclaredAnswer("The worker is healthy and takes requests.", media=_TEXT),
+            DeclaredAnswer("The worker is registered, but not healthy within `wait`.", "202", None, _TEXT, True),
+        ),
         (InvalidRequest, ShuttingDown),
         (
             QueryParameter("url", WORKER_URL, True),
             QueryParameter("api_key", "The key that the router sends to the worker: visible ASCII."),
+            QueryParameter("wait", "How long to wait for a healthy worker: `true` (default), `false`, or seconds."),
         ),
     ),
     workers.remove: Contract(

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sglang_router.access.permissions import AccessKind
-from sglang_router.admin import broadcast, engine_metrics, info, openapi, replicas, workers
+from sglang_router.admin import adding, broadcast, engine_metrics, info, openapi, replicas, workers
 from sglang_router.admin.context import Context
 from sglang_router.admin.rows import ControlRow as Row
 
@@ -67,7 +67,11 @@ ROUTES: dict[str, tuple[Row, ...]] = {
         Row("POST /stop_profile", broadcast.broadcast, "Stops the profiler of all workers."),
     ),
     "Scaling": (
-        Row("POST /add_worker", workers.add, "`?url=U[&api_key=K]`: adds the worker; 200 once it is healthy."),
+        Row(
+            "POST /add_worker",
+            adding.add,
+            "`?url=U[&api_key=K][&wait=false]`: adds the worker; 200 once it is healthy, else 202 at once.",
+        ),
         Row("POST /remove_worker", workers.remove, "`?url=U`: removes the worker; its requests in flight finish."),
         Row("GET /list_workers", workers.urls, 'The URLs of all workers: `{"urls": [...]}`.'),
         Row("POST /workers", workers.create, "Registers the worker in the body; 202 with its id."),

@@ -1,6 +1,6 @@
 """Add, change and remove workers: the three commands of the first routers, and the later REST API.
 
-    POST   /add_worker?url=U[&api_key=K]    registers U, answers when it is healthy
+    POST   /add_worker?url=U[&api_key=K]    registers U, answers when it is healthy (`admin.adding`)
     POST   /remove_worker?url=U
     GET    /list_workers
     POST   /workers   GET /workers          registers, answers at once; lists
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -33,7 +33,6 @@ from sglang_router.errors import (
     Conflict,
     InvalidJSON,
     InvalidRequest,
-    ShuttingDown,
     Unprocessable,
     WorkerNotFound,
 )
@@ -79,54 +78,7 @@ class Registration(Change, kw_only=True):
     dp_aware: bool | None = None
 
 
-# -- the three commands ----------------------------------------------------------------------------------
-
-
-async def add(context: Context, request: Request) -> Response:
-    """Add a worker, and answer when it is healthy. If it is not in time, or the client leaves, remove it again."""
-    url = _url_parameter(request)
-    rules = context.add_rules
-    key = _key_parameter(request) or rules.api_key
-    if context.fleet.entries(url):
-        raise InvalidRequest(f"Worker {url} already exists", param="url")  # 400 since the first version
-    spec = WorkerSpec(url=url, api_key=key, dp_aware=rules.dp_aware, health=rules.health)
-    worker = context.fleet.add(spec, context.clock())
-    healthy = False
-    try:
-        healthy = await _healthy(context, worker, rules.startup_timeout)
-    finally:  # also when the client leaves: that cancels this coroutine
-        left = _successors(context, worker)
-        if not healthy:
-            _remove(context, left)
-    if not left:  # removed by another request
-        raise InvalidRequest(f"Worker {url} was removed before it became healthy", param="url")
-    if not healthy:
-        _refuse(context, worker)
-    return PlainTextResponse(f"Successfully added worker: {url}")
-
-
-async def _healthy(context: Context, worker: Worker, timeout: float) -> bool:
-    """Wait until a worker, or each of the ranks that replaced it, is healthy; False after `timeout` seconds."""
-    until = context.clock() + timeout
-    await context.checks.until_healthy(worker, timeout)
-    for entry in _successors(context, worker):
-        await context.checks.until_healthy(entry, max(0.0, until - context.clock()))
-    entries = _successors(context, worker)
-    return bool(entries) and all(entry.health is Health.HEALTHY for entry in entries)
-
-
-def _successors(context: Context, worker: Worker) -> list[Worker]:
-    """A worker, or the ranks that replaced it; not a worker that somebody else registered at this URL since."""
-    return [entry for entry in context.fleet.entries(worker.spec.url) if entry is worker or entry.dp_rank is not None]
-
-
-def _refuse(context: Context, worker: Worker) -> NoReturn:
-    """Say why a worker was not added: it did not become healthy in time, or the router shuts down."""
-    if context.checks.released:
-        raise ShuttingDown
-    reason = f" ({worker.last_error})" if worker.last_error else ""
-    limit = f"Timeout {context.add_rules.startup_timeout:g}s"
-    raise InvalidRequest(f"{limit} waiting for worker {worker.spec.url} to become healthy{reason}", param="url")
+# -- the commands ----------------------------------------------------------------------------------
 
 
 async def remove(context: Context, request: Request) -> Response:
@@ -136,15 +88,15 @@ async def remove(context: Context, request: Request) -> Response:
     if rank is not None and rank.dp_rank is not None:
         entries = [rank]
     else:
-        url = _url_parameter(request)
+        url = url_parameter(request)
         entries = context.fleet.entries(url)
     if not entries:
         raise WorkerNotFound(f"Worker {url} is not registered", param="url")
-    _remove(context, entries)
+    remove_all(context, entries)
     return PlainTextResponse(f"Successfully removed worker: {url}")
 
 
-def _remove(context: Context, workers: list[Worker]) -> None:
+def remove_all(context: Context, workers: list[Worker]) -> None:
     for worker in workers:
         context.fleet.remove(worker)
 
@@ -154,14 +106,14 @@ async def urls(context: Context, request: Request) -> Response:
     return JSON({"urls": [worker.url for worker in context.fleet]})
 
 
-def _url_parameter(request: Request) -> str:
+def url_parameter(request: Request) -> str:
     url = request.query_params.get("url")
     if not url:
         raise InvalidRequest("Worker URL required. Provide 'url' query parameter", param="url")
     return _checked_url(url)
 
 
-def _key_parameter(request: Request) -> str:
+def key_parameter(request: Request) -> str:
     try:
         return msgspec.convert(request.query_params.get("api_key", ""), _Key)
     except msgspec.ValidationError:
@@ -337,7 +289,7 @@ def describe(context: Context, worker: Worker) -> dict[str, Any]:
         "held_off": worker.ejected or None,
         "processed": worker.processed,
         "tree_size": context.fleet.pools.remembered(worker),
-        "last_error": worker.last_error or None,
+        "last_error": worker.reason or None,
         "registered_secs": round(context.clock() - worker.since, 3),
         "engine": worker.report.known(),
     }
@@ -364,6 +316,6 @@ def _job(worker: Worker) -> dict[str, Any]:
         "job_type": "AddWorker",
         "worker_url": worker.url,
         "status": "processing",
-        "message": worker.last_error or "The worker is being checked",
+        "message": worker.reason or "The worker is being checked",
         "timestamp": int(time.time()),
     }

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import time
 import uuid
@@ -40,6 +41,7 @@ from sglang_router.observe.counts import LiveSources
 from sglang_router.observe.deferred import Deferred
 from sglang_router.observe.logs import LogWriter
 from sglang_router.observe.metrics import Metrics
+from sglang_router.relay.addresses import Addresses, LookUp, system_look_up
 from sglang_router.relay.answers import Answers
 from sglang_router.relay.batch import Batch
 from sglang_router.relay.body import no_handler
@@ -87,6 +89,7 @@ class Seams(NamedTuple):
     rng        the random generator; None: a new one
     endpoints  the relayed endpoints, by path
     decider    returns the decider that the relay asks; by default the router itself
+    look_up    finds the addresses of a worker's name
     checks     the class of the health checks
     survey     the class of the engine survey
     app        the ASGI app of the control plane; None: the real one
@@ -96,6 +99,7 @@ class Seams(NamedTuple):
     rng: random.Random | None = None
     endpoints: Mapping[bytes, Endpoint] = ENDPOINTS
     decider: Callable[[Router], Decider] = _itself
+    look_up: LookUp = system_look_up
     checks: type[HealthChecks] = HealthChecks
     survey: type[EngineSurvey] = EngineSurvey
     app: ASGIApp | None = None
@@ -209,6 +213,8 @@ def _workers(
         idle_timeout=args.upstream_idle_timeout_secs,
         max_idle=_MAX_IDLE,
         tls=tls,
+        max_age=args.upstream_max_age_secs or math.inf,
+        addresses=Addresses(loop, seams.look_up),
     )
     fleet = Fleet(listeners, _new_id, partial(_policy, args, rng), settings.fleet_rules(args))
     survey = seams.survey(loop, fleet, connections, seams.clock, args.engine_report_interval_secs)

@@ -159,6 +159,15 @@ class Life:
         self._jobs.start()
         log.info("listening on %s, policy %s, %d workers", self.url, args.policy, len(app.fleet))
 
+    def say_how_to_add_workers(self) -> None:
+        """Warn when there is no worker, and nothing that will start one."""
+        if not len(self.app.fleet) and not self.app.args.scales_to_zero:
+            log.warning(
+                "no workers yet: start with --worker-urls http://HOST:PORT, or add one now: "
+                "curl -X POST '%s/add_worker?url=http://HOST:PORT'",
+                self.url,
+            )
+
     async def _listen_for_metrics(self) -> None:
         """Open the metrics port. If the default port is taken, only warn: the main port serves metrics too.
 
@@ -280,7 +289,9 @@ async def _run(
     crew: Crew | None = None
     try:
         await life.start()
-        if crew_of is not None:
+        if crew_of is None:
+            life.say_how_to_add_workers()
+        else:
             crew = crew_of(life.host)
             await crew.start()
         await first_of(loop, signals.stop, *([crew.failed] if crew is not None else ()))

@@ -17,6 +17,7 @@ from typing import Any, cast
 from sglang_router.access.tls import TLSFiles, listening_context
 from sglang_router.errors import ConfigError
 from sglang_router.relay.client import ClientConnection, Frontend
+from sglang_router.relay.keepalive import probe_clients
 from sglang_router.restart.handover import InheritedSockets, SocketOffer, take_over
 
 _BACKLOG = 4096
@@ -85,6 +86,9 @@ class Listening:
             )
             for place in places or [{"host": host.strip("[]"), "port": port, "reuse_address": True}]
         ]
+        for server in servers:
+            for sock in server.sockets:
+                probe_clients(sock)
         self._servers += servers
         self._by_address[host, port] = servers
         return servers
@@ -126,8 +130,8 @@ async def open_all(servers: list[asyncio.Server]) -> None:
     """
     for server in servers:
         await server.start_serving()
-    # uvloop raises nothing when another process began to listen there after the bind; it only has no socket then.
-    if not all(sock for server in servers for sock in server.sockets):
+    # uvloop raises nothing when another process began to listen there after the bind; its socket is closed then.
+    if not all(sock is not None and sock.fileno() >= 0 for server in servers for sock in server.sockets):
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 

@@ -74,14 +74,15 @@ class HTTPOptions:
     )
     worker_startup_check_interval: float = option(
         1,
-        "Pause between health checks of a worker that is not healthy yet.",
+        "Pause between health checks of a worker that is not healthy yet; while they fail it grows, to 10 to 15 s.",
         WORKERS,
         unit="s",
         check=above(0),
     )
     startup_wait_secs: float = option(
         10,
-        "How long a request is queued when it arrives while every worker is still starting.",
+        "How long a request is queued when it arrives while every worker is still starting. A worker whose checks fail"
+        " for a reason that waiting does not heal (refused connections, TLS, 404) does not count as starting.",
         WORKERS,
         unit="s",
         check=at_least(0),
@@ -298,6 +299,13 @@ class HTTPOptions:
     )
     upstream_idle_timeout_secs: float = option(
         50, "Close a connection to a worker that was idle for this long.", REQUESTS, unit="s", check=above(0)
+    )
+    upstream_max_age_secs: float = option(
+        300,
+        "Open a new connection to a worker in place of one that is this old; a request in flight ends first. 0: never.",
+        REQUESTS,
+        unit="s",
+        check=at_least(0),
     )
     forward_headers: str = option(
         "whitelist",

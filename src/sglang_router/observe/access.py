@@ -21,7 +21,6 @@ from sglang_router.observe.logs import LogWriter, Stamp, cut, plain, value
 from sglang_router.routing.events import Finished, Listener, WorkerChanged
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag
-from sglang_router.routing.worker import Worker
 
 _LOGGER = "sglang_router.access"
 _SERVED = Outcome.SERVED  # a global is quicker than a member of an enumeration
@@ -201,12 +200,6 @@ class WorkerLog(Listener):
                 fields["open_seconds"] = worker.circuit.open_for
         if worker.ejected:
             fields["why"] = worker.ejected
-        if worker.last_error:
-            fields["error"] = _without_key(worker)
+        if worker.reason:
+            fields["error"] = worker.reason
         _workers.log(level, message, extra={"fields": fields})
-
-
-def _without_key(worker: Worker) -> str:
-    """Return the worker's last error without its API key: an engine may quote the request that it got."""
-    key = worker.spec.api_key
-    return worker.last_error.replace(key, "***") if key else worker.last_error

@@ -12,6 +12,7 @@ import re
 from urllib.parse import urlsplit
 
 _ADDRESS = re.compile(r"[0-9.]+|[0-9a-f.]*:[0-9a-f:.]*")
+_THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}
 _MAX_STARTS = 256
 """Most starts cached per origin. Clients choose the paths, so there must be a limit."""
 
@@ -20,17 +21,19 @@ class Origin:
     """Where a target listens.
 
     is_name  `host` is a name to look up, not an address
+    place    where it is, with one name for this machine: origins with the same place are one server under two URLs
     secure   requests go over TLS
     prefix   path of the base URL; it precedes the path of each request
     fields   header lines of every request: the host, and the data-parallel rank if the target is one
     """
 
-    __slots__ = ("_starts", "fields", "host", "is_name", "port", "prefix", "secure")
+    __slots__ = ("_starts", "fields", "host", "is_name", "place", "port", "prefix", "secure")
 
     def __init__(self, host: str, port: int, secure: bool, prefix: bytes, fields: bytes) -> None:
         self.host = host
         self.is_name = _ADDRESS.fullmatch(host) is None
         self.port = port
+        self.place = ("localhost" if host in _THIS_MACHINE else host, port, prefix)
         self.secure = secure
         self.prefix = prefix
         self.fields = fields

@@ -20,6 +20,8 @@ have a base class that is not compiled.
 from __future__ import annotations
 
 import asyncio
+import errno
+import math
 import ssl
 from typing import Protocol, cast
 
@@ -33,6 +35,8 @@ from sglang_router.wire.response import ResponseHead, framing_of, parse_head
 
 _JOIN_BELOW = 65536
 """Bytes of a body below which joining it with the head is cheaper than a second write."""
+_VANISHED = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+"""Errors of a connection whose other end is gone without a word (`relay.keepalive`); it was not closed for idling."""
 _MAX_INTERIM = 8
 """Interim responses (1xx) that a worker may send before its answer."""
 
@@ -60,7 +64,7 @@ class ConnectionHome(Protocol):
 
     target: Target
 
-    def opened(self) -> None:
+    def opened(self, connection: UpstreamConnection) -> None:
         """Count a new connection."""
 
     def release(self, connection: UpstreamConnection) -> None:
@@ -76,8 +80,10 @@ class ConnectionHome(Protocol):
 class UpstreamConnection:
     """One connection to one target: idle, or busy with one request.
 
+    address     of the worker's machine, as it was looked up
     used        it has carried a complete request and answer
     idle_since  seconds of the loop's clock; 0.0 while it is busy
+    retire_at   from when on it is not used again; seconds of the same clock
     """
 
     __slots__ = (
@@ -90,15 +96,19 @@ class UpstreamConnection:
         "_loss",
         "_reusable",
         "_sink",
+        "address",
         "idle_since",
+        "retire_at",
         "transport",
         "used",
     )
 
     transport: asyncio.Transport
 
-    def __init__(self, home: ConnectionHome, batch: Batch) -> None:
+    def __init__(self, home: ConnectionHome, batch: Batch, address: str = "", retire_at: float = math.inf) -> None:
         # per connection
+        self.address = address
+        self.retire_at = retire_at
         self._home = home
         self._batch = batch
         self._life = "connecting"
@@ -155,7 +165,7 @@ class UpstreamConnection:
         """Count the connection."""
         self.transport = cast("asyncio.Transport", transport)
         self._life = "open"
-        self._home.opened()
+        self._home.opened(self)
 
     def data_received(self, data: bytes) -> None:
         """Parse bytes of the answer and pass them to the sink."""
@@ -271,6 +281,8 @@ class UpstreamConnection:
         """Return why the connection closed during a request; `answering`: inside the answer."""
         if answering:
             return Outcome.CUT, "The worker broke off in the middle of its answer."
+        if isinstance(self._loss, OSError) and self._loss.errno in _VANISHED:
+            return Outcome.BROKEN, "The worker's machine does not answer any more."
         if self._buffer or self._interim:
             return Outcome.BROKEN, "The worker closed the connection without an answer."
         if self.used:

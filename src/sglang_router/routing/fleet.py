@@ -233,14 +233,22 @@ class Fleet:
 
     # -- health ------------------------------------------------------------------------------------------------------
 
-    def probed(self, worker: Worker, error: str | None, now: float, *, refused: bool = False) -> None:
-        """Take the result of one health check: `error` says what was wrong; None: it passed."""
+    def probed(
+        self, worker: Worker, error: str | None, now: float, *, refused: bool = False, lasting: bool = False
+    ) -> None:
+        """Take the result of one health check: `error` says what was wrong; None: it passed.
+
+        refused  nobody listens
+        lasting  the reason does not heal by waiting
+        """
         if worker.removed or worker.health is Health.DOWN:
             return
         if error is not None:
+            worker.hopeless = lasting
             self._probe_failed(worker, error, now, refused)
             return
         worker.last_error = ""
+        worker.hopeless = False
         worker.health_failures = 0
         worker.health_successes += 1
         if worker.gone_silent:
@@ -276,6 +284,7 @@ class Fleet:
         worker.since = now
         worker.ejected = ""
         worker.health_failures = worker.health_successes = 0
+        worker.hopeless = False
         worker.report = NOTHING
         self._set_health(worker, Health.STARTING)
         self._hear(worker, BreakerEvent.PROCESS_LOST, now)

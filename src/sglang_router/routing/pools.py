@@ -27,6 +27,7 @@ load of the others; above that it is no candidate for the moment.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ from sglang_router.routing.worker import Worker
 
 _RETRY_AFTER = 5.0
 """Retry-After in seconds, when nothing better is known."""
+_MOST_REASONS = 3
+"""Most reasons that an error names."""
 _PROBED_AFTER = 1.0
 """Seconds in which the one request of a half-open breaker may be back."""
 
@@ -178,20 +181,30 @@ class Pool:
             return WorkersFull(retry_after=1.0)
         rotation = [w for w in self.workers if w.in_rotation]
         if self._starting(rotation):
-            return WorkersStarting(retry_after=_RETRY_AFTER)
+            return WorkersStarting(_with_reasons(WorkersStarting.message, rotation), retry_after=_RETRY_AFTER)
         waits = [max(0.0, w.circuit.reopen_at - now) for w in rotation if w.breaker is Breaker.OPEN]
         waits += [_PROBED_AFTER for w in rotation if w.breaker is Breaker.HALF_OPEN]
-        return Unavailable(retry_after=min(waits, default=_RETRY_AFTER))
+        return Unavailable(_with_reasons(Unavailable.message, rotation), retry_after=min(waits, default=_RETRY_AFTER))
 
     def _starting(self, rotation: list[Worker]) -> bool:
-        """Return whether a worker will become ready without an operator."""
+        """Return whether a worker may become ready within seconds, without an operator."""
         if rotation:
-            return all(w.health is Health.STARTING for w in rotation)
+            return all(w.health is Health.STARTING for w in rotation) and not all(w.hopeless for w in rotation)
         return self._rules.elastic or any(w.returning for w in self.workers)
 
     def remembered(self, worker: Worker) -> int:
         """Return the bytes of prefixes that a worker is believed to have cached; 0 for policies without a memory."""
         return self.policy.memory.size(worker) if self.policy.memory is not None else 0
+
+
+def _with_reasons(message: str, workers: list[Worker]) -> str:
+    """Add to a message why these workers are not there: the most frequent reasons, without URLs."""
+    counts = Counter(worker.reason for worker in workers if worker.reason)
+    if not counts:
+        return message
+    most = counts.most_common(_MOST_REASONS)
+    reasons = "; ".join(f"{reason.rstrip('.')} ({count} of {len(workers)})" for reason, count in most)
+    return f"{message} Reasons: {reasons}."
 
 
 def one_pool(worker: Worker) -> PoolKey:

@@ -31,6 +31,7 @@ class Worker:
     ejected    why it is ejected as an outlier; "" if it is not
     outliers   the outlier detection of its pool; None: there is none
     processed  requests it answered (outcome SERVED)
+    hopeless   its health checks fail for a reason that waiting does not heal
     probing    number of the lease that its HALF_OPEN circuit let pass; 0: none
     """
 
@@ -43,6 +44,7 @@ class Worker:
         "health",
         "health_failures",
         "health_successes",
+        "hopeless",
         "id",
         "key",
         "last_error",
@@ -84,6 +86,7 @@ class Worker:
         self.health_failures = 0
         self.health_successes = 0
         self.last_error = ""
+        self.hopeless = False
         self.gone_silent = False  # it refused a connection: whatever listens there next is another process
         self.since = now
         self.warm_at = 0.0
@@ -113,6 +116,12 @@ class Worker:
     def breaker(self) -> Breaker:
         """The state of its circuit."""
         return self.circuit.state
+
+    @property
+    def reason(self) -> str:
+        """Why its last health check failed, without its API key: an engine may quote the request that it got."""
+        key = self.spec.api_key
+        return self.last_error.replace(key, "***") if key else self.last_error
 
     @property
     def in_rotation(self) -> bool:

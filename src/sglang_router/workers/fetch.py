@@ -104,15 +104,19 @@ async def fetch(
     fields = [b"content-length: %d\r\n" % len(body)]
     if body:
         fields += (b"content-type: ", content_type, b"\r\n")
-    if target.key is not None:
-        fields += (b"authorization: Bearer ", target.key, b"\r\n")
-    head = b"".join((pool.origin(target).start(method, path), *fields, b"\r\n"))
+    head = head_of(pool, target, method, path, *fields)
     try:
         return await ask_once(pool, target, head, body, timeout=timeout, max_bytes=max_bytes)
     except FetchError as exc:
         if exc.outcome is not Outcome.STALE:
             raise
     return await ask_once(pool, target, head, body, timeout=timeout, max_bytes=max_bytes, fresh=True)
+
+
+def head_of(pool: ConnectionPool, target: Target, method: bytes, path: bytes, *fields: bytes) -> bytes:
+    """Return the head of a request with the target's key. fields: further header lines, each with its end."""
+    key = () if target.key is None else (b"authorization: Bearer ", target.key, b"\r\n")
+    return b"".join((pool.origin(target).start(method, path), *fields, *key, b"\r\n"))
 
 
 async def ask_once(
@@ -134,8 +138,10 @@ async def ask_once(
     try:
         return await asyncio.wait_for(collector.answer, timeout)
     except (TimeoutError, asyncio.TimeoutError):
+        connected = isinstance(collector.connection, UpstreamConnection)
         collector.connection.abort()
-        raise FetchError(Outcome.TIMEOUT, f"No answer within {timeout:g} s.") from None
+        detail = f"No answer within {timeout:g} s." if connected else pool.late(target, timeout)
+        raise FetchError(Outcome.TIMEOUT, detail) from None
     except asyncio.CancelledError:
         collector.connection.abort()
         raise

@@ -3,9 +3,20 @@
     start(worker) --> check --> pause --> check --> ...          until the worker is removed
                         |         |
                         |         '-- spec.health.interval while the worker is well, else `unhealthy_interval` if
-                        |             that is shorter; check_now(worker) ends the pause
+                        |             that is shorter, growing with the time it fails; check_now(worker) ends the pause
                         '-- GET spec.health.endpoint with the worker's key; any status but 2xx is an error
                             --> fleet.probed(worker, error, now), which decides what follows
+
+A worker that fails is checked again after a tenth of the time that it has failed, up to 10 to 15 s, and longer when
+there are more than 250 such workers (`pause_of`). So one that was just lost is noticed at once when it returns, and any
+number that is gone for good costs next to nothing. Only a replica that starts is always checked at
+`unhealthy_interval`: its process is there.
+
+The first failed check is logged with its reason, then once a minute while it lasts, and soon when the reason changes.
+Some reasons do not heal by waiting (`_STRANGE`, `_ABSENT`): no request is queued for such a worker to start.
+
+A check uses a kept connection, but now and then a new one, and always after a failed check: so it finds an engine that
+serves old connections and takes no new ones, and an address that is gone.
 
 Exchanges call `check_now` when a worker refuses or breaks a connection, so that the check comes at once and not in ten
 seconds. A hundred exchanges that meet the same dead worker cause one check, not a hundred.
@@ -18,14 +29,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
+import random
+import re
 from collections.abc import Awaitable, Callable
 
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.source import Source
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
-from sglang_router.workers.fetch import FetchError, fetch
+from sglang_router.workers.fetch import Fetched, FetchError, ask_once, fetch, head_of
 
 log = logging.getLogger("sglang_router.health")
 
@@ -33,18 +48,48 @@ _MIN_PAUSE = 0.05
 """Seconds between two checks of a worker, however often `check_now` is called: no tight loop on a dead one."""
 _MAX_BYTES = 1 << 20
 """Bytes of an answer to a health check."""
+_SHARE = 0.1
+"""Pause between two checks of a worker that fails, as a share of the time since it failed first."""
+_LONGEST_PAUSE = 12.5
+_MOST_CHECKS = 20.0
+"""Checks a second of all workers together that fail for long: the longest pause grows with their number."""
+_JITTER = 0.2
+_FRESH_EVERY = 30.0
+"""Seconds after which a check is made on a new connection."""
+_TOLD_EVERY = 60.0
+"""Seconds between two warnings about a worker that fails for the same reason."""
+_TOLD_APART = 5.0
+"""Seconds between two warnings about a worker that fails for another reason than before."""
+_MOST_REASONS = 16
+"""Reasons whose last warning is remembered for a worker."""
+
+_STRANGE = {Outcome.UNREACHABLE, Outcome.INVALID}
+"""TLS, a name that is unknown, a network that is not there; an answer that is no HTTP: no engine is there."""
+_ABSENT = {Outcome.REFUSED, Outcome.BROKEN, Outcome.STALE}
+"""Nobody listens, or only a proxy in front of the engine."""
+_ENOUGH = 3
+"""Checks in a row that find no engine, after which waiting for the worker ends."""
+_MAY_HEAL = {408, 425, 429}
+"""Statuses below 500 of an engine that may be ready in a moment."""
+_API_PATH = re.compile(r"/(v1(/.*)?|health|generate)$")
+"""How the URL of an endpoint ends that was given in place of a base URL."""
 
 
 class _Watch:
     """The checks of one worker: their task, and what others set or wait for.
 
     due         check now
-    settled     the worker was found well and introduced itself, or is no longer checked
+    settled     the worker was found well and introduced itself, was found to be no engine, or is no longer checked
+    strange     checks in a row that found no engine: TLS, an unknown name, an answer that no engine gives
     introduced  this process of the worker was asked what it is
     ended       no more checks
+    failing     since when the checks fail; None: the last one passed
+    fresh_at    when the next check is made on a new connection
+    told        when each reason was logged; empty since the worker is healthy again
+    told_at     when one was logged last
     """
 
-    __slots__ = ("due", "ended", "introduced", "settled", "task")
+    __slots__ = ("due", "ended", "failing", "fresh_at", "introduced", "settled", "strange", "task", "told", "told_at")
 
     task: asyncio.Task[None]
 
@@ -53,6 +98,11 @@ class _Watch:
         self.settled = asyncio.Event()
         self.introduced = False
         self.ended = False
+        self.failing: float | None = None
+        self.fresh_at = 0.0
+        self.strange = 0
+        self.told: dict[str, float] = {}
+        self.told_at = -math.inf
 
     def end(self) -> None:
         """Stop checking the worker."""
@@ -91,6 +141,7 @@ class HealthChecks:
         self._unhealthy_interval = unhealthy_interval
         self._introduce = introduce
         self._watches: dict[Worker, _Watch] = {}
+        self._failing: set[_Watch] = set()
         self.released = False
 
     def start(self, worker: Worker) -> None:
@@ -117,7 +168,8 @@ class HealthChecks:
     async def until_healthy(self, worker: Worker, timeout: float) -> bool:
         """Wait until a worker was found well and asked what it is.
 
-        False when that takes more than `timeout` seconds, the worker is removed meanwhile, or `release` was called.
+        False when that takes more than `timeout` seconds, the worker is removed meanwhile, or `release` was called;
+        also when the first checks find that there is no engine, `_ENOUGH` in a row.
         """
         watch = self._watches.get(worker)
         if watch is not None and not self.released:
@@ -140,6 +192,7 @@ class HealthChecks:
 
     def _ended(self, worker: Worker, watch: _Watch) -> None:
         watch.settled.set()
+        self._failing.discard(watch)
         if self._watches.get(worker) is watch:
             del self._watches[worker]
 
@@ -150,7 +203,7 @@ class HealthChecks:
             if worker.gone_silent or worker.health is not Health.HEALTHY:
                 watch.introduced = False  # the process that comes back may serve something else
             if worker.spec.health.enabled:
-                well = await self._check(worker)
+                well = await self._check(worker, watch)
             if worker.health is Health.HEALTHY and well and not watch.introduced:
                 watch.introduced = True
                 await self._ask_what_it_is(worker)
@@ -163,39 +216,116 @@ class HealthChecks:
             await self._pause(worker, watch, well)
 
     async def _pause(self, worker: Worker, watch: _Watch, well: bool) -> None:
-        pause = worker.spec.health.interval
-        if not well or worker.health is not Health.HEALTHY:
-            pause = min(pause, self._unhealthy_interval)
-        least = min(_MIN_PAUSE, pause)
-        await asyncio.sleep(least)
+        """Wait until the next check is due, or is asked for."""
+        since = self._loop.time()
+        pause = self._interval(worker, watch, well)
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(watch.due.wait(), pause - least)
+            await asyncio.wait_for(watch.due.wait(), pause)
+            await asyncio.sleep(max(0.0, since + min(_MIN_PAUSE, pause) - self._loop.time()))
 
-    async def _check(self, worker: Worker) -> bool:
+    def _interval(self, worker: Worker, watch: _Watch, well: bool) -> float:
+        """Return the seconds until the next check."""
+        interval = worker.spec.health.interval
+        if well and worker.health is Health.HEALTHY:
+            return interval
+        shortest = min(interval, self._unhealthy_interval)
+        if watch.failing is None or _is_being_launched(worker):
+            return shortest
+        grown = pause_of(self._clock() - watch.failing, len(self._failing))
+        return max(shortest, grown * random.uniform(1.0 - _JITTER, 1.0 + _JITTER))
+
+    async def _check(self, worker: Worker, watch: _Watch) -> bool:
         """Make one check and report it to the fleet; whether the worker is well."""
-        refused = False
+        refused = absent = strange = False
         try:
-            error = await self._problem(worker)
+            answer = await self._ask(worker, watch)
+            error = None if answer.ok else _wrong_status(worker, answer.status)
+            strange = error is not None and answer.status < 500 and answer.status not in _MAY_HEAL
         except FetchError as exc:
             if exc.outcome is Outcome.STARVED:  # the router's own trouble tells nothing about the worker
                 return worker.health is Health.HEALTHY
             error = str(exc)
-            refused = exc.outcome is Outcome.REFUSED
+            refused, absent, strange = exc.outcome is Outcome.REFUSED, exc.outcome in _ABSENT, exc.outcome in _STRANGE
         except Exception as exc:  # a fault here must not end the checks: the worker would keep its state for ever
             log.exception("the health check of %s failed in the router", worker.url)
             error = f"The health check failed in the router: {exc.__class__.__name__}."
-        self._fleet.probed(worker, error, self._clock(), refused=refused)
+        lasting = strange or (absent and _absence_lasts(worker))
+        watch.strange = watch.strange + 1 if strange else 0
+        was, now = worker.health, self._clock()
+        self._fleet.probed(worker, error, now, refused=refused, lasting=lasting)
+        if error is None:
+            self._passed(worker, watch, was)
+        elif not worker.removed:
+            self._failed(worker, watch, now)
         return error is None
 
-    async def _problem(self, worker: Worker) -> str | None:
-        """Ask the health endpoint; what is wrong with its answer, if anything. Raises: FetchError."""
-        rules = worker.spec.health
+    async def _ask(self, worker: Worker, watch: _Watch) -> Fetched:
+        """Ask the health endpoint, now and then on a new connection. Raises: FetchError."""
+        rules, pool, target, now = worker.spec.health, self._pool, worker.target, self._clock()
         path = rules.endpoint.encode()
-        answer = await fetch(self._pool, worker.target, b"GET", path, timeout=rules.timeout, max_bytes=_MAX_BYTES)
-        return None if answer.ok else f"GET {rules.endpoint} answered {answer.status}"
+        pool.refresh(target)
+        if now < watch.fresh_at and watch.failing is None:
+            return await fetch(pool, target, b"GET", path, timeout=rules.timeout, max_bytes=_MAX_BYTES)
+        watch.fresh_at = now + _FRESH_EVERY
+        head = head_of(pool, target, b"GET", path)
+        return await ask_once(pool, target, head, b"", timeout=rules.timeout, max_bytes=_MAX_BYTES, fresh=True)
+
+    def _failed(self, worker: Worker, watch: _Watch, now: float) -> None:
+        """Note a failed check, and warn: the first time, when the reason changes, and once a minute."""
+        if watch.failing is None:
+            watch.failing = now
+            self._failing.add(watch)
+        if watch.strange == _ENOUGH:
+            watch.settled.set()
+        if worker.health is Health.DOWN or (_is_being_launched(worker) and not worker.hopeless):
+            return  # the launcher tells how far its replicas are
+        again = watch.told.get(worker.reason, -math.inf) + _TOLD_EVERY
+        if now >= max(again, watch.told_at + _TOLD_APART):
+            if len(watch.told) == _MOST_REASONS:
+                watch.told.clear()
+            watch.told[worker.reason] = watch.told_at = now
+            fields = {"worker": worker.url, "error": worker.reason, "failing_seconds": round(now - watch.failing, 1)}
+            log.warning("worker fails its health checks", extra={"fields": fields})
+
+    def _passed(self, worker: Worker, watch: _Watch, was: Health) -> None:
+        """Note a check that passed; tell it if the failed ones were told and the change of health does not."""
+        if watch.failing is not None and watch.told and was is worker.health is Health.HEALTHY:
+            log.info("worker passes its health checks again", extra={"fields": {"worker": worker.url}})
+        if worker.health is Health.HEALTHY:
+            watch.told.clear()
+        watch.failing = None
+        self._failing.discard(watch)
 
     async def _ask_what_it_is(self, worker: Worker) -> None:
         try:
             await self._introduce(worker)
         except Exception:  # a fault here must not end the checks: what an engine says of itself is an extra
             log.exception("asking %s what it is failed in the router", worker.url)
+
+
+def pause_of(failing_for: float, failing: int) -> float:
+    """Return the pause between two checks of a worker that fails, without its jitter.
+
+    failing_for  seconds since its first failed check
+    failing      number of workers that fail
+    """
+    return min(failing_for * _SHARE, max(_LONGEST_PAUSE, failing / _MOST_CHECKS))
+
+
+def _is_being_launched(worker: Worker) -> bool:
+    return worker.health is Health.STARTING and worker.spec.source is Source.REPLICAS
+
+
+def _absence_lasts(worker: Worker) -> bool:
+    """Return whether nobody listens for longer than a moment, although no process is known to be starting there."""
+    return worker.health_failures > 0 and worker.spec.source is not Source.REPLICAS
+
+
+def _wrong_status(worker: Worker, status: int) -> str:
+    """Return in words that the health endpoint answered a status that is no success; name the usual mistake."""
+    endpoint = worker.spec.health.endpoint
+    slip = _API_PATH.search(worker.spec.url)
+    if slip is None or not 400 <= status < 500:
+        return f"GET {endpoint} answered {status}"
+    mistake = f"worker URLs are base URLs; remove {slip[0]} at the end of this one"
+    return f"GET {slip[0]}{endpoint} answered {status}: {mistake}"

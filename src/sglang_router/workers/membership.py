@@ -4,10 +4,15 @@
     fleet: "removed" --> health checks and survey end, idle connections close; requests in flight end by themselves
     amend(...)       --> the pool follows a worker whose key changed
 
+A worker that seems to be another one under a second URL, as `localhost` and `127.0.0.1` with the same port, is warned
+of: one engine would get the share of two.
+
 It is the only listener that does this, so code that adds or removes a worker only tells the fleet.
 """
 
 from __future__ import annotations
+
+import logging
 
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.routing.events import Listener, WorkerChanged
@@ -16,6 +21,8 @@ from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.worker import Worker
 from sglang_router.workers.engine_survey import EngineSurvey
 from sglang_router.workers.health_checks import HealthChecks
+
+log = logging.getLogger("sglang_router.workers")
 
 
 class Membership(Listener):
@@ -26,6 +33,7 @@ class Membership(Listener):
         self._pool = pool
         self._checks = checks
         self._survey = survey
+        self._places: dict[tuple[str, int, bytes], Worker] = {}  # the first worker of each place
 
     def worker_changed(self, event: WorkerChanged) -> None:
         """Keep connections to a worker that was added, check and survey it; stop all that for one that was removed."""
@@ -36,12 +44,18 @@ class Membership(Listener):
 
     def _joined(self, worker: Worker) -> None:
         self._pool.know(worker.target)
+        other = self._places.setdefault(self._pool.origin(worker.target).place, worker)
+        if other.spec.url != worker.spec.url:
+            log.warning("%s and %s seem to be one engine under two URLs: remove one", other.url, worker.url)
         self._checks.start(worker)
         self._survey.start(worker)
 
     def _left(self, worker: Worker) -> None:
         self._checks.stop(worker)
         self._survey.stop(worker)
+        place = self._pool.origin(worker.target).place
+        if self._places.get(place) is worker:
+            del self._places[place]
         self._pool.forget(worker.target)
 
     def amend(self, worker: Worker, spec: WorkerSpec) -> None:
