@@ -181,7 +181,7 @@ class Bench:
         rules: FleetRules | None = None,
         retries: RetryRules | None = None,
         queue: QueueRules | None = None,
-        assign: Callable[[Worker], PoolKey] = one_pool,
+        assign: Callable[[Worker], PoolKey] | None = one_pool,
         seed: int = 1,
         **settings: Any,
     ) -> None:

@@ -294,6 +294,8 @@ def start_router(
         words = ["--host", host, "--port", str(port), *flags]
         if "--prometheus-port" not in flags:
             words += ["--prometheus-port", str(metrics_port)]
+        if "--metrics-interval-secs" not in flags:
+            words += ["--metrics-interval-secs", "0"]  # a test scrapes just after what it is about
         if urls:
             words += ["--worker-urls", *urls]
         with log.open("wb") as sink:

@@ -66,6 +66,11 @@ class _News(Listener):
         self._news.set()
 
 
+async def named_metrics(accept: str) -> tuple[bytes, str]:
+    """Stand for the metrics."""
+    return f"for {accept}\n".encode(), "text/plain"
+
+
 class Stack:
     """One router. `stack` makes it; tests access its parts only through `call`."""
 
@@ -79,6 +84,7 @@ class Stack:
             slow_start_secs=0.0,
             disable_outlier_ejection=True,
             max_concurrent_requests=-1,
+            metrics_interval_secs=0.0,
         )
         self.app = app = build(args, self.loop, seams=Seams(rng=random.Random(7), clock=self.loop.time))
         self.fleet = app.fleet
@@ -231,7 +237,7 @@ def stack(*urls: str, policy: str = "cache_aware", interval: float = 0.0, **sett
     settings  startup_timeout, health, dp_aware (of workers that are added), generate_timeout, metrics_render, access
     """
     settings.setdefault("health", HealthRules(interval=3600.0, failure_threshold=1, success_threshold=1))
-    settings.setdefault("metrics_render", lambda accept: (f"for {accept}\n".encode(), "text/plain"))
+    settings.setdefault("metrics_render", named_metrics)
     router = Stack(policy, interval, settings)
     try:
         router.start(urls)

@@ -36,6 +36,7 @@ FLAGS = (
     *("--health-check-interval-secs", "0.5", "--health-check-timeout-secs", "1", "--health-failure-threshold", "2"),
     *("--worker-startup-check-interval", "0.2", "--connect-timeout-secs", "2", "--request-timeout-secs", "30"),
     *("--cb-timeout-duration-secs", "1", "--cb-max-timeout-duration-secs", "2", "--slow-start-secs", "1"),
+    *("--metrics-interval-secs", "0"),
     *("--upstream-idle-timeout-secs", "1", "--startup-wait-secs", "5", "--max-tree-size", str(TREE)),
 )
 STARTS_WITHIN = 30.0

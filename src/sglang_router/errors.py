@@ -103,6 +103,18 @@ class WorkerNotFound(NotFound):
     message = "No worker has this id. GET /workers lists all workers."
 
 
+class ModelNotFound(NotFound):
+    """Only where the router serves several models; with one model the engine decides."""
+
+    code = "model_not_found"
+    message = "No worker serves this model. GET /v1/models lists those that are served."
+
+
+class ModelRequired(InvalidRequest):
+    code = "model_required"
+    message = "This router serves several models: name one in the field `model`. GET /v1/models lists them."
+
+
 class MethodNotAllowed(InvalidRequest):
     """`allow`: the methods that the path takes (RFC 9110 15.5.6)."""
 

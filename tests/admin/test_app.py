@@ -97,7 +97,7 @@ def test_head_is_get_without_the_body() -> None:
 
 
 def test_a_fault_of_the_router_is_answered_as_one_and_logged(caplog: pytest.LogCaptureFixture) -> None:
-    def broken(accept: str) -> tuple[bytes, str]:
+    async def broken(accept: str) -> tuple[bytes, str]:
         raise ZeroDivisionError("a fault")
 
     with stack(metrics_render=broken) as router, caplog.at_level(logging.ERROR, "sglang_router"):
@@ -114,9 +114,13 @@ def test_the_clients_request_id_comes_back() -> None:
         assert router.get("/nothing", x_request_id="mine").headers["x-request-id"] == "mine"
 
 
+async def up(accept: str) -> tuple[bytes, str]:
+    return b"up 1\n", "text/plain"
+
+
 def test_the_metrics_app_serves_metrics_on_any_path() -> None:
     with stack() as router:
-        router.plane.app = create_metrics_app(lambda accept: (b"up 1\n", "text/plain"))
+        router.plane.app = create_metrics_app(up)
         assert router.get("/metrics").text == "up 1\n"
         assert router.ask("HEAD", "/metrics").headers["content-length"] == "5"
         assert router.post("/metrics").status == 405

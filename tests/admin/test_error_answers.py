@@ -155,10 +155,10 @@ def test_head_gets_the_head_of_an_error(case: Case) -> None:
 
 
 def test_too_many_requests_and_faults() -> None:
-    def limited(accept: str) -> tuple[bytes, str]:
+    async def limited(accept: str) -> tuple[bytes, str]:
         raise RateLimited(retry_after=1.2)
 
-    def broken(accept: str) -> tuple[bytes, str]:
+    async def broken(accept: str) -> tuple[bytes, str]:
         raise ZeroDivisionError("a fault")
 
     with stack(metrics_render=limited) as router:
@@ -171,7 +171,7 @@ def test_too_many_requests_and_faults() -> None:
 
 
 def test_a_fault_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    def broken(accept: str) -> tuple[bytes, str]:
+    async def broken(accept: str) -> tuple[bytes, str]:
         raise ZeroDivisionError("a fault")
 
     with stack(metrics_render=broken) as router, caplog.at_level(logging.DEBUG, "sglang_router"):
@@ -181,10 +181,14 @@ def test_a_fault_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in logged] == ["the control plane failed at /metrics"]
 
 
+async def up(accept: str) -> tuple[bytes, str]:
+    return b"up 1\n", "text/plain"
+
+
 @pytest.mark.parametrize(("method", "status"), [("POST", 405), ("DELETE", 405)])
 def test_the_metrics_port(method: str, status: int) -> None:
     with stack() as router:
-        router.plane.app = create_metrics_app(lambda accept: (b"up 1\n", "text/plain"))
+        router.plane.app = create_metrics_app(up)
         reply = router.ask(method, "/metrics")
     check(reply, Case(f"{method} /metrics", status, "method_not_allowed", fields={"allow": "GET, HEAD"}))
 

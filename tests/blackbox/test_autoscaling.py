@@ -123,7 +123,8 @@ def server(log: Path, *more: str) -> Iterator[RouterProcess]:
     """Yield `launch_server` with built-in engines; end it as a user would."""
     port = free_port()
     own = ["--backend", "builtin", "--port", str(port), "--router-prometheus-port", str(free_port())]
-    own += ["--router-dp-worker-base-port", str(free_port()), "--router-disable-access-log", *more]
+    own += ["--router-dp-worker-base-port", str(free_port()), "--router-disable-access-log"]
+    own += ["--router-metrics-interval-secs", "0", *more]
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "sglang_router.launch_server", *own],

@@ -332,6 +332,7 @@ def test_a_file_with_all_options(urls: list[str], tmp_path: Path) -> None:
         f"worker-urls: [{urls[0]}]\n"
         f"port: {port}\n"
         f"prometheus-port: {metrics_port}\n"
+        "metrics-interval-secs: 0\n"
         "policy: round_robin\n"
         "log-format: json\n"
         f"log-dir: {tmp_path / 'logs'}\n"

@@ -30,7 +30,7 @@ def words(*flags: str) -> tuple[list[str], int]:
     """A command line for two built-in engines on ports that are free now, and the router's port."""
     port = free_port()
     own = ["--backend", "builtin", "--port", str(port), "--router-prometheus-port", str(free_port())]
-    own.append("--router-disable-access-log")
+    own += ["--router-disable-access-log", "--router-metrics-interval-secs", "0"]
     return [*COMMAND, *own, "--router-dp-worker-base-port", str(free_port()), *flags], port
 
 

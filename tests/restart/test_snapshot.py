@@ -15,7 +15,7 @@ from sglang_router.restart import snapshot
 from sglang_router.restart.saved_worker import SavedWorker, SpecChanges
 from sglang_router.restart.snapshot import HEADER_SIZE, Head, HeaderBuilder, Unreadable
 from sglang_router.restart.version_1 import HeadV1, SavedWorkerV1, WorkerSpecV1
-from sglang_router.routing.engine_report import NOTHING
+from sglang_router.routing.model_names import Names
 from sglang_router.routing.prefix_tree.memory import TreeMemory
 from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.source import Source
@@ -150,8 +150,9 @@ def test_an_added_worker_that_an_option_names_today_belongs_to_the_option() -> N
 
 
 def test_a_name_that_the_engine_told_is_not_kept() -> None:
-    there = worker(model_id="llama")
-    there.report = NOTHING.updated({"model": "llama"})
+    there = worker()
+    there.announce(Names(("llama",)))
+    assert there.model == "llama"
     (saved,) = snapshot.read(written([there])).head.workers
     assert saved.changes.known() == {}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fleets import Bench, spec
 from sglang_router.config import OPTIONS
+from sglang_router.routing.policies.manual import _OVERHEAD, Manual
 
 
 def manual(count: int, mode: str = "min_group", **rules: Any) -> Bench:
@@ -122,3 +123,27 @@ def test_forgotten_keys_do_not_count() -> None:
 def test_assignment_modes_are_those_of_the_option() -> None:
     for mode in OPTIONS["assignment_mode"].choices:
         manual(1, mode).serve(key=b"k")
+
+
+def test_f7_a_routing_key_of_60_kb_is_kept_as_a_digest() -> None:
+    """60 kB a key were kept for up to four hours: a million of them would be 60 GB."""
+    b = manual(3)
+    long = [b"%d" % n + b"x" * 60_000 for n in range(50)]
+    homes = [b.serve(key=key).worker for key in long]
+    assert [b.serve(key=key).worker for key in long] == homes
+    assert isinstance(b.policy, Manual)
+    assert max(len(key) for key in b.policy._homes) <= 64
+
+
+def test_f7_the_keys_are_bounded_in_bytes() -> None:
+    b = manual(2)
+    assert isinstance(b.policy, Manual)
+    b.policy.most_bytes = 100_000
+    for number in range(1000):
+        b.serve(key=b"%064d" % number)
+    held = sum(_OVERHEAD + len(key) for key in b.policy._homes)
+    assert 99_000 < held <= 100_000
+    assert f"keys of {held} bytes" in repr(b.policy)
+    assert b.serve(key=b"%064d" % 999).branch == "occupied_hit"
+    assert b.serve(key=b"%064d" % 0).branch == "vacant"
+    assert sum(b.policy._keys.values()) == len(b.policy._homes)

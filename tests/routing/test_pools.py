@@ -130,13 +130,11 @@ def test_outliers_are_judged_within_their_pool() -> None:
 # -- one pool ----------------------------------------------------------------------------------------------------------
 
 
-def test_without_being_told_otherwise_all_workers_are_in_one_pool() -> None:
+def test_workers_of_one_model_are_in_one_pool() -> None:
     fleet = Fleet(Log(), lambda: "id", lambda: Noted(PolicySettings(), random.Random(1)))
     (pool,) = fleet.pools
     assert (fleet.pools.only, len(fleet.pools), pool.key) == (pool, 1, PoolKey())
-    workers = [
-        fleet.add(WorkerSpec(url=f"http://{n}", model_id=f"model {n}", health=spec("").health), 0.0) for n in "ab"
-    ]
+    workers = [fleet.add(WorkerSpec(url=f"http://{n}", model_id="model a", health=spec("").health), 0.0) for n in "ab"]
     assert fleet.pools.only is pool
     assert fleet.pools.find(b'"model a"') is pool
     assert fleet.pools.of(workers[0]) is pool

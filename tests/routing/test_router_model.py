@@ -13,9 +13,10 @@ from fleets import Asked, Bench, by_model, facts
 from sglang_router.errors import QueueFull, RouterError, TooManyWaiting, Unavailable
 from sglang_router.routing.engine_report import EngineReport
 from sglang_router.routing.facts import Facts
+from sglang_router.routing.models import Serving
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, Wait
-from sglang_router.routing.pools import Pool, one_pool
+from sglang_router.routing.pools import one_pool
 from sglang_router.routing.queue import ROOM, START
 from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules, QueueRules, RetryRules
 from sglang_router.routing.spec import WorkerSpec
@@ -74,7 +75,7 @@ class RouterBesideModel(RuleBasedStateMachine):
 
     # -- what the model knows ------------------------------------------------------------------------------------------
 
-    def pool(self, asked: Asked) -> Pool:
+    def pool(self, asked: Asked) -> Serving:
         pools = self.fleet.pools
         return pools.only or pools.find(asked.facts.model)
 
@@ -244,7 +245,7 @@ class RouterBesideModel(RuleBasedStateMachine):
                 assert not pool.candidates(self.now), "it could begin"
                 assert queued.why == self.reason(pool)
 
-    def reason(self, pool: Pool) -> str:
+    def reason(self, pool: Serving) -> str:
         return {"workers_full": ROOM, "workers_starting": START}[pool.unavailable(self.now).code]
 
     def teardown(self) -> None:

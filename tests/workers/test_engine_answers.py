@@ -10,8 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_router.routing.engine_report import NOTHING, EngineReport
+from sglang_router.routing.model_names import Names
 from sglang_router.workers import engine_answers
 from sglang_router.workers.engine_answers import Reader, ReportFields, Sample
+
+M = {"model": "m", "names": Names(("m",))}
+A = {"model": "a", "names": Names(("a",))}
+A_AND_B = Names(("a", "b"))
 
 READERS: dict[str, Reader] = {
     "models": engine_answers.models,
@@ -61,9 +66,9 @@ GET_LOAD = [
 @pytest.mark.parametrize(
     ("reader", "answer", "rank", "said"),
     [
-        ("models", {"data": [{"id": "m", "max_model_len": 8192}]}, None, {"model": "m", "context_length": 8192}),
-        ("models", {"data": [{"id": "a", "meta": {"n_ctx": 512}}]}, None, {"model": "a", "context_length": 512}),
-        ("models", {"data": [{"id": "a"}, {"id": "b", "max_model_len": 9}]}, 1, {"model": "a"}),
+        ("models", {"data": [{"id": "m", "max_model_len": 8192}]}, None, {**M, "context_length": 8192}),
+        ("models", {"data": [{"id": "a", "meta": {"n_ctx": 512}}]}, None, {**A, "context_length": 512}),
+        ("models", {"data": [{"id": "a"}, {"id": "b", "max_model_len": 9}]}, 1, {"model": "a", "names": A_AND_B}),
         (
             "server_info",
             SGLANG_INFO,
@@ -146,6 +151,9 @@ JSON = st.recursive(
 @given(st.sampled_from(sorted(READERS)), JSON, st.none() | st.integers(0, 3))
 def test_whatever_is_answered_a_report_holds_names_and_counts(reader: str, answer: Any, rank: int | None) -> None:
     said = READERS[reader](answer, rank)
+    names = said.pop("names", Names(("m",)))
+    assert isinstance(names, Names)
+    assert names.bases
     assert said.keys() <= set(EngineReport.__struct_fields__)
     for name, value in said.items():
         if name in ("model", "version"):

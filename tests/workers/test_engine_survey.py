@@ -124,7 +124,7 @@ def test_sglang_is_asked_what_it_is_with_its_key() -> None:
         )
         assert bench.asked() == [MODELS, INFO, LOADS]
         assert {seen.headers["authorization"] for seen in bench.fake.seen} == {"Bearer k3y"}
-        assert worker.spec.model_id == "m"
+        assert worker.model == "m"
 
     run(test, SGLANG)
 
@@ -188,7 +188,7 @@ def test_an_engine_that_tells_nothing_is_introduced_all_the_same() -> None:
         worker = bench.add()
         await bench.survey.introduce(worker)
         assert worker.report == NOTHING
-        assert worker.spec.model_id is None
+        assert worker.model is None
 
     run(test)
 
@@ -312,7 +312,7 @@ def test_an_interval_of_zero_asks_for_the_name_only() -> None:
         bench.survey.start(worker)
         await bench.survey.introduce(worker)
         assert bench.asked() == [MODELS]
-        assert worker.spec.model_id == "m"
+        assert worker.model == "m"
 
     run(test, SGLANG, interval=0.0)
 

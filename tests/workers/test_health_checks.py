@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import pytest
 
-from fake_worker import CLOSE, HANG, FakeWorker, answer
+from fake_worker import CLOSE, HANG, FakeWorker, Gate, answer
 from fleets import any_policy
 from sglang_router.relay.batch import Batch
 from sglang_router.relay.connection_pool import ConnectionPool
@@ -220,7 +220,7 @@ def test_the_name_of_the_model_is_learnt_once() -> None:
     async def test(bench: Bench) -> None:
         worker = bench.add()
         assert await bench.checks.until_healthy(worker, 10.0)
-        assert worker.spec.model_id == "tiny"
+        assert worker.model == "tiny"
         bench.checks.check_now(worker)
         await bench.fake.asked(HEALTH, 2)
         bench.checks.check_now(worker)
@@ -244,7 +244,7 @@ def test_a_worker_that_does_not_tell_its_model_is_healthy_all_the_same(reply: by
     async def test(bench: Bench) -> None:
         worker = bench.add()
         assert await bench.checks.until_healthy(worker, 10.0)
-        assert worker.spec.model_id is None
+        assert worker.model is None
         assert bench.fake.count(MODELS) >= 1  # a kept connection that closes is not taken for an answer
 
     run(test, {MODELS: reply})
@@ -256,7 +256,7 @@ def test_a_name_that_was_given_stays() -> None:
         worker = bench.fleet.add(spec, bench.now)
         bench.checks.start(worker)
         assert await bench.checks.until_healthy(worker, 10.0)
-        assert (worker.spec.model_id, worker.report.model) == ("given", "tiny")
+        assert (worker.model, worker.report.model) == ("given", "tiny")
 
     run(test, {MODELS: answer(200, {"data": [{"id": "tiny"}]})})
 
@@ -265,7 +265,7 @@ def test_without_health_checks_only_the_model_is_asked_for() -> None:
     async def test(bench: Bench) -> None:
         worker = bench.add(enabled=False)
         assert await bench.checks.until_healthy(worker, 10.0)
-        assert worker.spec.model_id == "tiny"
+        assert worker.model == "tiny"
         assert bench.fake.count(HEALTH) == 0
 
     run(test, {MODELS: answer(200, {"data": [{"id": "tiny"}]})})
@@ -307,3 +307,31 @@ def test_start_is_done_once() -> None:
         assert bench.fake.count(HEALTH) == 1
 
     run(test)
+
+
+def test_case_23_a_worker_is_asked_for_its_model_before_it_gets_requests() -> None:
+    """Else the requests that wait for the first worker would go to it, whatever their model."""
+
+    async def test(bench: Bench) -> None:
+        gate = bench.fake.script[MODELS] = Gate(answer(200, {"data": [{"id": "tiny"}]}))
+        worker = bench.add()
+        await bench.fake.asked(MODELS, 1)
+        assert worker.health is Health.STARTING
+        gate.open.set()
+        assert await bench.checks.until_healthy(worker, 10.0)
+        assert worker.model == "tiny"
+
+    run(test)
+
+
+def test_a_worker_that_does_not_answer_what_it_is_becomes_healthy_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sglang_router.workers.health_checks._LONGEST_INTRODUCTION", 0.01)
+
+    async def test(bench: Bench) -> None:
+        worker = bench.add(timeout=NEVER)
+        await bench.changes.until(lambda: worker.health is Health.HEALTHY)
+        assert worker.model is None
+
+    run(test, {MODELS: HANG})

@@ -176,7 +176,7 @@ def test_what_is_said_to_all_workers_is_said_once_to_an_engine() -> None:
         assert reply["workers_flushed"] == 1
         assert fake.count("POST /flush_cache") == 1
         assert [worker["tree_size"] for worker in router.get("/workers").json()["workers"]] == [0, 0, 0]
-        assert router.get("/engine_metrics").text == f'up{{worker_addr="127.0.0.1:{fake.port}"}} 1\n'
+        assert router.get("/engine_metrics").text == f'up{{worker_addr="{fake.url}"}} 1\n'
 
 
 # -- how they go -----------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ The app makes no error answers itself: starlette's Router, unlike its Starlette 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import NoReturn
 
 from starlette.requests import Request
@@ -20,7 +19,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sglang_router.admin import info, page
-from sglang_router.admin.context import Context
+from sglang_router.admin.context import Context, Render
 from sglang_router.admin.guard import guarded
 from sglang_router.admin.routes import ROUTES
 from sglang_router.admin.rows import ControlRow, relayed_rows
@@ -80,13 +79,14 @@ async def _unknown_path(scope: Scope, receive: Receive, send: Send) -> NoReturn:
     raise NotFound
 
 
-def create_metrics_app(render: Callable[[str], tuple[bytes, str]]) -> ASGIApp:
+def create_metrics_app(render: Render) -> ASGIApp:
     """An app that answers every path with the metrics, for the port that Prometheus scrapes."""
 
     async def metrics(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
             raise MethodNotAllowed(allow=("GET", "HEAD"))
-        await info.exposition(render, Request(scope))(scope, receive, send)
+        response = await info.exposition(render, Request(scope))
+        await response(scope, receive, send)
 
     return metrics
 

@@ -11,8 +11,8 @@ A worker that does not answer is no error here: the others are asked as well, an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Awaitable, Iterable
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.responses import Response
@@ -21,6 +21,9 @@ from sglang_router.admin.context import Context
 from sglang_router.routing.worker import Worker
 from sglang_router.workers.fetch import Fetched, FetchError, fetch
 
+T = TypeVar("T")
+
+_BEGUN_AT_ONCE = 16
 Reply = Fetched | FetchError
 """What came of asking a worker: an answer, or the reason why there is none."""
 
@@ -50,8 +53,23 @@ async def ask(
 async def get_from_all(context: Context, workers: Iterable[Worker], target: bytes) -> list[tuple[Worker, Reply]]:
     """Send a GET to several workers at the same time."""
     asked = tuple(workers)
-    replies = await asyncio.gather(*(ask(context, worker, b"GET", target) for worker in asked))
+    replies = await all_of(ask(context, worker, b"GET", target) for worker in asked)
     return list(zip(asked, replies, strict=True))
+
+
+async def all_of(works: Iterable[Awaitable[T]]) -> list[T]:
+    """Do all at the same time, but do not begin a thousand in one turn of the event loop; return their results."""
+    tasks: list[asyncio.Future[T]] = []
+    try:
+        for work in works:
+            tasks.append(asyncio.ensure_future(work))
+            if not len(tasks) % _BEGUN_AT_ONCE:
+                await asyncio.sleep(0)
+        return list(await asyncio.gather(*tasks))
+    except asyncio.CancelledError:
+        for task in tasks:
+            task.cancel()
+        raise
 
 
 def failure(reply: Reply) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ import msgspec
 from starlette.responses import Response
 
 from sglang_router.access.permissions import Access
+from sglang_router.admin.shared import Shared
 from sglang_router.autoscale.autoscaler import Autoscaler
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.routing.fleet import Fleet
@@ -24,6 +25,9 @@ from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
 from sglang_router.workers.health_checks import HealthChecks
 from sglang_router.workers.membership import Membership
+
+Render = Callable[[str], Awaitable[tuple[bytes, str]]]
+"""Makes the exposition of metrics for an Accept header, with its content type."""
 
 
 class AddRules(msgspec.Struct, frozen=True):
@@ -89,6 +93,7 @@ class Context:
     clock           gives seconds; all moments are its
     metrics_render  Accept header -> exposition and its content type
     access          who may read and who may change
+    engine_metrics  the metrics of all engines, for all who ask
     autoscaler      decides how many workers there should be; None: the number is fixed
     replicas        runs the engines; None: they run elsewhere
     """
@@ -98,7 +103,8 @@ class Context:
     checks: HealthChecks
     membership: Membership
     clock: Callable[[], float]
-    metrics_render: Callable[[str], tuple[bytes, str]]
+    metrics_render: Render
+    engine_metrics: Shared[bytes]
     add_rules: AddRules
     access: Access = field(default_factory=Access)
     autoscaler: Autoscaler | None = None

@@ -6,16 +6,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from sglang_router.admin.ask import ask, decoded, failure, get_from_all, passed_on
-from sglang_router.admin.context import JSON, Context
+from sglang_router.admin.ask import all_of, ask, decoded, failure, get_from_all, passed_on
+from sglang_router.admin.context import JSON, Context, Render
 from sglang_router.errors import NotFound, Unavailable, WorkerUnreachable
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
@@ -79,8 +78,8 @@ async def _generate(context: Context, worker: Worker) -> str | None:
     reply = await ask(context, worker, b"GET", b"/health_generate", timeout=limit)
     if isinstance(reply, Fetched) and reply.status == 404:
         prompt: dict[str, Any] = {"prompt": "1", "max_tokens": 1}
-        if worker.spec.model_id is not None:
-            prompt["model"] = worker.spec.model_id
+        if worker.model is not None:
+            prompt["model"] = worker.model
         body = msgspec.json.encode(prompt)
         reply = await ask(context, worker, b"POST", b"/v1/completions", body=body, timeout=limit)
     return failure(reply)
@@ -157,8 +156,8 @@ async def _ask_for_models(context: Context, workers: tuple[Worker, ...]) -> dict
     merged: dict[str, Any] = {}
     for worker, reply in await get_from_all(context, workers, b"/v1/models"):
         listed = _objects(decoded(reply), "data")
-        if not listed and worker.spec.model_id is not None:
-            listed = [{"id": worker.spec.model_id, "object": "model", "owned_by": "local"}]
+        if not listed and worker.model is not None:
+            listed = [{"id": worker.model, "object": "model", "owned_by": "local"}]
         for entry in listed:
             if isinstance(entry.get("id"), str):
                 merged.setdefault(entry["id"], entry)
@@ -180,7 +179,7 @@ def _objects(value: Any, field: str = "") -> list[dict[str, Any]]:
 async def loads(context: Context, request: Request) -> Response:
     """`load` is what the engine reports, in tokens; without a report, the router's requests in flight there."""
     workers = list(context.fleet)
-    reports = await asyncio.gather(*(_reported_load(context, worker) for worker in workers))
+    reports = await all_of(_reported_load(context, worker) for worker in workers)
     rows = [
         {
             "worker": worker.url,
@@ -206,10 +205,10 @@ async def _reported_load(context: Context, worker: Worker) -> int | None:
 
 async def metrics(context: Context, request: Request) -> Response:
     """Return the router's metrics."""
-    return exposition(context.metrics_render, request)
+    return await exposition(context.metrics_render, request)
 
 
-def exposition(render: Callable[[str], tuple[bytes, str]], request: Request) -> Response:
+async def exposition(render: Render, request: Request) -> Response:
     """The router's metrics, in the format that the client prefers."""
-    body, content_type = render(request.headers.get("accept", ""))
+    body, content_type = await render(request.headers.get("accept", ""))
     return Response(body, headers={"content-type": content_type})

@@ -27,12 +27,14 @@ from typing import NamedTuple
 from sglang_router.access.permissions import Access, AccessKind, credentials_of
 from sglang_router.access.tls import TLSFiles
 from sglang_router.admin.app import create_app, create_metrics_app
-from sglang_router.admin.context import Context
+from sglang_router.admin.context import Context, Render
 from sglang_router.admin.exchange import ASGIApp, ControlPlane
 from sglang_router.admin.routes import ROUTES
+from sglang_router.admin.shared import Shared
 from sglang_router.app import settings
 from sglang_router.app.memories import memories_of
 from sglang_router.app.parts import App
+from sglang_router.app.scrapes import Scrapes
 from sglang_router.autoscale.autoscaler import Autoscaler, autoscaler
 from sglang_router.config import RouterArgs
 from sglang_router.errors import AccessRefused
@@ -74,8 +76,10 @@ _SCRAPE = 4096
 """Most bytes of a request's body on the metrics port; a scrape has no body."""
 _MAX_IDLE = 512
 """Most idle connections kept for one worker."""
+_SCRAPED_WITHIN = 30.0
+"""Seconds for a whole scrape on the metrics port."""
 _NO_LIMIT = 1 << 62
-"""A number of bytes or connections that is never reached."""
+"""A number of bytes that is never reached."""
 
 
 def _itself(router: Router) -> Decider:
@@ -132,13 +136,13 @@ def build(
     relay = _relay(args, loop, seams, connections, answers, listeners, router, access)
     scaler = autoscaler(args, loop, fleet, clients.unanswered, clock)
     metrics = _metrics(args, fleet, clients, connections, router, scaler, writer)
-    render = partial(_render, deferred, metrics)
+    render = Scrapes(metrics, deferred, clock, args.metrics_interval_secs)
     control = _control(args, workers, clock, render, access, scaler)
     serve = partial(ControlPlane, loop=loop, clock=clock, answers=answers, timeout=args.request_timeout_secs)
     plane = serve(seams.app or create_app(control), listener=listeners)
-    scrape = serve(create_metrics_app(render), listener=Listeners())
+    scrape = serve(create_metrics_app(render), listener=Listeners(), timeout=_SCRAPED_WITHIN)
     routes = _routes(plane, relay, seams.endpoints)
-    ports = partial(Frontend, batch=connections.batch, answers=answers, timeouts=settings.timeouts(args))
+    ports = partial(Frontend, batch=connections.batch, answers=answers)
     app = App(
         args=args,
         loop=loop,
@@ -154,10 +158,15 @@ def build(
             clients,
             listener=listeners,
             limits=settings.limits(args),
+            timeouts=settings.timeouts(args),
             admit=_admission(access, routes) if access.consumes_key else None,
         ),
         metrics_frontend=ports(
-            Routes(scrape.exchange), scrapers, listener=Listeners(), limits=Limits(body_bytes=_SCRAPE)
+            Routes(scrape.exchange),
+            scrapers,
+            listener=Listeners(),
+            limits=Limits(body_bytes=_SCRAPE),
+            timeouts=settings.short(settings.timeouts(args)),
         ),
         metrics=metrics,
         control=control,
@@ -233,7 +242,7 @@ def _control(
     args: RouterArgs,
     workers: _Workers,
     clock: Callable[[], float],
-    render: Callable[[str], tuple[bytes, str]],
+    render: Render,
     access: Access,
     scaler: Autoscaler | None,
 ) -> Context:
@@ -244,6 +253,7 @@ def _control(
         membership=workers.membership,
         clock=clock,
         metrics_render=render,
+        engine_metrics=Shared(clock, args.metrics_interval_secs),
         add_rules=settings.add_rules(args),
         access=access,
         autoscaler=scaler,
@@ -274,8 +284,9 @@ def _clients(args: RouterArgs, clock: Callable[[], float], connections: Connecti
     """Make the registries of the main port's and of the metrics port's connections."""
     numbers = itertools.count(1)
     budget = ByteBudget(args.max_buffered_request_bytes)
-    clients = Clients(clock, budget, settings.most_connections(), lambda: connections.open, numbers)
-    return clients, Clients(clock, ByteBudget(_NO_LIMIT), _NO_LIMIT, lambda: 0, numbers)
+    most, scrapers = settings.most_connections()
+    clients = Clients(clock, budget, most, lambda: connections.open, numbers)
+    return clients, Clients(clock, ByteBudget(_NO_LIMIT), scrapers, lambda: 0, numbers)
 
 
 def _relay(
@@ -320,13 +331,8 @@ def _metrics(
         sources,
         duration_buckets=args.prometheus_duration_buckets,
         paths=[row.path for rows in ROUTES.values() for row in rows],
+        models=fleet.pools.models.known,
     )
-
-
-def _render(deferred: Deferred, metrics: Metrics, accept: str) -> tuple[bytes, str]:
-    """Return the metrics, after the listeners received the events that were kept for a batch."""
-    deferred.flush()
-    return metrics.render(accept)
 
 
 def _routes(plane: ControlPlane, relay: Relay, endpoints: Mapping[bytes, Endpoint]) -> Routes:

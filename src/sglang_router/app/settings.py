@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import resource
 
+import msgspec
+
 from sglang_router.access.permissions import Access
 from sglang_router.access.tls import TLSFiles, server_files, worker_files
 from sglang_router.admin.context import AddRules
@@ -31,6 +33,10 @@ from sglang_router.workers.sources import ConfiguredWorkers, WorkerDefaults, con
 log = logging.getLogger("sglang_router")
 
 _SPARE_DESCRIPTORS = 64
+_SCRAPERS = 32
+"""Most connections of the metrics port."""
+_SCRAPER_SILENCE = 10.0
+"""Seconds for which a connection of the metrics port may be silent."""
 
 
 def policy_settings(args: RouterArgs) -> PolicySettings:
@@ -203,10 +209,22 @@ def timeouts(args: RouterArgs) -> Timeouts:
     )
 
 
-def most_connections() -> int:
-    """Return the most connections, of clients and to workers together.
+def most_connections() -> tuple[int, int]:
+    """Return the most connections of the main port and to workers together, and the most of the metrics port.
 
-    Some file descriptors are left for files and health checks.
+    The process's file descriptors bound all of them together; some are left for files and health checks. So a flood on
+    one port takes nothing from the other.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(16, soft - _SPARE_DESCRIPTORS)
+    most = max(16, soft - _SPARE_DESCRIPTORS)
+    scrapers = min(_SCRAPERS, most // 4)
+    return most - scrapers, scrapers
+
+
+def short(usual: Timeouts) -> Timeouts:
+    """Return the timeouts of the metrics port, which anyone may use: short ones."""
+    most = _SCRAPER_SILENCE
+    found: Timeouts = msgspec.structs.replace(
+        usual, head=min(usual.head, most), body=min(usual.body, most), idle=min(usual.idle, most)
+    )
+    return found

@@ -609,6 +609,13 @@ class HTTPOptions:
         check=checks.buckets,
         shown_default="from 1 ms to 240 s",
     )
+    metrics_interval_secs: float = option(
+        1,
+        "Metrics are made at most once in this time; whoever asks meanwhile gets the same. 0: made anew each time.",
+        METRICS,
+        unit="s",
+        check=at_least(0),
+    )
 
     # -- logging
     log_level: str = option("info", "Lowest severity to log.", LOGGING, choices=("debug", "info", "warn", "error"))

@@ -1,28 +1,18 @@
 """The catalogue of metrics: one row per family, with its name, type, labels, meaning, and how it is read.
 
-Both the exposition (`Family.read`) and docs/metrics.md (`markdown`) are made from the rows. Names, types and labels are
-those of the Rust router where it has the family (sgl_router_* of its 0.1 and 0.2 series, smg_* of 0.3); families that
-only this router has are called sgl_router_*.
+Both the exposition (`observe.exposition`) and docs/metrics.md (`markdown`) are made from the rows. Names, types and
+labels are those of the Rust router where it has the family (sgl_router_* of its 0.1 and 0.2 series, smg_* of 0.3);
+families that only this router has are called sgl_router_*.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import msgspec
-from prometheus_client import Metric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.utils import floatToGoString
 
 from sglang_router.observe import readings as read
-from sglang_router.observe.counts import MetricCounts
 from sglang_router.observe.readings import Reader, Values
 
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
-_OF_NUMBERS: dict[str, type[CounterMetricFamily | GaugeMetricFamily]] = {
-    COUNTER: CounterMetricFamily,
-    GAUGE: GaugeMetricFamily,
-}
 
 
 class Family(msgspec.Struct, frozen=True):
@@ -33,24 +23,6 @@ class Family(msgspec.Struct, frozen=True):
     labels: Values
     help: str
     reader: Reader
-
-    def read(self, counts: MetricCounts) -> Metric:
-        """Return the family with its present samples, for prometheus_client."""
-        if self.kind == HISTOGRAM:
-            return self._read_histogram(counts)
-        family: CounterMetricFamily | GaugeMetricFamily
-        family = _OF_NUMBERS[self.kind](self.name, self.help, labels=self.labels)
-        for values, number in self.reader(counts):
-            family.add_metric(values, number)
-        return family
-
-    def _read_histogram(self, counts: MetricCounts) -> Metric:
-        family = HistogramMetricFamily(self.name, self.help, labels=self.labels)
-        bounds = [*map(floatToGoString, counts.bounds), "+Inf"]
-        for values, observed in self.reader(counts):
-            cumulative = list(zip(bounds, accumulate(observed.counts), strict=True))
-            family.add_metric(values, cumulative, observed.sum)
-        return family
 
 
 WORKER = ("worker",)
@@ -398,6 +370,10 @@ Served on `/metrics` of the router's port and on `--prometheus-host`:`--promethe
 Prometheus' text format, or as OpenMetrics where the Accept header asks for it. This page is made by
 `python -m sglang_router.observe.metrics --markdown`; a test holds it equal to the code.
 
+The metrics are made at most once in `--metrics-interval-secs` (1 s): whoever asks meanwhile gets the same bytes. They
+are made in slices of a millisecond between the work for clients, so two families may differ by the requests of some
+milliseconds. The metrics port takes at most 32 connections at a time and closes one after 10 s without a request.
+
 - Names, types and labels are those of the reference, the router in Rust, where it has the metric: `sgl_router_*` of its
   0.1 and 0.2 series, `smg_*` of 0.3. Metrics that only this router has are called `sgl_router_*`, too.
 - `worker` is the worker's URL, with `@` and a number for a data-parallel rank. When a worker is removed, its series
@@ -405,7 +381,8 @@ Prometheus' text format, or as OpenMetrics where the Accept header asks for it. 
 - `sgl_router_engine_*` are the engine's last report, read every `--engine-report-interval-secs`. What an engine does
   not report is left out.
 - `route` and `path` are paths that the router serves (parameters as in `/workers/{worker_id}`); any other is `other`.
-- `model` has at most 100 names, the first that were answered without an error; any other is `other`, none is `unknown`.
+- `model` is a name that a worker announces (`/v1/models`, adapters included), or that an operator gave it (`model_id`);
+  at most 64 of one worker and 100 in all. Any other is `other`, so that clients cannot make series; none is `unknown`.
 - `error_code` is the code of the router's own errors, and empty for a worker's answer.
 - A request is counted when it ends, a decision when it is made: each leg of a retried request has its own.
 - Histograms have the bounds of `--prometheus-duration-buckets`, in seconds. A stream lasts to its last byte.

@@ -2,11 +2,11 @@
 
     routing.events --> Metrics.routed, .finished ... --> observe.counts: plain integers
                                                            |
-    GET /metrics -> render -> prometheus_client -> collect: one family per row of observe.catalogue
+    GET /metrics -> pieces -> observe.exposition: one family per row of observe.catalogue
 
 prometheus_client's own counters take a lock and look labels up for each increment, which would cost more than the
-routing decision; here prometheus_client only writes the exposition. What has a state of its own (load, health,
-breakers, prefix memory) is not counted but read at the scrape. Everything runs on the event loop's thread.
+routing decision; here prometheus_client only tells of the process. What has a state of its own (load, health, breakers,
+prefix memory) is not counted but read at the scrape. Everything runs on the event loop's thread.
 
 `python -m sglang_router.observe.metrics --markdown` prints docs/metrics.md.
 """
@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
-from prometheus_client import CollectorRegistry, GCCollector, Metric, PlatformCollector, ProcessCollector
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
+from sglang_router.observe import exposition
 from sglang_router.observe.catalogue import METRICS, markdown
 from sglang_router.observe.counts import LiveSources, MetricCounts, RememberedPrefixes
 from sglang_router.observe.tallies import OTHER, Labels, Series, SeriesKind
@@ -35,13 +36,15 @@ DURATION_BUCKETS = (
 )
 """Upper bounds in seconds; those of the Rust router."""
 
+_PROCESS: dict[bool, Callable[[CollectorRegistry], bytes]] = {False: generate_latest, True: generate_openmetrics}
+"""Writes what is told of the process, by whether in OpenMetrics."""
 _MOST_KINDS = 20_000
 _SERVED = Outcome.SERVED  # a global is quicker than a member of an enumeration
 _GONE = Outcome.GONE
 
 
-class Metrics(Listener, Collector):
-    """See the module. `render` is the answer of GET /metrics.
+class Metrics(Listener):
+    """See the module. `render` is the answer of GET /metrics, `pieces` the same in many pieces.
 
     fleet             the present workers
     policy            the policy's name
@@ -49,6 +52,7 @@ class Metrics(Listener, Collector):
     sources           numbers that other parts of the router own
     duration_buckets  upper bounds in seconds for all histograms; None: DURATION_BUCKETS
     paths             paths served beside the relayed ones, "{name}" for one segment; any other path is "other"
+    models            the names that workers announce now, by their JSON text; any other name is "other"
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Metrics(Listener, Collector):
         *,
         duration_buckets: Sequence[float] | None = None,
         paths: Iterable[str] = (),
+        models: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.sources = sources or LiveSources()
         self._bounds = sorted(set(duration_buckets or DURATION_BUCKETS))
@@ -69,11 +74,10 @@ class Metrics(Listener, Collector):
         self._tallies = self.counts.tallies
         # By kind as the events have it, for kinds whose labels all stayed as they were: bounded as `series` is.
         self._known: dict[SeriesKind, Series] = {}
-        self._labels = Labels([*(path.decode() for path in ENDPOINTS), *paths])
+        self._labels = Labels([*(path.decode() for path in ENDPOINTS), *paths], models)
         self._registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._registry)
-        self._registry.register(self)
 
     # -- Listener, on the hot path -----------------------------------------------------------------------
 
@@ -154,7 +158,7 @@ class Metrics(Listener, Collector):
     def _bounded(self, kind: SeriesKind) -> SeriesKind:
         """Return the kind with labels that clients cannot multiply."""
         method, path, model, streaming, status, code = kind
-        method, path, model = self._labels.method(method), self._labels.path(path), self._labels.model(model, status)
+        method, path, model = self._labels.method(method), self._labels.path(path), self._labels.model(model)
         bounded = (method, path, model, streaming, status, code)
         if bounded not in self.counts.series and len(self.counts.series) >= _MOST_KINDS:
             return (method, path, OTHER, streaming, status, code)
@@ -162,15 +166,19 @@ class Metrics(Listener, Collector):
 
     # -- the scrape --------------------------------------------------------------------------------------
 
-    def collect(self) -> Iterator[Metric]:
-        """Yield one family per row of the catalogue."""
+    def pieces(self, openmetrics: bool) -> Iterator[str]:
+        """Yield the exposition in small pieces. Requests may be counted between two of them."""
+        yield _PROCESS[openmetrics](self._registry).decode().removesuffix(exposition.END)
         for family in METRICS:
-            yield family.read(self.counts)
+            yield from exposition.write(family, self.counts, openmetrics)
+        if openmetrics:
+            yield exposition.END
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """Return the exposition in the format that an Accept header asks for, and its content type."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        openmetrics = exposition.wanted(accept)
+        content_type = exposition.OPENMETRICS_TYPE if openmetrics else exposition.TEXT_TYPE
+        return "".join(self.pieces(openmetrics)).encode(), content_type
 
 
 def main(argv: Sequence[str]) -> int:

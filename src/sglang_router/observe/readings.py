@@ -1,6 +1,8 @@
 """How a metric family is read: functions from `MetricCounts` to samples, made from small parts.
 
-A sample is a tuple of label values, and a number or a histogram. Readers are made by:
+A sample is a tuple of label values, and a number or a histogram. A reader may be left in the middle and continued later
+(see `observe.exposition`), so it works on copies of what changes; None is no sample, but a place to pause. Readers are
+made by:
 
     requests(key, value, where)   sums over series, grouped by key; `times` does the same for histograms
     per_worker(value)             one sample for each present worker
@@ -26,8 +28,10 @@ from sglang_router.routing.worker import Worker
 
 Values = tuple[str, ...]
 Sample = tuple[Values, Any]  # the labels' values; an int, a float or a Histogram
-Reader = Callable[[MetricCounts], Iterable[Sample]]
+Reader = Callable[[MetricCounts], Iterable[Sample | None]]
 
+_STEP = 100
+"""Series that are summed up between two places to pause."""
 ROUTER = ("http",)
 """router_type: requests are relayed as HTTP."""
 BACKEND = ("regular", "http")
@@ -42,13 +46,15 @@ def requests(
 ) -> Reader:
     """Sum over the series for which `where` holds."""
 
-    def read(counts: MetricCounts) -> Iterable[Sample]:
+    def read(counts: MetricCounts) -> Iterator[Sample | None]:
         sums: dict[Values, int] = {}
-        for series in counts.series.values():
+        for number, series in enumerate(list(counts.series.values())):
+            if not number % _STEP:
+                yield None
             if where(series):
                 values = key(series)
                 sums[values] = sums.get(values, 0) + value(series)
-        return sums.items()
+        yield from sums.items()
 
     return read
 
@@ -58,29 +64,31 @@ def times(
 ) -> Reader:
     """The same for histograms."""
 
-    def read(counts: MetricCounts) -> Iterable[Sample]:
+    def read(counts: MetricCounts) -> Iterator[Sample | None]:
         sums: dict[Values, Histogram] = {}
-        for series in counts.series.values():
+        for number, series in enumerate(list(counts.series.values())):
+            if not number % _STEP:
+                yield None
             if where(series):
                 values = key(series)
                 if values not in sums:
                     sums[values] = counts.histogram()
                 sums[values].add(value(series))
-        return sums.items()
+        yield from sums.items()
 
     return read
 
 
 def per_worker(value: Callable[[Worker], float]) -> Reader:
     """Read a value of each worker."""
-    return lambda counts: [((worker.url,), value(worker)) for worker in counts.fleet]
+    return lambda counts: (((worker.url,), value(worker)) for worker in list(counts.fleet))
 
 
 def per_report(value: Callable[[EngineReport], int | None]) -> Reader:
     """Read a value of each engine's report; skip engines that do not report it."""
 
     def read(counts: MetricCounts) -> Iterator[Sample]:
-        for worker in counts.fleet:
+        for worker in list(counts.fleet):
             number = value(worker.report)
             if number is not None:
                 yield (worker.url,), number
@@ -100,14 +108,18 @@ def per_replica(value: Callable[[int, bool], int]) -> Reader:
 
 def per_tally(value: Callable[[Tally], float]) -> Reader:
     """Read a value of each worker's counts."""
-    return lambda counts: [((tally.name,), value(tally)) for tally in counts.tallies.values()]
+    return lambda counts: (((tally.name,), value(tally)) for tally in list(counts.tallies.values()))
 
 
 def per_tally_items(items: Callable[[Tally], Iterable[Sample]]) -> Reader:
     """Several samples per worker; the label values of `items` follow the worker's name."""
-    return lambda counts: [
-        ((tally.name, *values), number) for tally in counts.tallies.values() for values, number in items(tally)
-    ]
+
+    def read(counts: MetricCounts) -> Iterator[Sample]:
+        for tally in list(counts.tallies.values()):
+            for values, number in list(items(tally)):
+                yield (tally.name, *values), number
+
+    return read
 
 
 def per_memory(value: Callable[[RememberedPrefixes, Worker], int]) -> Reader:
@@ -116,7 +128,7 @@ def per_memory(value: Callable[[RememberedPrefixes, Worker], int]) -> Reader:
     def read(counts: MetricCounts) -> Iterator[Sample]:
         memory = counts.memory
         if memory is not None:
-            for worker in counts.fleet:
+            for worker in list(counts.fleet):
                 yield (worker.url,), value(memory, worker)
 
     return read
@@ -130,12 +142,14 @@ def of_memory(value: Callable[[RememberedPrefixes], int]) -> Reader:
 def totals(items: Callable[[Tally], Iterable[Sample]]) -> Reader:
     """Sum over all present and removed workers."""
 
-    def read(counts: MetricCounts) -> Iterable[Sample]:
+    def read(counts: MetricCounts) -> Iterator[Sample | None]:
         sums: dict[Values, int] = {}
-        for tally in counts.all_tallies():
+        for number, tally in enumerate(list(counts.all_tallies())):
+            if not number % _STEP:
+                yield None
             for values, count in items(tally):
                 sums[values] = sums.get(values, 0) + count
-        return sums.items()
+        yield from sums.items()
 
     return read
 
@@ -148,9 +162,13 @@ def branches_of(policy: str) -> Reader:
 def cache_branch(wanted: str) -> Reader:
     """Decisions of one branch, of any policy; 0 before the first."""
 
-    def read(counts: MetricCounts) -> Iterable[Sample]:
-        decided = [decision for tally in counts.all_tallies() for decision in tally.by_decision()]
-        return [((), sum(n for _, branch, n in decided if branch == wanted))]
+    def read(counts: MetricCounts) -> Iterator[Sample | None]:
+        found = 0
+        for number, tally in enumerate(list(counts.all_tallies())):
+            if not number % _STEP:
+                yield None
+            found += sum(n for _, branch, n in tally.by_decision() if branch == wanted)
+        yield (), found
 
     return read
 
@@ -179,12 +197,12 @@ def pool(counts: MetricCounts) -> Iterable[Sample]:
     """Count workers by type and model."""
     sizes: dict[Values, int] = {}
     for worker in counts.fleet:
-        values = (worker.spec.worker_type, "http", worker.spec.model_id or "unknown")
+        values = (worker.spec.worker_type, "http", worker.model or "unknown")
         sizes[values] = sizes.get(values, 0) + 1
     return sizes.items()
 
 
-def selections(counts: MetricCounts) -> Iterable[Sample]:
+def selections(counts: MetricCounts) -> Iterable[Sample | None]:
     """Counted when the request ends: only then is the bounded label of its model known."""
     legs = requests(lambda s: (*BACKEND, s.model, counts.policy), lambda s: s.legs, lambda s: s.legs)
     return legs(counts)

@@ -14,9 +14,7 @@ removed workers, so that totals without a worker label never decrease.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-
-import msgspec
+from collections.abc import Iterable, Iterator, Mapping
 
 OTHER = "other"
 MOST_MODELS = 100
@@ -121,12 +119,14 @@ class Tally:
 class Labels:
     """Bounds the labels that clients choose.
 
-    `paths` are the paths the router serves, exact or with parameters as in "/workers/{id}". The first
-    `MOST_MODELS` models that were answered without an error keep their names.
+    `paths` are the paths the router serves, exact or with parameters as in "/workers/{id}". `models` are the names that
+    workers announce now, by their JSON text: only these become labels, and at most `MOST_MODELS` in the process's life.
+    A label that was given once stays, so that its counters go on when the model comes back.
     """
 
-    def __init__(self, paths: Iterable[str]) -> None:
+    def __init__(self, paths: Iterable[str], models: Mapping[str, str]) -> None:
         paths = tuple(paths)
+        self._announced = models
         self._exact = frozenset(path for path in paths if "{" not in path)
         self._patterns = [(_pattern(path), path) for path in paths if "{" in path]
         self._models: dict[str, str] = {"": "unknown"}
@@ -141,13 +141,14 @@ class Labels:
             return path
         return next((name for pattern, name in self._patterns if pattern.fullmatch(path)), OTHER)
 
-    def model(self, model: str, status: int) -> str:
+    def model(self, model: str) -> str:
         """Return the label of a model. `model` is the JSON text of the request, "" when the request names no model."""
         label = self._models.get(model)
         if label is None:
-            if not 200 <= status < 400 or len(self._models) > MOST_MODELS:
+            label = self._announced.get(model, OTHER)
+            if label is OTHER or len(self._models) > MOST_MODELS:
                 return OTHER
-            label = self._models[model] = _plain(model)
+            self._models[model] = label
         return label
 
 
@@ -157,12 +158,3 @@ def _pattern(path: str) -> re.Pattern[str]:
     fields = [".+" if name.endswith(":path") else "[^/]+" for name in parts[1::2]]
     texts = [re.escape(text) for text in parts[::2]]
     return re.compile("".join(text + field for text, field in zip(texts, [*fields, ""], strict=True)))
-
-
-def _plain(model: str) -> str:
-    """Return the name without its JSON quotes; "other" for what cannot be a model's name."""
-    try:
-        name = msgspec.json.decode(model, type=str)
-    except msgspec.DecodeError:
-        return OTHER
-    return name if len(name) <= 128 and name.isprintable() else OTHER

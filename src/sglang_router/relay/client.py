@@ -154,7 +154,11 @@ class ClientConnection:
         self.deadline = (Due.HEAD, self.clients.clock() + self._frontend.timeouts.head)
         peer = transport.get_extra_info("peername")
         self.peer = peer[0] if isinstance(peer, tuple) else ""
-        if not self.clients.add(self):
+        if self.clients.add(self):
+            return
+        if self.clients.crowded:
+            transport.abort()
+        else:
             self.refuse(TooManyConnections(retry_after=1.0))
 
     def data_received(self, data: bytes) -> None:

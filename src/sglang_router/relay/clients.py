@@ -77,6 +77,10 @@ class Connected(Protocol):
         """Close now."""
 
 
+_TOLD = 16
+"""Connections over the limit that are told so and may still be open; further ones are closed without a word."""
+
+
 class Clients:
     """See the module.
 
@@ -124,6 +128,11 @@ class Clients:
         """Remove a connection, which is closed."""
         self.connections.discard(connection)
         self._look_drained()
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so many connections are being refused that a further one cannot even be told."""
+        return len(self.connections) + self._upstream() > self.limit + _TOLD
 
     @property
     def active(self) -> int:

@@ -15,6 +15,8 @@ _ADDRESS = re.compile(r"[0-9.]+|[0-9a-f.]*:[0-9a-f:.]*")
 _THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}
 _MAX_STARTS = 256
 """Most starts cached per origin. Clients choose the paths, so there must be a limit."""
+_LONGEST_KEY = 256
+"""Bytes of method and path up to which a start is cached."""
 
 
 class Origin:
@@ -45,7 +47,7 @@ class Origin:
         start = self._starts.get(key)
         if start is None:
             start = b"%s %s%s HTTP/1.1\r\n%s" % (method, self.prefix, path, self.fields)
-            if b"?" not in path and len(self._starts) < _MAX_STARTS:
+            if b"?" not in path and len(key) <= _LONGEST_KEY and len(self._starts) < _MAX_STARTS:
                 self._starts[key] = start
         return start
 

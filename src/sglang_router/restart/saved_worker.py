@@ -98,10 +98,7 @@ def _changes(worker: Worker, configured: ConfiguredWorkers) -> SpecChanges:
     named = configured.named(spec.url) if spec.source.told_again else None
     before = msgspec.structs.asdict(named or configured.defaults.spec(spec.url, spec.source))
     now = msgspec.structs.asdict(spec)
-    changes = {name: now[name] for name in SpecChanges.__struct_fields__ if now[name] != before[name]}
-    if spec.model_id == worker.report.model:  # its engine will tell it again
-        changes.pop("model_id", None)
-    return SpecChanges(**changes)
+    return SpecChanges(**{name: now[name] for name in SpecChanges.__struct_fields__ if now[name] != before[name]})
 
 
 def check(workers: list[SavedWorker]) -> None:

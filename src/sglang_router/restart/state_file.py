@@ -158,13 +158,23 @@ class StateFile:
         new = _NewFile(self._path)
         try:
             await _in_thread(new.create)
-            head = snapshot.head_of(self._fleet, self._configured, self._clocks.now(), self._clocks.today())
+            head = self._head()
             frames = snapshot.frames(head, self._memory)
             while made := await _some(frames, hurry):
                 await _in_thread(new.append, made)
             await _in_thread(new.finish)
         finally:
             new.discard()
+
+    def _head(self) -> snapshot.Head:
+        """Return the header. A worker of another pool has its slot in another memory, which is not saved."""
+        head = snapshot.head_of(self._fleet, self._configured, self._clocks.now(), self._clocks.today())
+        pools = self._fleet.pools
+        saved_here = {worker.id for worker in self._fleet if pools.of(worker).policy.memory is self._memory}
+        for saved in head.workers:
+            if saved.id not in saved_here:
+                saved.slot = -1
+        return head
 
     async def close(self) -> None:
         """Save no more."""

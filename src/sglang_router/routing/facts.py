@@ -17,18 +17,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from hashlib import blake2b
 from operator import attrgetter
 from typing import Any
 
 import msgspec
 
 from sglang_router.errors import InvalidJSON
+from sglang_router.routing.keys import LONGEST, bounded
+from sglang_router.routing.model_names import LONGEST_TEXT, spelled
+from sglang_router.routing.multipart import model_of
 from sglang_router.routing.plan import Route
 
 _CLOSERS = b']"'
 _TRUE = msgspec.Raw(b"true")
-_LONG_NAMESPACE = 128
 _SCAFFOLD = re.compile(
     rb'\s*\[\s*\{\s*(?:"(?:role|type)"\s*:\s*"[a-z_]{1,16}"\s*,\s*)*"(?:content|text)"\s*:\s*'
     rb'(?:\[\s*\{\s*"type"\s*:\s*"[a-z_]{1,16}"\s*,\s*"text"\s*:\s*)?'
@@ -80,7 +81,7 @@ class Endpoint:
     path     path, with {name} for a variable segment
     name     short name, the `endpoint` label of metrics
     text     fields of the routing text, in template order; empty where the KV cache is not used
-    json     False for bodies that the router does not read
+    json     False for bodies of which the router reads only the model of a form
     id       prefix of generated request ids
     methods  methods that are relayed
     route    the Route of all its requests, where method and path are fixed; else None
@@ -150,7 +151,7 @@ class Facts:
     text         the routing text
     scaffold     length of its scaffold in bytes, which does not count as matched
     streaming    the client asked for a stream
-    model        the model's name as sent, JSON text, or b""
+    model        the model's name as JSON text, in one spelling and of bounded length (`routing.model_names`), or b""
     routing_key  header x-smg-routing-key, or b""
     size         length of the body, in bytes
     """
@@ -189,7 +190,7 @@ def read(endpoint: Endpoint, body: bytes, routing_key: bytes = b"") -> Facts:
     size = len(body)
     reader = endpoint.reader
     if reader is None:
-        return Facts(endpoint, b"", b"", 0, False, b"", routing_key, size)
+        return Facts(endpoint, b"", b"", 0, False, model_of(body), routing_key, size)
     try:
         fields = reader.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
@@ -197,6 +198,8 @@ def read(endpoint: Endpoint, body: bytes, routing_key: bytes = b"") -> Facts:
     model = bytes(fields.model)
     if model in _NOTHING:
         model = b""
+    elif b"\\" in model and len(model) <= LONGEST_TEXT:
+        model = spelled(model)
     parts = []
     for part in reader.text(fields):  # faster than a comprehension, which is a call, for usually two parts
         # Check the length first: comparing a long prompt would copy it.
@@ -212,8 +215,9 @@ def read(endpoint: Endpoint, body: bytes, routing_key: bytes = b"") -> Facts:
     namespace = model
     if fields.lora_path or fields.lora_id or fields.cache_salt:
         namespace = _divided(model, fields)
-    if len(namespace) > _LONG_NAMESPACE:
-        namespace = blake2b(namespace, digest_size=32).digest()
+    if len(namespace) > LONGEST:
+        namespace = bounded(namespace)
+        model = model[:LONGEST_TEXT]  # no name is longer
     return Facts(endpoint, namespace, text, scaffold, fields.stream == _TRUE, model, routing_key, size)
 
 

@@ -21,10 +21,11 @@ from sglang_router.errors import Conflict, Unavailable
 from sglang_router.routing.engine_report import NOTHING, EngineReport
 from sglang_router.routing.events import Listener, WorkerChanged
 from sglang_router.routing.lease import Lease
+from sglang_router.routing.model_names import Names
 from sglang_router.routing.outcome import Hears, Outcome
 from sglang_router.routing.outliers import Outliers
 from sglang_router.routing.policies.base import Policy
-from sglang_router.routing.pools import Pool, PoolKey, Pools, one_pool
+from sglang_router.routing.pools import Pool, PoolKey, Pools
 from sglang_router.routing.rules import FleetRules
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.states import Breaker, BreakerEvent, Health
@@ -41,7 +42,7 @@ class Fleet:
 
     new_id       makes the ids of workers (the reference uses UUIDs)
     make_policy  makes the policy of a pool
-    assign       returns the key of the pool that a worker belongs to; without it there is one pool
+    assign       returns the key of the pool that a worker belongs to; None: by the model that it announces
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Fleet:
         new_id: Callable[[], str],
         make_policy: Callable[[], Policy],
         rules: FleetRules | None = None,
-        assign: Callable[[Worker], PoolKey] = one_pool,
+        assign: Callable[[Worker], PoolKey] | None = None,
     ) -> None:
         self.rules = rules or FleetRules()
         self.pools = Pools(make_policy, self.rules, self._time_up, assign)
@@ -122,6 +123,12 @@ class Fleet:
     def reported(self, worker: Worker, report: EngineReport) -> None:
         """Store what an engine reported about itself."""
         worker.report = report
+        if not worker.removed:
+            self.pools.place(worker)
+
+    def announced(self, worker: Worker, names: Names) -> None:
+        """Store the names of models that an engine announces; they count until it announces others."""
+        worker.announce(names)
         if not worker.removed:
             self.pools.place(worker)
 

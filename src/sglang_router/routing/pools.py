@@ -5,8 +5,9 @@
                                                                                   |-- policy, its memory
                                                                                   '-- outliers
 
-Which pool a worker belongs to is said by `assign`, a function given at construction; without one all workers are in one
-pool. Pools are made when a worker needs one and closed when their last worker has left.
+Which pool a worker belongs to follows from the names of models that the fleet's workers announce (`routing.models`), or
+is said by `assign`, a function given at construction. Pools are made when a worker needs one and closed when their last
+worker has left.
 
 *Candidates* are worked out when something changed, not per request: the fleet marks the pool stale at a state change,
 and the passing of time matters only at `reopen_at`, the next moment when an open breaker may let a probe pass.
@@ -31,7 +32,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from sglang_router.errors import NoWorkers, Unavailable, WorkersFull, WorkersStarting
+from sglang_router.errors import NoWorkers, RouterError, Unavailable, WorkersFull, WorkersStarting
+from sglang_router.routing.model_names import base_of
+from sglang_router.routing.models import Section, ServedModels, Serving
 from sglang_router.routing.outliers import Outliers
 from sglang_router.routing.policies.base import Policy
 from sglang_router.routing.rules import FleetRules
@@ -49,7 +52,7 @@ _PROBED_AFTER = 1.0
 class PoolKey(NamedTuple):
     """What the workers of a pool have in common.
 
-    model  the model's name as clients send it, JSON text; b"" for any model
+    model  the first name of its model, JSON text; b"" for the first model of the fleet, whatever its name
     role   "regular"; "prefill" or "decode" with disaggregation
     """
 
@@ -208,16 +211,17 @@ def _with_reasons(message: str, workers: list[Worker]) -> str:
 
 
 def one_pool(worker: Worker) -> PoolKey:
-    """Put all workers in one pool."""
+    """Put all workers in one pool, whatever they announce."""
     return PoolKey()
 
 
 class Pools:
     """See the module. Iteration gives the pools that have workers, or the default one while there are no workers.
 
-    only     the pool, while there is exactly one
-    default  the pool of workers that belong to no other; it is never closed
-    version  increases when a pool is added or removed: a request may belong to another pool then
+    only     the pool, while there is exactly one and each request may go to each of its workers
+    default  the pool of the first model, and of workers that belong to no other; it is never closed
+    models   the names that workers announce
+    version  increases when pools or names change: a request may belong to another pool then
     """
 
     def __init__(
@@ -225,16 +229,20 @@ class Pools:
         make_policy: Callable[[], Policy],
         rules: FleetRules,
         time_up: Callable[[Pool, float], None],
-        assign: Callable[[Worker], PoolKey] = one_pool,
+        assign: Callable[[Worker], PoolKey] | None = None,
     ) -> None:
         self._make_policy = make_policy
         self._rules = rules
         self._time_up = time_up
-        self._assign = assign
+        self.models = ServedModels()
+        self._by_model = assign is None
+        self._assign = assign or self._pool_of_model
+        self._names: dict[bytes, Serving] | None = None  # who serves each announced name; None: not found out yet
+        self._nameless: Serving | None = None  # the workers that announce nothing
         self._pools: dict[tuple[bytes, str], Pool] = {}  # by PoolKey
         self._of: dict[Worker, Pool] = {}
         self._closing: list[Pool] = []  # without workers; their memory is still to be freed
-        self._nobody: Pool | None = None  # for requests to a pool that does not exist
+        self._nobody = self._new(PoolKey(role=""))  # for requests that no pool can serve
         self.default = self._open(PoolKey())
         self._used: tuple[Pool, ...] = ()
         self.version = 0
@@ -250,12 +258,35 @@ class Pools:
     def __repr__(self) -> str:
         return f"<Pools {list(self._used)}>"
 
-    def find(self, model: bytes, role: str = "regular") -> Pool:
-        """Return the pool for a model in a role: its own, else the one for any model, else one without workers."""
+    def find(self, model: bytes, role: str = "regular") -> Serving:
+        """Return who serves a model in a role; something without workers, if nobody does, for which see `refusal`."""
         pools = self._pools
-        found = pools.get((model, role)) or pools.get((b"", role)) or self._nobody
-        if found is None:
-            found = self._nobody = self._new(PoolKey(role=""))
+        if not self._by_model:
+            return pools.get((model, role)) or pools.get((b"", role)) or self._nobody
+        names = self._names
+        if names is None:
+            names = self._find_names()
+        found = names.get(model) or names.get(base_of(model))
+        if found is None and not self.models.several:
+            found = self._used[0]
+        if found is None and model:
+            found = self._nameless
+        return found or self._nobody
+
+    def refusal(self, serving: Serving, model: bytes) -> RouterError | None:
+        """Return the error for a request to which `find` gave nobody; None for any other request."""
+        known = self._by_model and self.models.several
+        return self.models.refusal(model) if known and serving is self._nobody else None
+
+    def _find_names(self) -> dict[bytes, Serving]:
+        found: dict[bytes, Serving] = {}
+        for name, workers in self.models.by_name().items():
+            pool = self._of[workers[0]]
+            mine = [worker for worker in workers if self._of[worker] is pool]
+            found[name] = pool if len(mine) == len(pool.workers) else Section(pool, mine)
+        nameless = self.models.nameless()
+        self._nameless = Section(self._of[nameless[0]], nameless) if nameless else None
+        self._names = found
         return found
 
     def of(self, worker: Worker) -> Pool:
@@ -271,24 +302,38 @@ class Pools:
 
     def place(self, worker: Worker) -> None:
         """Put a worker into its pool: a new one, or one of which something else is known now."""
+        others = self.models.note(worker) and self._by_model
+        for each in list(self.models) if others else [worker]:
+            self._put(each)
+        self._count(others)
+
+    def _put(self, worker: Worker) -> None:
         key, old = self._assign(worker), self._of.get(worker)
         if old is not None:
             if old.key == key:
                 return
-            self.remove(worker)
+            self._take_out(worker)
         pool = self._pools.get(key) or self._open(key)
         self._of[worker] = pool
         pool.add(worker)
-        self._count()
 
     def remove(self, worker: Worker) -> None:
         """Remove a worker from its pool, and the pool with its last worker unless it is the default."""
+        self._take_out(worker)
+        others = self.models.forget(worker) and self._by_model
+        for each in list(self.models) if others else ():
+            self._put(each)
+        self._count(others)
+
+    def _take_out(self, worker: Worker) -> None:
         pool = self._of.pop(worker)
         pool.remove(worker)
         if not pool.workers and pool is not self.default:
             del self._pools[pool.key]
             self._closing.append(pool)
-        self._count()
+
+    def _pool_of_model(self, worker: Worker) -> PoolKey:
+        return PoolKey(self.models.pool_of(worker))
 
     def changed(self, worker: Worker) -> None:
         """Tell the worker's pool that its state changed; do nothing for a removed one."""
@@ -312,9 +357,11 @@ class Pools:
     def _new(self, key: PoolKey) -> Pool:
         return Pool(key, self._make_policy(), self._rules, self._time_up)
 
-    def _count(self) -> None:
+    def _count(self, names_changed: bool = False) -> None:
         used = tuple(pool for pool in self._pools.values() if pool.workers) or (self.default,)
-        if used != self._used:
+        if used != self._used or names_changed:
             self._used = used
+            self._names = None
             self.version += 1
-        self.only = self._used[0] if len(self._used) == 1 else None
+        chosen_by_name = self._by_model and self.models.mixed
+        self.only = self._used[0] if len(self._used) == 1 and not chosen_by_name else None

@@ -25,9 +25,9 @@ from sglang_router.routing.events import Listener, Retried, Routed, WorkerChange
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.lease import Lease
+from sglang_router.routing.models import Serving
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
-from sglang_router.routing.pools import Pool
 from sglang_router.routing.queue import PLACE, ROOM, START, Queue
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.rules import RetryRules
@@ -121,11 +121,14 @@ class Router(Listener):
                 return self._plan(tag, facts, pool, candidates, now)
         return self._ask_queue(tag, facts, pool, now)
 
-    def _pool(self, facts: Facts) -> Pool:
+    def _pool(self, facts: Facts) -> Serving:
         return self._pools.only or self._pools.find(facts.model)
 
-    def _ask_queue(self, tag: RequestTag, facts: Facts, pool: Pool, now: float) -> Plan | Wait:
+    def _ask_queue(self, tag: RequestTag, facts: Facts, pool: Serving, now: float) -> Plan | Wait:
         """Decide where a limit is set, requests are queued, or no worker can take the request now."""
+        refusal = self._pools.refusal(pool, facts.model)
+        if refusal is not None:
+            raise refusal
         queue = self.queue
         candidates: tuple[Worker, ...] = ()
         why = queue.why_wait(pool)
@@ -133,7 +136,7 @@ class Router(Listener):
             queue.take_token(now)
             if not why:
                 candidates = pool.candidates(now)
-                why = "" if candidates else self._awaited(pool, now)
+                why = "" if candidates else self._awaited(pool, facts, now)
         if why:
             queue.check_length(why, now)
             if why == PLACE:
@@ -142,18 +145,21 @@ class Router(Listener):
             return Wait(queued.until, why)
         return self._begin(tag, facts, pool, candidates, now)
 
-    def _begin(self, tag: RequestTag, facts: Facts, pool: Pool, candidates: tuple[Worker, ...], now: float) -> Plan:
+    def _begin(self, tag: RequestTag, facts: Facts, pool: Serving, candidates: tuple[Worker, ...], now: float) -> Plan:
         """Let a request take its place, and plan it."""
         self.queue.begin(tag.number, now)
         self.budget.request(now)
         return self._plan(tag, facts, pool, candidates, now)
 
-    def _awaited(self, pool: Pool, now: float) -> str:
+    def _unavailable(self, pool: Serving, facts: Facts, now: float) -> RouterError:
+        return self._pools.refusal(pool, facts.model) or pool.unavailable(now)
+
+    def _awaited(self, pool: Serving, facts: Facts, now: float) -> str:
         """Return what a request to a pool without candidates can wait for: ROOM or START.
 
-        Raises: Unavailable, when waiting does not help.
+        Raises: RouterError, when waiting does not help.
         """
-        error = pool.unavailable(now)
+        error = self._unavailable(pool, facts, now)
         if isinstance(error, WorkersFull):
             return ROOM
         if isinstance(error, WorkersStarting):
@@ -164,7 +170,7 @@ class Router(Listener):
         self,
         tag: RequestTag,
         facts: Facts,
-        pool: Pool,
+        pool: Serving,
         candidates: tuple[Worker, ...],
         now: float,
         retries: int = 0,
@@ -216,7 +222,7 @@ class Router(Listener):
         return plan
 
     def _retry_candidates(
-        self, pool: Pool, tries: dict[Worker, int], busy: bool, now: float
+        self, pool: Serving, tries: dict[Worker, int], busy: bool, now: float
     ) -> tuple[tuple[Worker, ...], tuple[Worker, ...]]:
         """Return the workers that have not failed the request, and those that have but may be tried again.
 
@@ -266,7 +272,8 @@ class Router(Listener):
         """Remove a request that waited too long from the queue; return the error that answers it."""
         queued = self.queue.remove(tag.number)
         if queued is not None and queued.why != PLACE:
-            error = self._pool(queued.item.facts).unavailable(now)
+            facts = queued.item.facts
+            error = self._unavailable(self._pool(facts), facts, now)
             if not isinstance(error, WorkersFull):
                 return error
         return QueueTimeout(retry_after=self.queue.retry_after(now))
@@ -319,7 +326,7 @@ class Router(Listener):
         candidates = pool.candidates(now)
         try:
             if not candidates:
-                return self._awaited(pool, now)
+                return self._awaited(pool, asked.facts, now)
         except RouterError as error:
             self.queue.remove(number)
             return error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sglang_router.routing.breaker import Circuit
 from sglang_router.routing.engine_report import NOTHING, EngineReport
+from sglang_router.routing.model_names import NO_NAMES, Names
 from sglang_router.routing.outliers import Outliers
 from sglang_router.routing.plan import Target
 from sglang_router.routing.spec import WorkerSpec
@@ -26,6 +27,8 @@ class Worker:
     since      when it was registered or its process lost, seconds of the caller's clock
     warm_at    when its slow start is over, seconds of the same clock
     report     what its engine said of itself last
+    announced  the names of models that its engine announced last
+    names      the names by which it serves: what an operator calls it, and those
     load       leases open now
     waiting    streams sent there that have no byte of an answer yet
     ejected    why it is ejected as an outlier; "" if it is not
@@ -36,6 +39,7 @@ class Worker:
     """
 
     __slots__ = (
+        "announced",
         "circuit",
         "dp_rank",
         "draining",
@@ -49,6 +53,7 @@ class Worker:
         "key",
         "last_error",
         "load",
+        "names",
         "order",
         "outliers",
         "probing",
@@ -74,6 +79,7 @@ class Worker:
         self.splice = b"" if spec.dp_rank is None else b'"data_parallel_rank":%d' % spec.dp_rank
         self.order = order
         # until it is amended or says more of itself
+        self.announced = NO_NAMES
         self.describe(spec)
         self.report: EngineReport = NOTHING
         self.slot = -1
@@ -110,7 +116,21 @@ class Worker:
         key = spec.api_key.encode() if spec.api_key else None
         self.spec = spec
         self.key = key
+        self.announce(self.announced)
         self.target = Target(spec.url, self.dp_rank, key, self.url, self.id, spec.worker_type)
+
+    def announce(self, names: Names) -> None:
+        """Store the names that its engine announces."""
+        given = self.spec.model_id
+        self.announced = names
+        self.names = (
+            Names((given, *(name for name in names.bases if name != given)), names.adapters) if given else names
+        )
+
+    @property
+    def model(self) -> str | None:
+        """The name of its model: what an operator calls it, else what its engine does; None when nobody says."""
+        return self.names.bases[0] if self.names.bases else None
 
     @property
     def breaker(self) -> Breaker:

@@ -17,11 +17,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from sglang_router.routing.model_names import names_of
+
 _MAX_COUNT = 1 << 53
 """Counts above this are nonsense."""
 
 ReportFields = dict[str, Any]
-"""Some fields of an EngineReport, by name."""
+"""Some fields of an EngineReport, by name; and `names`, the names of models that the engine announces."""
 Reader = Callable[[Any, "int | None"], ReportFields]
 """Takes the decoded answer and the rank."""
 
@@ -30,12 +32,26 @@ Reader = Callable[[Any, "int | None"], ReportFields]
 
 
 def models(answer: Any, rank: int | None) -> ReportFields:
-    """Read /v1/models: the first model. `max_model_len` is vLLM's and SGLang's, `meta` llama.cpp's."""
-    first = next(iter(_objects(_field(answer, "data"))), None)
+    """Read /v1/models: the first model, and all names. `max_model_len` is vLLM's and SGLang's, `meta` llama.cpp's.
+
+    An entry with a parent is an adapter: vLLM and SGLang list the loaded ones beside the model.
+    """
+    listed = _objects(_field(answer, "data"))
+    first = next(iter(listed), None)
     length = _count(_field(first, "max_model_len"))
     if length is None:
         length = _count(_field(_field(first, "meta"), "n_ctx"))
-    return _found(model=_text(_field(first, "id")), context_length=length)
+    names = names_of(
+        [name for entry in listed if not entry.get("parent") for name in _names(entry)],
+        [entry.get("id") for entry in listed if entry.get("parent")],
+    )
+    return _found(model=_text(_field(first, "id")), context_length=length, names=names if names.bases else None)
+
+
+def _names(entry: dict[str, Any]) -> list[Any]:
+    """Return the names of a model: its id, llama.cpp's `aliases`, and what was loaded (`root`)."""
+    aliases = entry.get("aliases")
+    return [entry.get("id"), *(aliases if isinstance(aliases, list) else []), entry.get("root")]
 
 
 def server_info(answer: Any, rank: int | None) -> ReportFields:

@@ -2,7 +2,8 @@
 
     health checks: a process is well for the first time --> introduce(worker)   name, version, context, capacity, ranks;
                                                                                 then the load
-    start(worker) --> pause --> load --> pause --> ...      while it is healthy, until the worker is removed
+    start(worker) --> pause --> load --> pause --> ...      while it is healthy, until the worker is removed;
+                                                            now and then also the names, for adapters come and go
 
 Engines have different endpoints, so each topic has a list of questions, and the first answer that says something
 counts (`workers.engine_answers` reads it). An endpoint that answers 404 is not asked again before the next
@@ -24,17 +25,21 @@ from prometheus_client.parser import text_string_to_metric_families
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.routing.engine_report import NOTHING
 from sglang_router.routing.fleet import Fleet
-from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.model_names import NO_NAMES, names_of
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
 from sglang_router.workers import engine_answers, ranks
 from sglang_router.workers.engine_answers import Reader, ReportFields, Sample
 from sglang_router.workers.fetch import Fetched, FetchError, fetch
 
-_MAX_BYTES = 8 << 20
-"""Bytes of one answer; vLLM's metrics have some 200 kB."""
+_MAX_METRICS = 8 << 20
+"""Bytes of one engine's metrics; vLLM's have some 200 kB."""
+_MAX_JSON = 1 << 20
+"""Bytes of any other answer."""
 _NOT_THERE = frozenset((404, 405, 501))
 """Statuses of an endpoint that the engine does not have, or does not serve by its options."""
+_NAMES_EVERY = 30.0
+"""Least seconds between two questions for the names of a worker."""
 _SPREAD = 0.6180339887
 """Golden ratio: its multiples, less their whole parts, are far from each other however many there are."""
 
@@ -54,8 +59,9 @@ class Topic(NamedTuple):
     questions: tuple[Question, ...]
 
 
+NAMES = Topic(frozenset(("model", "context_length")), (Question(b"/v1/models", engine_answers.models),))
 FACTS = (
-    Topic(frozenset(("model", "context_length")), (Question(b"/v1/models", engine_answers.models),)),
+    NAMES,
     Topic(
         frozenset(("version", "ranks", "capacity_tokens")),
         (
@@ -90,14 +96,16 @@ class _Interview:
     """What the survey keeps for one worker.
 
     introduced  this process answered all questions in time
+    names_at    when it was asked for its names last; seconds of the router's clock
     not_there   paths that it does not have
     lock        held while a question is in flight
     """
 
-    __slots__ = ("introduced", "lock", "not_there")
+    __slots__ = ("introduced", "lock", "names_at", "not_there")
 
     def __init__(self) -> None:
         self.introduced = False
+        self.names_at = 0.0
         self.not_there: set[bytes] = set()
         self.lock = asyncio.Lock()
 
@@ -163,18 +171,27 @@ class EngineSurvey:
     async def _ask_facts(self, worker: Worker, interview: _Interview) -> None:
         """Renew the report, answer by answer: if the time ends, what came before counts."""
         self._fleet.reported(worker, NOTHING)
+        interview.names_at = self._clock()
+        names = NO_NAMES
         for topic in FACTS if self._asks_everything(worker) else FACTS[:1]:
             if not topic.fields <= worker.report.known().keys():
                 found = await self._ask(worker, topic.questions, interview)
+                names = found.pop("names", names)
                 self._fleet.reported(worker, worker.report.updated({**found, **worker.report.known()}))
-            self._adopt_name(worker)
+            names = names if names.bases else names_of([worker.report.model])
+            if names.bases:
+                self._fleet.announced(worker, names)
+        if not names.bases:  # another process may have announced some
+            self._fleet.announced(worker, NO_NAMES)
 
-    def _adopt_name(self, worker: Worker) -> None:
-        """Call a worker by the model name of its engine, unless it was given another."""
-        model = worker.report.model
-        if worker.spec.model_id is None and model is not None:
-            spec: WorkerSpec = msgspec.structs.replace(worker.spec, model_id=model)
-            self._fleet.amend(worker, spec)
+    async def _ask_names(self, worker: Worker, interview: _Interview) -> None:
+        """Ask again for the names: adapters are loaded and unloaded, and another engine may answer at this URL."""
+        interview.names_at = self._clock()
+        found = await self._ask(worker, NAMES.questions, interview)
+        names = found.pop("names", NO_NAMES)
+        if names.bases:
+            self._fleet.reported(worker, worker.report.updated(found))
+            self._fleet.announced(worker, names)
 
     async def _run(self, worker: Worker) -> None:
         await asyncio.sleep(worker.order * _SPREAD % 1.0 * self._interval)
@@ -186,6 +203,8 @@ class EngineSurvey:
             else:
                 async with interview.lock:
                     await self._ask_load(worker, interview)
+                    if self._clock() - interview.names_at >= _NAMES_EVERY:
+                        await self._ask_names(worker, interview)
             await asyncio.sleep(self._interval)
 
     async def _ask_load(self, worker: Worker, interview: _Interview) -> None:
@@ -221,7 +240,8 @@ async def ask(
         if question.path in skipped:
             continue
         try:
-            answer = await fetch(pool, worker.target, b"GET", question.path, timeout=timeout, max_bytes=_MAX_BYTES)
+            most = _MAX_METRICS if question.is_text else _MAX_JSON
+            answer = await fetch(pool, worker.target, b"GET", question.path, timeout=timeout, max_bytes=most)
         except FetchError:
             continue
         if answer.status in _NOT_THERE:

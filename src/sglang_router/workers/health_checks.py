@@ -21,7 +21,8 @@ serves old connections and takes no new ones, and an address that is gone.
 Exchanges call `check_now` when a worker refuses or breaks a connection, so that the check comes at once and not in ten
 seconds. A hundred exchanges that meet the same dead worker cause one check, not a hundred.
 
-When a new process of a worker passes its first check, `introduce` asks it what it is (`workers.engine_survey`).
+When a new process of a worker passes its first check, `introduce` asks it what it is (`workers.engine_survey`). One
+that starts is asked first and becomes healthy then: which requests it may get depends on its model.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ log = logging.getLogger("sglang_router.health")
 
 _MIN_PAUSE = 0.05
 """Seconds between two checks of a worker, however often `check_now` is called: no tight loop on a dead one."""
+_LONGEST_INTRODUCTION = 1.0
+"""Seconds for which a worker that passed its first check is not healthy yet, because it does not say what it is."""
 _MAX_BYTES = 1 << 20
 """Bytes of an answer to a health check."""
 _SHARE = 0.1
@@ -249,6 +252,10 @@ class HealthChecks:
         except Exception as exc:  # a fault here must not end the checks: the worker would keep its state for ever
             log.exception("the health check of %s failed in the router", worker.url)
             error = f"The health check failed in the router: {exc.__class__.__name__}."
+        if error is None and worker.health is Health.STARTING and not (watch.introduced or worker.spec.dp_aware):
+            watch.introduced = True  # ranks, in contrast, take over when one of them is healthy and was asked
+            await self._introduce_first(worker, watch)
+            return True
         lasting = strange or (absent and _absence_lasts(worker))
         watch.strange = watch.strange + 1 if strange else 0
         was, now = worker.health, self._clock()
@@ -258,6 +265,18 @@ class HealthChecks:
         elif not worker.removed:
             self._failed(worker, watch, now)
         return error is None
+
+    async def _introduce_first(self, worker: Worker, watch: _Watch) -> None:
+        """Report a passed check once the worker was asked what it is; an engine that does not answer is not awaited."""
+        asking = self._loop.create_task(self._ask_what_it_is(worker))
+        try:
+            await asyncio.wait([asking], timeout=_LONGEST_INTRODUCTION)
+            was, watch.strange = worker.health, 0
+            self._fleet.probed(worker, None, self._clock())
+            self._passed(worker, watch, was)
+            await asking
+        finally:
+            asking.cancel()
 
     async def _ask(self, worker: Worker, watch: _Watch) -> Fetched:
         """Ask the health endpoint, now and then on a new connection. Raises: FetchError."""

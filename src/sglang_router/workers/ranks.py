@@ -32,7 +32,9 @@ def follow(fleet: Fleet, worker: Worker, now: float) -> None:
     for rank in wanted:
         if rank not in present:  # it has the source, key and labels of its engine
             spec: WorkerSpec = msgspec.structs.replace(worker.spec, dp_rank=rank)
-            fleet.set_draining(fleet.add(spec, now), worker.draining)
+            added = fleet.add(spec, now)
+            fleet.announced(added, worker.announced)
+            fleet.set_draining(added, worker.draining)
     if any(present[rank].health is Health.HEALTHY for rank in wanted if rank in present):
         for rank, entry in present.items():
             if rank not in wanted:

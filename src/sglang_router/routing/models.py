@@ -1,0 +1,237 @@
+"""Which models the fleet serves: where a worker belongs by the names that it announces, and who may serve a name.
+
+    announced            pool       gets requests for
+    A                    main       A
+    A, adapter x         main       A, x
+    B                    "B"        B
+    nothing              main       any name that nobody announces
+
+As long as all workers that announce names have one in common, the fleet serves one model: there is one pool, and a
+request goes to any worker, whatever name it has, because the engine decides (vLLM refuses a name that it does not know,
+SGLang and llama.cpp serve it). Only a name that some workers announce and others do not (an adapter) goes to these.
+
+With several models, workers that share a name are one pool, and a request without a model (400) or with one that
+nobody serves (404) is refused. The first model's pool is the main one: its workers stay where they are and keep what
+the policy remembers of them when a second model comes.
+
+A name counts from the time it is announced until its last worker is removed or announces another: a model whose workers
+are all down or starting again is unavailable, not unknown.
+
+Workers with the same names are one *profile*, and there are few of them, however many workers there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from sglang_router.errors import ModelNotFound, ModelRequired, RouterError, Unavailable, WorkersStarting
+from sglang_router.routing.model_names import Names, text_of
+from sglang_router.routing.policies.base import Policy
+from sglang_router.routing.states import Health
+from sglang_router.routing.worker import Worker
+
+_SHOWN_NAMES = 10
+_SHOWN_CHARACTERS = 100
+_MAIN = b""
+_RETRY_AFTER = 5.0
+"""Retry-After in seconds: nothing better is known."""
+
+
+class Serving(Protocol):
+    """The workers that may serve a request, as the router sees them: a pool, or a section of one.
+
+    policy   chooses one of the candidates
+    workers  in order of registration
+    """
+
+    @property
+    def policy(self) -> Policy: ...
+    @property
+    def workers(self) -> list[Worker]: ...
+
+    def __hash__(self) -> int: ...
+
+    def candidates(self, now: float) -> tuple[Worker, ...]:
+        """Return the workers that may take a request now."""
+
+    def able(self, now: float) -> tuple[Worker, ...]:
+        """Return the candidates and the workers left out only for their load."""
+
+    def unavailable(self, now: float) -> Unavailable:
+        """Return the error that says why there are no candidates, and when to retry."""
+
+
+class Section:
+    """The workers of a pool that serve one name, while others of the pool do not."""
+
+    __slots__ = ("_candidates", "_mine", "_pool", "workers")
+
+    def __init__(self, pool: Serving, workers: list[Worker]) -> None:
+        self._pool = pool
+        self.workers = sorted(workers, key=lambda worker: worker.order)
+        # The candidates of the pool seen last, and which of them are of this section: the same tuple until they change.
+        self._candidates: tuple[Worker, ...] = ()
+        self._mine: tuple[Worker, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Section {len(self.workers)} workers of {self._pool!r}>"
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of the pool."""
+        return self._pool.policy
+
+    def candidates(self, now: float) -> tuple[Worker, ...]:
+        """Return those of the pool's candidates that serve the name."""
+        found = self._pool.candidates(now)
+        if found is not self._candidates:
+            self._candidates, self._mine = found, self._of(found)
+        return self._mine
+
+    def able(self, now: float) -> tuple[Worker, ...]:
+        """Return those of the pool's able workers that serve the name."""
+        return self._of(self._pool.able(now))
+
+    def unavailable(self, now: float) -> Unavailable:
+        """Return the pool's reason, unless that is the reason of other workers."""
+        rotation = [worker for worker in self.workers if worker.in_rotation]
+        starting = all(worker.health is Health.STARTING for worker in rotation)
+        if rotation and starting and not all(worker.hopeless for worker in rotation):
+            return WorkersStarting(retry_after=_RETRY_AFTER)
+        if self.able(now) or not self._pool.able(now):
+            return self._pool.unavailable(now)
+        return Unavailable(retry_after=_RETRY_AFTER)
+
+    def _of(self, workers: tuple[Worker, ...]) -> tuple[Worker, ...]:
+        mine = set(self.workers)
+        return tuple(worker for worker in workers if worker in mine)
+
+
+class ServedModels:
+    """See the module.
+
+    several  the fleet serves several models, so that a request must name one of them
+    mixed    there are workers with different names, so that not every worker may get every request
+    known    the announced names, by their JSON text
+    """
+
+    def __init__(self) -> None:
+        self.several = False
+        self.mixed = False
+        self.known: dict[str, str] = {}
+        self._profile_of: dict[Worker, Names] = {}
+        self._workers: dict[Names, dict[Worker, None]] = {}  # by profile
+        self._keys: dict[Names, bytes] = {}  # the pool of each profile with names
+        self._main = _MAIN
+
+    def __repr__(self) -> str:
+        return f"<ServedModels {', '.join(self.known.values()) or 'unknown'}{', several' * self.several}>"
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._profile_of)
+
+    # -- what workers announce ---------------------------------------------------------------------------------------
+
+    def note(self, worker: Worker) -> bool:
+        """Take note of a worker's names; return whether others may belong elsewhere now, or get other requests."""
+        new, old = worker.names, self._profile_of.get(worker)
+        if new == old:
+            return False
+        changed = new not in self._workers
+        self._profile_of[worker] = new
+        self._workers.setdefault(new, {})[worker] = None
+        if old is not None:
+            changed |= self._leave(worker, old)
+        if changed:
+            self._group()
+        return changed or self.mixed
+
+    def forget(self, worker: Worker) -> bool:
+        """Forget a worker that is removed; return what `note` returns."""
+        changed = self._leave(worker, self._profile_of.pop(worker))
+        if changed:
+            self._group()
+        return changed or self.mixed
+
+    def _leave(self, worker: Worker, profile: Names) -> bool:
+        """Take a worker out of a profile; return whether it was the last one."""
+        rest = self._workers[profile]
+        del rest[worker]
+        if not rest:
+            del self._workers[profile]
+        return not rest
+
+    # -- where a worker belongs --------------------------------------------------------------------------------------
+
+    def pool_of(self, worker: Worker) -> bytes:
+        """Return the key of the pool to which a worker belongs."""
+        return self._keys.get(worker.names, self._main)
+
+    def _group(self) -> None:
+        """Find out again which profiles belong together. A group keeps its key as long as one of its profiles stays."""
+        named = [profile for profile in self._workers if profile.bases]
+        self.mixed = len(named) > 1
+        self.several = self.mixed and not set(named[0].bases).intersection(*(each.bases for each in named[1:]))
+        self.known.clear()
+        self.known.update((text_of(name).decode(), name) for each in named for name in (*each.bases, *each.adapters))
+        keys: dict[Names, bytes] = {}
+        for group in _groups(named) if self.several else [named] * bool(named):
+            key = self._key(group, set(keys.values()))
+            keys |= dict.fromkeys(group, key)
+        self._keys = keys
+        if keys and self._main not in keys.values():
+            self._main = keys[named[0]]
+
+    def _key(self, group: list[Names], taken: set[bytes]) -> bytes:
+        kept = [self._keys[each] for each in group if each in self._keys]
+        used = taken | {key for each, key in self._keys.items() if each in self._workers and each not in group}
+        new = [self._main, *(text_of(name) for each in group for name in each.bases)]
+        free = [key for key in kept if key not in taken] or [key for key in new if key not in used]
+        return free[0] if free else max(used, key=len) + b"'"
+
+    # -- who may serve a request -------------------------------------------------------------------------------------
+
+    def by_name(self) -> dict[bytes, list[Worker]]:
+        """Return the workers that may serve each announced name."""
+        found: dict[bytes, list[Worker]] = {}
+        for profile, workers in self._workers.items():
+            for name in (*profile.bases, *profile.adapters):
+                found.setdefault(text_of(name), []).extend(workers)
+        if not self.several:
+            for serving in found.values():
+                serving += self.nameless()
+        return found
+
+    def nameless(self) -> list[Worker]:
+        """Return the workers that announce nothing."""
+        return [worker for profile, workers in self._workers.items() if not profile.bases for worker in workers]
+
+    def refusal(self, model: bytes) -> RouterError:
+        """Return the error for a request for which there is no worker: without a model, or with an unknown one."""
+        names = sorted(self.known.values())
+        shown = ", ".join(name[:_SHOWN_CHARACTERS] for name in names[:_SHOWN_NAMES])
+        if len(names) > _SHOWN_NAMES:
+            shown += f" and {len(names) - _SHOWN_NAMES} more"
+        if not model:
+            return ModelRequired(f"The request names no model. This router serves {shown}.", param="model")
+        wanted = model.decode("utf-8", "replace")
+        wanted = wanted if len(wanted) <= _SHOWN_CHARACTERS else wanted[:_SHOWN_CHARACTERS] + "..."
+        return ModelNotFound(f"No worker serves the model {wanted}. This router serves {shown}.", param="model")
+
+
+def _groups(profiles: list[Names]) -> list[list[Names]]:
+    """Divide profiles into groups that share no name of a model, in the order of their first ones."""
+    groups: list[tuple[set[str], list[Names]]] = []
+    for profile in profiles:
+        names, members = set(profile.bases), [profile]
+        apart = []
+        for known, others in groups:
+            if known & names:
+                names |= known
+                members = others + members
+            else:
+                apart.append((known, others))
+        groups = [*apart, (names, members)]
+    order = {profile: place for place, profile in enumerate(profiles)}
+    return sorted((sorted(members, key=order.__getitem__) for _, members in groups), key=lambda each: order[each[0]])

@@ -1,0 +1,265 @@
+"""Several models behind one router: which worker may get which request, by the names that workers announce."""
+
+from __future__ import annotations
+
+import pytest
+
+from fleets import Bench, facts, spec
+from sglang_router.errors import ModelNotFound, ModelRequired, NoWorkers, Unavailable
+from sglang_router.routing.facts import ENDPOINTS, read
+from sglang_router.routing.model_names import LONGEST_NAME, LONGEST_TEXT, MOST_NAMES, NO_NAMES, Names, names_of
+from sglang_router.routing.multipart import model_of
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.rules import QueueRules
+from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.states import Health
+from sglang_router.routing.worker import Worker
+
+CHAT = ENDPOINTS[b"/v1/chat/completions"]
+PROMPT = b"a prompt that is long enough to count"
+
+
+class Several:
+    """A fleet whose pools follow from what its workers announce."""
+
+    def __init__(self, policy: str = "round_robin", queue: QueueRules | None = None) -> None:
+        self.bench = Bench(0, policy, assign=None, queue=queue)
+        self.fleet = self.bench.fleet
+        self.pools = self.fleet.pools
+
+    def add(self, name: str, *bases: str, adapters: tuple[str, ...] = (), given: str | None = None) -> Worker:
+        said = spec(name)
+        worker = self.fleet.add(WorkerSpec(url=said.url, health=said.health, model_id=given), 0.0)
+        self.fleet.announced(worker, Names(bases, adapters))
+        return worker
+
+    def serve(self, model: str, count: int = 12) -> set[str]:
+        """Send requests for a model; return the names of the workers that got them."""
+        text = b'"%b"' % model.encode() if model else b""
+        urls = {self.bench.send(facts(PROMPT, model=text)).worker.url for _ in range(count)}
+        return {url.removeprefix("http://").removesuffix(":1") for url in urls}
+
+
+def test_case_23_a_request_goes_only_to_workers_that_serve_its_model() -> None:
+    """Engines with models A and B behind one router: it was a coin toss."""
+    s = Several()
+    for name, model in (("a1", "A"), ("b1", "B"), ("a2", "A")):
+        s.add(name, model)
+    assert (s.serve("A"), s.serve("B")) == ({"a1", "a2"}, {"b1"})
+    assert len(s.pools) == 2
+
+
+def test_case_23_an_unknown_model_is_404_and_no_model_400_and_both_tell_what_there_is() -> None:
+    s = Several()
+    s.add("a", "A")
+    s.add("b", "B")
+    with pytest.raises(ModelNotFound, match=r'model "C"\. .* serves A, B\.') as unknown:
+        s.serve("C")
+    assert (unknown.value.status, unknown.value.code, unknown.value.param) == (404, "model_not_found", "model")
+    with pytest.raises(ModelRequired, match=r"names no model\. .* A, B") as missing:
+        s.serve("")
+    assert (missing.value.status, missing.value.code) == (400, "model_required")
+    assert not s.bench.router.leases
+
+
+def test_case_23_what_the_error_tells_is_bounded() -> None:
+    s = Several()
+    for number in range(40):
+        s.add(f"w{number}", f"{number:03}" + "x" * 200)
+    with pytest.raises(ModelNotFound) as unknown:
+        s.serve("y" * 900)
+    assert len(str(unknown.value)) < 1500
+    assert "and 30 more" in str(unknown.value)
+
+
+def test_with_one_model_the_engine_decides_about_names() -> None:
+    """People call a single SGLang "default" or "gpt-4": it serves any name, vLLM refuses it itself."""
+    s = Several()
+    s.add("one", "A")
+    s.add("two", "A", "an alias")
+    assert s.pools.only is None
+    for model in ("A", "gpt-4", ""):
+        assert s.serve(model) == {"one", "two"}
+    assert s.serve("an alias") == {"two"}
+
+
+def test_the_only_model_costs_a_request_nothing() -> None:
+    s = Several()
+    s.add("one", "A")
+    s.add("two", "A")
+    s.add("three")
+    assert s.pools.only is s.pools.default
+    assert s.serve("A") == s.serve("B") == {"one", "two", "three"}
+
+
+def test_an_adapter_goes_to_the_workers_that_have_it() -> None:
+    s = Several()
+    s.add("plain", "A")
+    s.add("lora", "A", adapters=("sql",))
+    s.add("other", "B", adapters=("sql",))
+    assert (s.serve("A"), s.serve("sql"), s.serve("B")) == ({"plain", "lora"}, {"lora"}, {"other"})
+    assert s.serve("A:sql") == {"plain", "lora"}, "SGLang's way to name an adapter of A"
+
+
+def test_workers_whose_models_overlap_share_a_pool() -> None:
+    s = Several()
+    s.add("ab", "A", "B")
+    s.add("bc", "B", "C")
+    s.add("d", "D")
+    assert [s.serve(model) for model in "ABCD"] == [{"ab"}, {"ab", "bc"}, {"bc"}, {"d"}]
+    assert len(s.pools) == 2
+
+
+def test_a_worker_that_announces_nothing_gets_what_no_other_serves() -> None:
+    s = Several()
+    s.add("a", "A")
+    s.add("any")
+    assert s.serve("A") == s.serve("C") == {"a", "any"}, "one model"
+    s.add("b", "B")
+    assert (s.serve("A"), s.serve("B"), s.serve("C")) == ({"a"}, {"b"}, {"any"})
+    with pytest.raises(ModelRequired):
+        s.serve("")
+
+
+def test_what_an_operator_calls_a_worker_is_a_name_too() -> None:
+    s = Several()
+    s.add("fast", "A", given="quick")
+    s.add("slow", "A", given="cheap")
+    s.add("b", "B")
+    assert (s.serve("quick"), s.serve("cheap"), s.serve("A")) == ({"fast"}, {"slow"}, {"fast", "slow"})
+
+
+def test_a_model_whose_workers_are_down_is_unavailable_and_not_unknown() -> None:
+    s = Several()
+    s.add("a", "A")
+    b = s.add("b", "B")
+    s.fleet.down(b, "it crashed")
+    with pytest.raises(Unavailable) as error:
+        s.serve("B")
+    assert not isinstance(error.value, NoWorkers)
+    s.fleet.remove(b)
+    assert s.serve("B") == {"a"}, "one model is left: the engine decides"
+
+
+def test_f26_another_engine_at_the_same_url_changes_its_name_unless_an_operator_gave_it() -> None:
+    """`model_id`, and the metrics by it, stayed `model-one` although the engine told `model-two`."""
+    s = Several()
+    found, given = s.add("a", "model-one"), s.add("b", "model-one", given="mine")
+    s.fleet.announced(found, Names(("model-two",)))
+    s.fleet.announced(given, Names(("model-two",)))
+    assert (found.model, given.model) == ("model-two", "mine")
+    assert set(s.pools.models.known.values()) == {"model-two", "mine"}
+    s.fleet.announced(found, NO_NAMES)
+    assert found.model is None
+
+
+def test_the_first_model_keeps_its_prefixes_when_a_second_one_comes_and_goes() -> None:
+    s = Several("cache_aware")
+    a = s.add("a", "A")
+    s.serve("A", 1)
+    held = s.pools.remembered(a)
+    b = s.add("b", "B")
+    s.serve("B", 1)
+    assert (s.pools.remembered(a), s.pools.remembered(b)) == (held, len(PROMPT))
+    s.fleet.announced(s.add("b2"), Names(("B",)))
+    assert s.pools.remembered(b) == len(PROMPT)
+    s.fleet.remove(b)
+    assert s.pools.remembered(a) == held
+    assert s.pools.default is s.pools.of(a)
+
+
+def test_a_worker_that_moves_to_another_pool_is_found_there_with_its_breaker_and_load() -> None:
+    s = Several()
+    a, other = s.add("a", "A"), s.add("b", "A")
+    s.add("c", "B")
+    lease = s.fleet.lease(other)
+    s.fleet.announced(other, Names(("B",)))
+    assert (s.serve("A"), s.serve("B")) == ({"a"}, {"b", "c"})
+    lease.close(Outcome.SERVED, 1.0)
+    assert (a.load, other.load) == (0, 0)
+
+
+def test_a_queued_request_follows_its_model() -> None:
+    s = Several(queue=QueueRules(max_concurrent=1, queue_size=5))
+    a = s.add("a", "A")
+    b = s.add("b", "B")
+    first = s.bench.ask(facts(model=b'"A"')).attempt
+    queued = [s.bench.ask(facts(model=model)) for model in (b'"B"', b'"A"')]
+    s.fleet.announced(b, Names(("C",)))
+    s.fleet.announced(a, Names(("A", "B")))
+    for expected in (queued[0], queued[1]):
+        first.end()
+        s.bench.settle()
+        first = expected.attempt
+        assert first.worker is a
+    first.end()
+    late = s.bench.ask(facts(model=b'"C"'))
+    waiting = s.bench.ask(facts(model=b'"B"'))
+    s.fleet.announced(a, Names(("A",)))
+    late.attempt.end()
+    s.bench.settle()
+    assert isinstance(waiting.answers[-1], ModelNotFound)
+
+
+@pytest.mark.parametrize("count", [1, 10_000])
+def test_names_that_a_worker_announces_are_bounded_in_number_and_length(count: int) -> None:
+    """A lying worker announces ten thousand names, or one of 4 MB."""
+    names = names_of([f"name {n}" for n in range(count)] + ["x" * 4_000_000, "", 7, None, "a\nb"], ["l" * 257, "ok"])
+    assert len(names.bases) + len(names.adapters) <= MOST_NAMES
+    assert all(len(name) <= LONGEST_NAME for name in (*names.bases, *names.adapters))
+    s = Several()
+    s.add("liar", *names.bases)
+    assert len(s.pools.models.known) == min(count, MOST_NAMES)
+    s.fleet.remove(next(iter(s.fleet)))
+    assert s.pools.models.known == {}
+
+
+def test_a_name_is_found_however_its_json_is_spelled() -> None:
+    """PHP writes "org\\/model", and Python's json module escapes what is not ASCII."""
+    s = Several()
+    s.add("a", "org/modèle")
+    s.add("b", "B")
+    for text in (b'"org/mod\xc3\xa8le"', b'"org\\/mod\\u00e8le"'):
+        assert s.bench.send(read(CHAT, b'{"model":%b,"messages":[]}' % text)).worker.url == "http://a:1"
+
+
+def test_f6_the_facts_of_a_request_hold_no_name_that_is_too_long_to_be_one() -> None:
+    long = b'"' + b"x" * 4_000_000 + b'"'
+    one = read(CHAT, b'{"model":%b,"messages":[]}' % long)
+    assert len(one.model) == LONGEST_TEXT
+    assert len(one.namespace) <= 64
+    other = read(CHAT, b'{"model":%b,"messages":[]}' % (long[:-1] + b'y"'))
+    assert one.namespace != other.namespace
+
+
+@pytest.mark.parametrize(
+    ("form", "found"),
+    [
+        (b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--x\r\n', b'"whisper"'),
+        (
+            b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n%b\r\n'
+            b'--x\r\nContent-Disposition: form-data; name="model"\r\nContent-Type: text/plain\r\n\r\nw\r\n--x--'
+            % bytes(100_000),
+            b'"w"',
+        ),
+        (b'--x\r\nContent-Disposition: form-data; name="model_name"\r\n\r\nw\r\n--x\r\n', b""),
+        (b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n--x\r\n' % (b"w" * 2000), b""),
+        (b"", b""),
+    ],
+)
+def test_the_model_of_a_form(form: bytes, found: bytes) -> None:
+    assert model_of(form) == found
+    assert read(ENDPOINTS[b"/v1/audio/transcriptions"], form).model == found
+
+
+def test_a_worker_that_starts_does_not_hide_an_unknown_model() -> None:
+    s = Several()
+    s.add("a", "A")
+    s.add("b", "B")
+    new = s.fleet.add(spec("new", checked=True), 0.0)
+    assert new.health is Health.STARTING
+    assert s.bench.ask(facts(model=b'"C"')).waits is not None, "it may be the model that starts"
+    s.fleet.announced(new, Names(("A",)))
+    s.bench.settle()
+    with pytest.raises(ModelNotFound):
+        s.serve("C")
