@@ -14,7 +14,7 @@ from played import Client, Leg, Play, post, run
 from sglang_router.relay.body import Broken, Complete
 from sglang_router.resume.continuation import ResumeRules
 from sglang_router.resume.handler import ResumableStream
-from sglang_router.routing.facts import read
+from sglang_router.routing.facts import LARGE, read
 from sglang_router.routing.outcome import Outcome
 from sglang_router.wire.framing import UntilClose
 from sglang_router.wire.response import ResponseHead
@@ -306,6 +306,20 @@ async def test_a_stream_that_is_not_continued_passes_as_it_comes() -> None:
         assert b"stream_broken" in rest
         (end,) = await play.ended(1)
         assert (end.answer.resumed, end.answer.unresumed, end.answer.retries) == (0, "sampling", 0)
+
+
+@on_loop
+async def test_f10_a_large_body_is_not_decoded_in_order_to_resume_its_stream() -> None:
+    """F10: with --resume-streams each body was decoded once more."""
+    async with resuming(workers=2) as play:
+        client, leg = await asked(play, ask(CHAT, unread="x" * LARGE))
+        await streams(leg, first_half(), end=False)
+        await client.head()
+        leg.reset()
+        rest, clean = await client._chunks()
+        assert (clean, b"stream_broken" in rest) == (False, True)
+        (end,) = await play.ended(1)
+        assert (end.answer.resumed, end.answer.unresumed) == (0, "large")
 
 
 @on_loop

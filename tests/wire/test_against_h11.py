@@ -174,7 +174,7 @@ def our_requests(raw: bytes) -> Reading:
             request.method,
             request.target,
             _fields_of(request.headers),
-            request.body,
+            bytes(request.body),
             request.keep_alive or request.http10,
         )
         for request in asked.requests

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from engines import engine_processes
 from fake_worker import FakeWorker, Gate, Seen, answer
+from sglang_router.routing.facts import LARGE
 from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.states import Health
 from stack import Reply, Stack, stack
@@ -137,6 +138,16 @@ def test_a_request_names_its_rank_and_is_otherwise_as_it_came() -> None:
         assert [seen.headers["x-data-parallel-rank"] for seen in chats(fake)] == ["0", "1", "0", "1"]
         assert [int(seen.headers["content-length"]) for seen in chats(fake)] == [len(body) for body in bodies]
         assert [worker["processed"] for worker in router.get("/workers").json()["workers"]] == [2, 2]
+
+
+def test_f10_a_large_request_names_its_rank_and_is_otherwise_as_it_came() -> None:
+    """F10: the rank made a copy of the whole body."""
+    body = b'{ "model":"m", "x":[' + b'["}"],' * LARGE + b"1]"
+    with stack(dp_aware=True, policy="round_robin") as router:
+        fake = engine_with_ranks(router)
+        for _ in range(2):
+            assert router.post("/v1/chat/completions", body + b" }\n").status == 200
+        assert [seen.body for seen in chats(fake)] == [body + b' ,"data_parallel_rank":%d}' % rank for rank in (0, 1)]
 
 
 def test_a_rank_of_the_clients_own_does_not_count() -> None:

@@ -303,6 +303,7 @@ def _relay(
         settings.timeouts(args),
         settings.forward_rules(args, access),
         handlers_of(settings.resume_rules(args)) if args.resume_streams else no_handler,
+        settings.most_routing_text(args),
     )
     return Relay(loop, seams.clock, seams.decider(router), connections, answers, listeners, rules)
 

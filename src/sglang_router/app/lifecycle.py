@@ -32,6 +32,7 @@ from sglang_router.autoscale.scaler import ScalingRules
 from sglang_router.config import RouterArgs
 from sglang_router.errors import ConfigError, ShuttingDown
 from sglang_router.observe import logs
+from sglang_router.relay.memory import keep_apart
 from sglang_router.restart.state_file import StateFile
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.states import Health
@@ -269,6 +270,7 @@ def serve(args: RouterArgs, crew: Callable[[Host], Crew] | None = None) -> int:
     """
     writer = logs.configure(args.log_level, args.log_format, args.log_dir)
     _raise_descriptor_limit()
+    keep_apart()
     try:
         with contextlib.closing(uvloop.new_event_loop()) as loop, _handshakes_cut_quietly(loop):
             asyncio.set_event_loop(loop)

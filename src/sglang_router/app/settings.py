@@ -16,6 +16,7 @@ from sglang_router.admin.context import AddRules
 from sglang_router.config import RouterArgs, keys
 from sglang_router.relay.rules import Timeouts
 from sglang_router.resume.continuation import ResumeRules
+from sglang_router.routing.facts import MOST_TEXT
 from sglang_router.routing.rules import (
     BreakerRules,
     FleetRules,
@@ -51,6 +52,11 @@ def policy_settings(args: RouterArgs) -> PolicySettings:
         prefix_hash_bytes=args.prefix_hash_bytes,
         hash_load_factor=args.hash_load_factor,
     )
+
+
+def most_routing_text(args: RouterArgs) -> int:
+    """Return how many bytes of a request's routing text count: at most an eighth of what a worker's tree holds."""
+    return max(min(args.max_tree_size // 8, MOST_TEXT), args.prefix_hash_bytes)
 
 
 def breaker_rules(args: RouterArgs) -> BreakerRules:

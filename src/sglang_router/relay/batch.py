@@ -20,6 +20,9 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
+from sglang_router.relay.bulk import Bulk
+
+Writable = bytes | bytearray | memoryview
 _MOST_WRITES = 32
 """Most writes that are gathered: with more, the first would wait too long for the last."""
 _LARGE = 131072
@@ -42,16 +45,20 @@ class Sender(Protocol):
 
 
 class Batch:
-    """The work still to do in this iteration of one event loop."""
+    """The work still to do in this iteration of one event loop.
 
-    __slots__ = ("_armed", "_call_soon", "_legs", "_requests", "_writes")
+    bulk  the work of large bodies, which is for later iterations
+    """
+
+    __slots__ = ("_armed", "_call_soon", "_legs", "_requests", "_writes", "bulk")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._call_soon = loop.call_soon
+        self.bulk = Bulk(loop.call_soon)
         self._armed = False
         self._requests: list[Starter] = []
         self._legs: list[Sender] = []
-        self._writes: list[tuple[asyncio.Transport, bytes]] = []
+        self._writes: list[tuple[asyncio.Transport, Writable]] = []
 
     def __repr__(self) -> str:
         return f"<Batch {len(self._requests)} requests, {len(self._legs)} legs, {len(self._writes)} writes>"
@@ -68,7 +75,7 @@ class Batch:
         if not self._armed:
             self._arm()
 
-    def write(self, transport: asyncio.Transport, data: bytes) -> None:
+    def write(self, transport: asyncio.Transport, data: Writable) -> None:
         """Write bytes later, with the others; at once when they are many."""
         writes = self._writes
         writes.append((transport, data))

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from sglang_router.routing.facts import Endpoint, Facts
 from sglang_router.wire.framing import Framing
+from sglang_router.wire.request import Body
 from sglang_router.wire.response import ResponseHead
 
 
@@ -119,9 +120,9 @@ class BodyHandler(Protocol):
         """Pass everything on unchanged from now on; return what was held back."""
 
 
-Handlers = Callable[[Endpoint, bytes, Facts], BodyHandler | None]
+Handlers = Callable[[Endpoint, Body, Facts], BodyHandler | None]
 """Returns the handler for a request (endpoint, body, facts); None: bodies are passed on unchanged."""
 
 
-def no_handler(endpoint: Endpoint, body: bytes, facts: Facts) -> None:
+def no_handler(endpoint: Endpoint, body: Body, facts: Facts) -> None:
     """Return None: bodies are passed on unchanged."""

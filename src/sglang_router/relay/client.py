@@ -33,6 +33,7 @@ from sglang_router.errors import RouterError, TooManyConnections
 from sglang_router.relay import answers
 from sglang_router.relay.answers import Answers
 from sglang_router.relay.batch import Batch
+from sglang_router.relay.bulk import FULL, PARSED
 from sglang_router.relay.clients import AnyExchange, Clients
 from sglang_router.relay.deadlines import DUE_IDLE, ERRORS, NEVER, Deadline, Due
 from sglang_router.relay.moves import CLIENT_MOVES, IllegalMove
@@ -105,6 +106,7 @@ class ClientConnection:
         "_parser",
         "_queue",
         "_read_paused",
+        "_unparsed",
         "_unread",
         "clients",
         "deadline",
@@ -130,6 +132,7 @@ class ClientConnection:
         self.peer = ""
         self._unread = 0  # CLOSING: bytes that the client had not read at the last check
         self._read_paused = False
+        self._unparsed = b""  # the rest of a full read
         # per exchange
         self.exchange: AnyExchange | None = None
         self._early = 0  # bytes that arrived while an earlier request was not answered yet
@@ -165,6 +168,11 @@ class ClientConnection:
         """Parse bytes; queue complete requests, and pause reading when too many bytes are read ahead."""
         if self.state >= LINGERING:  # TLS still delivers what arrives while the last answer is flushed
             return
+        if len(data) >= FULL:
+            self.transport.pause_reading()
+            self._unparsed = data
+            self._frontend.batch.bulk.add(self._parse_on)
+            return
         self._hold.grow(len(data))
         ready = self._parser.feed(data)
         if self.exchange is None and not self._queue and not self.stalled:
@@ -179,6 +187,17 @@ class ClientConnection:
             if self._early > _AHEAD:
                 self._pause_reading()
 
+    def _parse_on(self) -> bool:
+        """Parse the next part of a full read; return whether there is more. After the last part, read again."""
+        part, self._unparsed = self._unparsed[:PARSED], self._unparsed[PARSED:]
+        if part:  # otherwise the connection is lost
+            self.data_received(part)
+        if self._unparsed:
+            return True
+        if not self._read_paused:
+            self.transport.resume_reading()
+        return False
+
     def eof_received(self) -> None:
         """React to the client's end of sending: returning None closes the transport."""
 
@@ -188,6 +207,7 @@ class ClientConnection:
         self.clients.budget.unpark(self)
         self._hold.release()
         self._parser.close()
+        self._unparsed = b""
         self._queue.clear()
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
@@ -218,7 +238,8 @@ class ClientConnection:
     def _resume_reading(self) -> None:
         if self._read_paused:
             self._read_paused = False
-            self.transport.resume_reading()
+            if not self._unparsed:
+                self.transport.resume_reading()
 
     def _await_rest(self) -> None:
         """Set the deadline for the rest of a request, a part of which has arrived."""

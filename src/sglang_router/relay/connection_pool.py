@@ -34,6 +34,8 @@ from sglang_router.relay.origin import Origin, origin_of
 from sglang_router.relay.upstream import Opening, Sink, UpstreamConnection, unreachable
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Target
+from sglang_router.wire.request import Body
+from sglang_router.wire.splice import Spliced
 
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _ADDRESS_TIMEOUT = 2.0
@@ -60,7 +62,7 @@ class TargetConnections:
         self.live: set[UpstreamConnection] = set()
         self._retire_next = math.inf  # the first moment at which one of them reaches its age
 
-    def send(self, sink: Sink, head: bytes, body: bytes, fresh: bool = False) -> UpstreamConnection | Opening:
+    def send(self, sink: Sink, head: bytes, body: Body | Spliced, fresh: bool = False) -> UpstreamConnection | Opening:
         """Send a request on an idle connection, or on a new one (`fresh`: on a new one in any case)."""
         idle = self.idle
         while idle and not fresh:
@@ -209,7 +211,7 @@ class ConnectionPool:
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def send(
-        self, target: Target, sink: Sink, head: bytes, body: bytes, *, fresh: bool = False
+        self, target: Target, sink: Sink, head: bytes, body: Body, *, fresh: bool = False
     ) -> UpstreamConnection | Opening:
         """Send a request on an idle connection, or on a new one (`fresh`: on a new one in any case)."""
         return self.at(target).send(sink, head, body, fresh)

@@ -5,7 +5,7 @@
                   '-- queued ---------'           '-- failing status, or broken before the head: retry, or the error
 
     state       meaning                                      deadline               when the deadline passes
-    NEW         not decided yet                              none
+    NEW         read, not decided yet                        none
     QUEUED      in the decider's queue                       QUEUE                  decider.expired: 408 or 503
     ROUTED      has a plan; no head of an answer yet         REQUEST, FIRST_BYTE    504
     ANSWERING   the client has the head                      PROGRESS, REQUEST      the answer breaks
@@ -27,11 +27,12 @@ from sglang_router.relay.handled import Handled
 from sglang_router.relay.leg import LOOKS, Leg, send_all
 from sglang_router.relay.moves import EXCHANGE_MOVES, IllegalMove
 from sglang_router.relay.pending import Pending, error_of
+from sglang_router.relay.reading import read_and_ask
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import ANSWERING, DONE, NEW, QUEUED, ROUTED, ExchangeState
 from sglang_router.routing.decider import Delivered
 from sglang_router.routing.events import Answered, Finished, FirstByte
-from sglang_router.routing.facts import Endpoint, Facts, read
+from sglang_router.routing.facts import LARGE, Endpoint, Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
 from sglang_router.wire.request import Request
@@ -112,7 +113,7 @@ class Exchange:
         named = relay.ids.read(request.headers, endpoint.id)
         route = endpoint.route or endpoint.route_of(request.method, request.path)
         number, size = next(client.clients.numbers), len(request.body)
-        self.tag = tag = RequestTag(number, named[0], now, route, client.peer, request.client, size, named)
+        self.tag = RequestTag(number, named[0], now, route, client.peer, request.client, size, named)
         try:
             if request.refusal is not None:
                 raise request.refusal
@@ -120,20 +121,9 @@ class Exchange:
                 raise UnsupportedMediaType
             if client.clients.budget.exhausted:
                 raise BufferFull(retry_after=1.0)
-            self.facts = facts = read(endpoint, request.body, named[1])
-            if facts.model:
-                tag.model = facts.model.decode("utf-8", "replace")
-            tag.streaming = facts.streaming
-            answer = relay.decider.ask(tag, facts, now)
+            read_and_ask(self, endpoint, named[1], now)
         except RouterError as error:
             self.refuse(error)
-            return
-        if facts.streaming and (handler := relay.handlers(endpoint, request.body, facts)) is not None:
-            self.handled = Handled(self, handler)
-        if isinstance(answer, Plan):
-            self.follow(answer)
-        else:
-            self.queue(answer)
 
     def gone(self) -> None:
         """Give up the legs and end: the client closed its connection."""
@@ -393,4 +383,6 @@ class Exchange:
         if self.handled is not None:
             answer.resumed, answer.unresumed = self.handled.handler.resumed, self.handled.handler.unresumed
         relay.listener.finished(Finished(tag, planned, answer))
+        if tag.received > LARGE:
+            relay.batch.bulk.discard(self.request)
         self._legs, self._shown, self.handled, self._pending = (), None, None, None  # they refer to it: leave no cycle

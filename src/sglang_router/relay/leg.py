@@ -19,13 +19,14 @@ from typing import Protocol
 from sglang_router.relay.batch import Batch
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import DONE, ExchangeState
+from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag
 from sglang_router.wire.framing import Framing
 from sglang_router.wire.headers import request_head
-from sglang_router.wire.request import Request
+from sglang_router.wire.request import Body, Request
 from sglang_router.wire.response import ResponseHead
-from sglang_router.wire.splice import splice
+from sglang_router.wire.splice import Spliced, splice, splice_at
 
 LOOKS = 4
 """Checks of an answer's progress per `timeouts.chunk`: a silent answer ends after 1 to 1.25 times that timeout."""
@@ -47,6 +48,7 @@ class Carrier(Protocol):
 class Owner(Protocol):
     """An exchange, as its legs see it."""
 
+    facts: Facts | None
     relay: Relay
     request: Request
     state: ExchangeState
@@ -172,9 +174,10 @@ class Leg:
             return
         relay, request, tag, target = exchange.relay, exchange.request, exchange.tag, planned.target
         connections = relay.connections.known.get(target) or relay.connections.at(target)
-        body = request.body
+        body: Body | Spliced = request.body
         if planned.splice:
-            body = splice(body, planned.splice)
+            place = None if exchange.facts is None else exchange.facts.place
+            body = splice_at(request.body, place, planned.splice) if place else splice(request.body, planned.splice)
         if tag.streaming:
             exchange.sending(self)
         start = connections.origin.start(request.method, request.target)

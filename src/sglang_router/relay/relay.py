@@ -28,17 +28,19 @@ class Undecided(Protocol):
 class RelayRules:
     """The options of the relay.
 
-    timeouts  in seconds
-    forward   which request fields are forwarded to workers
-    handlers  returns the body handler of each stream
+    timeouts   in seconds
+    forward    which request fields are forwarded to workers
+    handlers   returns the body handler of each stream
+    most_text  bytes of a request's routing text that count
     """
 
-    __slots__ = ("forward", "handlers", "timeouts")
+    __slots__ = ("forward", "handlers", "most_text", "timeouts")
 
-    def __init__(self, timeouts: Timeouts, forward: ForwardRules, handlers: Handlers) -> None:
+    def __init__(self, timeouts: Timeouts, forward: ForwardRules, handlers: Handlers, most_text: int) -> None:
         self.timeouts = timeouts
         self.forward = forward
         self.handlers = handlers
+        self.most_text = most_text
 
 
 class Relay:
@@ -55,6 +57,7 @@ class Relay:
         "handlers",
         "ids",
         "listener",
+        "most_text",
         "queued",
         "timeouts",
     )
@@ -80,6 +83,7 @@ class Relay:
         self.timeouts = rules.timeouts
         self.forward = rules.forward
         self.handlers = rules.handlers
+        self.most_text = rules.most_text
         self.queued: dict[int, Undecided] = {}
         decider.deliver = self.deliver
 

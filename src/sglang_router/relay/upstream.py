@@ -5,6 +5,9 @@
                                      -> framing.feed                 -> sink.data(...)       for each read
                                                                         sink.broken(...)     in place of the rest
 
+A large body is written slice by slice, each when the socket has taken the one before. The answer may begin meanwhile.
+If it ends before the body is sent, the rest is not sent and the connection closes.
+
 A sink receives the answer: a leg passes the bytes on to the client, `workers.fetch` collects them for the control plane
 and the health checks. Nothing is awaited and no object is created per read.
 
@@ -28,10 +31,14 @@ from typing import Protocol, cast
 from sglang_router.access.tls import MAY_WANT_CERTIFICATE, explain
 from sglang_router.errors import WorkerInvalid
 from sglang_router.relay.batch import Batch
+from sglang_router.relay.bulk import FULL
+from sglang_router.relay.outgoing import SLICE, Outgoing
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Target
 from sglang_router.wire.framing import Framing
+from sglang_router.wire.request import Body
 from sglang_router.wire.response import ResponseHead, framing_of, parse_head
+from sglang_router.wire.splice import Spliced
 
 _JOIN_BELOW = 65536
 """Bytes of a body below which joining it with the head is cheaper than a second write."""
@@ -90,10 +97,13 @@ class UpstreamConnection:
         "_batch",
         "_buffer",
         "_framing",
+        "_full",
         "_home",
         "_interim",
         "_life",
         "_loss",
+        "_paused",
+        "_rest",
         "_reusable",
         "_sink",
         "address",
@@ -115,8 +125,11 @@ class UpstreamConnection:
         self._loss: Exception | None = None  # the error that closed it
         self.used = False
         self.idle_since = 0.0
+        self._full = False  # the socket takes no more bytes now
+        self._paused = False  # the sink takes no more bytes now
         # per request
         self._sink: Sink | None = None
+        self._rest: Outgoing | None = None  # of a large body, what is not written yet
         self._framing: Framing | None = None
         self._buffer = b""  # an answer's head that is not complete yet
         self._interim = 0
@@ -134,30 +147,52 @@ class UpstreamConnection:
     def __repr__(self) -> str:
         return f"<UpstreamConnection {self._home.target.name or self._home.target.url} {self.state}>"
 
-    def send(self, sink: Sink, head: bytes, body: bytes) -> None:
+    def send(self, sink: Sink, head: bytes, body: Body | Spliced) -> None:
         """Send a request. Its answer goes to `sink`."""
         self._sink = sink
         self._framing = None
         self._interim = 0
         self.idle_since = 0.0
-        if len(body) < _JOIN_BELOW:
+        if isinstance(body, Spliced) or len(body) > SLICE:
+            self._batch.write(self.transport, head)
+            self._rest = Outgoing(body)
+            self._batch.bulk.add(self._write_on)
+        elif len(body) < _JOIN_BELOW:
             self._batch.write(self.transport, head + body)
         else:
             self._batch.write(self.transport, head)
             self._batch.write(self.transport, body)
 
+    def _write_on(self) -> bool:
+        """Write the next slice of a large body; return whether another one can follow."""
+        rest = self._rest
+        if rest is None or self._full or self.transport.is_closing():
+            return False
+        self._batch.write(self.transport, rest.next())
+        if rest.done:
+            self._rest = None
+        return self._rest is not None and not self._full
+
     def abort(self) -> None:
         """Give the request up: the worker sees the connection close, the sink hears nothing more."""
-        self._sink = None
+        self._sink = self._rest = None
         self.transport.abort()
 
     def pause(self) -> None:
         """Stop reading the answer."""
+        self._paused = True
         self.transport.pause_reading()
 
     def resume(self) -> None:
         """Go on reading the answer."""
+        self._paused = False
         self.transport.resume_reading()
+
+    def _read_on(self) -> bool:
+        """Read again after a full read, unless the sink takes no more bytes; return False."""
+        if not self._paused:
+            self.transport.resume_reading()
+        return False
 
     # -- called by the event loop --------------------------------------------------------------------------------------
 
@@ -169,6 +204,9 @@ class UpstreamConnection:
 
     def data_received(self, data: bytes) -> None:
         """Parse bytes of the answer and pass them to the sink."""
+        if len(data) >= FULL:
+            self.transport.pause_reading()
+            self._batch.bulk.add(self._read_on)
         sink, framing = self._sink, self._framing
         if sink is None:
             self._home.discard(self)  # the worker sent bytes without a request: do not use the connection again
@@ -198,15 +236,19 @@ class UpstreamConnection:
         """Close when the worker closes its side: returning None does that."""
 
     def pause_writing(self) -> None:
-        """Ignore a worker that reads slowly: the whole request is in memory anyway."""
+        """Write no further slice of a large body: the worker reads slowly."""
+        self._full = True
 
     def resume_writing(self) -> None:
-        """Ignore a worker that reads again."""
+        """Write the next slice: the worker reads again."""
+        self._full = False
+        if self._rest is not None:
+            self._batch.bulk.add(self._write_on)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the sink that the connection is closed, and why."""
         sink, framing = self._sink, self._framing
-        self._sink = self._framing = None
+        self._sink = self._framing = self._rest = None
         self._life = "closed"
         self._loss = exc
         self._home.lost(self)
@@ -264,9 +306,10 @@ class UpstreamConnection:
         self._sink = None
         self._framing = None
         self.used = True
-        if exact and self._reusable and not self.transport.get_write_buffer_size():
+        if exact and self._reusable and self._rest is None and not self.transport.get_write_buffer_size():
             self._home.release(self)
         else:
+            self._rest = None
             self.transport.close()
 
     def _fail(self, outcome: Outcome, detail: str) -> None:
@@ -302,7 +345,7 @@ class Opening:
 
     __slots__ = ("body", "given_up", "head", "sink", "task")
 
-    def __init__(self, sink: Sink, head: bytes, body: bytes) -> None:
+    def __init__(self, sink: Sink, head: bytes, body: Body | Spliced) -> None:
         self.sink = sink
         self.head = head
         self.body = body

@@ -27,6 +27,7 @@ GENERATIONS: dict[str, type[Generation]] = {"generate": Snapshots, "chat": ChatC
 
 REASONS = {
     "endpoint": "streams of this endpoint are not continued",
+    "large": "a request body above 512 kB, which is not decoded",
     "choices": "several prompts or several choices",
     "sampling": "the temperature is not 0, or penalties depend on what was written",
     "structured": "the answer must follow a grammar or schema, or must be a tool call",

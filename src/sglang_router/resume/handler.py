@@ -18,8 +18,9 @@ import msgspec
 from sglang_router.relay.body import BodyHandler, Broken, Complete, Handlers, Next, NextLeg, Unintelligible
 from sglang_router.resume.continuation import GENERATIONS, ResumeRules, go_on, refusal
 from sglang_router.resume.generation import DONE
-from sglang_router.routing.facts import Endpoint, Facts, read
+from sglang_router.routing.facts import LARGE, Endpoint, Facts, read
 from sglang_router.wire.framing import LAST_CHUNK, Chunked, Framing, Sized, UntilClose, chunk
+from sglang_router.wire.request import Body
 from sglang_router.wire.response import ResponseHead
 from sglang_router.wire.sse import EventSplitter, payloads
 
@@ -43,9 +44,12 @@ class _Fault(msgspec.Struct):
 def handlers_of(rules: ResumeRules) -> Handlers:
     """Return the function that the relay calls to get the handler of each stream."""
 
-    def handler(endpoint: Endpoint, body: bytes, facts: Facts) -> BodyHandler:
-        reason = refusal(endpoint, body, rules)
-        return NotResumable(reason) if reason else ResumableStream(endpoint, body, facts, rules)
+    def handler(endpoint: Endpoint, body: Body, facts: Facts) -> BodyHandler:
+        if len(body) > LARGE:  # it is not decoded, here as elsewhere
+            return NotResumable("large")
+        whole = bytes(body)
+        reason = refusal(endpoint, whole, rules)
+        return NotResumable(reason) if reason else ResumableStream(endpoint, whole, facts, rules)
 
     return handler
 

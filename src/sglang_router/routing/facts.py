@@ -11,6 +11,10 @@ but form the *namespace*: prefixes are never matched across namespaces, and each
 
 The scaffold (brackets, keys and role before the first content) is the same in all requests. It is part of the text, but
 a match of only the scaffold counts as no match.
+
+A body of up to `LARGE` bytes is decoded at once (`read`). A larger one is skimmed in steps (`Skimming`), because
+decoding it would hold up all other requests. Both give the same facts. The text ends after `most_text` bytes: more of
+it would not lead to a better choice, and would push other prompts out of the memory of prefixes.
 """
 
 from __future__ import annotations
@@ -27,7 +31,14 @@ from sglang_router.routing.keys import LONGEST, bounded
 from sglang_router.routing.model_names import LONGEST_TEXT, spelled
 from sglang_router.routing.multipart import model_of
 from sglang_router.routing.plan import Route
+from sglang_router.routing.skim import Content, Skim, Spans
 
+LARGE = 1 << 19
+"""Bytes of a body up to which it is decoded at once, which takes 2 ms at most."""
+MOST_TEXT = 1 << 20
+"""Bytes of the routing text that count: more of it takes the tree more than 2 ms."""
+_MOST_NAMESPACE = 1 << 16
+"""Bytes of each field of the namespace of a large body that count: all names and salts are far shorter."""
 _CLOSERS = b']"'
 _TRUE = msgspec.Raw(b"true")
 _SCAFFOLD = re.compile(
@@ -45,19 +56,30 @@ class _Reader:
     """Reads the bodies of one endpoint.
 
     decode  decodes the fields that routing needs, each as raw JSON
+    names   of these fields, as they stand in a body
     text    returns the decoded fields that make up the routing text
     """
 
-    __slots__ = ("_usual", "decode", "text")
+    __slots__ = ("_struct", "_usual", "decode", "names", "text")
 
     def __init__(self, name: str, text: tuple[str, ...]) -> None:
         names = dict.fromkeys((*NAMESPACE, "stream", "nothing", *text))
         raw = msgspec.Raw(b"")
         struct = msgspec.defstruct(f"{name}_body", [(field, msgspec.Raw, raw) for field in names], gc=False)
-        self.decode: Callable[[bytes], Any] = msgspec.json.Decoder(struct).decode
+        self._struct = struct
+        self.names = frozenset(field.encode() for field in names)
+        self.decode: Callable[[Content], Any] = msgspec.json.Decoder(struct).decode
         # attrgetter returns a tuple only for two names or more, so add the name of a field that is always empty.
         self.text: Callable[[Any], tuple[msgspec.Raw, ...]] = attrgetter(*text, *(["nothing"] * (2 - len(text))))
         self._usual = b"\0"  # the last scaffold: most texts of an endpoint have the same
+
+    def named(self, view: memoryview, spans: Spans) -> Any:
+        """Return the fields at these places as `decode` does, but those of the text, and only what counts of each."""
+        fields = {}
+        for name in (*NAMESPACE, "stream"):
+            begin, end = spans.get(name.encode(), (0, 0))
+            fields[name] = msgspec.Raw(bytes(view[begin : min(end, begin + _MOST_NAMESPACE)]))
+        return self._struct(**fields)
 
     def scaffold(self, text: bytes) -> int:
         """Return the length of a text's scaffold, in bytes; 0 without one.
@@ -154,9 +176,10 @@ class Facts:
     model        the model's name as JSON text, in one spelling and of bounded length (`routing.model_names`), or b""
     routing_key  header x-smg-routing-key, or b""
     size         length of the body, in bytes
+    place        of a large body: where its closing brace is, and what separates another member from those before
     """
 
-    __slots__ = ("endpoint", "model", "namespace", "routing_key", "scaffold", "size", "streaming", "text")
+    __slots__ = ("endpoint", "model", "namespace", "place", "routing_key", "scaffold", "size", "streaming", "text")
 
     def __init__(
         self,
@@ -177,13 +200,14 @@ class Facts:
         self.model = model
         self.routing_key = routing_key
         self.size = size
+        self.place: tuple[int, bytes] | None = None
 
     def __repr__(self) -> str:
         return f"<Facts {self.endpoint.name} {len(self.text)} bytes of text>"
 
 
-def read(endpoint: Endpoint, body: bytes, routing_key: bytes = b"") -> Facts:
-    """Read the facts of one request.
+def read(endpoint: Endpoint, body: Content, routing_key: bytes = b"", most_text: int = MOST_TEXT) -> Facts:
+    """Read the facts of one request at once.
 
     Raises: InvalidJSON, when the body is not a JSON object; the engine checks its content.
     """
@@ -195,23 +219,79 @@ def read(endpoint: Endpoint, body: bytes, routing_key: bytes = b"") -> Facts:
         fields = reader.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
         raise InvalidJSON(f"The body is not a JSON object: {exc}.") from None
-    model = bytes(fields.model)
-    if model in _NOTHING:
-        model = b""
-    elif b"\\" in model and len(model) <= LONGEST_TEXT:
-        model = spelled(model)
     parts = []
     for part in reader.text(fields):  # faster than a comprehension, which is a call, for usually two parts
         # Check the length first: comparing a long prompt would copy it.
         if len(part) > 4 or bytes(part) not in _NOTHING:
             parts.append(part)  # noqa: PERF401
-    text, scaffold = b"", 0
+    text = b""
     if parts:
         text = b"".join(parts)
         # Drop the closing bracket: the next turn of a chat continues at this place, so its text has this one as prefix.
         if text[-1] in _CLOSERS:
             text = text[:-1]
-        scaffold = reader.scaffold(text)
+        if len(text) > most_text:
+            text = text[:most_text]
+    return _facts(endpoint, reader, fields, text, routing_key, size)
+
+
+class Skimming:
+    """Reads the facts of a large body in steps of about a millisecond."""
+
+    __slots__ = ("_body", "_endpoint", "_most_text", "_reader", "_routing_key", "_skim", "_whole")
+
+    def __init__(self, endpoint: Endpoint, body: Content, routing_key: bytes = b"", most_text: int = MOST_TEXT) -> None:
+        assert endpoint.reader is not None
+        self._endpoint = endpoint
+        self._reader = endpoint.reader
+        self._body = body
+        self._routing_key = routing_key
+        self._most_text = most_text
+        self._skim = Skim(body, self._reader.names)
+        self._whole = False  # the end of the body is reached
+
+    def __repr__(self) -> str:
+        return f"<Skimming {self._endpoint.name} {self._skim!r}>"
+
+    def step(self) -> Facts | None:
+        """Read on; return the facts in the step after the end of the body.
+
+        Raises: InvalidJSON, when the body is not a JSON object; InvalidRequest, when it has too many members.
+        """
+        skim = self._skim
+        if not self._whole:
+            self._whole = skim.step()
+            return None
+        view = memoryview(self._body)
+        fields = self._reader.named(view, skim.spans)
+        facts = _facts(self._endpoint, self._reader, fields, self._text(view), self._routing_key, len(view))
+        facts.place = (skim.close, b"" if skim.empty else b",")
+        return facts
+
+    def _text(self, view: memoryview) -> bytes:
+        """Return the routing text as `read` does. It is copied once."""
+        parts = []
+        for name in self._endpoint.text:
+            begin, end = self._skim.spans.get(name.encode(), (0, 0))
+            if end - begin > 4 or bytes(view[begin:end]) not in _NOTHING:
+                parts.append(view[begin:end])
+        if parts and parts[-1][-1] in _CLOSERS:
+            parts[-1] = parts[-1][:-1]
+        room = self._most_text
+        for at, part in enumerate(parts):
+            parts[at] = part[:room]
+            room -= len(parts[at])
+        return b"".join(parts)
+
+
+def _facts(endpoint: Endpoint, reader: _Reader, fields: Any, text: bytes, routing_key: bytes, size: int) -> Facts:
+    """Return the facts that these fields and this text make."""
+    model = bytes(fields.model)
+    if model in _NOTHING:
+        model = b""
+    elif b"\\" in model and len(model) <= LONGEST_TEXT:
+        model = spelled(model)
+    scaffold = reader.scaffold(text) if text else 0
     namespace = model
     if fields.lora_path or fields.lora_id or fields.cache_salt:
         namespace = _divided(model, fields)

@@ -18,7 +18,7 @@ _FIELD = re.compile(
 )
 
 
-def model_of(body: bytes) -> bytes:
+def model_of(body: bytes | bytearray) -> bytes:
     """Return the field `model` of a form as JSON text; b"" without one."""
     found = _FIELD.search(body, 0, _SEARCHED)
     if found is None and len(body) > _SEARCHED:

@@ -33,6 +33,9 @@ _FRAMING_PER_BYTE = 16
 
 _WATCHED = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
+Body = bytes | bytearray
+"""The content of a request; a large one is a bytearray, which nobody changes once it is whole."""
+
 Headers = list[tuple[bytes, bytes]]
 """Fields in the order they came; names in lower case."""
 
@@ -59,7 +62,7 @@ class Request:
         self.target = target
         self.path = path
         self.headers = headers
-        self.body = b""
+        self.body: Body = b""
         self.http10 = http10
         self.keep_alive = keep_alive
         self.refusal: RouterError | None = None
@@ -72,7 +75,7 @@ class Request:
         message = (self.method, self.target, self.path, self.headers, self.body)
         return (*message, self.http10, self.keep_alive, self.refusal, self.client)
 
-    def with_body(self, body: bytes) -> Request:
+    def with_body(self, body: Body) -> Request:
         """Return the same request with another body."""
         other = Request(self.method, self.target, self.path, self.headers, self.http10, self.keep_alive)
         other.body = body

@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+from sglang_router.wire.request import Body
 
-def splice(body: bytes, members: bytes) -> bytes:
+_COPIED = 65536
+"""Bytes of a body up to which a copy is made."""
+
+
+class Spliced:
+    """A large body with members added, as two pieces, so that it is not copied.
+
+    body  the body as it came
+    end   how many bytes of it are sent
+    tail  what is sent after them
+    """
+
+    __slots__ = ("body", "end", "tail")
+
+    def __init__(self, body: Body, end: int, tail: bytes) -> None:
+        self.body = body
+        self.end = end
+        self.tail = tail
+
+    def __len__(self) -> int:
+        return self.end + len(self.tail)
+
+
+def splice(body: Body, members: bytes) -> bytes:
     """Return `body`, a JSON object, with `members` (such as b'"data_parallel_rank":1') added at its end.
 
     Engines use the last of several members with the same name, so these override the client's.
@@ -12,4 +36,14 @@ def splice(body: bytes, members: bytes) -> bytes:
     """
     end = body.rindex(b"}")
     comma = b"" if body[:end].rstrip().endswith(b"{") else b","
-    return b"%b%b%b%b" % (body[:end], comma, members, body[end:])
+    return b"".join((body[:end], comma, members, body[end:]))
+
+
+def splice_at(body: Body, place: tuple[int, bytes], members: bytes) -> bytes | Spliced:
+    """Return the same for a large body without a copy of it; white space behind the closing brace is dropped.
+
+    place  where the closing brace is, and what separates another member from those before
+    """
+    end, separator = place
+    tail = b"%b%b}" % (separator, members)
+    return Spliced(body, end, tail) if end > _COPIED else bytes(memoryview(body)[:end]) + tail

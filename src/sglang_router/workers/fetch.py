@@ -18,6 +18,7 @@ from sglang_router.relay.upstream import Opening, UpstreamConnection
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Target
 from sglang_router.wire.framing import Framing
+from sglang_router.wire.request import Body
 from sglang_router.wire.response import ResponseHead
 
 _JSON = b"application/json"
@@ -92,7 +93,7 @@ async def fetch(
     method: bytes,
     path: bytes,
     *,
-    body: bytes = b"",
+    body: Body = b"",
     content_type: bytes = _JSON,
     timeout: float,
     max_bytes: int = _MAX_BYTES,
@@ -123,7 +124,7 @@ async def ask_once(
     pool: ConnectionPool,
     target: Target,
     head: bytes,
-    body: bytes,
+    body: Body,
     *,
     timeout: float,
     max_bytes: int,
