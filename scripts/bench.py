@@ -41,6 +41,7 @@ PLACE = ROOT / ".bench-venv"
 OURS, REFERENCE, HAPROXY, DIRECT = "sglang_router", "reference 0.3.2", "haproxy", "direct"
 BEFORE = "before"
 WORKERS = 4
+AT_ONCE = {"SGLANG_ROUTER_SHUTDOWN_DRAIN_SECS": "0"}
 GROUPS = 64  # groups of prompts; those of a group share their first three quarters
 READY_WITHIN = 60.0  # seconds, as all times here
 ENDS_WITHIN = 10.0
@@ -157,7 +158,7 @@ class Bench:
             process = subprocess.Popen(
                 [str(word) for word in command],
                 cwd=self.folder,  # not the checkout, where the reference router would import this package
-                env=os.environ if source is None else {**os.environ, "PYTHONPATH": str(source)},
+                env={**os.environ, **AT_ONCE, **({} if source is None else {"PYTHONPATH": str(source)})},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if told else sink,
                 stderr=sink,

@@ -262,6 +262,7 @@ def start_router(processes: Processes, urls: Sequence[str], policy: str) -> tupl
     """Start the router in front of `urls`; when it is ready, return its address and the URL of its metrics."""
     port, metrics_port = free_port(), free_port()
     arguments = ["--policy", policy, "--port", str(port), "--prometheus-port", str(metrics_port)]
+    arguments += ["--shutdown-drain-secs", "0"]
     arguments += ["--worker-urls", *urls]
     process, log = processes.start("router", "sglang_router.launch_router", *arguments)
     address = f"127.0.0.1:{port}"

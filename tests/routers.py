@@ -275,8 +275,9 @@ def engine_on_fixed_port(*flags: str) -> tuple[subprocess.Popen[str], str]:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment without options for the router."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_ROUTER_")}
+    """Return the environment without options for the router, but one: no load balancer has to notice that it ends."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_ROUTER_")}
+    return {**others, "SGLANG_ROUTER_SHUTDOWN_DRAIN_SECS": "0"}
 
 
 def start_router(

@@ -1,6 +1,6 @@
 """Imports go down only, types included; pure modules stay pure; class names are unique; modules stay small.
 
-    errors                     every error once
+    errors                     every error once;   version, words: a line each;   process: this one among others
     config                     every option once
     wire                       HTTP/1.1 bytes                      access         keys, roles, TLS
     routing                    the decision, pure
@@ -31,12 +31,15 @@ import sglang_router
 
 ROOT = Path(sglang_router.__file__).parent
 
-BELOW_RELAY = {"errors", "wire", "access", "routing"}
+BELOW_RELAY = {"errors", "words", "wire", "access", "routing"}
 BELOW_ADMIN = BELOW_RELAY | {"config", "relay", "workers"}
-BELOW_APP = BELOW_ADMIN | {"resume", "observe", "autoscale", "restart", "admin"}
+BELOW_APP = BELOW_ADMIN | {"process", "resume", "observe", "autoscale", "restart", "admin"}
 MAY_KNOW: dict[str, set[str]] = {
     "errors": set(),
-    "config": {"errors"},
+    "version": set(),
+    "words": set(),
+    "process": set(),
+    "config": {"errors", "version"},
     "wire": {"errors"},
     "access": {"errors", "config"},
     "routing": {"errors"},
@@ -45,21 +48,27 @@ MAY_KNOW: dict[str, set[str]] = {
     "workers": BELOW_RELAY | {"config", "relay"},
     "observe": {"errors", "routing"},
     "autoscale": BELOW_ADMIN,
-    "restart": {"errors", "config", "routing", "workers"},
+    "restart": {"errors", "words", "config", "routing", "workers"},
     "admin": BELOW_ADMIN | {"autoscale"},
     "app": BELOW_APP,
-    "engine": {"errors", "config"},
+    "engine": {"errors", "version", "config", "process"},
     "router_args": {"config"},
-    "launch_router": {"errors", "config", "app"},
+    "sglang_router_rs": set(),
+    "router": {"launch_router", "router_args", "sglang_router_rs"},
+    "mini_lb": {"router", "router_args"},
+    "launch_router": {"errors", "config", "process", "app"},
     "launch": BELOW_APP | {"app", "engine"},
-    "launch_server": {"config", "launch", "launch_router", "app"},
-    "cli": {"errors", "config", "launch_router", "launch_server", "engine"},
+    "launch_server": {"config", "process", "launch", "launch_router", "app"},
+    "cli": {"errors", "version", "config", "launch_router", "launch_server", "engine"},
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"version"},
 }
 
 PURE = (
     "errors",
+    "words",
+    "config.compat",
+    "config.units",
     "wire",
     "access.permissions",
     "routing",

@@ -439,7 +439,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
             "--retry-max-backoff-ms must not be less than --retry-initial-backoff-ms",
         ),
         ("--policy bucket", "--policy: 'bucket' is not one of cache_aware, round_robin, random"),
-        ("--policy cache-aware", "did you mean cache_aware?"),
+        ("--policy cache-awar", "did you mean cache_aware?"),
     ],
 )
 def test_bad_command_line(words: str, message: str) -> None:

@@ -97,7 +97,7 @@ def test_console(door: list[str]) -> None:
     ("words", "line"),
     [
         (["lanch"], "error: unknown command 'lanch'; did you mean launch?\n"),
-        (["--qqq"], "error: unknown flag '--qqq'; see --help\n"),
+        (["--qqq"], "error: unknown flag --qqq; see --help\n"),
     ],
 )
 def test_unknown_command(words: list[str], line: str) -> None:

@@ -70,6 +70,7 @@ class Launched:
         self._mark = f"{MARK}={uuid.uuid4()}"
         name, _, value = self._mark.partition("=")
         ports = ("--port", str(self.port), "--router-prometheus-port", str(free_port()))
+        at_once = {"SGLANG_ROUTER_SHUTDOWN_DRAIN_SECS": "0"}
         logs = ("--log-dir", str(folder), "--router-log-format", "json")
         command = [sys.executable, "-m", "sglang_router.launch_server", *arguments, *ports, *logs]
         with self.log.open("wb") as sink:
@@ -80,7 +81,7 @@ class Launched:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # the test sends Ctrl-C to the whole process group, as a terminal does
                 preexec_fn=_end_with_parent,
-                env={**os.environ, "TMPDIR": str(folder), **environ, name: value},
+                env={**os.environ, **at_once, "TMPDIR": str(folder), **environ, name: value},
             )
         self._seen: set[Process] = set()
 

@@ -1,6 +1,6 @@
 """The console command `sglang-router`, also `python -m sglang_router`: dispatches to its subcommands.
 
-sglang-router launch ...    the router     (as python -m sglang_router.launch_router)
+sglang-router launch ...    the router     (as python -m sglang_router.launch_router; also without `launch`)
 sglang-router serve ...     engines and the router     (as python -m sglang_router.launch_server; also `server`)
 sglang-router engine ...    the built-in engine     (as python -m sglang_router.engine)
 """
@@ -11,9 +11,10 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 
-from sglang_router import __version__, launch_router, launch_server
+from sglang_router import launch_router, launch_server
 from sglang_router.config.option import did_you_mean
 from sglang_router.errors import ConfigError
+from sglang_router.version import __version__
 
 _HELP = """\
 usage: sglang-router COMMAND [options]
@@ -23,7 +24,7 @@ A fast, cache-aware router for fleets of LLM engines.
 commands:
   serve              start engines and the router in front of them, as one OpenAI server;
                      `sglang-router serve --backend llamacpp` needs no GPU and downloads a small model
-  launch             start the router in front of engines that run already
+  launch             start the router in front of engines that run already (the command may be left out)
   engine             start the built-in engine, which simulates an SGLang server and needs no GPU
 
 `sglang-router COMMAND --help` lists the options of a command.
@@ -46,10 +47,11 @@ def _dispatch(words: list[str]) -> int:
         print(_HELP, end="")
         return 1
     command = _COMMANDS.get(words[0])
-    if command is None:
-        what = "flag" if words[0].startswith("-") else "command"
-        raise ConfigError(f"unknown {what} {words[0]!r}{did_you_mean(words[0], _COMMANDS) or '; see --help'}")
-    return command(words[1:])
+    if command is not None:
+        return command(words[1:])
+    if words[0].startswith("-"):  # options of the router, without a command
+        return _launch(words)
+    raise ConfigError(f"unknown command {words[0]!r}{did_you_mean(words[0], _COMMANDS) or '; see --help'}")
 
 
 def _launch(words: list[str]) -> int:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from sglang_router import process
 from sglang_router.config import HelpFormatter as CustomHelpFormatter
 from sglang_router.config import RouterArgs, parse
 from sglang_router.errors import ConfigError
@@ -37,12 +38,19 @@ def launch_router(args: object, *, serve: Callable[[RouterArgs], int] | None = N
     `args` is a RouterArgs, or any object with the same attributes, such as a namespace. Older names of attributes work
     as well, and missing attributes get their defaults. `args` is not changed. Tests pass `serve` instead of the server.
 
+    It may run in a child process, forked or spawned. In a thread other than the main one it handles no signals, and
+    ends with the process.
+
     Raises: ConfigError if the router cannot start with these options.
     """
+    process.open_standard_descriptors()
     given = args if isinstance(args, RouterArgs) else RouterArgs.from_cli_args(args)
     checked = given.checked()
+    warnings = list(given.slips)
     if ignored := checked.without_effect():
-        print(f"warning: these options have no effect in this router: {', '.join(ignored)}", file=sys.stderr)
+        warnings.append(f"these options have no effect in this router: {', '.join(ignored)}")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if serve is None:
         from sglang_router.app.lifecycle import serve as run  # imported here: --help and mistakes do not need it
 
@@ -57,7 +65,10 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """Run a command. A ConfigError prints one line and gives status 2, Ctrl-C 130, a closed output pipe 141."""
+    """Run a command, which is the whole of this process. A ConfigError prints one line and gives status 2, Ctrl-C 130,
+    a closed output pipe 141."""
+    process.open_standard_descriptors()
+    process.ignore_harmless_signals()
     try:
         try:
             return command()

@@ -13,14 +13,15 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NoReturn
 
+from sglang_router import process
 from sglang_router.config import RouterArgs
 from sglang_router.launch.options import CommandLine, parse
 from sglang_router.launch_router import exit_status, launch_router
 
-__all__ = ["launch_server", "main"]
+__all__ = ["RouterArgs", "launch_router", "launch_server", "main"]
 
 _PROG = "python -m sglang_router.launch_server"
 
@@ -47,12 +48,20 @@ def _serve(line: CommandLine, args: RouterArgs) -> int:
 @contextlib.contextmanager
 def _signals_end_process() -> Iterator[None]:
     """Before the event loop handles signals, let them end the process by an exception, as Ctrl-C does: a download then
-    removes its temporary files."""
+    removes its temporary files. SIGHUP ends it when the terminal was closed; there is nothing to read again yet."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    on_terminal = process.has_terminal()
 
-    def end(number: int, _: object) -> NoReturn:
-        raise SystemExit(128 + number)
+    def end(number: int, _: object) -> None:
+        if number != signal.SIGHUP or (on_terminal and not process.has_terminal()):
+            raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGQUIT)}
+    numbers = [signal.SIGTERM, signal.SIGQUIT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` lets it be ignored
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:

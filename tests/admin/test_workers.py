@@ -295,6 +295,7 @@ def test_workers_are_listed_with_counts() -> None:
         (b'{"url": "http://h", "health_failure_threshold": 0}', 422, "$.health_failure_threshold"),
         (b'{"url": "http://h", "api_key": "a b"}', 422, "$.api_key"),
         (b'{"url": "http://h", "labels": {"a": 1}}', 422, "$.labels"),
+        (b'{"url": "http://h", "api_kye": "k"}', 422, 'no field "api_kye"; did you mean api_key?'),
         (b'{"url": "http://h", "worker_type": "prefill"}', 400, "regular"),
     ],
 )

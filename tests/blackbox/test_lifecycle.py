@@ -73,8 +73,19 @@ def test_a_signal_lets_running_requests_finish(urls: list[str], number: signal.S
         assert rest.count(b"data: {") == 149
         assert rest.endswith(b"data: [DONE]\n\n")
         assert router.exit_status() == 0
-        assert "finishing 1 running requests" in router.log()
+        assert "finishing 1 running request" in router.log()
         assert router.log().count("POST /generate 200") == 1  # the last access lines are not lost
+
+
+def test_case_11_what_begins_after_sigterm_is_finished(urls: list[str]) -> None:
+    """A stream that begins while load balancers have not noticed yet is in flight like any other."""
+    with router_process(urls, variables={"SGLANG_ROUTER_SHUTDOWN_DRAIN_SECS": "1.5"}) as router:
+        router.send_signal(signal.SIGTERM)
+        router.until(lambda: "served for another 1.5 s" in router.log())
+        with running_stream(router, 250) as stream:
+            router.until(lambda: refuses_connections(router))
+            assert stream.read().count(b"data: {") == 249
+        assert router.exit_status() == 0
 
 
 def test_idle_connections_are_closed_and_hold_nothing_up(urls: list[str]) -> None:
@@ -138,14 +149,14 @@ def test_the_grace_period_is_the_most_it_waits(urls: list[str]) -> None:
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             stream.read()
         assert router.exit_status(ENDS_AT_ONCE) == 0
-        assert "the grace period is over: 1 requests are cut" in router.log()
+        assert "the grace period is over: cutting 1 request" in router.log()
         assert "outcome=gone" in router.log()  # it has its access line
 
 
 def test_a_second_signal_ends_it_at_once(urls: list[str]) -> None:
     with router_process(urls) as router, running_stream(router, 100_000):
         router.send_signal(signal.SIGINT)
-        router.until(lambda: "finishing 1 running requests" in router.log())
+        router.until(lambda: "finishing 1 running request" in router.log())
         router.send_signal(signal.SIGINT)
 
         assert router.exit_status(ENDS_AT_ONCE) == 128 + signal.SIGINT

@@ -169,7 +169,7 @@ def test_without_the_library_it_says_what_to_install(model: Path, tmp_path: Path
     )
 
     assert done.returncode == 2
-    assert done.stderr.endswith("pip install 'sglang-router[llamacpp]'\n")
+    assert done.stderr.endswith("pip install xllamacpp\n")
     assert done.stderr.count("\n") == 1
 
 

@@ -125,6 +125,13 @@ def test_serves_from_the_first_healthy_replica_on(tmp_path: Path) -> None:
         assert log.index("serving on http://127.0.0.1:") < log.index("2 of 2 replicas are healthy")
         assert "[rank 0] engine 'built-in' listens on http://127.0.0.1:" in log
 
+        before = engines(router)
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):  # case 12: they ended launcher and engines
+            router.send_signal(number)
+        router.until(lambda: "SIGHUP: reading" in router.log() and "log files are opened again" in router.log())
+        assert engines(router) == before
+        assert router.post("/generate", REQUEST).status == 200
+
         with ThreadPoolExecutor() as pool:
             running = pool.submit(router.post, "/generate", LONG)
             router.until(lambda: any(worker["load"] for worker in router.workers().values()))

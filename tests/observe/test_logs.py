@@ -21,7 +21,8 @@ import pytest
 
 from sglang_router.errors import ConfigError
 from sglang_router.observe import logs
-from sglang_router.observe.writer import DailyFile, LineBuffer, OpenFile
+from sglang_router.observe.log_files import DailyFile
+from sglang_router.observe.writer import LineBuffer, OpenFile
 
 LINE = "a line of sixty-four characters, newline and all, for the tests\n"
 F_SETPIPE_SZ = 1031  # Linux

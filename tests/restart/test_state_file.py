@@ -16,6 +16,7 @@ import uvloop
 from fleets import by_model
 from prefix_trees import check, put, shape
 from sglang_router.errors import ConfigError
+from sglang_router.restart.snapshot import MAGIC
 from sglang_router.restart.state_file import Clocks, StateFile
 from sglang_router.routing.events import Listener
 from sglang_router.routing.fleet import Fleet
@@ -334,6 +335,30 @@ def test_a_file_that_others_can_write_is_not_believed(path: Path, caplog: pytest
     run(place.file.save)
     path.chmod(0o620)
     assert "can be written by others" in refused(path, caplog)
+
+
+def test_f38_a_file_that_others_can_read_is_warned_of(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Keys and prompts in a file with mode 0644 were read by everybody without a word."""
+    place = Place(path)
+    place.add("http://a:1")
+    run(place.file.save)
+    path.chmod(0o644)
+    again = Place(path)
+    assert again.file.load() == 1
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [f"{path} holds keys and prompts, and others may read it: run chmod 600 {path}"]
+    run(again.file.save)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("head", [b"", MAGIC], ids=["zeros", "magic"])
+def test_f38_a_huge_file_is_refused_by_its_head(head: bytes, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file of zeros, far larger than the memory of any machine, was read whole before it was refused."""
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(1 << 40)
+    path.chmod(0o600)
+    assert f"the state file {path} " in refused(path, caplog)
 
 
 def test_a_pipe_does_not_hold_up_the_start(path: Path, caplog: pytest.LogCaptureFixture) -> None:

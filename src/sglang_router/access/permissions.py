@@ -85,14 +85,22 @@ class _Rule(msgspec.Struct, frozen=True):
 
 
 class Access:
-    """The keys and what each allows. It never changes: new keys mean a new object.
+    """The keys and what each allows.
 
     open  without control keys, changes are accepted from anywhere
     """
 
+    _rules: tuple[_Rule, ...]  # by kind; replaced as a whole, as `_known` is
+    _known: dict[bytes, Identity]
+
     def __init__(
         self, client_keys: Iterable[ClientKey] = (), control_keys: Iterable[ControlKey] = (), *, open: bool = False
     ) -> None:
+        self._open = open
+        self.use(client_keys, control_keys)
+
+    def use(self, client_keys: Iterable[ClientKey], control_keys: Iterable[ControlKey]) -> None:
+        """Let these keys count from now on, and no others. Requests that were let in before go on."""
         clients = {_digest(each.key): Identity(each.name, role=Role.CLIENT) for each in client_keys}
         control = {_digest(each.key): Identity(each.id, each.name, Role(each.role)) for each in control_keys}
         admins = {digest: identity for digest, identity in control.items() if identity.role is Role.ADMIN}
@@ -100,7 +108,7 @@ class Access:
         if control:
             read, change = _Rule(control), _Rule(admins)
         else:
-            read, change = inference, _Rule(clients or None, locally=not open)
+            read, change = inference, _Rule(clients or None, locally=not self._open)
         self._rules = (_Rule(), inference, read, change)
         self._known = clients | control
 

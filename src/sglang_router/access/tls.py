@@ -12,7 +12,6 @@ worked. Until then, as in the middle of a renewal, the old pair stays in use. Op
 from __future__ import annotations
 
 import logging
-import os
 import re
 import ssl
 import time
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+from sglang_router.access.watched import WatchedFiles
 from sglang_router.config.keys import exposure
 from sglang_router.errors import ConfigError
 
@@ -32,8 +32,6 @@ _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE--
 _TIME_FORMS = {0x17: "%y%m%d%H%M%SZ", 0x18: "%Y%m%d%H%M%SZ"}  # UTCTime, GeneralizedTime
 _EXPLICIT_VERSION = 0xA0
 
-Mark = tuple[int, ...]
-
 
 class TLSFiles:
     """A context and the files it was made from. `build` makes it, or raises ConfigError.
@@ -41,35 +39,19 @@ class TLSFiles:
     expires_at  when the certificate in use expires, in seconds since 1970; None without one
     """
 
+    context: ssl.SSLContext
+    expires_at: float | None
+
     def __init__(self, paths: Sequence[str], build: Callable[[], tuple[ssl.SSLContext, float | None]]) -> None:
-        self._paths = paths
         self._build = build
-        self._complaint = ""  # the last warning
-        self._marks = self._look()  # of the files in use
-        self.context, self.expires_at = build()
+        self._files = WatchedFiles(paths, self._load, "TLS", log)
 
-    def refresh(self) -> bool:
-        """Load the files again if they changed; returns whether new ones are in use now. Call it every few seconds.
+    def _load(self) -> None:
+        self.context, self.expires_at = self._build()
 
-        Files that cannot be used are one warning, and are tried again at each call.
-        """
-        marks = self._look()
-        if marks == self._marks:
-            self._complaint = ""
-            return False
-        try:
-            self.context, self.expires_at = self._build()
-        except ConfigError as error:
-            if str(error) != self._complaint:
-                self._complaint = str(error)
-                log.warning("TLS: %s; the files loaded before stay in use", error)
-            return False
-        self._marks, self._complaint = marks, ""
-        log.info("TLS: loaded %s anew", ", ".join(self._paths))
-        return True
-
-    def _look(self) -> tuple[Mark, ...]:
-        return tuple(map(_mark, self._paths))
+    def refresh(self, *, anyway: bool = False) -> bool:
+        """Load the files again if they changed, or `anyway`; returns whether new ones are in use now."""
+        return self._files.refresh(anyway=anyway)
 
 
 def server_files(cert: str, key: str, clock: Callable[[], float] = time.time) -> TLSFiles:
@@ -162,16 +144,6 @@ def _harden(context: ssl.SSLContext) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(_CIPHERS)
     context.set_alpn_protocols(_PROTOCOLS)
-
-
-def _mark(path: str) -> Mark:
-    """Return what changes when a file changes, also behind symbolic links (Kubernetes swaps those); empty without a
-    file."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return ()
-    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
 
 
 def _load_pair(context: ssl.SSLContext, cert: str, key: str, now: float) -> float:

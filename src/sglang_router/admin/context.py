@@ -96,6 +96,7 @@ class Context:
     engine_metrics  the metrics of all engines, for all who ask
     autoscaler      decides how many workers there should be; None: the number is fixed
     replicas        runs the engines; None: they run elsewhere
+    ending          the router is about to stop: it is not ready any more
     """
 
     fleet: Fleet
@@ -111,6 +112,7 @@ class Context:
     timeouts: AskTimeouts = field(default_factory=AskTimeouts)
     replicas: ReplicaControl | None = None
     models: ModelsCache = field(default_factory=ModelsCache)
+    ending: bool = False
 
     def attach_replicas(self, replicas: ReplicaControl) -> None:
         """From now on, describe and restart the engines that `replicas` runs."""

@@ -44,14 +44,16 @@ async def health(context: Context, request: Request) -> Response:
 
 
 async def readiness(context: Context, request: Request) -> Response:
-    """Answer 200 while a healthy worker can take requests, else 503."""
+    """Answer 200 while a healthy worker can take requests and the router is not about to stop, else 503."""
     able = context.fleet.candidates(context.clock())
     healthy = sum(worker.health is Health.HEALTHY for worker in able)
     total = len(context.fleet)
+    counts = {"healthy_workers": healthy, "total_workers": total}
+    if context.ending:
+        return JSON({"status": "not ready", "reason": "shutting down", **counts}, 503)
     if healthy:
-        return JSON({"status": "ready", "healthy_workers": healthy, "total_workers": total})
-    short = {"status": "not ready", "reason": "insufficient healthy workers", "healthy_workers": 0}
-    return JSON({**short, "total_workers": total}, 503)
+        return JSON({"status": "ready", **counts})
+    return JSON({"status": "not ready", "reason": "insufficient healthy workers", **counts}, 503)
 
 
 async def health_generate(context: Context, request: Request) -> Response:

@@ -18,7 +18,7 @@ import msgspec
 
 from sglang_router import __version__
 from sglang_router.access.permissions import AccessKind
-from sglang_router.admin import shapes
+from sglang_router.admin import shapes, workers
 from sglang_router.admin.contract import (
     CONTRACTS,
     REFUSED,
@@ -227,6 +227,9 @@ def _schemas() -> Schema:
     refined["url"] |= {"description": WORKER_URL, "pattern": r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"}
     refined["worker_type"]["enum"] = ["regular"]
     refined["bootstrap_port"] = {"type": "null"}
+    for body in (workers.Registration, workers.Change):
+        found[body.__name__]["additionalProperties"] = False
+        found[body.__name__]["properties"] |= {name: {"description": "Ignored."} for name in workers.IGNORED}
     return dict(sorted(found.items()))
 
 

@@ -14,13 +14,14 @@ from starlette.responses import Response
 from sglang_router.admin.context import JSON, Context, ReplicaControl
 from sglang_router.admin.workers import named
 from sglang_router.errors import Conflict
+from sglang_router.words import counted
 
 
 async def restart(context: Context, request: Request) -> Response:
     """Restart the engine of a worker after its requests in flight."""
     worker = named(context, request)
     _runner(context).restart_worker(worker)
-    message = f"The worker drains {worker.load} requests in flight, then its engine is restarted"
+    message = f"The worker drains {counted(worker.load, 'request')} in flight, then its engine is restarted"
     return JSON({"status": "accepted", "worker_id": worker.id, "message": message}, 202)
 
 

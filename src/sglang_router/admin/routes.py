@@ -36,7 +36,12 @@ ROUTES: dict[str, tuple[Row, ...]] = {
     "Health": (
         Row("GET /health", info.health, "200 and the text `OK` while the router runs.", PUBLIC),
         Row("GET /liveness", info.health, "The same as /health.", PUBLIC),
-        Row("GET /readiness", info.readiness, "200 while a healthy worker can take requests, else 503.", PUBLIC),
+        Row(
+            "GET /readiness",
+            info.readiness,
+            "200 while a healthy worker can take requests and the router is not stopping, else 503.",
+            PUBLIC,
+        ),
         Row(
             "GET /health_generate", info.health_generate, "Lets a worker generate a token; 503 if three fail.", CLIENTS
         ),

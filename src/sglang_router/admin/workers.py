@@ -29,6 +29,7 @@ from starlette.responses import PlainTextResponse, Response
 from sglang_router.admin.context import JSON, Context
 from sglang_router.admin.shared import in_slices
 from sglang_router.config import parse_worker_url
+from sglang_router.config.option import did_you_mean
 from sglang_router.errors import (
     ConfigError,
     Conflict,
@@ -41,8 +42,9 @@ from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
+from sglang_router.words import counted
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
@@ -70,13 +72,17 @@ class Change(msgspec.Struct, kw_only=True):
 
 
 class Registration(Change, kw_only=True):
-    """The body of POST /workers. Fields of the reference that mean nothing to an HTTP router are ignored."""
+    """The body of POST /workers."""
 
     url: _URL
     worker_type: str = "regular"
     runtime: str | None = None
     bootstrap_port: int | None = None
     dp_aware: bool | None = None
+
+
+IGNORED = ("tokenizer_path", "reasoning_parser", "tool_parser", "chat_template", "max_connection_attempts")
+"""Fields of the reference's bodies that mean nothing to an HTTP router, and are ignored."""
 
 
 # -- the commands ----------------------------------------------------------------------------------
@@ -176,7 +182,7 @@ async def delete(context: Context, request: Request) -> Response:
     """Remove a worker; its requests in flight finish."""
     worker = named(context, request)
     context.fleet.remove(worker)
-    message = f"The worker is removed; its {worker.load} requests in flight finish"
+    message = f"The worker is removed; {counted(worker.load, 'request')} in flight may finish"
     return JSON({"status": "accepted", "worker_id": worker.id, "message": message}, 202)
 
 
@@ -214,11 +220,16 @@ async def _read(request: Request, shape: type[T]) -> T:
     try:
         wanted = msgspec.json.decode(body, type=shape)
         # Again, for what msgspec does not check: the bytes of fields that it skips, and duplicate fields.
-        json.loads(body.decode(), object_pairs_hook=_unique)
+        found = json.loads(body.decode(), object_pairs_hook=_unique)
     except msgspec.ValidationError as exc:
         raise Unprocessable(f"The description of the worker is not valid: {exc}.") from None
     except (msgspec.DecodeError, ValueError, RecursionError) as exc:
         raise InvalidJSON(f"The body is not a JSON object: {exc}.") from None
+    known = [field.name for field in msgspec.structs.fields(shape)]
+    for name in found:
+        if name not in known and name not in IGNORED:
+            shown = json.dumps(name[:64])
+            raise Unprocessable(f"The description of a worker has no field {shown}{did_you_mean(name[:64], known)}.")
     return wanted
 
 

@@ -128,7 +128,7 @@ def build(
     rng, clock = seams.rng or random.Random(), seams.clock
     listeners, deferred = Listeners(), Deferred(loop.call_later)
     tls, worker_tls = settings.server_tls(args), settings.worker_tls(args)
-    access, answers = settings.access_rules(args), _answers(args, rng)
+    (access, key_files), answers = settings.access_rules(args), _answers(args, rng)
     workers = _workers(args, loop, seams, listeners, rng, worker_tls)
     fleet, connections = workers.fleet, workers.connections
     router = _router(args, fleet, listeners, rng, workers.checks, partial(_soon, loop, clock))
@@ -173,7 +173,7 @@ def build(
         plane=plane,
         scaler=scaler,
         tls=tls,
-        certificates=[files for files in (tls, worker_tls) if files is not None],
+        watched=[files for files in (tls, worker_tls, key_files) if files is not None],
         **workers._asdict(),
     )
     _listen(app, writer)
@@ -370,6 +370,6 @@ def _listen(app: App, writer: LogWriter | None) -> None:
     if app.scaler is not None:
         app.deferred.add(app.scaler.observer)
     if app.args.access_log and writer is not None:
-        app.deferred.add(AccessLog(writer))
+        app.deferred.add(AccessLog(writer, probes=app.args.log_probes))
     for listener in (app.membership, app.router, WorkerLog(), app.deferred):
         app.listeners.add(listener)

@@ -3,22 +3,25 @@
     job         every                                what
     sweep       0.25 s                               check deadlines and the queue; close old idle connections
     judge       1 s (5 s with 200 workers or more)   eject outliers, and let them return
-    renew       5 s                                  load certificates that were renewed
+    renew       2 s                                  load certificates and keys that were renewed
     collect     1 s                                  collect the youngest generation of garbage
     tidy        --eviction-interval-secs             clean up the policies' memories in small steps
 
 The cyclic garbage collector must not pause requests: what exists after the start is frozen, automatic collection is
-off, and the prefix tree is invisible to the collector by construction (see `routing.prefix_tree.tree`).
+off, and the prefix tree is invisible to the collector by construction (see `routing.prefix_tree.tree`). A router that
+runs in a thread of another program leaves that program its collector.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sglang_router.access.tls import TLSFiles
+from sglang_router.access.watched import WatchedFiles
 from sglang_router.relay.clients import Clients
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.routing.router import Router
@@ -26,7 +29,7 @@ from sglang_router.routing.router import Router
 _SWEEP_EVERY = 0.25
 _JUDGE_EVERY = 1.0
 _LARGE_FLEET = 200
-_RENEW_EVERY = 5.0
+_RENEW_EVERY = 2.0
 _COLLECT_EVERY = 1.0
 _TIDY_STEPS = 512
 _TIDY_PAUSE = 0.01
@@ -46,6 +49,7 @@ class Jobs:
         self._loop = loop
         self._jobs = jobs
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._paused_collector = False
 
     def __repr__(self) -> str:
         return f"<Jobs {', '.join(job.name for job in self._jobs)}>"
@@ -54,16 +58,21 @@ class Jobs:
         """Run each job now and periodically; turn off automatic garbage collection, which is a job too."""
         for job in self._jobs:
             self._run(job)
-        gc.freeze()
-        gc.disable()
+        if gc.isenabled() and threading.current_thread() is threading.main_thread():
+            self._paused_collector = True
+            gc.freeze()
+            gc.disable()
 
     def _run(self, job: Job) -> None:
         self._timers[job.name] = self._loop.call_later(job.run(), self._run, job)
 
     def close(self) -> None:
-        """Stop all jobs."""
+        """Stop all jobs; give the collector back to a program that goes on without the router."""
         for timer in self._timers.values():
             timer.cancel()
+        if self._paused_collector:
+            gc.enable()
+            gc.unfreeze()
 
 
 def table(
@@ -71,14 +80,14 @@ def table(
     clients: Sequence[Clients],
     connections: ConnectionPool,
     router: Router,
-    certificates: Sequence[TLSFiles],
+    watched: Sequence[TLSFiles | WatchedFiles],
     tidy_every: float,
 ) -> tuple[Job, ...]:
     """Return the jobs of a router.
 
-    clients       the registries whose deadlines are checked
-    certificates  files that are loaded again when they change
-    tidy_every    seconds between two clean-ups of the policies' memories
+    clients     the registries whose deadlines are checked
+    watched     files that are loaded again when they change
+    tidy_every  seconds between two clean-ups of the policies' memories
     """
     fleet = router.fleet
 
@@ -94,7 +103,7 @@ def table(
         return _JUDGE_EVERY if len(fleet) < _LARGE_FLEET else 5 * _JUDGE_EVERY
 
     def renew() -> float:
-        for files in certificates:
+        for files in watched:
             files.refresh()
         return _RENEW_EVERY
 

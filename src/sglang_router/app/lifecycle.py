@@ -3,7 +3,8 @@
     serve(args, crew)            everything, on a uvloop event loop
       app.build                  make all parts
       Life.start                 listen; register workers at once and check them concurrently
-      ... until SIGTERM, SIGINT or SIGQUIT
+      ... until a signal to stop (`app.signals`)
+      Life.leave                 SIGTERM: not ready any more, but serve on until load balancers have noticed
       Life.stop                  accept no connections; finish requests in flight within the grace period
       Life.close                 abort and log what is left; also after a start that failed
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,20 +24,25 @@ from typing import NamedTuple, Protocol
 
 import uvloop
 
+from sglang_router import process
 from sglang_router.app import settings
+from sglang_router.app.advice import advice
 from sglang_router.app.build import build
 from sglang_router.app.jobs import Jobs, table
-from sglang_router.app.listening import Listening, address_errors, open_all
+from sglang_router.app.listening import Listening, address_errors, open_all, port_of
 from sglang_router.app.parts import App, Attachment
+from sglang_router.app.reload import Reload
 from sglang_router.app.signals import Signals, first_of
 from sglang_router.autoscale.scaler import ScalingRules
-from sglang_router.config import RouterArgs
+from sglang_router.config import OPTIONS, RouterArgs, as_flag
 from sglang_router.errors import ConfigError, ShuttingDown
 from sglang_router.observe import logs
+from sglang_router.observe.log_files import KeepRules
 from sglang_router.relay.memory import keep_apart
 from sglang_router.restart.state_file import StateFile
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.states import Health
+from sglang_router.words import counted
 from sglang_router.workers.health_checks import HealthChecks
 
 log = logging.getLogger("sglang_router")
@@ -94,9 +101,10 @@ class Life:
         self._configured = settings.configured_workers(args)
         self._listening = Listening(app.loop)
         self._clients = (app.clients, app.scrapers)
+        self._metrics_url = ""  # of the metrics port, if there is one
         self._jobs = Jobs(
             app.loop,
-            table(app.clock, self._clients, app.connections, app.router, app.certificates, args.eviction_interval_secs),
+            table(app.clock, self._clients, app.connections, app.router, app.watched, args.eviction_interval_secs),
         )
         self._state = None if args.state_file is None else self._state_file(args.state_file)
 
@@ -108,10 +116,7 @@ class Life:
     @property
     def url(self) -> str:
         """Where clients reach the router."""
-        host = self.app.args.host
-        name = f"[{host}]" if ":" in host else host
-        scheme = "http" if self.app.tls is None else "https"
-        return f"{scheme}://{name}:{self._listening.port}"
+        return _url("http" if self.app.tls is None else "https", self.app.args.host, self._listening.port)
 
     @property
     def host(self) -> Host:
@@ -158,7 +163,9 @@ class Life:
         if app.scaler is not None:
             app.scaler.start()
         self._jobs.start()
-        log.info("listening on %s, policy %s, %d workers", self.url, args.policy, len(app.fleet))
+        log.info("listening on %s, policy %s, %s", self.url, args.policy, counted(len(app.fleet), "worker"))
+        if self._metrics_url:
+            log.info("metrics are served on %s", self._metrics_url)
 
     def say_how_to_add_workers(self) -> None:
         """Warn when there is no worker, and nothing that will start one."""
@@ -177,9 +184,11 @@ class Life:
         args = self.app.args
         try:
             with address_errors(args.prometheus_host, args.prometheus_port, "--prometheus-port"):
-                await open_all(
-                    await self._listening.bind(self.app.metrics_frontend, args.prometheus_host, args.prometheus_port)
+                servers = await self._listening.bind(
+                    self.app.metrics_frontend, args.prometheus_host, args.prometheus_port
                 )
+                await open_all(servers)
+            self._metrics_url = _url("http", args.prometheus_host, port_of(servers)) + "/metrics"
         except ConfigError as exc:
             if "prometheus_port" in args.given:
                 raise
@@ -209,9 +218,25 @@ class Life:
 
     # -- stop ----------------------------------------------------------------------------------------------------------
 
+    async def leave(self, urgent: asyncio.Event) -> None:
+        """Serve on for --shutdown-drain-secs, or until `urgent` is set, while /readiness says that the router ends.
+
+        A load balancer, or kube-proxy on each node, sends new connections until it has heard of the end. Answers say
+        `Connection: close`, so that clients with kept connections go elsewhere by themselves. A router whose port
+        another one has taken over need not wait: new connections reach that one.
+        """
+        app, seconds = self.app, self.app.args.shutdown_drain_secs
+        app.control.ending = True
+        if seconds and not self._listening.succeeded:
+            log.info("ending: /readiness fails; requests are served for another %g s", seconds)
+            app.clients.drain(seconds)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(urgent.wait(), seconds)
+
     async def stop(self, urgent: asyncio.Event) -> None:
         """Accept nothing new, and finish what is in flight within the grace period, or until `urgent` is set."""
         app = self.app
+        app.control.ending = True
         if app.scaler is not None:
             await app.scaler.close()  # it must not scale down because the load drains
         succeeded = await self._listening.stop()
@@ -223,13 +248,13 @@ class Life:
         app.router.refuse_stranded(ShuttingDown(), app.clock())
         app.checks.release()
         if app.clients.active:
-            log.info("finishing %d running requests", app.clients.active)
+            log.info("finishing %s", counted(app.clients.active, "running request"))
         waits = [app.loop.create_task(work) for work in (self._wind_up(succeeded), urgent.wait())]
         await asyncio.wait(waits, timeout=app.args.shutdown_grace_period_secs, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         if app.clients.active and not urgent.is_set():
-            log.warning("the grace period is over: %d requests are cut", app.clients.active)
+            log.warning("the grace period is over: cutting %s", counted(app.clients.active, "request"))
 
     async def _wind_up(self, succeeded: bool) -> None:
         """Write the state file, unless another router has taken over, and wait for the last request."""
@@ -262,13 +287,16 @@ class Life:
 
 
 def serve(args: RouterArgs, crew: Callable[[Host], Crew] | None = None) -> int:
-    """Run a router until SIGTERM, SIGINT or SIGQUIT; return the exit status.
+    """Run a router until a signal tells it to stop; return the exit status. In a thread of another program it runs
+    until that program ends.
 
     crew  makes what runs engines for the router; None: the router has no engines of its own
 
     Raises: ConfigError, when the router cannot start with these options.
     """
-    writer = logs.configure(args.log_level, args.log_format, args.log_dir)
+    process.open_standard_descriptors()
+    keep = KeepRules(args.log_keep_files, args.log_keep_days, args.log_max_bytes)
+    writer = logs.configure(args.log_level, args.log_format, args.log_dir, keep=keep)
     _raise_descriptor_limit()
     keep_apart()
     try:
@@ -287,10 +315,13 @@ async def _run(
     crew_of: Callable[[Host], Crew] | None,
 ) -> int:
     signals = Signals(loop)
-    life = Life(build(args, loop, writer), writer)
+    app = build(args, loop, writer)
+    life = Life(app, writer)
+    signals.reload, signals.reopen = Reload(app, writer).run, _reopen
     crew: Crew | None = None
     try:
         await life.start()
+        _remark(args)
         if crew_of is None:
             life.say_how_to_add_workers()
         else:
@@ -299,6 +330,8 @@ async def _run(
         await first_of(loop, signals.stop, *([crew.failed] if crew is not None else ()))
         if not signals.stop.is_set():
             signals.status = 1
+        if signals.patient:
+            await life.leave(signals.urgent)
         await life.stop(signals.urgent)
     finally:
         if crew is not None:
@@ -306,6 +339,24 @@ async def _run(
         await life.close()
     log.info("stopped")
     return signals.status
+
+
+def _remark(args: RouterArgs) -> None:
+    """Log what --compat has set, and what probably is not as it was meant."""
+    if args.assumed:
+        values = (as_flag(option, getattr(args, name)) for name, option in OPTIONS.items() if name in args.assumed)
+        log.info("defaults of %s are in effect: %s", args.compat, " ".join(values))
+    for warning in advice(args, os.environ, os.path.exists):
+        log.warning(warning)
+
+
+def _reopen() -> None:
+    """React to SIGUSR1. Each write finds by itself that its file was moved away; this line makes the new one."""
+    log.info("log files are opened again")
+
+
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import errno
 import os
-from collections.abc import Awaitable, Callable, Iterator
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, cast
 
 from sglang_router.access.tls import TLSFiles, listening_context
@@ -44,7 +45,7 @@ class Listening:
     @property
     def port(self) -> int:
         """The port number of the address that was bound first."""
-        return int(self._servers[0].sockets[0].getsockname()[1])
+        return port_of(self._servers)
 
     @property
     def succeeded(self) -> bool:
@@ -74,6 +75,8 @@ class Listening:
         """
         times: dict[str, Any] = {"ssl_handshake_timeout": _HANDSHAKE, "ssl_shutdown_timeout": _SHUTDOWN}
         taken = self._inherited.take(host, port) if self._inherited is not None else []
+        if not taken and host.strip("[]") == "::":
+            taken = every_address(port)
         places: list[dict[str, Any]] = [{"sock": sock} for sock in taken]
         servers: list[asyncio.Server] = [
             await self._loop.create_server(
@@ -121,6 +124,39 @@ class Listening:
             await self._offered.close()
         if self._inherited is not None:
             self._inherited.close()
+
+
+def every_address(port: int) -> list[socket.socket]:
+    """Bind a port on all addresses, those of IPv4 included: one socket for each family that this machine has.
+
+    One socket for both would show clients of IPv4 as ::ffff:10.0.0.9.
+
+    Raises: OSError, when the port is in use in one of the families, or when there is none.
+    """
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    try:
+        for family, host in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):  # noqa: S104
+            try:
+                sockets.append(socket.create_server((host, port), family=family))
+            except OSError as error:
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    raise
+                missing = error
+            else:
+                port = sockets[0].getsockname()[1]  # the same for both, if it was 0
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    if not sockets and missing is not None:
+        raise missing
+    return sockets
+
+
+def port_of(servers: Sequence[asyncio.Server]) -> int:
+    """Return the port that these servers have bound."""
+    return int(servers[0].sockets[0].getsockname()[1])
 
 
 async def open_all(servers: list[asyncio.Server]) -> None:

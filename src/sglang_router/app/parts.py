@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sglang_router.access.tls import TLSFiles
+from sglang_router.access.watched import WatchedFiles
 from sglang_router.admin.context import Context, ReplicaControl
 from sglang_router.admin.exchange import ControlPlane
 from sglang_router.autoscale.actuator import Actuator
@@ -53,7 +54,7 @@ class App:
     control           what the endpoints of the control plane use; plane: serves the control plane
     scaler            None: the number of workers is fixed
     tls               key and certificate of the main port; None: plain HTTP
-    certificates      all certificate files, to be loaded again when they are renewed
+    watched           all files of certificates and keys, to be loaded again when they change
     """
 
     args: RouterArgs
@@ -77,7 +78,7 @@ class App:
     plane: ControlPlane
     scaler: Autoscaler | None
     tls: TLSFiles | None
-    certificates: list[TLSFiles]
+    watched: list[TLSFiles | WatchedFiles]
 
     def attach(self, attachment: Attachment) -> None:
         """Connect a crew, which runs engines for the router, with the parts."""

@@ -12,6 +12,7 @@ import msgspec
 
 from sglang_router.access.permissions import Access
 from sglang_router.access.tls import TLSFiles, server_files, worker_files
+from sglang_router.access.watched import WatchedFiles
 from sglang_router.admin.context import AddRules
 from sglang_router.config import RouterArgs, keys
 from sglang_router.relay.rules import Timeouts
@@ -82,15 +83,21 @@ def retry_rules(args: RouterArgs) -> RetryRules:
     )
 
 
-def access_rules(args: RouterArgs) -> Access:
-    """Load the API keys; return who may send which requests.
+def access_rules(args: RouterArgs) -> tuple[Access, WatchedFiles]:
+    """Load the API keys; return who may send which requests, and the key files, which change that when they change.
 
     Raises: ConfigError, when a key file cannot be used.
     """
-    ring = keys.load(args.api_key, args.api_key_file, args.control_plane_api_keys, args.control_plane_api_keys_file)
-    for warning in ring.warnings:
-        log.warning(warning)
-    return Access(ring.client, ring.control, open=args.control_plane_open)
+    files = (args.api_key_file, args.control_plane_api_keys_file)
+    access = Access(open=args.control_plane_open)
+
+    def load() -> None:
+        ring = keys.load(args.api_key, files[0], args.control_plane_api_keys, files[1])
+        for warning in ring.warnings:
+            log.warning(warning)
+        access.use(ring.client, ring.control)
+
+    return access, WatchedFiles([path for path in files if path], load, "keys", log)
 
 
 def server_tls(args: RouterArgs) -> TLSFiles | None:

@@ -33,6 +33,8 @@ from collections.abc import Callable
 
 import msgspec
 
+from sglang_router.words import counted
+
 _ROOM = 0.8
 """Share of a target that the remaining workers may reach after one was removed."""
 _MOST_RATIO = 2.0
@@ -114,7 +116,7 @@ class Want(msgspec.Struct, frozen=True):
     enough: int
 
     def __str__(self) -> str:
-        said = _SENTENCES[self.measure].format(value=self.value, target=self.target)
+        said = _SENTENCES[self.measure].format(value=self.value, target=self.target, s="" if self.value == 1 else "s")
         return f"{self.measure}: {said}, wants {self.wants}"
 
 
@@ -135,7 +137,7 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 _SENTENCES = {
-    "load": "{value:g} requests in flight, target {target:g} per worker",
+    "load": "{value:g} request{s} in flight, target {target:g} per worker",
     "queue": "{value:g} queued, target {target:g} per worker",
     "tokens": "{value:.0f} prompt tokens to compute, target {target:.0f} per worker",
     "ttft": "{value:.3g} s until the first token, goal {target:g} s",
@@ -251,7 +253,7 @@ class Scaler:
         else:
             reason = self._keep(top, needed, reading)
         if found:
-            reason = f"found: {reading.current} workers at the start; {reason}"
+            reason = f"found: {counted(reading.current, 'worker')} at the start; {reason}"
         lost = reading.failed > self._failed and reading.current < self.desired
         self._failed = reading.failed
         if lost:

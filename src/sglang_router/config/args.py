@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from sglang_router.config import compat
 from sglang_router.config.flags import GIVEN, PREFIX, add_flags, new_parser
 from sglang_router.config.option import flag_of
 from sglang_router.config.reserved import ReservedOptions
@@ -33,10 +34,14 @@ class RouterArgs(ReservedOptions):
 
     given      names of the options that a flag, variable or file set
     from_file  names of those among them whose value a file set
+    slips      what looks like a mistake and changes nothing, as sentences
+    assumed    names of the options whose value --compat set
     """
 
     given: frozenset[str] = field(default=frozenset(), compare=False)
     from_file: frozenset[str] = field(default=frozenset(), compare=False)
+    slips: tuple[str, ...] = field(default=(), compare=False)
+    assumed: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def scale_range(self) -> tuple[int, int] | None:
@@ -89,7 +94,7 @@ class RouterArgs(ReservedOptions):
             if name in flags_given or value != (OPTIONS[name].default if name in OPTIONS else None)
         }
         merged = merge(flags, environ)
-        return cls(**merged.values, given=merged.given, from_file=merged.from_file)
+        return cls(**merged.values, given=merged.given, from_file=merged.from_file, slips=merged.slips)
 
     def checked(self) -> RouterArgs:
         """Return a copy with every value checked, aliases resolved and dependent values computed.
@@ -102,11 +107,32 @@ class RouterArgs(ReservedOptions):
         for name, option in OPTIONS.items():
             setattr(final, name, accept(name, getattr(final, name), option.flag))
         final._resolve_aliases()
-        final.given = self.given | {name for name in OPTIONS if final._differs(name)}
+        final.given = self.given | {name for name in OPTIONS if final._differs(name)} - self.assumed
+        final._assume()
         final._reject_unavailable()
         final._derive()
         final._mirror_aliases()
         return final
+
+    def _validate_router_args(self) -> None:
+        """Check the options. It is the reference's name for that, and some frameworks call it.
+
+        Raises: ConfigError.
+        """
+        self.checked()
+
+    def reread(self) -> RouterArgs:
+        """Read the file of `config` again; return the options as they would be at a start with it, checked. What flags
+        and variables set stays.
+
+        Raises: ConfigError.
+        """
+        file = {name: value for name, value in read_file(Path(self.config or "")).items() if name in OPTIONS}
+        fixed = self.given - self.from_file
+        values = {name: getattr(self, name) for name in fixed}
+        new = {name: value for name, value in file.items() if name not in fixed}
+        given = fixed | new.keys()
+        return RouterArgs(**values | new, given=frozenset(given), from_file=frozenset(new)).checked()
 
     def without_effect(self) -> list[str]:
         """Return the flags of the options that are set but have no effect in this router."""
@@ -139,6 +165,14 @@ class RouterArgs(ReservedOptions):
             elif current != wanted and entry.means is None:
                 both = f"{OPTIONS[entry.target].flag} and {entry.flag}"
                 raise ConfigError(f"{both} are two names of one option, with different values; give only one of them")
+
+    def _assume(self) -> None:
+        """With --compat, set what nobody has set to the defaults of that router."""
+        if self.compat is not None:
+            values = compat.defaults(self.given)
+            for name, value in values.items():
+                setattr(self, name, copy.copy(value))
+            self.assumed = frozenset(values)
 
     def _mirror_aliases(self) -> None:
         """Set aliases to the resolved values, so that a copy can be checked again."""
@@ -204,7 +238,7 @@ def parse(
     namespace = new_parser(prog).parse_all(argv)
     flags_given: frozenset[str] = getattr(namespace, GIVEN)
     merged = merge({name: getattr(namespace, name) for name in flags_given}, environ)
-    return RouterArgs(**merged.values, given=merged.given, from_file=merged.from_file)
+    return RouterArgs(**merged.values, given=merged.given, from_file=merged.from_file, slips=merged.slips)
 
 
 def _attributes(args: object, use_router_prefix: bool) -> dict[str, Any]:

@@ -55,11 +55,16 @@ def between(low: float, high: float) -> NumberRange:
 def worker_urls(urls: list[str]) -> list[str]:
     """Return the URLs in their normal form; each must be given once only."""
     normal: list[str] = []
-    for url in map(parse_worker_url, urls):
+    for url in map(parse_worker_url, _separated(urls)):
         if url in normal:
             raise ValueError(f"worker URL {url} is given twice")
         normal.append(url)
     return normal
+
+
+def _separated(texts: list[str]) -> list[str]:
+    """Return the members of a list in which one word may hold several, with commas or spaces between them."""
+    return [part for text in texts for part in text.replace(",", " ").split()] or texts
 
 
 def scale_range(text: str) -> str:
@@ -107,7 +112,7 @@ def address(host: str) -> str:
 
 def origins(texts: list[str]) -> list[str]:
     """Return origins as browsers send them (RFC 6454): scheme, host, and the port if it is not the default; or `*`."""
-    return [text if text == "*" else _origin(text) for text in texts]
+    return [text if text == "*" else _origin(text) for text in _separated(texts)]
 
 
 def _origin(text: str) -> str:
@@ -127,6 +132,7 @@ def path(value: str) -> str:
 
 def header_names(names: list[str]) -> list[str]:
     """Return the names of headers in lower case."""
+    names = _separated(names)
     for name in names:
         if not _HEADER_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not the name of a header")

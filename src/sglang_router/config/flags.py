@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from sglang_router.config.option import ENVIRONMENT_PREFIX, Alias, Option, did_you_mean
 from sglang_router.config.table import ROUTER, OptionTable
 from sglang_router.errors import ConfigError
+from sglang_router.version import __version__
 
 GIVEN = ROUTER.given
 PREFIX = "router"
@@ -76,10 +77,19 @@ class _Store(argparse.Action):
             value = self._table.accept(self._entry.name, self._entry.kind.words(words), option_string or "")
         except ConfigError as error:
             raise argparse.ArgumentError(None, str(error)) from None
-        if isinstance(self._entry, Option) and self._entry.repeat and self._entry.name in given:
-            value = getattr(namespace, self.dest) + value
+        if self._entry.name in given:
+            value = _added(getattr(namespace, self.dest), value)
         setattr(namespace, self.dest, value)
         setattr(namespace, self._table.given, given | {self._entry.name})
+
+
+def _added(before: Any, value: Any) -> Any:
+    """Return what a flag means that is there twice: lists and mappings add up, of other values the last one counts."""
+    if isinstance(before, list) and isinstance(value, list):
+        return before + value
+    if isinstance(before, dict) and isinstance(value, dict):
+        return before | value
+    return value
 
 
 def new_parser(prog: str) -> OptionParser:
@@ -92,8 +102,14 @@ def new_parser(prog: str) -> OptionParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
+    add_version(parser)
     add_flags(parser)
     return parser
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Add `--version`."""
+    parser.add_argument("--version", action="version", version=f"sglang-router {__version__}", help="show the version")
 
 
 def add_flags(
@@ -159,7 +175,7 @@ def default_text(option: Option) -> str:
         return "on" if default else "off"
     if default is None or default in ([], {}):
         return "none"
-    text = str(default)
+    text = ", ".join(map(str, default)) if isinstance(default, list) else str(default)
     if option.unit == "bytes" and default >= 1024:
         size, unit = (default / 2**20, "MiB") if default >= 2**20 else (default / 2**10, "KiB")
         return f"{text} bytes ({size:g} {unit})"

@@ -21,10 +21,11 @@ import copy
 import dataclasses
 import difflib
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from sglang_router.config import units
 from sglang_router.config.checks import NumberRange
 from sglang_router.config.kinds import ValueKind, kind_of
 from sglang_router.errors import ConfigError
@@ -53,6 +54,7 @@ class Option:
     repeat: bool
     shown_default: str
     metavar: str
+    synonyms: Mapping[str, str]
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -78,10 +80,13 @@ class Option:
         if value is None or (self.default is None and isinstance(value, str) and not value.strip()):
             return self.fresh_default()
         shown = "the value" if self.secret else repr(value)
+        plain = units.plain_number(value, self.unit) if isinstance(value, str) and self.kind.nargs is None else value
         try:
-            read = self.kind.read(value)
+            read = self.kind.read(plain)
         except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{shown} is not {self.expects}") from None
+        if self.choices and isinstance(read, str):
+            read = self._choice(read)
         if self.choices and read not in self.choices:
             raise ValueError(f"{shown} is not {self.expects}{did_you_mean(read, self.choices)}")
         if self.check is None:
@@ -90,6 +95,12 @@ class Option:
             return self.check(read)
         except (ValueError, ConfigError) as error:
             raise ValueError(str(error) or f"{shown} is not {self.expects}") from None
+
+    def _choice(self, word: str) -> str:
+        """Return the choice that a word means, in any case and with `-` for `_`; other words unchanged."""
+        normal = word.lower().replace("-", "_")
+        normal = self.synonyms.get(normal, normal)
+        return normal if normal in self.choices else word
 
 
 @dataclass(frozen=True)
@@ -120,8 +131,10 @@ def option(
     repeat: bool = False,
     shown_default: str = "",
     metavar: str = "",
+    synonyms: Mapping[str, str] | None = None,
 ) -> T:
-    """Declare a field of RouterArgs; see `Option`. With `repeat`, each use of the flag adds to the list."""
+    """Declare a field of RouterArgs; see `Option`. With `repeat`, each use of the flag has one or more
+    entries (each use of any flag with a list adds to the list). `synonyms`: other words for some of the choices."""
     declared = {
         "help": help,
         "group": group,
@@ -134,6 +147,7 @@ def option(
         "repeat": repeat,
         "shown_default": shown_default,
         "metavar": metavar,
+        "synonyms": synonyms or {},
     }
     return dataclasses.field(default_factory=lambda: copy.copy(default), metadata={"option": declared})
 

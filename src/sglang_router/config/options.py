@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from sglang_router.config import checks, keys
 from sglang_router.config.checks import above, at_least, between
+from sglang_router.config.compat import VERSIONS
 from sglang_router.config.kinds import ClientKeys, ControlKeys
 from sglang_router.config.option import alias, option
 
@@ -118,9 +119,25 @@ class HTTPOptions:
         LISTENING,
         metavar="FILE",
     )
+    compat: str | None = option(
+        None,
+        "Use the defaults of another router for all options that are not set: 0.3.2 is the Rust router of the same name"
+        " (see docs/migrating.md).",
+        LISTENING,
+        choices=VERSIONS,
+        metavar="VERSION",
+    )
+    shutdown_drain_secs: float = option(
+        5,
+        "After SIGTERM, how long the router still accepts and serves everything while /readiness fails, so that load"
+        " balancers notice before connections are refused. Ctrl-C does not wait.",
+        LISTENING,
+        unit="s",
+        check=at_least(0),
+    )
     shutdown_grace_period_secs: float = option(
         180,
-        "How long running requests may take to finish after SIGTERM.",
+        "How long running requests may take to finish after that.",
         LISTENING,
         unit="s",
         check=at_least(0),
@@ -159,7 +176,11 @@ class HTTPOptions:
         repeat=True,
     )
     api_key_file: str | None = option(
-        None, "File of client keys, one per line. Unlike flags, `ps` does not show them.", SECURITY, metavar="FILE"
+        None,
+        "File of client keys, one per line. Unlike flags, `ps` does not show them. The router reads the file again when"
+        " it changes.",
+        SECURITY,
+        metavar="FILE",
     )
     control_plane_api_keys: ControlKeys = option(
         [],
@@ -169,7 +190,10 @@ class HTTPOptions:
         secret=True,
     )
     control_plane_api_keys_file: str | None = option(
-        None, "File of control-plane keys, one per line.", SECURITY, metavar="FILE"
+        None,
+        "File of control-plane keys, one per line. The router reads the file again when it changes.",
+        SECURITY,
+        metavar="FILE",
     )
     control_plane_open: bool = option(
         False,
@@ -618,12 +642,42 @@ class HTTPOptions:
     )
 
     # -- logging
-    log_level: str = option("info", "Lowest severity to log.", LOGGING, choices=("debug", "info", "warn", "error"))
+    log_level: str = option(
+        "info",
+        "Lowest severity to log.",
+        LOGGING,
+        choices=("debug", "info", "warn", "error"),
+        synonyms={"warning": "warn", "critical": "error", "fatal": "error", "trace": "debug"},
+    )
     log_format: str = option("text", "Format of log lines.", LOGGING, choices=("text", "json"))
     log_dir: str | None = option(
-        None, "Folder for log files; created if it does not exist.", LOGGING, shown_default="standard error only"
+        None,
+        "Folder for log files, one a day; created if it does not exist. A file that was moved away is begun anew.",
+        LOGGING,
+        shown_default="standard error only",
+    )
+    log_keep_files: int = option(
+        0, "Most log files kept in --log-dir; the oldest are removed. 0: no limit.", LOGGING, check=at_least(0)
+    )
+    log_keep_days: float = option(
+        0,
+        "Remove log files in --log-dir that were not written to for so many days. 0: no limit.",
+        LOGGING,
+        check=at_least(0),
+    )
+    log_max_bytes: int = option(
+        0,
+        "Begin another log file of the day when one is larger than this. 0: no limit.",
+        LOGGING,
+        unit="bytes",
+        check=at_least(0),
     )
     disable_access_log: bool = option(False, "Do not write a log line for each request.", LOGGING)
+    log_probes: bool = option(
+        False,
+        "Write a line also for requests that watch the router: /health, /readiness, /liveness, /metrics and the like.",
+        LOGGING,
+    )
 
     # -- other names
     eviction_interval: float | None = alias("eviction_interval_secs")

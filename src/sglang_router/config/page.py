@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from collections.abc import Iterable
 
+from sglang_router.config import compat
 from sglang_router.config.checks import NumberRange
 from sglang_router.config.flags import default_text
 from sglang_router.config.option import ENVIRONMENT_PREFIX, Option
@@ -24,8 +27,14 @@ policy: cache_aware
 cache-threshold: 0.4
 ```
 
-In an environment variable, separate the members of a list by spaces or commas; a switch is `true` or `false`; an empty
-variable counts as unset. After an invalid value, an unknown flag or key, or a file that cannot be read, the command
+- In an environment variable, separate the members of a list by spaces or commas; a switch is `true` or `false`; an
+  empty variable counts as unset. A variable that begins with `{ENVIRONMENT_PREFIX}` and is no option is a warning.
+- A flag with a list may be given several times: the lists add up.
+- Sizes take units as in nginx, in powers of 1024: `64MiB`, `10m`, `1g`. Times take `ms`, `s`, `m`, `h` and `d`:
+  `500ms`, `5m`.
+- Names of choices are taken in any case: `--log-level INFO`, `--policy Round-Robin`.
+
+After an invalid value, an unknown flag or key, or a file that cannot be read, the command
 prints one line on standard error and exits with status 2.
 """
 
@@ -44,6 +53,7 @@ that names those that are set.
 """
 
 
+MIGRATING_HEAD = "| option | 0.3.2 | this router | to have it as 0.3.2 |\n|---|---|---|---|\n"
 _TABLE_HEAD = "| flag | default | meaning |\n|---|---|---|\n"
 
 
@@ -64,6 +74,24 @@ def sections(table: OptionTable, options: Iterable[Option]) -> list[str]:
     for option in options:
         groups.setdefault(option.group, []).append(_row(option, table))
     return [f"\n## {group}\n\n{_TABLE_HEAD}{''.join(rows)}" for group, rows in groups.items()]
+
+
+def migrating_table() -> str:
+    """Return the table in docs/migrating.md: what `--compat 0.3.2` sets."""
+    rows = []
+    for name, value in compat.DEFAULTS_0_3_2.items():
+        option = OPTIONS[name]
+        theirs = default_text(dataclasses.replace(option, default=value, shown_default=""))
+        rows.append(f"| `{option.flag}` | {theirs} | {default_text(option)} | `{as_flag(option, value)}` |\n")
+    return MIGRATING_HEAD + "".join(rows)
+
+
+def as_flag(option: Option, value: object) -> str:
+    """Return the words of a command line that set an option to a value."""
+    if value is True:
+        return option.flag
+    values = value if isinstance(value, list) else [f"{value:g}" if isinstance(value, float) else value]
+    return " ".join([option.flag, *(shlex.quote(str(each)) for each in values)])
 
 
 def _row(option: Option, table: OptionTable) -> str:

@@ -10,6 +10,7 @@ name. Every error names the source of the value.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,15 @@ else:
 # That is not an option of the router: ignore it.
 _SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
 
+_SERVICE_VARIABLE = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?$")
+_OWN_VARIABLES = frozenset(
+    {
+        "SGLANG_ROUTER_DESIRED_WORKERS",  # for --scale-command
+        "SGLANG_ROUTER_CURRENT_WORKERS",
+        "SGLANG_ROUTER_SCALE_REASON",
+    }
+)
+
 # name in a file or in an environment variable -> the option or alias
 _KEYS: dict[str, str] = {
     **{key: option.name for option in OPTIONS.values() for key in option.keys},
@@ -38,11 +48,13 @@ _KEYS: dict[str, str] = {
 
 
 class MergedValues(NamedTuple):
-    """The values of all sources. `given`: options that any source set; `from_file`: those whose value the file set."""
+    """The values of all sources. `given`: options that any source set; `from_file`: those whose value the file set;
+    `slips`: what looks like a mistake and changes nothing."""
 
     values: dict[str, Any]
     given: frozenset[str]
     from_file: frozenset[str]
+    slips: tuple[str, ...]
 
 
 def merge(flags: Mapping[str, Any], environ: Mapping[str, str]) -> MergedValues:
@@ -57,7 +69,8 @@ def merge(flags: Mapping[str, Any], environ: Mapping[str, str]) -> MergedValues:
     values = {**file, **over}
     mirror_aliases(values)
     from_file = file.keys() - over.keys()
-    return MergedValues(values, frozenset(values.keys() & OPTIONS.keys()), frozenset(from_file & OPTIONS.keys()))
+    given = frozenset(values.keys() & OPTIONS.keys())
+    return MergedValues(values, given, frozenset(from_file & OPTIONS.keys()), unknown_variables(environ))
 
 
 def read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -69,6 +82,18 @@ def read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
         if text.strip() and not text.startswith(_SERVICE_LINKS):
             values[name] = accept(name, text, variable)
     return resolve_aliases(values, "environment")
+
+
+def unknown_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a sentence for each variable that begins like an option's and is none."""
+    known = {ENVIRONMENT_PREFIX + key.upper() for key in _KEYS} | _OWN_VARIABLES
+    return tuple(
+        f"{name} is not a variable of this router{did_you_mean(name, known)}"
+        for name, text in sorted(environ.items())
+        if name.startswith(ENVIRONMENT_PREFIX)
+        and name not in known
+        and not (text.startswith(_SERVICE_LINKS) or _SERVICE_VARIABLE.search(name))
+    )
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -88,7 +113,7 @@ def _parse_file(path: Path) -> dict[object, Any]:
     if path.suffix.lower() not in _PARSERS:
         raise ConfigError(f"{path}: the name of the file must end in .yaml, .yml or .toml, which tells its format")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -6,10 +6,12 @@ import argparse
 import sys
 
 from sglang_router.engine.options import parse_options
+from sglang_router.process import open_standard_descriptors
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run an engine until it is stopped; return its exit status."""
+    open_standard_descriptors()
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--backend", choices=("builtin", "llamacpp"), default="builtin")
     chosen, rest = chooser.parse_known_args(argv)

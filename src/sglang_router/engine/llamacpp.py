@@ -34,7 +34,7 @@ from sglang_router.errors import ConfigError
 GGUF_MAGIC = b"GGUF"
 VERBOSITY = {"critical": 0, "error": 1, "warning": 2, "info": 3, "debug": 4}  # of llama.cpp; 0 is silence
 HTTP_THREADS = 128  # each open connection occupies one; with the default of about 5, a burst blocks /health for 5 s
-INSTALL = "the llama.cpp engine is not installed: pip install 'sglang-router[llamacpp]'"
+INSTALL = "the llama.cpp engine is not installed: pip install xllamacpp"
 
 
 def _port(text: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang_router.engine.kv import KVCache
 from sglang_router.engine.scheduler import BatchLimits, CostModel, EngineScheduler
+from sglang_router.version import __version__
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:  # typed as the field it declares
@@ -63,6 +64,7 @@ def parse_options(argv: list[str]) -> EngineOptions:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="--backend llamacpp --model-path FILE.gguf … starts a real llama.cpp server instead.",
     )
+    parser.add_argument("--version", action="version", version=f"sglang-router {__version__}")
     for option in fields(EngineOptions):
         flag = "--" + option.name.replace("_", "-")
         if isinstance(option.default, bool):

@@ -157,7 +157,8 @@ def serve(options: EngineOptions) -> int:
     """Serve until a signal comes; return the exit status. The first line of output contains the URL."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
+        every = options.host == "::" and socket.has_dualstack_ipv6()
+        listener = socket.create_server((options.host, options.port), family=family, backlog=2048, dualstack_ipv6=every)
     except OSError as error:
         sys.stderr.write(f"cannot listen on {options.host} port {options.port}: {error.strerror}\n")
         return 1

@@ -29,11 +29,12 @@ from sglang_router.errors import ConfigError
 from sglang_router.launch.engine_flags import EngineFlags
 from sglang_router.launch.machine import LocalMachine
 from sglang_router.launch.replica import EngineCommand
+from sglang_router.words import are, counted
 
 INSTALL = {
     "sglang": "pip install sglang",
     "vllm": "pip install vllm",
-    "llamacpp": "pip install 'sglang-router[llamacpp]'",
+    "llamacpp": "pip install xllamacpp",
 }
 _MODULES = {"sglang": "launch_server.py", "vllm": "entrypoints/openai/api_server.py"}
 """The file of each package that is run. A folder without it is not the engine, even if it has the package's name."""
@@ -274,8 +275,9 @@ def _has_gpus(setup: EngineSetup, rank: int, most: int | None, each: int) -> Non
         return
     visible = setup.machine.visible_gpus()
     raise ConfigError(
-        f"{len(visible)} GPUs ({','.join(visible)}) are enough for {most} replicas of {each}: no GPU is left for rank"
-        f" {rank}; lower --dp-size or the engine's parallel sizes"
+        f"{counted(len(visible), 'GPU')} ({','.join(visible)}) {are(len(visible))} enough for"
+        f" {counted(most, 'replica')} of {each}: no GPU is left for rank {rank}; lower --dp-size or the"
+        " engine's parallel sizes"
     )
 
 

@@ -29,6 +29,7 @@ from sglang_router.launch.restarts import RestartHistory, RestartRules
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
+from sglang_router.words import counted
 from sglang_router.workers.health_checks import HealthChecks
 
 log = logging.getLogger("sglang_router.launch")
@@ -272,7 +273,7 @@ class ReplicaKeeper:
         pause = self._restarts.pause(now)
         if pause is None:
             rules = self._context.rules.restarts
-            self._give_up(f"left down after {rules.most} restarts within {rules.window:g} s: {why}")
+            self._give_up(f"left down after {counted(rules.most, 'restart')} within {rules.window:g} s: {why}")
             return math.inf
         self.replica.next_start = now + pause
         self._set(ReplicaState.RESTARTING, why)

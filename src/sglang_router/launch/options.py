@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from sglang_router.config import RouterArgs
 from sglang_router.config.checks import above, address, at_least, between
-from sglang_router.config.flags import HelpFormatter, OptionParser
+from sglang_router.config.flags import HelpFormatter, OptionParser, add_version
 from sglang_router.config.flags import add_flags as add_table
 from sglang_router.config.option import alias, option
 from sglang_router.config.page import sections
@@ -185,6 +185,7 @@ def _parser(prog: str) -> OptionParser:
         add_help=False,
     )
     parser.add_argument("--help", action="help", help="show this text (also -h)")
+    add_version(parser)
     add_table(parser, LAUNCH)
     RouterArgs.add_cli_args(parser, use_router_prefix=True)
     return parser

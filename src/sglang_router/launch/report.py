@@ -26,8 +26,10 @@ from typing import NamedTuple, Protocol
 from sglang_router.errors import ConfigError
 from sglang_router.launch.replica import EngineCommand, EngineReplica, ReplicaState
 from sglang_router.launch.screen import Screen
+from sglang_router.observe.log_files import PathFile
 from sglang_router.observe.logs import LogWriter, Stamp, escaped
-from sglang_router.observe.writer import CLOSE_TIMEOUT, LineBuffer, OpenFile
+from sglang_router.observe.writer import CLOSE_TIMEOUT, LineBuffer
+from sglang_router.words import are, counted
 
 _LOGGER = "sglang_router.replicas"
 _REDRAW = 0.2  # seconds
@@ -98,7 +100,7 @@ class LogFiles:
     def line(self, rank: int, text: str) -> None:
         buffer = self._buffers.get(rank)
         if buffer is None:
-            buffer = self._buffers[rank] = LineBuffer(_RankFile(self.path(rank)), _missing)
+            buffer = self._buffers[rank] = LineBuffer(PathFile(self.path(rank)), _missing)
         buffer.put(text + "\n")
 
     def path(self, rank: int) -> str:
@@ -109,28 +111,8 @@ class LogFiles:
             buffer.close(CLOSE_TIMEOUT)
 
 
-class _RankFile(OpenFile):
-    """A file that is opened at the first line, and again after it was deleted or moved away."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(-1)
-        self._path = path
-
-    def fd(self) -> int:
-        if self._fd < 0 or os.fstat(self._fd).st_nlink == 0:
-            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-            self.close()
-            self._fd = fd
-        return self._fd
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
 def _missing(lines: int) -> str:
-    return f"[{lines} lines are missing here: they could not be written]\n"
+    return f"[{counted(lines, 'line')} missing here: could not be written]\n"
 
 
 class ReportOutputs(NamedTuple):
@@ -264,7 +246,8 @@ class ReplicaReport:
         healthy, seconds = len(self._startup_secs), round(self._clock() - self._began, 1)
         if healthy:
             level = logging.INFO if healthy == len(self._replicas) else logging.WARNING
-            message = f"{healthy} of {len(self._replicas)} replicas are healthy"
+            total = len(self._replicas)
+            message = f"{healthy} of {counted(total, 'replica')} {are(total)} healthy"
             self._record(level, message, {"seconds": seconds, "url": f"{self._url}/v1"})
         elif all(replica.state is ReplicaState.FAILED for replica in self._replicas.values()):
             self._record(logging.ERROR, "no replica could be started", {"seconds": seconds})

@@ -24,9 +24,14 @@ from sglang_router.routing.plan import RequestTag
 
 _LOGGER = "sglang_router.access"
 _SERVED = Outcome.SERVED  # a global is quicker than a member of an enumeration
+_INFO = logging.INFO
 _MOST_HEADS = 1000
 _LONGEST_HEAD = 256  # characters
 _encode = msgspec.json.Encoder().encode
+
+
+PROBES = frozenset(("/health", "/health_generate", "/liveness", "/readiness", "/metrics", "/engine_metrics"))
+"""Paths that load balancers, kubelets and Prometheus ask every few seconds."""
 
 
 class AccessLine(msgspec.Struct, gc=False):
@@ -64,20 +69,27 @@ class AccessLine(msgspec.Struct, gc=False):
 
 
 class AccessLog(Listener):
-    """One line for each finished request, at level info. `clock` gives seconds since 1970."""
+    """One line for each finished request, at level info.
 
-    def __init__(self, writer: LogWriter, clock: Callable[[], float] = time.time) -> None:
+    clock   gives seconds since 1970
+    probes  also the requests by which others watch the router, see `PROBES`
+    """
+
+    def __init__(self, writer: LogWriter, clock: Callable[[], float] = time.time, *, probes: bool = True) -> None:
+        self._writer = writer
         self._write = writer.write
+        self._probes = probes
         self._clock = clock
         self._stamp = Stamp()
         self._line = self._json if writer.json else self._text
-        self._wanted = writer.level <= logging.INFO
         self._heads: dict[tuple[str, str, int], str] = {}  # by method, path and status; at most _MOST_HEADS
 
     def finished(self, event: Finished) -> None:
         """Write the line of a request, if the log level wants it."""
-        if self._wanted:
-            self._write(self._line(event), False)
+        if self._writer.level <= _INFO:
+            route = event.tag.route
+            if route.endpoint or self._probes or route.path not in PROBES:
+                self._write(self._line(event), False)
 
     def _text(self, event: Finished) -> str:
         """Format the line as text.

@@ -19,7 +19,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sglang_router.observe.writer import CAPACITY, CLOSE_TIMEOUT, DailyFile, Destination, LineBuffer, OpenFile
+from sglang_router.observe.log_files import KEEP_ALL, DailyFile, KeepRules
+from sglang_router.observe.writer import CAPACITY, CLOSE_TIMEOUT, Destination, LineBuffer, OpenFile
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
 _NAMES = {logging.DEBUG: "DEBUG", logging.INFO: "INFO", logging.WARNING: "WARN", logging.ERROR: "ERROR"}
@@ -145,6 +146,12 @@ class LogWriter:
         root.setLevel(max(self.level, logging.WARNING))
         logging.getLogger(_OWN).setLevel(self.level)
 
+    def set_level(self, level: str) -> None:
+        """Write lines from this level on, from now on."""
+        self.level = LEVELS[level]
+        logging.getLogger().setLevel(max(self.level, logging.WARNING))
+        logging.getLogger(_OWN).setLevel(self.level)
+
     def close(self, timeout: float = CLOSE_TIMEOUT) -> None:
         """Detach from `logging`, write what was accepted, and end; wait at most `timeout` seconds per destination."""
         if self._handler is not None:
@@ -183,14 +190,17 @@ class _Handler(logging.Handler):
         self._writer.flush()
 
 
-def configure(level: str, form: str, log_dir: str | None, *, stderr: int = _STDERR) -> LogWriter:
-    """Start logging: level debug, info, warn or error; form text or json; `log_dir` gets one file per day.
+def configure(
+    level: str, form: str, log_dir: str | None, *, stderr: int = _STDERR, keep: KeepRules = KEEP_ALL
+) -> LogWriter:
+    """Start logging: level debug, info, warn or error; form text or json; `log_dir` gets one file per day, and `keep`
+    says how many of them stay.
 
     Raises: ConfigError when the file cannot be opened.
     """
     files: list[Destination] = [OpenFile(stderr)]
     if log_dir is not None:
-        files.append(DailyFile(log_dir, time.time))
+        files.append(DailyFile(log_dir, time.time, keep))
     writer = LogWriter(LEVELS[level], form, files)
     writer.attach()
     return writer

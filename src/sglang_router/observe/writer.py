@@ -1,7 +1,7 @@
 """Writes log lines to where they are kept. It may lose lines, and says how many, but never blocks the router.
 
     any thread -> LogWriter.write -> LineBuffer: bounded buffer -> its daemon thread -> stderr
-                                 '-> LineBuffer: bounded buffer -> its daemon thread -> the day's file in --log-dir
+                                 '-> LineBuffer: bounded buffer -> its daemon thread -> a file (`log_files`)
 
 Each destination has its own buffer and thread, so that a stopped terminal does not delay the file. The thread gathers
 lines for `_GATHER` seconds before it writes them: one wake-up and one write for many lines, because a thread that wakes
@@ -17,12 +17,9 @@ from __future__ import annotations
 import os
 import select
 import threading
-import time
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Protocol
-
-from sglang_router.errors import ConfigError
 
 CAPACITY = 4 << 20  # characters that a destination may lag behind
 CLOSE_TIMEOUT = 2.0  # seconds
@@ -55,41 +52,6 @@ class OpenFile:
 
     def close(self) -> None:
         """Leave the descriptor open: it is not ours."""
-
-
-class DailyFile:
-    """sglang-router.YYYY-MM-DD.log in a directory; a new file each day (UTC), or when the file was removed.
-
-    Raises: ConfigError when the first file cannot be opened.
-    """
-
-    def __init__(self, directory: str, clock: Callable[[], float]) -> None:
-        self._directory = directory
-        self._clock = clock
-        self._day = -1
-        self._fd = -1
-        try:
-            os.makedirs(directory, exist_ok=True)
-            self.fd()
-        except OSError as exc:
-            raise ConfigError(f"--log-dir {directory}: {exc.strerror or exc}") from None
-
-    def fd(self) -> int:
-        """Return the descriptor of today's file; open it if it is new or was removed."""
-        now = self._clock()
-        if int(now // 86400) != self._day or os.fstat(self._fd).st_nlink == 0:
-            name = time.strftime("sglang-router.%Y-%m-%d.log", time.gmtime(now))
-            path = os.path.join(self._directory, name)
-            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-            self.close()
-            self._fd, self._day = fd, int(now // 86400)
-        return self._fd
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 class _Notice(str):

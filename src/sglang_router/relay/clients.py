@@ -142,13 +142,14 @@ class Clients:
     # -- drain ---------------------------------------------------------------------------------------------------------
 
     def drain(self, last_request_timeout: float = 0.0) -> None:
-        """Close each connection after the answer in flight, and idle ones at once.
+        """Close each connection after the answer in flight, and idle ones at once. May be called again.
 
         last_request_timeout  seconds for which idle connections stay open instead, so that a client that just sends a
                               request still gets an answer, which then closes the connection
         """
         self.draining = True
         self.last_request_timeout = last_request_timeout
+        self.drained.clear()  # connections may have come since an earlier call
         for connection in list(self.connections):
             connection.close_if_idle()
         self._look_drained()

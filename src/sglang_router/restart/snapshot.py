@@ -134,16 +134,25 @@ def read(data: bytes) -> Snapshot:
     return Snapshot(head, others)
 
 
-def _checked_content(data: bytes) -> tuple[int, memoryview]:
-    """Return the version and what follows the header. Raises: Unreadable."""
+def check_header(data: bytes, size: int) -> tuple[int, bytes]:
+    """Return version and checksum of a state of `size` bytes, of which `data` is the beginning.
+
+    Raises: Unreadable
+    """
     if len(data) < HEADER_SIZE or not data.startswith(MAGIC):
         raise Unreadable("was not written by this router")
     _, version, length, digest = _HEADER.unpack_from(data)
     if version not in _HEADS:
         raise Unreadable(f"is of version {version}, this router's is {VERSION}")
+    if size - HEADER_SIZE != length:
+        raise Unreadable(f"is damaged: it has {size - HEADER_SIZE} bytes of content in place of {length}")
+    return version, digest
+
+
+def _checked_content(data: bytes) -> tuple[int, memoryview]:
+    """Return the version and what follows the header. Raises: Unreadable."""
+    version, digest = check_header(data, len(data))
     content = memoryview(data)[HEADER_SIZE:]
-    if len(content) != length:
-        raise Unreadable(f"is damaged: it has {len(content)} bytes of content in place of {length}")
     if hashlib.blake2b(content, digest_size=16).digest() != digest:
         raise Unreadable("is damaged: its checksum is wrong")
     return version, content

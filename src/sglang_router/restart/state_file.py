@@ -11,7 +11,7 @@ router for 30 ms at 400 MB (the kernel copies page tables), and might double its
 
 The file appears whole or not at all (a temporary file, fsync, rename), and only its owner may read it (0600): it holds
 the keys of workers that were added with their own, and the beginnings of prompts. A file that others may write is not
-believed.
+believed; one that others may read is warned of, and the next save makes it private again.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from sglang_router.restart.snapshot import HEADER_SIZE, HeaderBuilder, Snapshot,
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.policies.base import PrefixMemory
 from sglang_router.routing.worker import Worker
+from sglang_router.words import counted
 from sglang_router.workers.sources import ConfiguredWorkers
 
 log = logging.getLogger("sglang_router.state")
@@ -102,7 +103,7 @@ class StateFile:
             log.warning("the state file %s %s; what it may hold is not used", self._path, exc)
             return len(self._fleet)
         held = self._memory.held if self._memory is not None else 0
-        log.info("restored %d workers and %d bytes of prefixes from %s", len(workers), held, self._path)
+        log.info("restored %s and %d bytes of prefixes from %s", counted(len(workers), "worker"), held, self._path)
         return len(workers)
 
     def _register(self, found: Snapshot) -> list[tuple[SavedWorker, Worker]]:
@@ -272,7 +273,11 @@ def _read(path: str) -> bytes | None:
                 raise Unreadable("is not a plain file")
             if facts.st_mode & 0o022 or facts.st_uid not in (os.geteuid(), 0):
                 raise Unreadable("can be written by others (it should be ours, with mode 0600)")
-            return file.read()
+            head = file.read(snapshot.HEADER_SIZE)
+            snapshot.check_header(head, facts.st_size)  # before it is read whole: it may be huge
+            if facts.st_mode & 0o044:
+                log.warning("%s holds keys and prompts, and others may read it: run chmod 600 %s", path, path)
+            return head + file.read(facts.st_size - len(head))
     except FileNotFoundError:
         return None
     except OSError as exc:

@@ -1,0 +1,69 @@
+"""Files that are loaded again when they change: certificates, keys.
+
+    WatchedFiles(paths, load, topic)  --refresh() every few seconds, or at SIGHUP-->  load() again, if they changed
+
+A change never touches what is in use before the new content has been read and checked: `load` raises a ConfigError for
+content that cannot be used, as in the middle of a renewal, and what was loaded before stays in use.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+from sglang_router.errors import ConfigError
+
+Mark = tuple[int, ...]
+
+
+class WatchedFiles:
+    """See the module. Making it loads the files.
+
+    load   reads the files, and puts what it found to use only when all of it is right
+    topic  begins each log line
+
+    Raises: ConfigError
+    """
+
+    def __init__(self, paths: Sequence[str], load: Callable[[], None], topic: str, log: logging.Logger) -> None:
+        self._paths = paths
+        self._load = load
+        self._topic = topic
+        self._log = log
+        self._complaint = ""  # the last warning
+        self._marks = self._look()  # of the files in use
+        load()
+
+    def refresh(self, *, anyway: bool = False) -> bool:
+        """Load the files again if they changed, or `anyway`; returns whether new ones are in use now.
+
+        Files that cannot be used are one warning, and are tried again at each call.
+        """
+        marks = self._look()
+        if not marks or (marks == self._marks and not anyway):
+            self._complaint = ""
+            return False
+        try:
+            self._load()
+        except ConfigError as error:
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                self._log.warning("%s: %s; the files loaded before stay in use", self._topic, error)
+            return False
+        self._marks, self._complaint = marks, ""
+        self._log.info("%s: loaded %s anew", self._topic, ", ".join(self._paths))
+        return True
+
+    def _look(self) -> tuple[Mark, ...]:
+        return tuple(map(_mark, self._paths))
+
+
+def _mark(path: str) -> Mark:
+    """Return what changes when a file changes, also behind symbolic links (Kubernetes swaps those); empty without a
+    file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)

@@ -1,0 +1,40 @@
+"""What a router says at its start about options that probably do not do what was meant.
+
+advice(args, environ, exists) -> sentences, each a warning in the log
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Mapping
+
+from sglang_router.config import RouterArgs
+
+_CONTAINER_FILES = ("/.dockerenv", "/run/.containerenv")
+_KUBERNETES = "KUBERNETES_SERVICE_HOST"
+
+
+def advice(args: RouterArgs, environ: Mapping[str, str], exists: Callable[[str], bool]) -> list[str]:
+    """Return the warnings. `exists`: whether there is a file of that name."""
+    loopback = is_loopback_host(args.host)
+    found = []
+    if loopback and (_KUBERNETES in environ or any(map(exists, _CONTAINER_FILES))):
+        found.append(
+            f"this is a container, and the router listens on {args.host}: nothing outside this container can reach it;"
+            " add --host 0.0.0.0"
+        )
+    if not loopback and not args.api_key and args.api_key_file is None:
+        found.append(
+            f"inference is open to everybody who can reach port {args.port} of {args.host}: set a key with"
+            " --api-key-file or --api-key"
+        )
+    return found
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether an address to listen on can be reached from this machine only. A name other than localhost counts as
+    one that others can reach."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,78 @@
+"""What SIGHUP does: read again what can change while the router serves.
+
+    certificates, keys of clients and operators     as every few seconds, but whether they changed or not
+    log files                                       opened again (`observe.log_files` does it at the next line anyway)
+    the --config file                               worker-urls and log-level take effect; other changes are one warning
+
+A file that cannot be used is a warning, and everything stays as it was. Flags and variables override the file as they
+did at the start.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from sglang_router.app import settings
+from sglang_router.app.parts import App
+from sglang_router.config import OPTIONS, RouterArgs
+from sglang_router.errors import ConfigError
+from sglang_router.observe.logs import LogWriter
+from sglang_router.routing.source import Source
+from sglang_router.words import counted
+
+log = logging.getLogger("sglang_router")
+
+_LIVE = ("worker_urls", "log_level")
+"""Options of the file that take effect at once."""
+
+
+class Reload:
+    """Reads everything again at each `run`. `args`: the options in effect."""
+
+    def __init__(self, app: App, writer: LogWriter) -> None:
+        self._app = app
+        self._writer = writer
+        self._args = app.args
+
+    def run(self) -> None:
+        """Read everything again."""
+        log.info("SIGHUP: reading keys, certificates and files again")
+        for files in self._app.watched:
+            files.refresh(anyway=True)
+        if self._args.config:
+            self._read_config()
+
+    def _read_config(self) -> None:
+        old = self._args
+        try:
+            new = old.reread()
+        except ConfigError as error:
+            log.warning("%s; the options stay as they are", error)
+            return
+        changed = [name for name in OPTIONS if getattr(new, name) != getattr(old, name)]
+        if "log_level" in changed:
+            self._writer.set_level(new.log_level)
+        if "worker_urls" in changed:
+            self._change_workers(old, new)
+        if waiting := [OPTIONS[name].flag for name in changed if name not in _LIVE]:
+            log.warning("%s: these changes need a restart: %s", old.config, ", ".join(waiting))
+        for name in _LIVE:  # the others are named again at the next SIGHUP
+            setattr(old, name, getattr(new, name))
+
+    def _change_workers(self, old: RouterArgs, new: RouterArgs) -> None:
+        """Add the workers that the file names now, and remove those that only it had named."""
+        fleet, now = self._app.fleet, self._app.clock()
+        specs = {spec.url: spec for spec in settings.configured_workers(new).specs}
+        added = [spec for url, spec in specs.items() if not fleet.entries(url)]
+        gone = [
+            worker
+            for url in old.worker_urls
+            if url not in specs
+            for worker in fleet.entries(url)
+            if worker.spec.source is Source.FILE
+        ]
+        for spec in added:
+            fleet.add(spec, now)
+        for worker in gone:
+            fleet.remove(worker)
+        log.info("%s: %s added, %s removed", old.config, counted(len(added), "worker"), counted(len(gone), "worker"))
