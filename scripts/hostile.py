@@ -14,6 +14,7 @@ smaller, are tests in tests/hostile; workers and clients come from there.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
@@ -56,7 +57,14 @@ def endless(start: bytes, more: bytes) -> Lie:
     return lie
 
 
+async def late(leg: Leg) -> None:
+    """Answer after a while."""
+    await asyncio.sleep(5.0)
+    await leg.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+
 LIES: dict[str, bytes | Lie] = {
+    "late": late,
     "flood": endless(STREAM, EVENT),
     "interim": endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
     "head": endless(b"HTTP/1.1 200 OK\r\nA: ", b"b" * 100),

@@ -109,6 +109,7 @@ class Stack:
         self.port = 0
         self._fakes: list[FakeWorker] = []
         self._server: asyncio.Server | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
         self._thread = threading.Thread(target=self._live, daemon=True)
 
     # -- its life ----------------------------------------------------------------------------------------
@@ -130,6 +131,11 @@ class Stack:
             lambda: cast("asyncio.Protocol", ClientConnection(self.app.frontend)), "127.0.0.1", 0
         )
         self.port = server.sockets[0].getsockname()[1]
+        self._sweep()
+
+    def _sweep(self) -> None:
+        self.clients.sweep()
+        self._sweeper = self.loop.call_later(0.05, self._sweep)
 
     def stop(self) -> None:
         try:
@@ -142,6 +148,8 @@ class Stack:
     async def _close(self) -> None:
         if self._server is not None:
             self._server.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         self.clients.cut()
         await self.checks.close()
         await self.survey.close()

@@ -150,7 +150,7 @@ class Conflict(InvalidRequest):
 class PayloadTooLarge(InvalidRequest):
     status = 413
     code = "payload_too_large"
-    message = "The body is larger than --max-payload-size allows."
+    message = "The body is larger than --max-payload-size or --max-buffered-request-bytes allows."
     close = True
 
 
@@ -205,7 +205,10 @@ class TooManyWaiting(Overload):
 
 class BufferFull(Overload):
     code = "buffer_full"
-    message = "The request bodies in the router's memory have reached --max-buffered-request-bytes. Try again later."
+    message = (
+        "The body found no room beside others for as long as a request may be queued: --max-buffered-request-bytes"
+        " limits how much the router holds. Try again later."
+    )
 
 
 class UpgradeRefused(InvalidRequest):

@@ -237,6 +237,8 @@ async def test_bodies_that_do_not_fit_wait_and_go_on_when_there_is_room() -> Non
         await second.send(request[:150_000])
         await play.until(lambda: bool(parked(play)))
         assert play.clients.budget.held < 500_000
+        assert "READING, budget due at" in repr(parked(play)[0])
+        assert "<Hold IN_LINE " in repr(parked(play)[0])
         await serve(leg)
         await first.response()
         await second.send(request[150_000:])
@@ -247,10 +249,14 @@ async def test_bodies_that_do_not_fit_wait_and_go_on_when_there_is_room() -> Non
 
 
 @on_loop
-async def test_bodies_that_never_fit_are_429() -> None:
+async def test_bodies_that_never_fit_are_413() -> None:
     async with Play(max_buffered_request_bytes=100_000) as play:
-        held = await ask(play, body("x" * 150_000))
-        assert code((await held.response()).body) == "buffer_full"
+        in_a_chunk = "Transfer-Encoding: chunked\r\n\r\n249f0\r\n" + "x" * 150_000
+        for framing in ("Content-Length: 150000\r\n\r\n", in_a_chunk):
+            held = await play.client()
+            await held.send(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{framing}".encode())
+            response = await held.response()
+            assert (response.status, code(response.body)) == (413, "payload_too_large")
         small = await ask(play)
         await serve(await play.leg())
         assert (await small.response()).status == 200
@@ -260,15 +266,21 @@ async def test_bodies_that_never_fit_are_429() -> None:
 
 @on_loop
 async def test_a_body_held_up_for_long_is_429() -> None:
-    async with Play(max_buffered_request_bytes=100_000) as play:
+    async with Play(max_buffered_request_bytes=400_000) as play:
         request = post(CHAT, body("x" * 300_000))
-        client = await play.client()
+        first, client = await play.client(), await play.client()
+        await first.send(request)
+        leg = await play.leg()
         await client.send(request[:150_000])
         await play.until(lambda: bool(parked(play)))
         (connection,) = parked(play)
         connection.overdue(play.clock())
         response = await client.response()
         assert (response.status, code(response.body)) == (429, "buffer_full")
+        assert "retry-after" in response.headers
+        await serve(leg)
+        await first.response()
+        first.close()
         assert not parked(play)
         client.close()
         await play.until(lambda: not play.clients.connections)
@@ -277,16 +289,20 @@ async def test_a_body_held_up_for_long_is_429() -> None:
 
 @on_loop
 async def test_a_body_held_up_of_a_client_that_reads_nothing_is_forgotten() -> None:
-    async with Play(max_buffered_request_bytes=100_000) as play:
-        client = await play.client()
-        await client.send(post(CHAT, body("x" * 300_000))[:150_000])
+    async with Play(max_buffered_request_bytes=400_000) as play:
+        request = post(CHAT, body("x" * 300_000))
+        first, client = await play.client(), await play.client()
+        await first.send(request)
+        leg = await play.leg()
+        await client.send(request[:150_000])
         await play.until(lambda: bool(parked(play)))
         (connection,) = parked(play)
         connection.pause_writing()
         connection.overdue(play.clock())
         assert connection.state is CLOSING
-        play.clients.budget.limit = 1 << 30
-        play.clients.sweep()
+        await serve(leg)
+        await first.response()
+        first.close()
         assert connection.state is CLOSING
         await play.until(lambda: not play.clients.connections)
         assert play.clients.budget.held == 0

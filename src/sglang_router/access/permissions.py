@@ -117,6 +117,11 @@ class Access:
         """Whether the key of an inference request is meant for the router, so that it must not reach a worker."""
         return self._rules[AccessKind.INFERENCE].allowed is not None
 
+    @property
+    def guards_changes(self) -> bool:
+        """Whether a change of the control plane needs a key."""
+        return self._rules[AccessKind.CONTROL_CHANGE].allowed is not None
+
     def check(self, kind: AccessKind, credentials: bytes | None, local: bool = False) -> Identity:
         """Return who asks, if they may.
 

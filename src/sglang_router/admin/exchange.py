@@ -111,6 +111,10 @@ class AppExchange:
     def unanswered(self) -> None:
         """No engine answers this request."""
 
+    def unanswered_since(self) -> float | None:
+        """Return when the request was complete; None once the client was sent a part of the answer."""
+        return None if self._status else self._started_at
+
     def gone(self) -> None:
         """Cancel the app: the client closed its connection."""
         self._left.set()

@@ -48,10 +48,10 @@ from sglang_router.relay.answers import Answers
 from sglang_router.relay.batch import Batch
 from sglang_router.relay.body import no_handler
 from sglang_router.relay.budget import ByteBudget
-from sglang_router.relay.client import Frontend
 from sglang_router.relay.clients import Clients
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.relay.exchange import Exchange
+from sglang_router.relay.frontend import Frontend
 from sglang_router.relay.relay import Relay, RelayRules
 from sglang_router.relay.routes import Routes
 from sglang_router.resume.handler import handlers_of
@@ -159,7 +159,7 @@ def build(
             listener=listeners,
             limits=settings.limits(args),
             timeouts=settings.timeouts(args),
-            admit=_admission(access, routes) if access.consumes_key else None,
+            admit=_admission(access, routes),
         ),
         metrics_frontend=ports(
             Routes(scrape.exchange),
@@ -283,7 +283,7 @@ def _answers(args: RouterArgs, rng: random.Random) -> Answers:
 def _clients(args: RouterArgs, clock: Callable[[], float], connections: ConnectionPool) -> tuple[Clients, Clients]:
     """Make the registries of the main port's and of the metrics port's connections."""
     numbers = itertools.count(1)
-    budget = ByteBudget(args.max_buffered_request_bytes)
+    budget = ByteBudget(args.max_buffered_request_bytes, args.body_min_bytes_per_second)
     most, scrapers = settings.most_connections()
     clients = Clients(clock, budget, most, lambda: connections.open, numbers)
     return clients, Clients(clock, ByteBudget(_NO_LIMIT), scrapers, lambda: 0, numbers)
@@ -345,16 +345,19 @@ def _routes(plane: ControlPlane, relay: Relay, endpoints: Mapping[bytes, Endpoin
     return routes
 
 
-def _admission(access: Access, routes: Routes) -> Callable[[Request, bool], None]:
+def _admission(access: Access, routes: Routes) -> Callable[[Request, bool], None] | None:
     """Return the check of each head, which refuses a request without a valid key before its body is read.
 
     So a client without a key cannot fill the memory. The control plane checks its own requests, so here they are
-    checked only when they have a body, which only a change needs.
+    checked only when they have a body, which only a change needs. None: no kind of request with a body needs a key.
     """
+    closed = access.consumes_key
+    if not closed and not access.guards_changes:
+        return None
 
     def admit(request: Request, has_body: bool) -> None:
         inference = routes.relays(request)
-        if inference or has_body:
+        if closed if inference else has_body:
             kind = AccessKind.INFERENCE if inference else AccessKind.CONTROL_CHANGE
             try:
                 request.client = access.check(kind, credentials_of(request.headers), local=True).id

@@ -17,7 +17,8 @@ from typing import Any, cast
 
 from sglang_router.access.tls import TLSFiles, listening_context
 from sglang_router.errors import ConfigError
-from sglang_router.relay.client import ClientConnection, Frontend
+from sglang_router.relay.client import ClientConnection
+from sglang_router.relay.frontend import Frontend
 from sglang_router.relay.keepalive import probe_clients
 from sglang_router.restart.handover import InheritedSockets, SocketOffer, take_over
 

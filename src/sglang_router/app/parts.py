@@ -16,9 +16,9 @@ from sglang_router.autoscale.autoscaler import Autoscaler
 from sglang_router.config import RouterArgs
 from sglang_router.observe.deferred import Deferred
 from sglang_router.observe.metrics import Metrics
-from sglang_router.relay.client import Frontend
 from sglang_router.relay.clients import Clients
 from sglang_router.relay.connection_pool import ConnectionPool
+from sglang_router.relay.frontend import Frontend
 from sglang_router.relay.relay import Relay
 from sglang_router.routing.events import Listener, Listeners
 from sglang_router.routing.fleet import Fleet

@@ -207,7 +207,8 @@ def configured_workers(args: RouterArgs) -> ConfiguredWorkers:
 
 def limits(args: RouterArgs) -> Limits:
     """Return the limits on one request."""
-    return Limits(args.max_head_bytes, args.max_header_count, args.max_payload_size)
+    most_body = min(args.max_payload_size, args.max_buffered_request_bytes)
+    return Limits(args.max_head_bytes, args.max_header_count, most_body)
 
 
 def timeouts(args: RouterArgs) -> Timeouts:
@@ -215,6 +216,7 @@ def timeouts(args: RouterArgs) -> Timeouts:
     return Timeouts(
         head=args.head_timeout_secs,
         body=args.body_timeout_secs,
+        room=args.queue_timeout_secs,
         idle=args.keepalive_timeout_secs,
         request=args.request_timeout_secs,
         first_byte=args.first_byte_timeout_secs,

@@ -310,7 +310,19 @@ class HTTPOptions:
         30, "Longest time for a client to send a request's head; then 408.", REQUESTS, unit="s", check=above(0)
     )
     body_timeout_secs: float = option(
-        60, "Longest pause of a client while it sends a body; then 408.", REQUESTS, unit="s", check=above(0)
+        60,
+        "Longest pause of a client while it sends a body; then 408. On the whole, a body may be as much later than"
+        " --body-min-bytes-per-second.",
+        REQUESTS,
+        unit="s",
+        check=above(0),
+    )
+    body_min_bytes_per_second: int = option(
+        16_000,
+        "Slowest rate at which a client may send a body, once it is --body-timeout-secs late; then 408. While others"
+        " wait for memory or for a connection, a body that is 5 seconds late gets 408. 0: any rate.",
+        REQUESTS,
+        check=at_least(0),
     )
     keepalive_timeout_secs: float = option(
         75, "Close a client's connection that was idle for this long.", REQUESTS, unit="s", check=above(0)
@@ -467,8 +479,8 @@ class HTTPOptions:
     )
     max_buffered_request_bytes: int = option(
         1_073_741_824,
-        "Most bytes of requests held in memory at once. Above it, the router pauses reading bodies; after 5 seconds of"
-        " pause a request gets 429.",
+        "Most bytes of requests with bodies above 64 kB held in memory at once. What does not fit waits unread, first"
+        " come, first served; after --queue-timeout-secs it gets 429. A larger body gets 413.",
         OVERLOAD,
         unit="bytes",
         check=at_least(65536),

@@ -7,7 +7,7 @@ pieces. The pieces of all bodies stand in one queue, and each turn of the loop d
 waits for one piece, however large the bodies are and however many come at once. Large bodies take turns.
 
 Reading a socket is such work as well: while bytes come fast enough, the loop reads a socket up to 32 times in one turn.
-A connection that is given a `FULL` read pauses its socket, and a piece resumes it.
+A connection that is given a full read (`relay.full_read`) pauses its socket, and a piece resumes it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ from collections import deque
 from collections.abc import Callable
 
 from sglang_router.relay.memory import Discarded
-from sglang_router.wire.request import Request
-
-FULL = 131072
-"""Bytes of a read that may have left more in the socket: uvloop reads 256,000 bytes at most, asyncio 262,144."""
-PARSED = 65536
-"""Bytes of such a read that are parsed in one piece: of tiny chunks or pipelined requests that takes milliseconds."""
+from sglang_router.wire.request import Body, Request
 
 Piece = Callable[[], bool]
 
@@ -47,6 +42,10 @@ class Bulk:
     def discard(self, request: Request) -> None:
         """Free the large body of a request that is over, in pieces."""
         body, request.body = request.body, b""
+        self.free(body)
+
+    def free(self, body: Body) -> None:
+        """Free a body in pieces if it is large; nobody else may use it any more."""
         if isinstance(body, bytearray):
             self.add(Discarded(body).step)
 

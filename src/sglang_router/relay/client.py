@@ -5,13 +5,15 @@
            the client closes: exchange.gone()     the client does not read: exchange.pause(), resume()
 
 A table (`relay.routes`) says what handles a request: this class depends neither on the relay nor on the control plane.
-Only one exchange is in flight at a time. Pipelined requests are parsed and queued; when more than `_AHEAD` bytes of
-them have arrived, the socket is not read until the answer is written.
+Only one exchange is in flight at a time. Pipelined requests are parsed and queued; when `limits.ahead_bytes` of them
+have arrived, the socket is not read until the answer is written.
+
+A large body is read only when the request-body budget admits it (`relay.budget`); until then nothing is read.
 
     state       deadline                                     when the deadline passes
     IDLE        IDLE (HEAD before the first request)         the connection closes
     READING     HEAD, BODY or BUDGET                         408 or 429, then LINGERING
-    BUSY        none: the exchange has one
+    BUSY        none: the exchange has one                   (PROBE, PRESENT: see `relay.half_closed`)
     LINGERING   LINGER                                       the connection is aborted
     CLOSING     CLOSE                                        aborted, unless the client still reads what was written
 
@@ -27,66 +29,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 
 from sglang_router.errors import RouterError, TooManyConnections
 from sglang_router.relay import answers
-from sglang_router.relay.answers import Answers
-from sglang_router.relay.batch import Batch
-from sglang_router.relay.bulk import FULL, PARSED
-from sglang_router.relay.clients import AnyExchange, Clients
-from sglang_router.relay.deadlines import DUE_IDLE, ERRORS, NEVER, Deadline, Due
+from sglang_router.relay.budget import GRACE, SMALL
+from sglang_router.relay.clients import AnyExchange
+from sglang_router.relay.deadlines import DUE_BODY, DUE_IDLE, ERRORS, NEVER, Deadline, Due
+from sglang_router.relay.frontend import Frontend
+from sglang_router.relay.full_read import FULL, FullRead
+from sglang_router.relay.half_closed import PROBE_AFTER, is_half, is_reset
 from sglang_router.relay.moves import CLIENT_MOVES, IllegalMove
-from sglang_router.relay.routes import Routes
-from sglang_router.relay.rules import Timeouts
-from sglang_router.relay.states import BUSY, CLOSING, IDLE, LINGERING, READING, ClientState
-from sglang_router.routing.events import Answered, Finished, Listener
-from sglang_router.routing.plan import RequestTag, Route
-from sglang_router.wire.limits import Limits
+from sglang_router.relay.states import ADMITTED, BUSY, CLOSING, HELD, IDLE, LINGERING, READING, ClientState
 from sglang_router.wire.request import Request, RequestParser
-
-_AHEAD = 65536
-"""Bytes of pipelined requests that are read ahead, before reading pauses."""
-_LINGER = 2.0
-"""Seconds that the client has to read the last answer, while what it sends is discarded."""
-_PARKED = 5.0
-"""Seconds that a client waits for the request-body budget; then its request is refused."""
-
-
-class Frontend:
-    """What all client connections of one port share.
-
-    routes    which exchange handles a request
-    clients   the registry of the connections
-    batch     does the work of one event-loop iteration in stages
-    listener  hears of requests that were refused before they were complete
-    answers   writes error answers
-    limits    limits on one request
-    timeouts  in seconds
-    admit     checks each head before its body is read; may set the request's refusal and client; None: no check
-    """
-
-    __slots__ = ("admit", "answers", "batch", "clients", "limits", "listener", "routes", "timeouts")
-
-    def __init__(
-        self,
-        routes: Routes,
-        clients: Clients,
-        batch: Batch,
-        listener: Listener,
-        answers: Answers,
-        limits: Limits,
-        timeouts: Timeouts,
-        admit: Callable[[Request, bool], None] | None = None,
-    ) -> None:
-        self.routes = routes
-        self.clients = clients
-        self.batch = batch
-        self.listener = listener
-        self.answers = answers
-        self.limits = limits
-        self.timeouts = timeouts
-        self.admit = admit
 
 
 class ClientConnection:
@@ -101,12 +55,13 @@ class ClientConnection:
 
     __slots__ = (
         "_early",
+        "_ended",
         "_frontend",
+        "_full",
         "_hold",
         "_parser",
         "_queue",
         "_read_paused",
-        "_unparsed",
         "_unread",
         "clients",
         "deadline",
@@ -123,7 +78,7 @@ class ClientConnection:
         # per connection
         self._frontend = frontend
         self.clients = frontend.clients
-        self._hold = frontend.clients.budget.hold()
+        self._hold = frontend.clients.budget.hold(self)
         self._parser = RequestParser(frontend.limits, frontend.admit)
         self._queue: deque[Request | RouterError] = deque()
         self.state: ClientState = IDLE
@@ -132,7 +87,8 @@ class ClientConnection:
         self.peer = ""
         self._unread = 0  # CLOSING: bytes that the client had not read at the last check
         self._read_paused = False
-        self._unparsed = b""  # the rest of a full read
+        self._full: FullRead | None = None  # a read that is being parsed
+        self._ended = False  # the client has ended its sending side
         # per exchange
         self.exchange: AnyExchange | None = None
         self._early = 0  # bytes that arrived while an earlier request was not answered yet
@@ -140,8 +96,8 @@ class ClientConnection:
     def __repr__(self) -> str:
         kind, at = self.deadline
         due = "" if kind is Due.NEVER else f", {kind.value} due at {at:.3f}"
-        flags = ", stalled" * self.stalled + ", not read" * self._read_paused
-        return f"<ClientConnection {self.peer} {self.state.name}{due}, {self._hold.size} bytes held{flags}>"
+        flags = ", stalled" * self.stalled + ", not read" * self._read_paused + ", half-closed" * self._ended
+        return f"<ClientConnection {self.peer} {self.state.name}{due}, {self._hold!r}{flags}>"
 
     def _move(self, state: ClientState, deadline: Deadline) -> None:
         if not CLIENT_MOVES[self.state] >> state & 1:
@@ -170,11 +126,15 @@ class ClientConnection:
             return
         if len(data) >= FULL:
             self.transport.pause_reading()
-            self._unparsed = data
-            self._frontend.batch.bulk.add(self._parse_on)
+            self._full = FullRead(self, data)
+            self._frontend.batch.bulk.add(self._full.step)
             return
-        self._hold.grow(len(data))
+        hold = self._hold
+        if hold.state < ADMITTED:  # otherwise its bytes are counted already
+            hold.grow(len(data))
         ready = self._parser.feed(data)
+        if ready and hold.state:
+            self._end_body(ready[0])
         if self.exchange is None and not self._queue and not self.stalled:
             if ready:
                 self._queue.extend(ready)
@@ -184,31 +144,29 @@ class ClientConnection:
         else:
             self._queue.extend(ready)
             self._early += len(data)
-            if self._early > _AHEAD:
+            if self._early > self._frontend.limits.ahead_bytes:
                 self._pause_reading()
 
-    def _parse_on(self) -> bool:
-        """Parse the next part of a full read; return whether there is more. After the last part, read again."""
-        part, self._unparsed = self._unparsed[:PARSED], self._unparsed[PARSED:]
-        if part:  # otherwise the connection is lost
-            self.data_received(part)
-        if self._unparsed:
-            return True
+    def parsed(self) -> None:
+        """Read again after a full read, all parts of which are parsed."""
+        self._full = None
         if not self._read_paused:
             self.transport.resume_reading()
-        return False
 
-    def eof_received(self) -> None:
-        """React to the client's end of sending: returning None closes the transport."""
+    def eof_received(self) -> bool:
+        """React to the client's end of sending; return whether the connection stays open, for the answer."""
+        self._ended = True
+        now = self.clients.clock()
+        asked = now if self._queue else None if self.exchange is None else self.exchange.unanswered_since()
+        if not is_half(self.transport, asked, now):
+            return False
+        self.deadline = (Due.PROBE, now + PROBE_AFTER)
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Remove the connection; end the exchange in flight."""
         self.clients.left(self)
-        self.clients.budget.unpark(self)
-        self._hold.release()
-        self._parser.close()
-        self._unparsed = b""
-        self._queue.clear()
+        self._drop()
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
             self.clients.exchanges.discard(exchange)
@@ -236,36 +194,66 @@ class ClientConnection:
             self.transport.pause_reading()
 
     def _resume_reading(self) -> None:
-        if self._read_paused:
+        if self._read_paused and not self._ended:
             self._read_paused = False
-            if not self._unparsed:
+            if self._full is None:
                 self.transport.resume_reading()
 
     def _await_rest(self) -> None:
         """Set the deadline for the rest of a request, a part of which has arrived."""
         parser = self._parser
-        if parser.wants_continue:
-            parser.wants_continue = False
-            self.write(answers.CONTINUE)
         if parser.mid_body:
-            if self.clients.budget.exhausted:
-                self._park()
+            hold, now, silence = self._hold, self.clients.clock(), self._frontend.timeouts.body
+            end = now + silence
+            if not hold.state and 0 < parser.length <= SMALL:  # the usual case, which is quick: the head came alone
+                hold.begin(now)
+            elif hold.admits(parser.length, parser.received, now):
+                end = min(end, hold.due(silence))
             else:
-                self._move(READING, (Due.BODY, self.clients.clock() + self._frontend.timeouts.body))
+                self._wait(now)
+                return
+            if parser.wants_continue:
+                parser.wants_continue = False
+                self.write(answers.CONTINUE)
+            self._move(READING, (DUE_BODY, end))
         elif parser.mid_head and self.state is not READING:
             # The deadline counts from the first byte: further bytes do not extend it.
             self._move(READING, (Due.HEAD, self.clients.clock() + self._frontend.timeouts.head))
 
-    def _park(self) -> None:
-        """Pause reading: the request-body budget is exhausted."""
-        self._move(READING, (Due.BUDGET, self.clients.clock() + _PARKED))
+    def _wait(self, now: float) -> None:
+        """Pause reading: the request-body budget has no room for this body yet."""
         self._pause_reading()
-        self.clients.budget.park(self)
+        if self.deadline[0] is not Due.BUDGET:
+            self._move(READING, (Due.BUDGET, now + self._frontend.timeouts.room))
 
     def read_on(self) -> None:
-        """Read again: the request-body budget has room."""
+        """Go on with the body: the request-body budget has room."""
         self._move(READING, (Due.BODY, self.clients.clock() + self._frontend.timeouts.body))
         self._resume_reading()
+        self._frontend.batch.request(self)
+
+    def _end_body(self, item: Request | RouterError) -> None:
+        """Tell the budget that a body is complete."""
+        self._hold.complete(0 if isinstance(item, RouterError) else len(item.body))
+
+    def _admits(self, request: Request) -> bool:
+        """Return whether a complete request with a large body may start; if not, wait."""
+        if self._hold.state is not HELD:
+            now, size = self.clients.clock(), len(request.body)
+            if not self._hold.admits(size, size, now):
+                self._wait(now)
+                return False
+            self._end_body(request)
+        return True
+
+    def _drop(self) -> None:
+        """Give back all that was read and not started."""
+        bulk = self._frontend.batch.bulk
+        bulk.free(self._parser.close())
+        for item in self._queue:
+            bulk.free(b"" if isinstance(item, RouterError) else item.body)
+        self._queue.clear()
+        self._hold.release()
 
     # -- one request after the other -----------------------------------------------------------------------------------
 
@@ -276,11 +264,16 @@ class ClientConnection:
         if not self._queue:
             self._await_rest()
             return
-        item = self._queue.popleft()
+        item = self._queue[0]
         if isinstance(item, RouterError):
             self.refuse(item)
             return
+        if len(item.body) > SMALL and not self._admits(item):
+            return
+        self._queue.popleft()
         self._move(BUSY, NEVER)
+        if self._ended:
+            self.deadline = (Due.PROBE, self.clients.clock() + PROBE_AFTER)
         exchange = self.exchange = self._frontend.routes.find(item.method, item.path)(self, item)
         self.clients.exchanges.add(exchange)
         exchange.start()
@@ -299,7 +292,7 @@ class ClientConnection:
             self._hold.release()
         if self.transport.is_closing():
             return
-        if not keep_alive or (clients.draining and not clients.last_request_timeout):
+        if not keep_alive or (clients.draining and not clients.last_request_timeout) or (self._ended and not queue):
             self._leave()
             return
         self._move(IDLE, (DUE_IDLE, now + (clients.last_request_timeout or self._frontend.timeouts.idle)))
@@ -320,11 +313,7 @@ class ClientConnection:
 
     def refuse(self, error: RouterError) -> None:
         """Answer an invalid request, or one that came too slowly, with an error; then close the connection."""
-        frontend = self._frontend
-        request_id = frontend.answers.ids.new(b"req-")
-        self.write(frontend.answers.refusal(error, request_id))
-        tag = RequestTag(next(self.clients.numbers), request_id, self.clients.clock(), Route(), self.peer)
-        frontend.listener.finished(Finished(tag, None, Answered(error.status, error.code, first_byte=0.0)))
+        self.write(self._frontend.refusal(error, self.peer))
         self._linger()
 
     # -- the end -------------------------------------------------------------------------------------------------------
@@ -342,7 +331,7 @@ class ClientConnection:
 
     def _close(self) -> None:
         """Close after what was written; abort when the client reads nothing of it for the idle timeout."""
-        self.clients.budget.unpark(self)
+        self._drop()
         self._frontend.batch.flush()
         self.transport.close()
         self._unread = self.transport.get_write_buffer_size()
@@ -350,11 +339,9 @@ class ClientConnection:
 
     def _linger(self) -> None:
         """Close the sending side, and discard what the client still sends."""
-        self._queue.clear()
-        self.clients.budget.unpark(self)
-        self._hold.release()
+        self._drop()
         self._frontend.batch.flush()
-        self._move(LINGERING, (Due.LINGER, self.clients.clock() + _LINGER))
+        self._move(LINGERING, (Due.LINGER, self.clients.clock() + self._frontend.timeouts.linger))
         self._resume_reading()
         if self.transport.can_write_eof() and not self.transport.is_closing():
             self.transport.write_eof()
@@ -363,13 +350,28 @@ class ClientConnection:
         """Close the connection now."""
         self.transport.abort()
 
+    def lateness(self, now: float) -> float:
+        """Return by how many seconds the body that is being read is later than allowed while others wait."""
+        return now - self._hold.due(GRACE)
+
+    def forgive(self, pause: float) -> None:
+        """Give the client the time back in which the router did not read."""
+        kind, at = self.deadline
+        self.deadline = (kind, at + pause)
+        self._hold.since += pause
+
     def overdue(self, now: float) -> None:
         """React to the deadline, which has passed; see the table of the module."""
         kind, self.deadline = self.deadline[0], NEVER
-        if kind is Due.LINGER:
+        if kind is Due.LINGER or (kind is Due.PRESENT and is_reset(self.transport)):
             self.transport.abort()
         elif kind is Due.CLOSE:
             self._look_at_reader(now)
+        elif kind is Due.PROBE or kind is Due.PRESENT:
+            unanswered = self.exchange is not None and self.exchange.unanswered_since() is not None
+            if kind is Due.PROBE and unanswered and not self._parser.http10:
+                self.write(answers.CONTINUE)
+            self.deadline = (Due.PRESENT, now)  # look at each sweep
         elif self.state is READING and not self.stalled:
             self.refuse(ERRORS[kind](retry_after=1.0 if kind is Due.BUDGET else None))
         else:

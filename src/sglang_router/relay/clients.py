@@ -9,11 +9,17 @@ sweep               every quarter of a second: call `overdue` of connections and
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from sglang_router.relay.budget import ByteBudget
 from sglang_router.relay.deadlines import Deadline
+
+_STOPPED = 1.25
+"""Seconds between two sweeps from which the process was stopped, or busy with something else, meanwhile."""
+_MOST_HURRIED = 100
+"""Most slow clients that one sweep refuses: each takes a moment."""
 
 
 class Unanswered(NamedTuple):
@@ -31,13 +37,20 @@ class Unanswered(NamedTuple):
     oldest: float
 
 
-class AnyExchange(Protocol):
+class Watched(Protocol):
+    """What has a deadline."""
+
+    deadline: Deadline
+
+    def overdue(self, now: float) -> None:
+        """React to `deadline`, which has passed."""
+
+
+class AnyExchange(Watched, Protocol):
     """A request in flight, as its client connection sees it.
 
     It ends when it calls `ClientConnection.done` or `abort`, or when its `gone` is called.
     """
-
-    deadline: Deadline
 
     def start(self) -> None:
         """Start: the requests before it on its connection are answered."""
@@ -45,14 +58,14 @@ class AnyExchange(Protocol):
     def gone(self) -> None:
         """End: the client closed its connection."""
 
+    def unanswered_since(self) -> float | None:
+        """Return when the request was complete; None once the client was sent a part of the answer."""
+
     def pause(self) -> None:
         """Stop sending: the client does not read."""
 
     def resume(self) -> None:
         """Send again: the client reads again."""
-
-    def overdue(self, now: float) -> None:
-        """React to `deadline`, which has passed."""
 
     def unanswered(self) -> tuple[float, int, bool] | None:
         """Describe an inference request without a first byte; None for any other request.
@@ -62,13 +75,14 @@ class AnyExchange(Protocol):
         """
 
 
-class Connected(Protocol):
+class Connected(Watched, Protocol):
     """A client connection, as the registry sees it."""
 
-    deadline: Deadline
+    def lateness(self, now: float) -> float:
+        """Return by how many seconds the body that is being read is later than allowed while others wait."""
 
-    def overdue(self, now: float) -> None:
-        """React to `deadline`, which has passed."""
+    def forgive(self, pause: float) -> None:
+        """Give the client the time back in which the router did not read."""
 
     def close_if_idle(self) -> None:
         """Close for a shutdown, unless a request is here."""
@@ -112,6 +126,7 @@ class Clients:
         self.exchanges: set[AnyExchange] = set()
         self.limit = limit
         self._upstream = upstream
+        self._swept = math.inf
 
     def __repr__(self) -> str:
         state = " draining" if self.draining else ""
@@ -167,16 +182,44 @@ class Clients:
     # -- deadlines -----------------------------------------------------------------------------------------------------
 
     def sweep(self) -> None:
-        """Call `overdue` where a deadline has passed.
+        """Call `overdue` where a deadline has passed, and refuse slow clients while others wait.
 
-        A timer per request would cost more than this loop four times a second.
+        A timer per request would cost more than this loop four times a second. Each deadline is looked at again when
+        its turn comes: what one client loses may have given another one more time.
         """
         now = self.clock()
-        for connection in [c for c in self.connections if c.deadline[1] <= now]:
-            connection.overdue(now)
-        for exchange in [e for e in self.exchanges if e.deadline[1] <= now]:
-            exchange.overdue(now)
-        self.budget.read_on()
+        pause, self._swept = now - self._swept, now
+        if pause > _STOPPED:
+            self._forgive(pause)
+        watched: list[Watched] = [*self.connections, *self.exchanges]
+        for each in [each for each in watched if each.deadline[1] <= now]:
+            if each.deadline[1] <= now:
+                each.overdue(now)
+        if self.budget.short or self._crowded:
+            self._hurry(now)
+
+    def _forgive(self, pause: float) -> None:
+        """Shift all deadlines: the router did not read, so what would have kept them may wait in the sockets."""
+        for connection in self.connections:
+            connection.forgive(pause)
+        for exchange in self.exchanges:
+            kind, at = exchange.deadline
+            exchange.deadline = (kind, at + pause)
+
+    @property
+    def _crowded(self) -> bool:
+        """Whether less than an eighth of all connections is left for new clients."""
+        return len(self.connections) + self._upstream() > self.limit - self.limit // 8
+
+    def _hurry(self, now: float) -> None:
+        """Refuse the slowest bodies, while others wait for the budget or could soon find no connection."""
+        for hold in self.budget.late(now)[:_MOST_HURRIED]:
+            if self.budget.short:
+                hold.reader.overdue(now)
+        if self._crowded:
+            late = [each for each in self.connections if each.lateness(now) > 0.0]
+            for connection in sorted(late, key=lambda each: -each.lateness(now))[:_MOST_HURRIED]:
+                connection.overdue(now)
 
     def unanswered(self) -> Unanswered:
         """Sum up the requests without a first byte. It reads all exchanges: call it from a timer, not per request."""

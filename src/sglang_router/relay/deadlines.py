@@ -25,8 +25,10 @@ class Due(Enum):
     NEVER = "never"  # nothing: there is no deadline
     # of a client connection
     HEAD = "head"  # the request's head is complete
-    BODY = "body"  # the next bytes of the body arrive
+    BODY = "body"  # the next bytes of the body arrive, and on the whole not too slowly
     BUDGET = "budget"  # the request-body budget has room, so that reading continues
+    PROBE = "probe"  # the answer begins; otherwise see whether a client that has ended its sending side still reads
+    PRESENT = "present"  # such a client does not reset the connection
     IDLE = "idle"  # another request begins
     LINGER = "linger"  # the client reads the last answer, while what it sends is discarded
     CLOSE = "close"  # the client reads more of what was written before the close
@@ -38,7 +40,8 @@ class Due(Enum):
 
 
 # Constants, because looking up a member on its class costs as much as a call.
-DUE_IDLE, DUE_REQUEST, DUE_FIRST_BYTE, DUE_PROGRESS = Due.IDLE, Due.REQUEST, Due.FIRST_BYTE, Due.PROGRESS
+DUE_BODY, DUE_IDLE = Due.BODY, Due.IDLE
+DUE_REQUEST, DUE_FIRST_BYTE, DUE_PROGRESS = Due.REQUEST, Due.FIRST_BYTE, Due.PROGRESS
 
 Deadline = tuple[Due, float]
 

@@ -19,7 +19,7 @@ the client gets an error event (when the answer is a stream of events) and a con
 
 from __future__ import annotations
 
-from sglang_router.errors import BufferFull, InternalError, RouterError, StreamBroken, UnsupportedMediaType
+from sglang_router.errors import InternalError, RouterError, StreamBroken, UnsupportedMediaType
 from sglang_router.relay import failover
 from sglang_router.relay.client import ClientConnection
 from sglang_router.relay.deadlines import DUE_FIRST_BYTE, DUE_PROGRESS, DUE_REQUEST, ERRORS, NEVER, Deadline, Due
@@ -119,8 +119,6 @@ class Exchange:
                 raise request.refusal
             if named[3]:
                 raise UnsupportedMediaType
-            if client.clients.budget.exhausted:
-                raise BufferFull(retry_after=1.0)
             read_and_ask(self, endpoint, named[1], now)
         except RouterError as error:
             self.refuse(error)
@@ -129,6 +127,10 @@ class Exchange:
         """Give up the legs and end: the client closed its connection."""
         self._unqueue()
         self._end(Outcome.GONE, self.relay.clock())
+
+    def unanswered_since(self) -> float | None:
+        """Return when the request was complete; None once the client was sent a part of the answer."""
+        return None if self._status else self.tag.start
 
     def pause(self) -> None:
         """Stop reading from the workers: the client does not read."""

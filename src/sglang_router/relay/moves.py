@@ -1,4 +1,4 @@
-"""The allowed moves between the states of client connections and of exchanges, as tables.
+"""The allowed moves between the states of client connections, of exchanges and of holds, as tables.
 
 A row lists the states that may follow. Each state machine checks its own moves; an illegal move is a bug of the router,
 and the error names the move and the whole state. `may` turns a row into one number with a bit for each state, so that
@@ -17,11 +17,29 @@ the check, which every request makes several times, takes two integer operations
     ROUTED                       x          x         x       a retry: ROUTED to ROUTED
     ANSWERING                                         x       a stream that another worker continues stays ANSWERING
     DONE
+
+The table of holds, which count bytes of requests, is drawn in `relay.budget`.
 """
 
 from __future__ import annotations
 
-from sglang_router.relay.states import ANSWERING, BUSY, CLOSING, DONE, IDLE, LINGERING, QUEUED, READING, ROUTED
+from sglang_router.relay.states import (
+    ADMITTED,
+    ANSWERING,
+    BUSY,
+    CLOSING,
+    DONE,
+    HELD,
+    IDLE,
+    IN_LINE,
+    LINGERING,
+    PAUSED,
+    PLAIN,
+    QUEUED,
+    READING,
+    ROUTED,
+    SMALL_BODY,
+)
 
 
 class IllegalMove(Exception):
@@ -47,4 +65,13 @@ EXCHANGE_MOVES = (
     may(ROUTED, ANSWERING, DONE),  # ROUTED: a retry, the head, or the end
     may(DONE),  # ANSWERING
     may(),  # DONE
+)
+
+HOLD_MOVES = (
+    may(SMALL_BODY, IN_LINE, ADMITTED),  # PLAIN: a part of a small body; a large body waits, or is admitted
+    may(PLAIN, IN_LINE, ADMITTED),  # SMALL_BODY: complete, or a chunked body has become large
+    may(PLAIN, ADMITTED),  # IN_LINE: given up, or admitted
+    may(PLAIN),  # HELD: the answer is written
+    may(PLAIN, PAUSED, HELD),  # ADMITTED: given up, a chunked body outgrew what was reserved, or complete
+    may(PLAIN, ADMITTED),  # PAUSED: given up, or there is room
 )

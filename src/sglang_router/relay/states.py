@@ -1,4 +1,4 @@
-"""The states of client connections and exchanges. `relay.moves` holds the moves between them, as tables.
+"""The states of client connections, exchanges and holds. `relay.moves` has the moves between them, as tables.
 
 Members of an enumeration are named here as constants: looking one up on its class takes as long as a call. Enums have a
 module of their own, because mypyc does not compile them (`scripts/compile`).
@@ -33,3 +33,17 @@ class ExchangeState(IntEnum):
 
 
 NEW, QUEUED, ROUTED, ANSWERING, DONE = ExchangeState
+
+
+class HoldState(IntEnum):
+    """The state of what a connection holds of the request-body budget. Its moves: `relay.budget`."""
+
+    PLAIN = 0  # whole requests, or nothing
+    SMALL_BODY = 1  # a small body is incomplete
+    IN_LINE = 2  # a large body waits, unread, to be admitted
+    HELD = 3  # a large body is complete
+    ADMITTED = 4  # a large body is incomplete; its bytes are reserved, so that they are not counted when they arrive
+    PAUSED = 5  # a chunked body has outgrown what was reserved; it waits, unread, for more
+
+
+PLAIN, SMALL_BODY, IN_LINE, HELD, ADMITTED, PAUSED = HoldState

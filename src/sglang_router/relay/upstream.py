@@ -31,7 +31,7 @@ from typing import Protocol, cast
 from sglang_router.access.tls import MAY_WANT_CERTIFICATE, explain
 from sglang_router.errors import WorkerInvalid
 from sglang_router.relay.batch import Batch
-from sglang_router.relay.bulk import FULL
+from sglang_router.relay.full_read import FULL
 from sglang_router.relay.outgoing import SLICE, Outgoing
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Target

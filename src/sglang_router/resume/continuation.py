@@ -21,6 +21,7 @@ from sglang_router.resume.chunks import ChatChunks, Chunks
 from sglang_router.resume.cumulative import Snapshots
 from sglang_router.resume.generation import ABSENT, Fields, Generation, encode, fields_of
 from sglang_router.routing.facts import Endpoint
+from sglang_router.wire.request import Body
 
 GENERATIONS: dict[str, type[Generation]] = {"generate": Snapshots, "chat": ChatChunks, "completions": Chunks}
 """How a stream is read, by the name of its endpoint; streams of other endpoints are not continued."""
@@ -119,7 +120,7 @@ class Next(msgspec.Struct, frozen=True):
 # -- the request -------------------------------------------------------------------------------------------------------
 
 
-def refusal(endpoint: Endpoint, body: bytes, rules: ResumeRules) -> str:
+def refusal(endpoint: Endpoint, body: Body, rules: ResumeRules) -> str:
     """Return why the stream that `body` requests could not be continued, a key of `REASONS`; "" when it could."""
     if endpoint.name not in GENERATIONS:
         return "endpoint"
@@ -205,7 +206,7 @@ def _number(fields: Fields, name: str) -> int | None:
 # -- after the break ---------------------------------------------------------------------------------------------------
 
 
-def go_on(endpoint: Endpoint, body: bytes, generation: Generation, without_progress: int = 0) -> Next:
+def go_on(endpoint: Endpoint, body: Body, generation: Generation, without_progress: int = 0) -> Next:
     """Return what to do when the worker broke after `generation`.
 
     body              the client's own, for which `refusal` returned ""
@@ -221,7 +222,7 @@ def go_on(endpoint: Endpoint, body: bytes, generation: Generation, without_progr
         return Next("unreadable")
 
 
-def _next(endpoint: Endpoint, body: bytes, generation: Generation) -> Next:
+def _next(endpoint: Endpoint, body: Body, generation: Generation) -> Next:
     fields = fields_of(body)
     sampling = _sampling(endpoint, fields)
     limits = {name: number for name in _LIMITS[endpoint.name] if (number := _number(sampling, name)) is not None}

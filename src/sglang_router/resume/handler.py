@@ -130,7 +130,7 @@ class ResumableStream:
 
     decoding = True
 
-    def __init__(self, endpoint: Endpoint, body: bytes, facts: Facts, rules: ResumeRules) -> None:
+    def __init__(self, endpoint: Endpoint, body: Body, facts: Facts, rules: ResumeRules) -> None:
         # per stream
         self._endpoint = endpoint
         self._body = body  # of the client's request

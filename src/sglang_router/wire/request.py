@@ -33,11 +33,15 @@ _FRAMING_PER_BYTE = 16
 
 _WATCHED = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
-Body = bytes | bytearray
-"""The content of a request; a large one is a bytearray, which nobody changes once it is whole."""
+_JOIN_BELOW = 65536
+"""Bytes up to which a body that came in several pieces is made bytes: copying it costs less than a second type."""
 
 Headers = list[tuple[bytes, bytes]]
 """Fields in the order they came; names in lower case."""
+
+Body = bytes | bytearray
+"""A body. A large one that came in several pieces is the buffer they were gathered in: it is never joined or copied.
+Nobody changes it."""
 
 
 class Request:
@@ -95,6 +99,7 @@ class RequestParser:
 
     __slots__ = (
         "_admit",
+        "_body",
         "_error",
         "_head_bytes",
         "_headers",
@@ -103,19 +108,26 @@ class RequestParser:
         "_most_body",
         "_most_headers",
         "_parser",
-        "_pieces",
         "_ready",
         "_request",
-        "_size",
         "_url",
+        "http10",
+        "length",
         "mid_body",
         "mid_head",
+        "received",
         "wants_continue",
     )
 
+    _body: Body
     _head_bytes: int
     _parser: httptools.HttpRequestParser | None
-    _size: int
+    http10: bool
+    """The last head that is complete was of HTTP/1.0."""
+    length: int
+    """The announced length of the current body; -1: it is chunked."""
+    received: int
+    """Bytes of the current body that are here, without its transfer coding."""
 
     def __init__(self, limits: Limits, admit: Callable[[Request, bool], None] | None = None) -> None:
         self._limits = limits
@@ -125,6 +137,7 @@ class RequestParser:
         self._long = False  # a head that ends in this read may exceed the limit
         self._error: RouterError | None = None
         self._ready: list[Request | RouterError] = []
+        self.http10 = False
         self.mid_head = False
         """A part of a head has arrived."""
         self.mid_body = False
@@ -140,7 +153,7 @@ class RequestParser:
         parser = self._parser
         if parser is None:
             return []
-        in_body, size = self.mid_body, self._size
+        in_body, size = self.mid_body, self.received
         between = not (self.mid_head or in_body)
         self._long = len(data) > self._limits.head_bytes or self.mid_head
         try:
@@ -157,7 +170,7 @@ class RequestParser:
         elif in_body and self.mid_body and not self._ready:
             # Chunk extensions and trailers that do not end trigger no callback either. Each byte of content allows
             # some bytes that are not content.
-            self._head_bytes = max(0, self._head_bytes + len(data) - _FRAMING_PER_BYTE * (self._size - size))
+            self._head_bytes = max(0, self._head_bytes + len(data) - _FRAMING_PER_BYTE * (self.received - size))
             if self._head_bytes > self._limits.head_bytes:
                 self._error = self._error or HeadTooLarge("The chunked body is mostly chunk extensions or trailers.")
         ready = self._ready
@@ -169,10 +182,16 @@ class RequestParser:
             self._ready = []
         return ready
 
-    def close(self) -> None:
-        """Release the parser, which refers to this object, so that no reference cycle remains."""
+    def close(self) -> Body:
+        """Release the parser, which refers to this object, so that no reference cycle remains.
+
+        Returns: what has arrived of an incomplete body.
+        """
         self._error = self._error or BadHTTP()
         self._parser = None
+        self.mid_head = self.mid_body = False
+        body, self._body = self._body, b""
+        return body
 
     # -- called by llhttp ----------------------------------------------------------------------------------------------
 
@@ -181,8 +200,8 @@ class RequestParser:
         self._url = b""
         self._headers: Headers = []
         self._head_bytes = 0
-        self._size = 0
-        self._pieces: list[bytes] = []
+        self.length = self.received = 0
+        self._body = b""
         self._request: Request | None = None
         self.mid_head = True
 
@@ -208,7 +227,7 @@ class RequestParser:
         self.mid_body = True
         self._head_bytes = 0
         version = parser.get_http_version()
-        http10 = version == "1.0"
+        http10 = self.http10 = version == "1.0"
         if not http10 and version != "1.1":
             self._fail(VersionNotSupported())
         if parser.should_upgrade():
@@ -259,6 +278,7 @@ class RequestParser:
             self._fail(BadHTTP("An HTTP/1.1 request has exactly one Host header."))
         if coded and http10:
             self._fail(BadHTTP("HTTP/1.0 has no Transfer-Encoding."))
+        self.length = -1 if coded else length
         if length > self._limits.body_bytes:
             self._fail(PayloadTooLarge())
         has_body = length > 0 or coded
@@ -266,20 +286,27 @@ class RequestParser:
         return has_body
 
     def on_body(self, piece: bytes) -> None:
-        """Add a part of the body, without its transfer coding."""
-        self._pieces.append(piece)
-        self._size += len(piece)
+        """Add a part of the body, without its transfer coding. The first part is kept as it is: usually it is all."""
+        body = self._body
+        if isinstance(body, bytearray):
+            body += piece
+        elif body:
+            self._body = bytearray(body)
+            self._body += piece
+        else:
+            self._body = piece
+        self.received += len(piece)
         self.wants_continue = False
-        if self._size > self._most_body:
+        if self.received > self._most_body:
             self._fail(PayloadTooLarge())
 
     def on_message_complete(self) -> None:
         """Pass the complete request on."""
-        request, pieces = self._request, self._pieces
+        request, body = self._request, self._body
         assert request is not None
-        request.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        request.body = bytes(body) if len(body) <= _JOIN_BELOW else body
         self._request = None
-        self._pieces = []
+        self._body = b""
         self.mid_body = self.wants_continue = False
         self._ready.append(request)
 

@@ -27,16 +27,31 @@ class Spliced:
         return self.end + len(self.tail)
 
 
+_LOOK_BACK = 64
+"""Bytes before the end in which the last member usually ends; white space makes it more."""
+
+
 def splice(body: Body, members: bytes) -> bytes:
     """Return `body`, a JSON object, with `members` (such as b'"data_parallel_rank":1') added at its end.
 
-    Engines use the last of several members with the same name, so these override the client's.
+    Engines use the last of several members with the same name, so these override the client's. The body is copied once.
 
     Raises: ValueError, when `body` has no "}".
     """
     end = body.rindex(b"}")
-    comma = b"" if body[:end].rstrip().endswith(b"{") else b","
-    return b"".join((body[:end], comma, members, body[end:]))
+    comma = b"" if _last(body, end) == b"{" else b","
+    with memoryview(body) as view:
+        return b"".join((view[:end], comma, members, view[end:]))
+
+
+def _last(body: Body, end: int) -> bytes:
+    """Return the last byte before `end` that is not white space; b"" when there is none."""
+    span = _LOOK_BACK
+    while True:
+        before = bytes(body[max(0, end - span) : end]).rstrip()
+        if before or span >= end:
+            return before[-1:]
+        span *= 8
 
 
 def splice_at(body: Body, place: tuple[int, bytes], members: bytes) -> bytes | Spliced:
