@@ -71,6 +71,7 @@ PURE = (
     "config.units",
     "wire",
     "access.permissions",
+    "access.redaction",
     "routing",
     "relay.answers",
     "relay.body",

@@ -60,6 +60,18 @@ class InvalidJSON(InvalidRequest):
     message = "The body is not a JSON object."
 
 
+class ReservedField(InvalidRequest):
+    code = "reserved_field"
+    message = "This field is set by the router."
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"The field {name!r} is set by routers only: leave it out. An operator who trusts all clients can start the"
+            " router with --trust-client-routing-fields.",
+            param=name,
+        )
+
+
 class BadHTTP(InvalidRequest):
     """The bytes are not an HTTP/1.1 message (RFC 9112), or two parsers could read them differently."""
 
@@ -223,6 +235,17 @@ class VersionNotSupported(InvalidRequest):
     code = "http_version_not_supported"
     message = "The router supports HTTP/1.1 and HTTP/1.0 only."
     close = True
+
+
+class LoopDetected(InvalidRequest):
+    """The request carries this router's own mark in its Via field (RFC 9110 7.6.3, RFC 5842 7.2)."""
+
+    status = 508
+    code = "loop_detected"
+    message = (
+        "This request has been through this router already: one of its workers is the router itself, or another router"
+        " that sends requests back to it. Remove that worker."
+    )
 
 
 # -- errors that the operator can fix ----------------------------------------------------------------------------------

@@ -215,7 +215,11 @@ def test_a_client_that_resets_at_once_does_not_pass_for_a_local_one() -> None:
     assert not is_local(seen[0][0], [])
 
 
-@pytest.mark.parametrize("name", [b"x-forwarded-for", b"forwarded", b"via", b"x-real-ip"])
+PROXIES = "x-forwarded-for x-forwarded-port x-forwarded-server x-forwarded-prefix x-forwarded forwarded via x-real-ip"
+MORE_PROXIES = "cf-connecting-ip true-client-ip x-client-ip x-envoy-external-address x-amzn-trace-id x-original-host"
+
+
+@pytest.mark.parametrize("name", f"{PROXIES} {MORE_PROXIES}".encode().split())
 def test_what_a_proxy_passes_on_is_not_local_whatever_it_says(name: bytes) -> None:
     assert is_local(HERE, [(b"host", b"127.0.0.1:30000")])
     assert not is_local(HERE, [(name, b"127.0.0.1")])
@@ -226,7 +230,7 @@ def test_what_a_proxy_passes_on_is_not_local_whatever_it_says(name: bytes) -> No
     ("host", "origin", "site", "local"),
     [
         (b"localhost:30000", None, None, True),
-        (b"gpu-box:30000", None, None, True),
+        (b"gpu-box:30000", None, None, False),
         (b"localhost:30000", b"http://localhost:30000", b"same-origin", True),
         (b"[::1]:30000", b"http://[::1]:30000", None, True),
         (b"127.0.0.1:30000", None, b"none", True),
@@ -246,6 +250,54 @@ def test_a_page_from_elsewhere_cannot_use_the_browser_on_this_machine(
 ) -> None:
     fields = ((b"host", host), (b"origin", origin), (b"sec-fetch-site", site))
     assert is_local(HERE, [(name, value) for name, value in fields if value is not None]) is local
+
+
+@pytest.mark.parametrize(
+    ("fields", "local"),
+    [
+        ({b"host": b"localtest.me:30000"}, False),
+        ({b"host": b"localhost.evil.example"}, False),
+        ({b"host": b"localhost:30000"}, True),
+        ({b"host": b"[::1]:30000"}, True),
+        ({b"host": b"10.0.0.1:30000"}, True),
+        ({}, True),
+        ({b"host": b"127.0.0.1:30000", b"referer": b"http://evil.example/page"}, False),
+        ({b"host": b"127.0.0.1:30000", b"referer": b"http://127.0.0.1:30000/"}, True),
+        ({b"host": b"127.0.0.1:30000", b"user-agent": b"Mozilla/5.0 (X11)"}, False),
+        ({b"host": b"127.0.0.1:30000", b"user-agent": b"Mozilla/5.0 (X11)", b"sec-fetch-site": b"none"}, True),
+        ({b"host": b"127.0.0.1:30000", b"user-agent": b"curl/8.5.0"}, True),
+    ],
+)
+def test_f20_a_page_that_names_itself_as_this_machine_is_not_local(fields: dict[bytes, bytes], local: bool) -> None:
+    """An image at http://localtest.me:PORT/flush_cache sends neither Origin nor Sec-Fetch-*, nor does DNS rebinding."""
+    assert is_local(HERE, fields.items()) is local
+    assert not is_local(THERE, fields.items())
+
+
+def test_f20_no_page_reaches_a_unix_socket() -> None:
+    assert is_local("/run/client.sock", [(b"host", b"router")])
+    assert not is_local("/run/client.sock", [(b"host", b"router"), (b"origin", b"http://evil.example")])
+
+
+def test_f39_what_operators_are_told_of_an_open_control_plane() -> None:
+    """Nothing was said at the start of a router that others can reach and that has no control keys."""
+    assert Access().warnings("127.0.0.1") == Access(open=True).warnings("::1") == Access().warnings("localhost") == []
+    assert Access((), CONTROL).warnings("0.0.0.0") == []
+    (read,) = Access().warnings("::")
+    assert "may read its control plane" in read
+    (change,) = Access(open=True).warnings("0.0.0.0")
+    assert "may change its workers" in change
+    (clients,) = Access(CLIENTS, open=True).warnings("0.0.0.0")
+    assert "every client may read its control plane and change its workers" in clients
+
+
+def test_f32_a_key_of_the_control_plane_is_known_in_any_scheme() -> None:
+    withheld = Access((), CONTROL).withholds
+    assert withheld is not None
+    assert all(map(withheld, (b"Bearer admin-key", b"bearer  user-key", b"admin-key", b"Token admin-key")))
+    assert not any(map(withheld, (b"Bearer other", b"", b"Bearer")))
+    assert Access(CLIENTS, CONTROL).withholds is None  # no key of a client is forwarded
+    assert Access().withholds is None
 
 
 # -- the audit log -----------------------------------------------------------------------------------------------------

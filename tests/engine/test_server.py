@@ -53,6 +53,25 @@ def call(url: str, path: str, body: object = None, method: str = "", **headers: 
         return answer.status, answer.read()
 
 
+def test_case_5_an_upgrade_that_is_offered_is_ignored(fast: str) -> None:
+    """Stock Java clients offer h2c with each request; the body was lost."""
+    offer = b"Host: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    body = b'{"prompt":"cut \\ud83d","max_tokens":1}'
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    for rest in (b"Content-Length: %d\r\n\r\n%s" % (len(body), body), chunked):
+        host, port = urlsplit(fast).netloc.split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as client, client.makefile("rb") as answers:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\n" + offer + rest)
+            client.sendall(
+                b"GET /health HTTP/1.1\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n" + b"Host: x\r\n\r\n"
+            )
+            answered = answers.read()
+        assert answered.count(b"HTTP/1.1 200 OK") == 2, answered
+    with socket.create_connection((host, int(port)), timeout=20) as client, client.makefile("rb") as answers:
+        client.sendall(b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answers.read().startswith(b"HTTP/1.1 400")
+
+
 def post(url: str, path: str, body: object) -> Any:
     status, answer = call(url, path, body)
     assert status == 200, answer

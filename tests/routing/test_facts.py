@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from fleets import Bench
 from sglang_router.errors import InvalidJSON
 from sglang_router.routing.facts import ENDPOINTS, NAMESPACE, Facts, read
+from sglang_router.routing.reserved import RESERVED
+from sglang_router.routing.tolerant import members
 
 CHAT = b"/v1/chat/completions"
 
@@ -260,16 +262,10 @@ DEEP = 100_000
         b'{"text":"t",}',
         b"{'text':'t'}",
         b'{text:"t"}',
-        b'{"text":NaN}',
-        b'{"other":Infinity}',
         b'{"text":01}',
         b'{"text":"a\nb"}',
         b'{"text":"\\q"}',
         b'{"text":"t"/* no */}',
-        b'\xef\xbb\xbf{"text":"t"}',
-        '{"text":"t"}'.encode("utf-16"),
-        '{"text":"t"}'.encode("utf-16-le"),
-        '{"text":"t"}'.encode("utf-32"),
         b'{"text":' * DEEP,
         b"[" * DEEP,
         b'{"text":' + b"[" * DEEP + b"]" * DEEP + b"}",
@@ -284,6 +280,79 @@ def test_what_is_not_a_json_object_is_invalid(body: bytes) -> None:
             facts(path, body)
         assert (caught.value.status, caught.value.code) == (400, "json_parse_error")
         assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b'{"text":"cut \\ud83d"}', b'"cut \\ud83d'),
+        (b'{"other":"\\udead","text":"t"}', b'"t'),
+        (b'{"text":"t","other":NaN,"n":-Infinity}', b'"t'),
+        (b'{"text":"first","text":"t","a":NaN}', b'"t'),
+        (b'\xef\xbb\xbf{"text":"t"}', b'"t'),
+        (' {"text":"t\u00e9"} '.encode("utf-16"), '"té'.encode()),
+        ('{"text":"t"}'.encode("utf-16-le"), b'"t'),
+        ('{"text":"t"}'.encode("utf-32"), b'"t'),
+        (b'{"text":"\xed\xa0\xbd","a":NaN}', b'"\xed\xa0\xbd'),
+        (b'{"a":NaN , "te\\u0078t" : "t"\n}\n', b'"t'),
+    ],
+    ids=lambda value: repr(value[:24]),
+)
+def test_case_16_what_python_engines_read_is_read(body: bytes, text: bytes) -> None:
+    """Half of a surrogate pair was refused as "truncated"."""
+    json.loads(body)
+    assert facts(b"/generate", body).text == text
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b'{"text":"t","a":NaN,}', "double quotes"),
+        (b'{"text":"\\ud83d"', "delimiter"),
+        (b'{"text":"\\ud83d"}{}', "Extra data"),
+        (b'{"text" NaN}', "':' delimiter"),
+        (b"[NaN]", "Expected an object"),
+        (b"", "Expecting value"),
+        (b"\xff", "utf-8"),
+    ],
+)
+def test_case_16_and_the_reason_is_the_right_one(body: bytes, reason: str) -> None:
+    with pytest.raises(InvalidJSON) as caught:
+        facts(b"/generate", body)
+    assert reason in str(caught.value)
+
+
+@given(body=st.text(alphabet='{}[]":,\\ud8nNa1 \n', max_size=12))
+def test_case_16_the_tolerant_reader_takes_what_json_takes_and_nothing_else(body: str) -> None:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        value = None
+    try:
+        found = members(body.encode())
+    except ValueError:
+        found = None
+    assert (found is not None) is isinstance(value, dict)
+    if found is not None:
+        assert repr({name: json.loads(raw) for name, raw in found.items()}) == repr(value)
+
+
+@pytest.mark.parametrize("name", RESERVED)
+@pytest.mark.parametrize("path", [b"/generate", b"/v1/chat/completions", b"/v1/embeddings", b"/v1/tokenize"])
+def test_case_24_fields_that_only_routers_set_are_found(path: bytes, name: str) -> None:
+    """`kv_transfer_params` of a client ended a vLLM engine."""
+    for value in (b"1", b"{}", b'{"do_remote_prefill":true}', b"false", b'""', b"[0]"):
+        for body in (b'{"%s":%s}', b'{"model":"m","text":"t","%s": %s}', b'{"%s":%s,"a":NaN}'):
+            assert facts(path, body % (name.encode(), value)).reserved == name
+    escaped = b'{"\\u%04x%s":1}' % (ord(name[0]), name[1:].encode())
+    assert facts(path, escaped).reserved == name
+    for harmless in (b'{"%s":null}', b'{"text":{"%s":1}}', b'{"text":"%s"}', b'{"my_%s":1}'):
+        assert facts(path, harmless % name.encode()).reserved == ""
+
+
+def test_case_24_the_rest_of_the_facts_is_read_all_the_same() -> None:
+    found = facts(b"/generate", b'{"model":"m","text":"t","stream":true,"bootstrap_room":7}')
+    assert (found.model, found.text, found.streaming) == (b'"m"', b'"t', True)
 
 
 PATHS = st.sampled_from(sorted(ENDPOINTS))

@@ -63,7 +63,8 @@ REFUSED_BY_US = {
     ),
     VersionNotSupported.message: Ruling("we", "RFC 9110 15.6.6", "h11 leaves the version to its user"),
     "Expected HTTP/2 Connection Preface.": Ruling("we", "RFC 9113 11.6", "PRI is no method"),
-    UpgradeRefused.message: Ruling("both", "RFC 9110 7.8", "h11 leaves that to its user"),
+    UpgradeRefused.message: Ruling("both", "RFC 9110 9.3.6", "CONNECT; h11 leaves that to its user"),
+    "The target has a fragment (#), which is not sent to servers.": Ruling("we", "RFC 9112 3.2", "as before"),
     "Invalid characters in url.": Ruling("we", "RFC 9112 3.2", "neither path nor URL; h11 takes any visible bytes"),
     "Unexpected start char in url.": Ruling("we", "RFC 9112 3.2", "as before"),
     "Unexpected char in url schema.": Ruling("we", "RFC 9112 3.2", "as before"),
@@ -73,14 +74,6 @@ REFUSED_BY_US = {
 
 REFUSED_BY_H11 = {
     "no request line received": (rb"(^|\n)\r?\n", Ruling("we", "RFC 9112 2.2", "an empty line before a request")),
-    "illegal request line": (
-        rb" {2,}| (RTSP|ICE)/|(^|\n|\r)[\r\n]+[\nA-Z]",
-        Ruling(
-            "both",
-            "RFC 9112 3",
-            "white space in and before the request line; the head is built anew, so nobody else sees it",
-        ),
-    ),
     "illegal chunk header": (rb"\n0{15,}[0-9a-fA-F]", Ruling("we", "RFC 9112 7.1", "a size may have leading zeros")),
 }
 """h11's reason -> a pattern of the message, the ruling. Requests that we accept and h11 refuses."""
@@ -212,12 +205,16 @@ def _h11_request(server: h11.Connection) -> Read | None:
             return None
         if isinstance(event, h11.Data):
             body += event.data
-    return Read(head.method, _origin_form(head.target), list(head.headers), body, head.http_version == b"1.0")
+    fields = _fields_of(list(head.headers))
+    return Read(head.method, _origin_form(head.target), fields, body, head.http_version == b"1.0")
 
 
 def _fields_of(headers: Headers) -> Headers:
-    """Return fields as h11 has them: without trailing white space, and the transfer coding in lower case."""
-    fields = ((name, value.strip(b" \t")) for name, value in headers)
+    """Return fields as h11 has them: without trailing white space, and the transfer coding in lower case.
+
+    An Upgrade is left out: we ignore it, and h11 leaves it to its user.
+    """
+    fields = ((name, value.strip(b" \t")) for name, value in headers if name != b"upgrade")
     return [(name, value.lower() if name == b"transfer-encoding" else value) for name, value in fields]
 
 
@@ -258,7 +255,7 @@ def h11_answer(raw: bytes) -> Answer:
         return Answer("more" if closed else "refused")
     assert head is not None
     end = -1 if closed else len(raw) - len(client.trailing_data[0])
-    return Answer("ok", head.status_code, bytes(head.reason), list(head.headers), payload, end)
+    return Answer("ok", head.status_code, bytes(head.reason), _fields_of(list(head.headers)), payload, end)
 
 
 # -- what must hold ----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ END_TO_END: Headers = [
 
 ONE_HOP: Headers = [
     (b"connection", b"keep-alive"),
+    (b"http2-settings", b"AAMAAABk"),
     (b"keep-alive", b"timeout=5"),
     (b"proxy-authenticate", b"Basic"),
     (b"proxy-authorization", b"Basic c2VjcmV0"),
@@ -74,7 +75,43 @@ def test_the_whitelist_passes_and_nothing_else() -> None:
 
 def test_the_whitelist_holds_what_the_reference_forwards_and_the_media_types() -> None:
     reference = {b"traceparent", b"tracestate", b"x-correlation-id", b"x-smg-routing-key"}
-    assert reference | {b"accept", b"content-type", b"request-id", b"x-trace-id"} == WHITELIST
+    assert reference | {b"accept", b"content-type", b"request-id", b"via", b"x-trace-id"} == WHITELIST
+
+
+def head_of(headers: Headers, rules: ForwardRules, start: bytes = START) -> list[bytes]:
+    request = Request(b"POST", b"/generate", b"/generate", headers)
+    lines = request_head(request, start, b"id-1", 0, b"own", rules).split(b"\r\n")
+    return [line for line in lines[1:] if line.split(b":")[0] not in (b"host", b"x-request-id", b"content-length", b"")]
+
+
+def test_f17_each_leg_ends_with_the_mark_of_this_process_behind_those_of_others() -> None:
+    rules = ForwardRules(mark=b"router-1")
+    assert head_of([(b"via", b"1.1 edge")], rules)[0] == b"via: 1.1 edge"
+    assert head_of([(b"via", b"1.1 edge")], rules)[-1] == b"via: 1.1 router-1"
+
+
+def test_f32_a_key_of_the_control_plane_never_reaches_a_worker() -> None:
+    rules = ForwardRules(everything=True, withheld=lambda value: b"ops" in value)
+    sent = [(b"authorization", b"Bearer ops"), (b"x-api-key", b"ops")]
+    assert head_of(sent, rules) == [b"authorization: Bearer own"]
+    assert rules.authorization(sent) is None
+    theirs = [(b"authorization", b"Bearer mine"), (b"x-api-key", b"mine")]
+    assert head_of(theirs, rules) == [b"authorization: Bearer mine", b"x-api-key: mine"]
+    assert rules.authorization(theirs) == b"Bearer mine"
+    assert ForwardRules(guarded=True).authorization(theirs) is None
+
+
+CHOICES = (b"x-data-parallel-rank", b"x-override-bootstrap-host", b"x-override-rid", b"x-prefiller-host-port")
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_case_24_only_trusted_clients_choose_engines_and_ranks(everything: bool) -> None:
+    sent = [(name, b"1") for name in CHOICES]
+    own = [b"authorization: Bearer own"]
+    assert head_of(sent, ForwardRules(everything)) == own
+    assert head_of(sent, ForwardRules(everything, trusted=True)) == [b"%s: 1" % name for name in CHOICES] + own
+    ranked = START + b"x-data-parallel-rank: 0\r\n"
+    assert b"x-data-parallel-rank: 1" not in head_of(sent, ForwardRules(everything, trusted=True), ranked)
 
 
 def test_everything_is_every_end_to_end_field_in_its_order() -> None:

@@ -113,6 +113,71 @@ def test_no_bytes_make_it_raise(reads: list[bytes]) -> None:
     read_requests([CHUNKED, *reads])
 
 
+# -- Upgrade, and what stands in and before a request line -------------------------------------------------------------
+
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+NEXT = b"GET /next HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "content"),
+    [
+        (b"Content-Length: 5\r\n\r\nhello", b"hello"),
+        (b"Content-Length: 6\r\n\r\nhell\r\n", b"hell\r\n"),
+        (b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", b"hello"),
+        (b"\r\n", b""),
+    ],
+)
+@pytest.mark.parametrize("offer", [OFFER, b"Connection: upgrade\r\nUpgrade: websocket\r\nUpgrade: TLS/1.0\r\n"])
+def test_case_5_an_upgrade_that_is_offered_is_ignored(offer: bytes, body: bytes, content: bytes) -> None:
+    """Stock Java clients offer h2c with each request; they got 501."""
+    raw = HEAD + offer + body + NEXT + HEAD + offer + body
+    first, second, third = read_requests([raw]).requests
+    assert (first.method, first.path, second.path) == (b"POST", b"/generate", b"/next")
+    assert first == third
+    assert first.keep_alive
+    assert b"upgrade" not in dict(first.headers)
+    assert first.body == content
+    for reads in splits(raw):
+        assert read_requests(reads).requests == [first, second, third], reads
+
+
+def test_case_5_limits_and_checks_hold_behind_an_offer() -> None:
+    assert isinstance(read_requests([HEAD + OFFER + b"Content-Length: 101\r\n\r\n"], SMALL).error, PayloadTooLarge)
+    assert isinstance(read_requests([HEAD + OFFER + b"A: b\r\n" * 9 + b"\r\n"], SMALL).error, HeadTooLarge)
+    assert isinstance(read_requests([HEAD + OFFER + b"Host: y\r\n\r\n"]).error, BadHTTP)
+    refused = RequestParser(Limits(), lambda request, has_body: setattr(request, "refusal", Unauthorized()))
+    (request,) = refused.feed(HEAD + OFFER + b"Content-Length: 5\r\n\r\nhello")
+    assert isinstance(request, Request)
+    assert not request.keep_alive
+
+
+@pytest.mark.parametrize(
+    "before", [b"", NEXT, HEAD + b"Content-Length: 2\r\n\r\n\n\n", CHUNKED + b"1\r\n\n\r\n0\r\n\r\n"]
+)
+@pytest.mark.parametrize(
+    ("odd", "fine"),
+    [
+        (b"\r\n\r\n" + NEXT, True),
+        (b"\n" + NEXT, False),
+        (b"\r" + NEXT, False),
+        (b"\r\n\n" + NEXT, False),
+        (NEXT.replace(b"GET ", b"GET  "), False),
+        (NEXT.replace(b" HTTP", b"  HTTP"), False),
+        (NEXT.replace(b"HTTP/1.1", b"RTSP/1.0"), False),
+        (NEXT.replace(b"HTTP/1.1", b"ICE/1.1"), False),
+        (NEXT.replace(b"next", b"next#top"), False),
+    ],
+)
+def test_f41_a_request_line_is_exact_also_behind_another_request(before: bytes, odd: bytes, fine: bool) -> None:
+    """llhttp takes two spaces, RTSP/1.0, and bare CR and LF before a request."""
+    raw = before + odd
+    for reads in ([raw], [before, odd], [raw[:-30], raw[-30:]], [raw[at : at + 1] for at in range(len(raw))]):
+        read = read_requests([data for data in reads if data])
+        assert [request.path for request in read.requests[1 if before else 0 :]] == ([b"/next"] if fine else []), reads
+        assert (read.error is None) is fine, reads
+
+
 # -- Expect ------------------------------------------------------------------------------------------------------------
 
 

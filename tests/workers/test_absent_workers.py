@@ -60,6 +60,8 @@ class _NoWait(selectors.SelectSelector):
 class PlayedPool:
     """A pool without sockets: each worker gives the answer of the script, 200 if there is none."""
 
+    mark = b""
+
     def __init__(self, clock: Callable[[], float]) -> None:
         self.script: dict[str, Answer] = {}
         self.asked: list[tuple[float, str, bool]] = []

@@ -13,6 +13,7 @@ from fake_worker import FakeWorker, Gate, Seen, answer
 from sglang_router.routing.facts import LARGE
 from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.states import Health
+from sglang_router.wire.headers import ForwardRules
 from stack import Reply, Stack, stack
 
 HEALTH, INFO, CHAT = "GET /health", "GET /server_info", "POST /v1/chat/completions"
@@ -153,6 +154,9 @@ def test_f10_a_large_request_names_its_rank_and_is_otherwise_as_it_came() -> Non
 def test_a_rank_of_the_clients_own_does_not_count() -> None:
     with stack(dp_aware=True) as router:
         fake = engine_with_ranks(router)
+        refused = router.post("/v1/chat/completions", {"messages": [], "data_parallel_rank": 7})
+        assert (refused.status, refused.json()["error"]["param"]) == (400, "data_parallel_rank")
+        router.app.relay.forward = ForwardRules(trusted=True)  # --trust-client-routing-fields
         router.post("/v1/chat/completions", {"messages": [], "data_parallel_rank": 7})
         (seen,) = chats(fake)
         assert json.loads(seen.body)["data_parallel_rank"] in (0, 1)

@@ -17,7 +17,7 @@ guess can approach the right key step by step. There is one lookup for all keys,
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum, IntEnum
 from hashlib import sha256
 from urllib.parse import urlsplit
@@ -111,6 +111,7 @@ class Access:
             read, change = inference, _Rule(clients or None, locally=not self._open)
         self._rules = (_Rule(), inference, read, change)
         self._known = clients | control
+        self._control = control
 
     @property
     def consumes_key(self) -> bool:
@@ -121,6 +122,27 @@ class Access:
     def guards_changes(self) -> bool:
         """Whether a change of the control plane needs a key."""
         return self._rules[AccessKind.CONTROL_CHANGE].allowed is not None
+
+    @property
+    def withholds(self) -> Callable[[bytes], bool] | None:
+        """Tells keys of the control plane, which must not reach a worker; None when no client's key can."""
+        return self.is_control_key if self._control and not self.consumes_key else None
+
+    def is_control_key(self, value: bytes) -> bool:
+        """Return whether a value of Authorization or x-api-key is a key of the control plane, with a scheme or not."""
+        return any(sha256(word).digest() in self._control for word in (value.strip(), *value.split(None, 1)[1:]))
+
+    def warnings(self, host: str) -> list[str]:
+        """Return what operators should know when the router listens on `host`, as far as the control plane goes."""
+        if self._control or _loopback_host(f"[{host}]" if ":" in host else host):
+            return []
+        if self.consumes_key:
+            may = "every client may read its control plane" + " and change its workers" * self._open
+        elif self._open:
+            may = "whoever reaches it may change its workers (--control-plane-open)"
+        else:
+            may = "whoever reaches it may read its control plane; changes are taken from this machine only"
+        return [f"the router listens on {host} without --control-plane-api-keys: {may}"]
 
     def check(self, kind: AccessKind, credentials: bytes | None, local: bool = False) -> Identity:
         """Return who asks, if they may.
@@ -173,9 +195,26 @@ def credentials_of(headers: Headers) -> bytes | None:
 # -- from where --------------------------------------------------------------------------------------------------------
 
 _PASSED_ON = frozenset(
-    (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip")
+    (
+        *(
+            b"cdn-loop",
+            b"client-ip",
+            b"forwarded",
+            b"proxy-client-ip",
+            b"true-client-ip",
+            b"via",
+            b"wl-proxy-client-ip",
+        ),
+        *(b"x-client-ip", b"x-client-port", b"x-cloud-trace-context", b"x-cluster-client-ip", b"x-originating-ip"),
+        *(b"x-proxyuser-ip", b"x-real-ip", b"x-remote-addr", b"x-remote-ip", b"x-scheme"),
+    )
 )
 """Fields that a proxy adds. What they say is never believed; they show that the peer speaks for somebody else."""
+_PASSED_ON_BY = (
+    *(b"x-forwarded", b"x-original-", b"cf-", b"fastly-", b"fly-", b"x-amz-cf-", b"x-amzn-", b"x-appengine-"),
+    *(b"x-arr-", b"x-azure-", b"x-envoy-", b"x-nf-", b"x-vercel-"),
+)
+"""How the names of other such fields begin."""
 
 
 def is_local(peername: object, headers: Headers) -> bool:
@@ -187,7 +226,12 @@ def is_local(peername: object, headers: Headers) -> bool:
     page can make a browser send requests to 127.0.0.1, and can even make its own name point there.
     """
     fields = dict(headers)
-    return is_loopback(peername) and _PASSED_ON.isdisjoint(fields) and not _of_foreign_page(fields)
+    return is_loopback(peername) and not _passed_on(fields) and not _of_foreign_page(peername, fields)
+
+
+def _passed_on(fields: dict[bytes, bytes]) -> bool:
+    """Whether a proxy forwarded this."""
+    return not _PASSED_ON.isdisjoint(fields) or any(name.startswith(_PASSED_ON_BY) for name in fields)
 
 
 def is_loopback(peername: object) -> bool:
@@ -210,17 +254,34 @@ def _loopback_address(text: str) -> bool:
     return address.is_loopback
 
 
-def _of_foreign_page(fields: dict[bytes, bytes]) -> bool:
-    """Whether a browser sent this for a page from elsewhere: browsers say which page made them send a request.
+def _of_foreign_page(peername: object, fields: dict[bytes, bytes]) -> bool:
+    """Whether a browser may have sent this for a page from elsewhere.
 
-    The router's own pages are not foreign, if they were loaded from loopback.
+    Browsers say which page made them send a request, but not always: a GET for an image has no Origin, and none has
+    Sec-Fetch-* when the router was asked by a name that is not `localhost`. So no name is believed but that one: the
+    name of a page's own host can be made to point here (DNS rebinding). And who says that it is a browser must say for
+    which page. The router's own pages are not foreign, if they were loaded from loopback. Pages reach no Unix socket.
     """
-    origin, site = fields.get(b"origin"), fields.get(b"sec-fetch-site")
-    if origin is None and site is None:
+    if isinstance(peername, (str, bytes)) and not {b"origin", b"sec-fetch-site"} & fields.keys():
         return False
     host = fields.get(b"host", b"").decode("latin-1")
-    same_origin = origin is None or origin.decode("latin-1").partition("://")[2] == host
+    if host and not _address_or_localhost(host):
+        return True
+    origin, site, referer = fields.get(b"origin"), fields.get(b"sec-fetch-site"), fields.get(b"referer")
+    if origin is None and site is None and referer is None:
+        return fields.get(b"user-agent", b"").startswith(b"Mozilla/")
+    pages = [page.decode("latin-1").partition("://")[2].partition("/")[0] for page in (origin, referer) if page]
+    same_origin = origin != b"" and all(page == host for page in pages)
     return not (same_origin and site in (None, b"none", b"same-origin") and _loopback_host(host))
+
+
+def _address_or_localhost(authority: str) -> bool:
+    """Whether a Host names no name that somebody else could own."""
+    try:
+        name = urlsplit(f"//{authority}").hostname or ""
+        return name == "localhost" or bool(ipaddress.ip_address(name.partition("%")[0]))
+    except ValueError:
+        return False
 
 
 def _loopback_host(authority: str) -> bool:

@@ -2,6 +2,7 @@
 
     /add_worker?url=U               200 when U is healthy; 400 when it is not in time, or no engine answers there, and
                                     then U is removed again
+    /add_worker?url=U@1             the same for a rank that was removed
     /add_worker?url=U&wait=false    202 at once: U is registered, and is checked from now on
     /add_worker?url=U&wait=5        200 within 5 s, or else 202 with the reason why it is not healthy yet
 
@@ -17,11 +18,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from sglang_router.admin.context import Context
+from sglang_router.admin.ranks import rank_to_add
 from sglang_router.admin.workers import key_parameter, remove_all, url_parameter
 from sglang_router.errors import InvalidRequest, ShuttingDown
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
+from sglang_router.workers.health_checks import ITSELF
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400)]
 
@@ -32,14 +35,19 @@ async def add(context: Context, request: Request) -> Response:
     A worker that does not become healthy in time is removed again, unless the client said how long it waits. A client
     that leaves changes nothing: the worker stays, as after POST /workers.
     """
-    url = url_parameter(request)
     wait = _wait_parameter(request)
     rules = context.add_rules
     key = key_parameter(request) or rules.api_key
-    if known := context.fleet.entries(url):
-        raise InvalidRequest(f"Worker {url} already exists{_progress(known[0])}", param="url")  # 400 since version 1
-    spec = WorkerSpec(url=url, api_key=key, dp_aware=rules.dp_aware, health=rules.health)
+    spec = rank_to_add(context, request.query_params.get("url", ""), key)
+    if spec is None:
+        url = url_parameter(request)
+        if known := context.fleet.entries(url):
+            raise InvalidRequest(
+                f"Worker {url} already exists{_progress(known[0])}", param="url"
+            )  # 400 since version 1
+        spec = WorkerSpec(url=url, api_key=key, dp_aware=rules.dp_aware, health=rules.health)
     worker = context.fleet.add(spec, context.clock())
+    url = worker.url
     until = context.clock() + (rules.startup_timeout if wait is None else wait)
     healthy = await _healthy(context, worker, until)
     left = _successors(context, worker)
@@ -78,13 +86,18 @@ def _progress(worker: Worker) -> str:
 
 def _successors(context: Context, worker: Worker) -> list[Worker]:
     """A worker, or the ranks that replaced it; not a worker that somebody else registered at this URL since."""
-    return [entry for entry in context.fleet.entries(worker.spec.url) if entry is worker or entry.dp_rank is not None]
+    entries = context.fleet.entries(worker.spec.url)
+    if worker.dp_rank is not None:
+        return [entry for entry in entries if entry is worker]
+    return [entry for entry in entries if entry is worker or entry.dp_rank is not None]
 
 
 def _refuse(context: Context, worker: Worker, in_time: bool) -> NoReturn:
     """Say why a worker was not added: it is no engine, did not become healthy in time, or the router shuts down."""
     if context.checks.released:
         raise ShuttingDown
+    if worker.reason == ITSELF:
+        raise InvalidRequest(f"Worker {worker.spec.url} is not added: {ITSELF}", param="url")
     reason = f" ({worker.reason})" if worker.reason else ""
     if in_time:
         raise InvalidRequest(f"Worker {worker.spec.url} is not added: no engine answers there{reason}", param="url")

@@ -43,6 +43,7 @@ class _ControlPath:
         row = self._rows.get(scope["method"])
         if row is None:
             raise MethodNotAllowed(allow=self._rows)
+        scope["state"]["path"] = row.path  # for requests to workers: the client's own path came decoded
         response = await guarded(self._context, row.kind, row.handler, Request(scope, receive))
         await response(scope, receive, send)
 

@@ -2,8 +2,12 @@
 
     reply = await ask(context, worker, b"GET", b"/health")
     failure(reply)      why it is not a 2xx answer, or None
+    unauthorized(reply) whether the engine wants another key
     decoded(reply)      its JSON value
-    passed_on(reply)    the same answer for the client
+    await passed_on(context, reply)     the same answer for the client, without secrets
+
+Each worker is asked with its own key. One without a key gets the client's Authorization where inference would pass it
+on, too: so engines that check the keys of their users answer these users here as well.
 
 A worker that does not answer is no error here: the others are asked as well, and the handler decides.
 """
@@ -11,15 +15,21 @@ A worker that does not answer is no error here: the others are asked as well, an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Collection, Iterable
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.responses import Response
 
-from sglang_router.admin.context import Context
+from sglang_router.access.redaction import without_secrets
+from sglang_router.admin.context import JSON, Context
+from sglang_router.errors import WorkerInvalid
 from sglang_router.routing.worker import Worker
-from sglang_router.workers.fetch import Fetched, FetchError, fetch
+from sglang_router.workers.fetch import Fetched, FetchError, Sent, fetch
+
+_PLAIN = Sent()
+_SHORT = 1 << 15
+"""Bytes of an answer that are searched for secrets at once."""
 
 T = TypeVar("T")
 
@@ -35,14 +45,20 @@ async def ask(
     target: bytes,
     *,
     body: bytes = b"",
-    content_type: bytes = b"application/json",
+    sent: Sent = _PLAIN,
     timeout: float | None = None,
 ) -> Reply:
-    """Ask one worker, with its own key. A failure is returned, not raised, and makes the worker's next check due."""
+    """Ask one worker. A failure is returned, not raised, and makes the worker's next check due."""
     limit = context.timeouts.question if timeout is None else timeout
     try:
         return await fetch(
-            context.pool, worker.target, method, target, body=body, content_type=content_type, timeout=limit
+            context.pool,
+            worker.target,
+            method,
+            target,
+            body=body,
+            sent=sent,
+            timeout=limit,
         )
     except FetchError as exc:
         if not worker.removed:
@@ -50,10 +66,12 @@ async def ask(
         return exc
 
 
-async def get_from_all(context: Context, workers: Iterable[Worker], target: bytes) -> list[tuple[Worker, Reply]]:
+async def get_from_all(
+    context: Context, workers: Iterable[Worker], target: bytes, sent: Sent = _PLAIN
+) -> list[tuple[Worker, Reply]]:
     """Send a GET to several workers at the same time."""
     asked = tuple(workers)
-    replies = await all_of(ask(context, worker, b"GET", target) for worker in asked)
+    replies = await all_of(ask(context, worker, b"GET", target, sent=sent) for worker in asked)
     return list(zip(asked, replies, strict=True))
 
 
@@ -89,8 +107,30 @@ def decoded(reply: Reply) -> Any:
         return None
 
 
-def passed_on(answer: Fetched) -> Response:
-    """A worker's answer for the client: its status, body and content type, unchanged."""
-    types = [value.decode("latin-1") for name, value in answer.headers if name == b"content-type"]
-    headers = {"content-type": types[0]} if types else {}
-    return Response(answer.body, answer.status, headers)
+def unauthorized(reply: Reply) -> bool:
+    """Whether an engine wants another key: its answer says more than any error of the router."""
+    return isinstance(reply, Fetched) and reply.status in (401, 403)
+
+
+async def passed_on(context: Context, answer: Fetched) -> Response:
+    """A worker's answer for the client: its status, content type and body without secrets.
+
+    Raises: WorkerInvalid, when the body of a 2xx answer cannot be searched for secrets. Of another answer the status
+    is passed on.
+    """
+    try:
+        body = await _searched(answer.body, context.keys())
+    except WorkerInvalid as error:
+        if answer.ok:
+            raise
+        return JSON({"error": {"message": f"The worker answered {answer.status}.", "code": error.code}}, answer.status)
+    kept = (b"content-type", b"www-authenticate")
+    fields = {name.decode(): value.decode("latin-1") for name, value in answer.headers if name in kept}
+    return Response(body, answer.status, fields)
+
+
+async def _searched(body: bytes, keys: Collection[str]) -> bytes:
+    """The body without secrets. A long one is searched in a thread: streams go on meanwhile."""
+    if len(body) <= _SHORT:
+        return without_secrets(body, keys)
+    return await asyncio.to_thread(without_secrets, body, keys)

@@ -7,28 +7,34 @@ the result of every worker:
     all workers succeeded  200   "success"
     some                   206   "partial_success"
     none                   502   "failed"
+                           401   if all of them want another key (or 403)
     there are no workers   503   (flush_cache: 200, there is nothing to flush)
 
 A worker whose cache was flushed or whose weights are new has no prefixes any more; the policy is told. The query goes
-to the workers, too; the client's credentials do not: each worker gets its own key.
+to the workers, too. Each worker gets its own key, one without a key what inference would give it. What workers answer
+is shown without secrets, and no more than 64 KiB of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Collection
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sglang_router.admin.ask import Reply, ask, failure
+from sglang_router.access.redaction import redacted, text_without_secrets
+from sglang_router.admin.ask import Reply, ask, failure, unauthorized
 from sglang_router.admin.context import JSON, Context
 from sglang_router.admin.shapes import BroadcastResult
 from sglang_router.errors import NoWorkers
 from sglang_router.routing.worker import Worker
-from sglang_router.workers.fetch import Fetched
+from sglang_router.workers.fetch import Fetched, Sent
 
+_MOST_SHOWN = 1 << 16
+"""Bytes of a worker's answer that are shown."""
 _STATUSES = {"success": 200, "partial_success": 206, "failed": 502}
 
 
@@ -51,9 +57,10 @@ async def _broadcast(context: Context, request: Request, *, forget: bool) -> Res
         for worker in succeeded:
             context.forget_prefixes(worker)
     status = _status(len(succeeded), len(replies))
-    results = [_result(worker, reply) for worker, reply in replies]
+    keys = context.keys()
+    results = [_result(worker, reply, keys) for worker, reply in replies]
     counts = {"succeeded": len(succeeded), "total_workers": len(replies)}
-    return JSON({"status": status, **counts, "results": results}, _STATUSES[status])
+    return JSON({"status": status, **counts, "results": results}, _status_code(status, replies))
 
 
 async def flush_cache(context: Context, request: Request) -> Response:
@@ -67,10 +74,10 @@ async def flush_cache(context: Context, request: Request) -> Response:
             flushed.append(worker.url)
         else:
             failed.append({"worker": worker.url, "error": error})
-    return _flushed(flushed, failed)
+    return _flushed(flushed, failed, replies)
 
 
-def _flushed(flushed: list[str], failed: list[dict[str, str]]) -> Response:
+def _flushed(flushed: list[str], failed: list[dict[str, str]], replies: list[tuple[Worker, Reply]]) -> Response:
     """The answer of POST /flush_cache; its words are the reference's."""
     total = len(flushed) + len(failed)
     totals = {"total_http_workers": total, "total_workers": total}
@@ -82,7 +89,7 @@ def _flushed(flushed: list[str], failed: list[dict[str, str]]) -> Response:
         return JSON({"status": status, "message": message, "workers_flushed": total, **totals})
     message = f"The cache was flushed on {len(flushed)} of {total} HTTP workers"
     lists = {"successful": flushed, "failed": failed}
-    return JSON({"status": status, "message": message, **lists, **totals}, _STATUSES[status])
+    return JSON({"status": status, "message": message, **lists, **totals}, _status_code(status, replies))
 
 
 async def _ask_all(context: Context, request: Request) -> list[tuple[Worker, Reply]]:
@@ -94,15 +101,15 @@ async def _ask_all(context: Context, request: Request) -> list[tuple[Worker, Rep
 
 
 async def _ask(context: Context, worker: Worker, request: Request, body: bytes) -> Reply:
-    path: bytes = request.scope["path"].encode()
+    path: bytes = request.state.path.encode()
     query: bytes = request.scope["query_string"]
     target = path + b"?" + query if query else path
     content_type = request.headers.get("content-type", "application/json").encode("latin-1")
-    limit = context.timeouts.broadcast
-    reply = await ask(context, worker, b"POST", target, body=body, content_type=content_type, timeout=limit)
+    sent, limit = Sent(content_type, context.authorization(request)), context.timeouts.broadcast
+    reply = await ask(context, worker, b"POST", target, body=body, sent=sent, timeout=limit)
     if path == b"/flush_cache" and isinstance(reply, Fetched) and reply.status == 404:
         # vLLM's name for it, where its development endpoints are enabled.
-        reply = await ask(context, worker, b"POST", b"/reset_prefix_cache", timeout=limit)
+        reply = await ask(context, worker, b"POST", b"/reset_prefix_cache", sent=sent, timeout=limit)
     return reply
 
 
@@ -112,17 +119,27 @@ def _status(succeeded: int, total: int) -> str:
     return "partial_success" if succeeded else "failed"
 
 
-def _result(worker: Worker, reply: Reply) -> BroadcastResult:
+def _status_code(status: str, replies: list[tuple[Worker, Reply]]) -> int:
+    """The HTTP status. When all engines want another key, theirs."""
+    if replies and all(unauthorized(reply) for _, reply in replies):
+        return max(reply.status for _, reply in replies if isinstance(reply, Fetched))
+    return _STATUSES[status]
+
+
+def _result(worker: Worker, reply: Reply, keys: Collection[str]) -> BroadcastResult:
     if not isinstance(reply, Fetched):
         return BroadcastResult(worker=worker.url, status=None, body=None, error=str(reply))
-    return BroadcastResult(worker=worker.url, status=reply.status, body=_readable(reply.body), error=failure(reply))
+    body = _readable(reply.body, keys)
+    return BroadcastResult(worker=worker.url, status=reply.status, body=body, error=failure(reply))
 
 
-def _readable(body: bytes) -> Any:
-    """A JSON body as its value, another one as text, an empty one as None."""
+def _readable(body: bytes, keys: Collection[str]) -> Any:
+    """A JSON body as its value, another one as text, an empty one as None; without secrets."""
     if not body:
         return None
+    if len(body) > _MOST_SHOWN:
+        return f"({len(body)} bytes)"
     try:
-        return msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return body.decode("utf-8", "replace")
+        return redacted(json.loads(body), keys)
+    except (ValueError, RecursionError):
+        return text_without_secrets(body.decode("utf-8", "replace"), keys)

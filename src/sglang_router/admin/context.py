@@ -10,9 +10,10 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
+from starlette.requests import Request
 from starlette.responses import Response
 
 from sglang_router.access.permissions import Access
@@ -23,11 +24,17 @@ from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
+from sglang_router.wire.headers import ForwardRules
 from sglang_router.workers.health_checks import HealthChecks
 from sglang_router.workers.membership import Membership
 
 Render = Callable[[str], Awaitable[tuple[bytes, str]]]
 """Makes the exposition of metrics for an Accept header, with its content type."""
+
+T = TypeVar("T")
+
+_SHARED = 1.0
+"""Seconds for which an answer is shared."""
 
 
 class AddRules(msgspec.Struct, frozen=True):
@@ -58,15 +65,26 @@ class AskTimeouts(msgspec.Struct, frozen=True):
     broadcast: float = 1800.0
 
 
-@dataclass
-class ModelsCache:
-    """The merged list of models. It is valid for these workers until a moment of the clock; `lock` is held while the
-    workers are asked."""
+class SharedAnswer(Generic[T]):
+    """An answer of workers that all who ask within a second share, also while the workers are being asked.
 
-    workers: tuple[Worker, ...] = ()
-    until: float = -math.inf
-    models: dict[str, Any] = field(default_factory=dict)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    It is valid for these workers and this Authorization, until a moment of the clock; `lock` is held while they are
+    asked.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[object, ...] = ()
+        self._until = -math.inf
+        self._answer: T | None = None
+        self._lock = asyncio.Lock()
+
+    async def get(self, asked: tuple[object, ...], clock: Callable[[], float], ask: Callable[[], Awaitable[T]]) -> T:
+        """Return the answer for `asked`: the last one while it is valid, else what `ask` returns."""
+        async with self._lock:
+            if self._answer is None or asked != self._asked or clock() >= self._until:
+                self._answer = await ask()
+                self._asked, self._until = asked, clock() + _SHARED
+            return self._answer
 
 
 class ReplicaControl(Protocol):
@@ -94,6 +112,7 @@ class Context:
     metrics_render  Accept header -> exposition and its content type
     access          who may read and who may change
     engine_metrics  the metrics of all engines, for all who ask
+    forward         what of a client's request workers may see
     autoscaler      decides how many workers there should be; None: the number is fixed
     replicas        runs the engines; None: they run elsewhere
     ending          the router is about to stop: it is not ready any more
@@ -108,10 +127,12 @@ class Context:
     engine_metrics: Shared[bytes]
     add_rules: AddRules
     access: Access = field(default_factory=Access)
+    forward: ForwardRules = field(default_factory=ForwardRules)
     autoscaler: Autoscaler | None = None
     timeouts: AskTimeouts = field(default_factory=AskTimeouts)
     replicas: ReplicaControl | None = None
-    models: ModelsCache = field(default_factory=ModelsCache)
+    models: SharedAnswer[Any] = field(default_factory=SharedAnswer)
+    generated: SharedAnswer[Any] = field(default_factory=SharedAnswer)
     ending: bool = False
 
     def attach_replicas(self, replicas: ReplicaControl) -> None:
@@ -130,6 +151,16 @@ class Context:
         if not healthy:
             raise self.fleet.unavailable(now)
         return healthy
+
+    def authorization(self, request: Request) -> bytes | None:
+        """The client's Authorization for workers without a key of their own, by the rules of inference."""
+        if all(worker.spec.api_key for worker in self.fleet):
+            return None
+        return self.forward.authorization(request.scope["headers"])
+
+    def keys(self) -> set[str]:
+        """The keys of all workers, which must not be in any answer."""
+        return {worker.spec.api_key for worker in self.fleet if worker.spec.api_key}
 
     def engines(self) -> list[Worker]:
         """One worker per engine: the ranks of one engine share its control plane."""

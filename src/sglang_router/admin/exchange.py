@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from sglang_router.errors import InternalError, RouterError
+from sglang_router.errors import InternalError, LoopDetected, NotFound, RouterError
 from sglang_router.relay import answers
 from sglang_router.relay.answers import Answers
 from sglang_router.relay.client import ClientConnection
@@ -25,6 +26,8 @@ from sglang_router.routing.events import Answered, Finished, Listener
 from sglang_router.routing.plan import RequestTag, Route
 from sglang_router.wire.framing import LAST_CHUNK, chunk
 from sglang_router.wire.request import Request
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 log = logging.getLogger("sglang_router.admin")
 
@@ -73,8 +76,8 @@ class AppExchange:
         self._plane = plane
         self._client = client
         self._request = request
-        request_id, *_ = plane.answers.ids.read(request.headers, b"req-")
-        self._request_id = request_id
+        named = plane.answers.ids.read(request.headers, b"req-")
+        self._request_id, self._fault = named[0], named[3]
         self._started_at = plane.clock()
         self._keep_alive = request.keep_alive
         self._task: asyncio.Task[None] | None = None
@@ -142,6 +145,7 @@ class AppExchange:
 
     async def _run(self) -> None:
         try:
+            self._check()
             await self._plane.app(self._scope(), self._receive, self._send)
         except asyncio.CancelledError:  # the client left, or the request is overdue
             return
@@ -155,6 +159,16 @@ class AppExchange:
                 self._finish()
             else:
                 self._fail(InternalError())
+
+    def _check(self) -> None:
+        """Refuse what goes in a circle, and paths that no endpoint has: what came decoded must not go on the wire.
+
+        Raises: LoopDetected, NotFound.
+        """
+        if isinstance(self._fault, LoopDetected):
+            raise self._fault
+        if _CONTROL.search(_unquote(self._request.path)):
+            raise NotFound
 
     def _scope(self) -> MutableMapping[str, Any]:
         request = self._request

@@ -13,19 +13,18 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from sglang_router.admin.ask import all_of, ask, decoded, failure, get_from_all, passed_on
+from sglang_router.access.redaction import redacted
+from sglang_router.admin.ask import Reply, all_of, ask, decoded, failure, get_from_all, passed_on, unauthorized
 from sglang_router.admin.context import JSON, Context, Render
 from sglang_router.errors import NotFound, Unavailable, WorkerUnreachable
+from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
 from sglang_router.workers import engine_survey
-from sglang_router.workers.fetch import Fetched
+from sglang_router.workers.fetch import Fetched, Sent
 
 _TRIES = 3
 """The most workers that are asked, one after the other, for what any of them can answer."""
-_SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
-_MODELS_VALID = 1.0
-"""Seconds for which the merged list of models is reused."""
 _OTHER_NAMES = {
     "/get_model_info": "/model_info",
     "/model_info": "/get_model_info",
@@ -57,64 +56,65 @@ async def readiness(context: Context, request: Request) -> Response:
 
 
 async def health_generate(context: Context, request: Request) -> Response:
-    """Let a worker generate a token; try up to three workers.
+    """Let a worker generate a token; try up to three workers. All who ask within a second share the result.
 
     Raises: Unavailable, when all of them fail.
     """
-    failures = []
-    for worker in _least_loaded(context):
-        reason = await _generate(context, worker)
-        if reason is None:
-            return PlainTextResponse("OK")
-        failures.append(f"{worker.url}: {reason}")
-    raise Unavailable(f"No worker could generate a token. {'; '.join(failures)}", retry_after=1.0)
+    workers = context.serving()
+    sent = Sent(authorization=context.authorization(request))
+
+    async def generate() -> Response | str:
+        failures = []
+        for worker in sorted(workers, key=lambda worker: worker.load)[:_TRIES]:
+            reply = await _generate(context, worker, sent)
+            if isinstance(reply, Fetched) and unauthorized(reply):
+                return await passed_on(context, reply)
+            reason = failure(reply)
+            if reason is None:
+                return PlainTextResponse("OK")
+            failures.append(f"{worker.url}: {reason}")
+        return "; ".join(failures)
+
+    asked = (frozenset(worker.id for worker in workers), sent)
+    result: Response | str = await context.generated.get(asked, context.clock, generate)
+    if isinstance(result, str):
+        raise Unavailable(f"No worker could generate a token. {result}", retry_after=1.0)
+    return result
 
 
-def _least_loaded(context: Context) -> list[Worker]:
-    return sorted(context.serving(), key=lambda worker: worker.load)[:_TRIES]
-
-
-async def _generate(context: Context, worker: Worker) -> str | None:
-    """Let a worker generate one token; return why it did not. An engine without /health_generate gets a prompt."""
+async def _generate(context: Context, worker: Worker, sent: Sent) -> Reply:
+    """Let a worker generate one token, which is load. An engine without /health_generate gets a prompt."""
     limit = context.timeouts.generate
-    reply = await ask(context, worker, b"GET", b"/health_generate", timeout=limit)
-    if isinstance(reply, Fetched) and reply.status == 404:
-        prompt: dict[str, Any] = {"prompt": "1", "max_tokens": 1}
-        if worker.model is not None:
-            prompt["model"] = worker.model
-        body = msgspec.json.encode(prompt)
-        reply = await ask(context, worker, b"POST", b"/v1/completions", body=body, timeout=limit)
-    return failure(reply)
+    lease = context.fleet.lease(worker)
+    try:
+        reply = await ask(context, worker, b"GET", b"/health_generate", sent=sent, timeout=limit)
+        if isinstance(reply, Fetched) and reply.status == 404:
+            prompt: dict[str, Any] = {"prompt": "1", "max_tokens": 1}
+            if worker.model is not None:
+                prompt["model"] = worker.model
+            body = msgspec.json.encode(prompt)
+            reply = await ask(context, worker, b"POST", b"/v1/completions", body=body, sent=sent, timeout=limit)
+    finally:  # also when the client leaves: that cancels this coroutine
+        lease.close(Outcome.GONE, context.clock())  # health is decided by the checks alone
+    return reply
 
 
 # -- what one worker answers ------------------------------------------------------------------------
 
 
 async def from_a_worker(context: Context, request: Request) -> Response:
-    """Pass on the answer of the first worker that has one."""
-    path: str = request.scope["path"]
+    """Pass on the answer of the first worker that has one, without secrets: SGLang tells all of its arguments."""
+    path: str = request.state.path
+    sent = Sent(authorization=context.authorization(request))
     detail = ""
     for worker in context.serving()[:_TRIES]:
-        reply = await ask(context, worker, b"GET", path.encode())
+        reply = await ask(context, worker, b"GET", path.encode(), sent=sent)
         if isinstance(reply, Fetched) and reply.status == 404:
-            reply = await ask(context, worker, b"GET", _OTHER_NAMES[path].encode())
+            reply = await ask(context, worker, b"GET", _OTHER_NAMES[path].encode(), sent=sent)
         if isinstance(reply, Fetched) and reply.status < 500:
-            reply.body = _without_secrets(reply.body)
-            return passed_on(reply)
+            return await passed_on(context, reply)
         detail = f"{worker.url}: {failure(reply)}"
     raise WorkerUnreachable(f"No worker answered {path}. {detail}")
-
-
-def _without_secrets(body: bytes) -> bytes:
-    """Mask secrets: SGLang answers with all its arguments, its own API keys included."""
-    try:
-        info = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return body
-    secrets = [name for name in _SECRETS if isinstance(info, dict) and info.get(name)]
-    if not secrets:
-        return body
-    return msgspec.json.encode({**info, **dict.fromkeys(secrets, "***")})
 
 
 # -- models ----------------------------------------------------------------------------------------------
@@ -122,8 +122,8 @@ def _without_secrets(body: bytes) -> bytes:
 
 async def models(context: Context, request: Request) -> Response:
     """Return the models of all healthy workers."""
-    merged = await _merged_models(context)
-    return JSON({"object": "list", "data": list(merged.values())})
+    merged = await _merged_models(context, request)
+    return merged if isinstance(merged, Response) else JSON({"object": "list", "data": list(merged.values())})
 
 
 async def model(context: Context, request: Request) -> Response:
@@ -132,38 +132,46 @@ async def model(context: Context, request: Request) -> Response:
     Raises: NotFound, when no healthy worker serves it.
     """
     name = request.path_params["model"]
-    found = (await _merged_models(context)).get(name)
+    merged = await _merged_models(context, request)
+    if isinstance(merged, Response):
+        return merged
+    found = merged.get(name)
     if found is None:
         raise NotFound(f"No healthy worker serves the model {name!r}.", param="model")
     return JSON(found)
 
 
-async def _merged_models(context: Context) -> Mapping[str, Any]:
+async def _merged_models(context: Context, request: Request) -> Mapping[str, Any] | Response:
     """The models of all serving workers by id, each as the first engine that has it describes it.
 
+    An engine's own answer, when no model is named because it wants another key.
     Raises: Unavailable when there is no worker, or none that names a model.
     """
-    cache = context.models
-    async with cache.lock:  # requests that come while the workers are asked share the result
-        workers = context.serving()
-        if workers != cache.workers or context.clock() >= cache.until:
-            cache.models = await _ask_for_models(context, workers)
-            cache.workers, cache.until = workers, context.clock() + _MODELS_VALID
-    if not cache.models:
+    workers = context.serving()
+    sent = Sent(authorization=context.authorization(request))
+
+    async def ask_all() -> dict[str, Any] | Response:
+        return await _ask_for_models(context, workers, sent)
+
+    merged = await context.models.get((workers, sent), context.clock, ask_all)
+    if not merged:
         raise Unavailable("No models available: no healthy worker names one.", retry_after=1.0)
-    return cache.models
+    return cast("Mapping[str, Any] | Response", merged)
 
 
-async def _ask_for_models(context: Context, workers: tuple[Worker, ...]) -> dict[str, Any]:
+async def _ask_for_models(context: Context, workers: tuple[Worker, ...], sent: Sent) -> dict[str, Any] | Response:
     merged: dict[str, Any] = {}
-    for worker, reply in await get_from_all(context, workers, b"/v1/models"):
+    refusal: Fetched | None = None
+    for worker, reply in await get_from_all(context, workers, b"/v1/models", sent):
+        if isinstance(reply, Fetched) and unauthorized(reply):
+            refusal = refusal or reply
         listed = _objects(decoded(reply), "data")
         if not listed and worker.model is not None:
             listed = [{"id": worker.model, "object": "model", "owned_by": "local"}]
-        for entry in listed:
+        for entry in redacted(listed, context.keys()):
             if isinstance(entry.get("id"), str):
                 merged.setdefault(entry["id"], entry)
-    return merged
+    return await passed_on(context, refusal) if refusal is not None and not merged else merged
 
 
 def _objects(value: Any, field: str = "") -> list[dict[str, Any]]:

@@ -43,15 +43,28 @@ ROUTES: dict[str, tuple[Row, ...]] = {
             PUBLIC,
         ),
         Row(
-            "GET /health_generate", info.health_generate, "Lets a worker generate a token; 503 if three fail.", CLIENTS
+            "GET /health_generate",
+            info.health_generate,
+            "Lets a worker generate a token, at most once a second.",
+            CLIENTS,
         ),
     ),
     "Information": (
         Row("GET /v1/models", info.models, "The models of all healthy workers, as the engines list them.", CLIENTS),
         Row("GET /v1/models/{model:path}", info.model, "One model.", CLIENTS),
-        Row("GET /get_model_info", info.from_a_worker, "What a healthy worker says of its model, unchanged.", CLIENTS),
+        Row(
+            "GET /get_model_info",
+            info.from_a_worker,
+            "What a healthy worker says of its model, without secrets.",
+            CLIENTS,
+        ),
         Row("GET /model_info", info.from_a_worker, "The same, under its newer name.", CLIENTS),
-        Row("GET /get_server_info", info.from_a_worker, "What a healthy worker says of itself, unchanged.", CLIENTS),
+        Row(
+            "GET /get_server_info",
+            info.from_a_worker,
+            "What a healthy worker says of itself, without secrets.",
+            CLIENTS,
+        ),
         Row("GET /server_info", info.from_a_worker, "The same, under its newer name.", CLIENTS),
         Row("GET /get_loads", info.loads, "The load of each worker: tokens if the engine reports them, else requests."),
         Row("GET /metrics", info.metrics, "The metrics of the router, for Prometheus."),
@@ -75,7 +88,7 @@ ROUTES: dict[str, tuple[Row, ...]] = {
         Row(
             "POST /add_worker",
             adding.add,
-            "`?url=U[&api_key=K][&wait=false]`: adds the worker; 200 once it is healthy, else 202 at once.",
+            "`?url=U[&api_key=K][&wait=false]`: adds the worker (`U@1`: a rank); 200 once healthy, else 202 at once.",
         ),
         Row("POST /remove_worker", workers.remove, "`?url=U`: removes the worker; its requests in flight finish."),
         Row("GET /list_workers", workers.urls, 'The URLs of all workers: `{"urls": [...]}`.'),

@@ -65,6 +65,7 @@ from sglang_router.routing.queue import Queue
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.router import Router, Soon
 from sglang_router.wire.cors import Cors
+from sglang_router.wire.headers import ForwardRules
 from sglang_router.wire.limits import Limits
 from sglang_router.wire.request import Request
 from sglang_router.wire.request_id import REQUEST_ID_HEADERS, RequestIds
@@ -128,16 +129,19 @@ def build(
     rng, clock = seams.rng or random.Random(), seams.clock
     listeners, deferred = Listeners(), Deferred(loop.call_later)
     tls, worker_tls = settings.server_tls(args), settings.worker_tls(args)
-    (access, key_files), answers = settings.access_rules(args), _answers(args, rng)
+    mark = b"sglang-router-" + uuid.uuid4().hex[:16].encode()
+    (access, key_files), answers = settings.access_rules(args), _answers(args, rng, mark)
+    forward = settings.forward_rules(args, access, mark)
     workers = _workers(args, loop, seams, listeners, rng, worker_tls)
     fleet, connections = workers.fleet, workers.connections
+    connections.mark = mark
     router = _router(args, fleet, listeners, rng, workers.checks, partial(_soon, loop, clock))
     clients, scrapers = _clients(args, clock, connections)
-    relay = _relay(args, loop, seams, connections, answers, listeners, router, access)
+    relay = _relay(args, loop, seams, connections, answers, listeners, router, forward)
     scaler = autoscaler(args, loop, fleet, clients.unanswered, clock)
     metrics = _metrics(args, fleet, clients, connections, router, scaler, writer)
     render = Scrapes(metrics, deferred, clock, args.metrics_interval_secs)
-    control = _control(args, workers, clock, render, access, scaler)
+    control = _control(args, workers, clock, render, access, forward, scaler)
     serve = partial(ControlPlane, loop=loop, clock=clock, answers=answers, timeout=args.request_timeout_secs)
     plane = serve(seams.app or create_app(control), listener=listeners)
     scrape = serve(create_metrics_app(render), listener=Listeners(), timeout=_SCRAPED_WITHIN)
@@ -244,6 +248,7 @@ def _control(
     clock: Callable[[], float],
     render: Render,
     access: Access,
+    forward: ForwardRules,
     scaler: Autoscaler | None,
 ) -> Context:
     return Context(
@@ -256,6 +261,7 @@ def _control(
         engine_metrics=Shared(clock, args.metrics_interval_secs),
         add_rules=settings.add_rules(args),
         access=access,
+        forward=forward,
         autoscaler=scaler,
     )
 
@@ -275,8 +281,8 @@ def _router(
     )
 
 
-def _answers(args: RouterArgs, rng: random.Random) -> Answers:
-    ids = RequestIds(rng.getrandbits, args.request_id_headers or REQUEST_ID_HEADERS)
+def _answers(args: RouterArgs, rng: random.Random, mark: bytes) -> Answers:
+    ids = RequestIds(rng.getrandbits, args.request_id_headers or REQUEST_ID_HEADERS, mark)
     return Answers(ids, Cors(args.cors_allowed_origins) if args.cors_allowed_origins else None)
 
 
@@ -297,11 +303,11 @@ def _relay(
     answers: Answers,
     listeners: Listeners,
     router: Router,
-    access: Access,
+    forward: ForwardRules,
 ) -> Relay:
     rules = RelayRules(
         settings.timeouts(args),
-        settings.forward_rules(args, access),
+        forward,
         handlers_of(settings.resume_rules(args)) if args.resume_streams else no_handler,
         settings.most_routing_text(args),
     )

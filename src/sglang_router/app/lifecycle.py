@@ -163,6 +163,8 @@ class Life:
         if app.scaler is not None:
             app.scaler.start()
         self._jobs.start()
+        for warning in app.control.access.warnings(args.host):
+            log.warning(warning)
         log.info("listening on %s, policy %s, %s", self.url, args.policy, counted(len(app.fleet), "worker"))
         if self._metrics_url:
             log.info("metrics are served on %s", self._metrics_url)

@@ -166,9 +166,15 @@ def queue_rules(args: RouterArgs) -> QueueRules:
     )
 
 
-def forward_rules(args: RouterArgs, access: Access) -> ForwardRules:
-    """Return which request fields are forwarded to workers."""
-    return ForwardRules(everything=args.forward_headers == "all", guarded=access.consumes_key)
+def forward_rules(args: RouterArgs, access: Access, mark: bytes) -> ForwardRules:
+    """Return which request fields are forwarded to workers. mark: this process in Via."""
+    return ForwardRules(
+        everything=args.forward_headers == "all",
+        guarded=access.consumes_key,
+        trusted=args.trust_client_routing_fields,
+        withheld=access.withholds,
+        mark=mark,
+    )
 
 
 def health_rules(args: RouterArgs) -> HealthRules:

@@ -350,6 +350,13 @@ class HTTPOptions:
         REQUESTS,
         choices=("whitelist", "all"),
     )
+    trust_client_routing_fields: bool = option(
+        False,
+        "Let clients choose engines and ranks: forward the headers x-override-* and x-data-parallel-rank, and accept"
+        " body fields such as kv_transfer_params, bootstrap_host and data_parallel_rank. These fields can end an"
+        " engine.",
+        REQUESTS,
+    )
     request_id_headers: list[str] | None = option(
         None,
         "Request headers to read the request id from; the first one that is present counts.",

@@ -8,6 +8,7 @@ field.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,12 +40,21 @@ class ParsedBody:
 def read_object(raw: bytes) -> Body:
     """Return the JSON object in `raw`."""
     try:
-        body = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        body = _decoded(raw)
+    except (ValueError, RecursionError) as error:
         raise EngineError(400, f"The body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise EngineError(400, "The body is not a JSON object.")
     return body
+
+
+def _decoded(raw: bytes) -> Any:
+    """Decode JSON as tolerantly as other Python engines; lone surrogates become U+FFFD, for the tokenizer."""
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        text = json.dumps(json.loads(raw), ensure_ascii=False).encode("utf-8", "surrogatepass")
+        return json.loads(text.decode("utf-8", "replace"))
 
 
 def need(body: Body, name: str, kind: type | tuple[type, ...]) -> Any:

@@ -30,6 +30,7 @@ from sglang_router.engine.dialects import AnswerDialect, ChatDialect, Completion
 from sglang_router.engine.events import MessagesDialect, ResponsesDialect
 from sglang_router.engine.options import EngineOptions
 from sglang_router.engine.parse import BodyParser, read_object
+from sglang_router.engine.protocol import EngineProtocol
 from sglang_router.engine.runner import Engine, EngineError, EngineLatencies
 from sglang_router.engine.text import Tokenizer
 from sglang_router.engine.vectors import VectorEndpoints
@@ -169,7 +170,7 @@ def serve(options: EngineOptions) -> int:
     server = _Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=EngineProtocol,
             ws="none",
             timeout_keep_alive=KEEP_ALIVE,
             access_log=False,

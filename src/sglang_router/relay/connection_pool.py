@@ -143,6 +143,7 @@ class ConnectionPool:
                      authorities, and no certificate
     open             connections that exist now, idle or busy
     known            the connections to each known target
+    mark             what requests to targets carry in Via; b"" for targets that cannot send requests back
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class ConnectionPool:
         self.max_idle = max_idle
         self.now = loop.time
         self.open = 0
+        self.mark = b""
         self._loop = loop
         self._connect_timeout = connect_timeout
         self._idle_timeout = idle_timeout

@@ -19,7 +19,7 @@ the client gets an error event (when the answer is a stream of events) and a con
 
 from __future__ import annotations
 
-from sglang_router.errors import InternalError, RouterError, StreamBroken, UnsupportedMediaType
+from sglang_router.errors import InternalError, RouterError, StreamBroken
 from sglang_router.relay import failover
 from sglang_router.relay.client import ClientConnection
 from sglang_router.relay.deadlines import DUE_FIRST_BYTE, DUE_PROGRESS, DUE_REQUEST, ERRORS, NEVER, Deadline, Due
@@ -117,8 +117,8 @@ class Exchange:
         try:
             if request.refusal is not None:
                 raise request.refusal
-            if named[3]:
-                raise UnsupportedMediaType
+            if named[3] is not None:
+                raise named[3]
             read_and_ask(self, endpoint, named[1], now)
         except RouterError as error:
             self.refuse(error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from sglang_router.errors import RouterError
+from sglang_router.errors import ReservedField, RouterError
 from sglang_router.relay.handled import Continuable, Handled
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import NEW, ExchangeState
@@ -83,6 +83,8 @@ def _ask(exchange: Unrouted, facts: Facts, now: float) -> None:
     """
     relay, tag = exchange.relay, exchange.tag
     exchange.facts = facts
+    if facts.reserved and not relay.forward.trusted:
+        raise ReservedField(facts.reserved)
     if facts.model:
         tag.model = facts.model.decode("utf-8", "replace")
     tag.streaming = facts.streaming

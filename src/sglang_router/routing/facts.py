@@ -31,7 +31,9 @@ from sglang_router.routing.keys import LONGEST, bounded
 from sglang_router.routing.model_names import LONGEST_TEXT, spelled
 from sglang_router.routing.multipart import model_of
 from sglang_router.routing.plan import Route
+from sglang_router.routing.reserved import RESERVED, first_reserved
 from sglang_router.routing.skim import Content, Skim, Spans
+from sglang_router.routing.tolerant import members
 
 LARGE = 1 << 19
 """Bytes of a body up to which it is decoded at once, which takes 2 ms at most."""
@@ -55,7 +57,7 @@ NAMESPACE = ("model", "lora_path", "lora_id", "cache_salt")
 class _Reader:
     """Reads the bodies of one endpoint.
 
-    decode  decodes the fields that routing needs, each as raw JSON
+    decode  decodes the fields that routing needs, each as raw JSON; a ValidationError for a reserved one with a value
     names   of these fields, as they stand in a body
     text    returns the decoded fields that make up the routing text
     """
@@ -65,9 +67,11 @@ class _Reader:
     def __init__(self, name: str, text: tuple[str, ...]) -> None:
         names = dict.fromkeys((*NAMESPACE, "stream", "nothing", *text))
         raw = msgspec.Raw(b"")
-        struct = msgspec.defstruct(f"{name}_body", [(field, msgspec.Raw, raw) for field in names], gc=False)
-        self._struct = struct
-        self.names = frozenset(field.encode() for field in names)
+        needed: list[tuple[str, Any, Any]] = [(field, msgspec.Raw, raw) for field in names]
+        # Reserved fields may only be null: so msgspec looks for them, and a usual body costs no further check.
+        reserved: list[tuple[str, Any, Any]] = [(field, None, None) for field in RESERVED]
+        self._struct = struct = msgspec.defstruct(f"{name}_body", [*needed, *reserved], gc=False)
+        self.names = frozenset(field.encode() for field in (*names, *RESERVED))
         self.decode: Callable[[Content], Any] = msgspec.json.Decoder(struct).decode
         # attrgetter returns a tuple only for two names or more, so add the name of a field that is always empty.
         self.text: Callable[[Any], tuple[msgspec.Raw, ...]] = attrgetter(*text, *(["nothing"] * (2 - len(text))))
@@ -80,6 +84,19 @@ class _Reader:
             begin, end = spans.get(name.encode(), (0, 0))
             fields[name] = msgspec.Raw(bytes(view[begin : min(end, begin + _MOST_NAMESPACE)]))
         return self._struct(**fields)
+
+    def decode_slowly(self, body: Content) -> tuple[Any, str]:
+        """Decode what `decode` refuses: return the fields, and the name of a reserved one that has a value.
+
+        Raises: InvalidJSON, when a Python engine would refuse the body, too.
+        """
+        try:
+            found = members(bytes(body))
+        except (ValueError, RecursionError) as exc:
+            raise InvalidJSON(f"The body is not a JSON object: {exc}.") from None
+        names = self._struct.__struct_fields__
+        needed = {name: msgspec.Raw(raw) for name, raw in found.items() if name in names and name not in RESERVED}
+        return self._struct(**needed), first_reserved(found.items())
 
     def scaffold(self, text: bytes) -> int:
         """Return the length of a text's scaffold, in bytes; 0 without one.
@@ -177,9 +194,21 @@ class Facts:
     routing_key  header x-smg-routing-key, or b""
     size         length of the body, in bytes
     place        of a large body: where its closing brace is, and what separates another member from those before
+    reserved     name of a field that only a router may set (`routing.reserved`) and that the body has, or ""
     """
 
-    __slots__ = ("endpoint", "model", "namespace", "place", "routing_key", "scaffold", "size", "streaming", "text")
+    __slots__ = (
+        "endpoint",
+        "model",
+        "namespace",
+        "place",
+        "reserved",
+        "routing_key",
+        "scaffold",
+        "size",
+        "streaming",
+        "text",
+    )
 
     def __init__(
         self,
@@ -201,6 +230,7 @@ class Facts:
         self.routing_key = routing_key
         self.size = size
         self.place: tuple[int, bytes] | None = None
+        self.reserved = ""
 
     def __repr__(self) -> str:
         return f"<Facts {self.endpoint.name} {len(self.text)} bytes of text>"
@@ -215,10 +245,13 @@ def read(endpoint: Endpoint, body: Content, routing_key: bytes = b"", most_text:
     reader = endpoint.reader
     if reader is None:
         return Facts(endpoint, b"", b"", 0, False, model_of(body), routing_key, size)
+    reserved = ""
     try:
         fields = reader.decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
-        raise InvalidJSON(f"The body is not a JSON object: {exc}.") from None
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        fields = None
+    if fields is None:  # not inside of the handler: errors that refer to each other would be a cycle
+        fields, reserved = reader.decode_slowly(body)
     parts = []
     for part in reader.text(fields):  # faster than a comprehension, which is a call, for usually two parts
         # Check the length first: comparing a long prompt would copy it.
@@ -232,7 +265,10 @@ def read(endpoint: Endpoint, body: Content, routing_key: bytes = b"", most_text:
             text = text[:-1]
         if len(text) > most_text:
             text = text[:most_text]
-    return _facts(endpoint, reader, fields, text, routing_key, size)
+    facts = _facts(endpoint, reader, fields, text, routing_key, size)
+    if reserved:
+        facts.reserved = reserved
+    return facts
 
 
 class Skimming:
@@ -265,6 +301,10 @@ class Skimming:
         view = memoryview(self._body)
         fields = self._reader.named(view, skim.spans)
         facts = _facts(self._endpoint, self._reader, fields, self._text(view), self._routing_key, len(view))
+        spans = ((name, skim.spans.get(name.encode(), (0, 0))) for name in RESERVED)
+        facts.reserved = first_reserved(
+            (name, bytes(view[begin : min(end, begin + 8)])) for name, (begin, end) in spans
+        )
         facts.place = (skim.close, b"" if skim.empty else b",")
         return facts
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-_NAMELESS = (b"", b"", b"", False)
+from sglang_router.errors import RouterError
+
+_NAMELESS = (b"", b"", b"", None)
 
 
 class Target(NamedTuple):
@@ -157,7 +159,7 @@ class RequestTag:
         peer: str = "",
         client: str = "",
         received: int = 0,
-        named: tuple[bytes, bytes, bytes, bool] = _NAMELESS,
+        named: tuple[bytes, bytes, bytes, RouterError | None] = _NAMELESS,
     ) -> None:
         self.number = number
         self.raw_id = raw_id

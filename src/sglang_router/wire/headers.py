@@ -2,15 +2,21 @@
 
 The router builds each head itself: no field that concerns one connection reaches the next one, and Content-Length
 always fits the body that is sent. The heads of answers are written by `relay.answers`.
+
+Each leg ends with a Via field that holds this process's mark (RFC 9110 7.6.3), behind those of earlier proxies. A
+request that brings it back goes in a circle: see `wire.request_id`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from sglang_router.wire.request import Headers, Request
 
 HOP_BY_HOP = frozenset(
     (
         b"connection",
+        b"http2-settings",
         b"keep-alive",
         b"proxy-authenticate",
         b"proxy-authorization",
@@ -33,12 +39,26 @@ WHITELIST = frozenset(
         b"request-id",
         b"traceparent",
         b"tracestate",
+        b"via",
         b"x-correlation-id",
         b"x-smg-routing-key",
         b"x-trace-id",
     )
 )
 """Request fields that are forwarded by default, besides authorization, x-request-id and x-request-id-*."""
+
+ROUTING = frozenset(
+    (
+        b"x-data-parallel-host-port",
+        b"x-data-parallel-rank",
+        b"x-encoder-hosts-ports",
+        b"x-kv-cache-source-host-port",
+        b"x-prefiller-host-port",
+    )
+)
+"""Fields that choose an engine or a rank, as x-override-* do: only routers may set them (see `routing.reserved`)."""
+
+_OVERRIDE = b"x-override-"
 
 _PLAIN = frozenset((b"close", b"keep-alive"))
 """Values of Connection that name no other field."""
@@ -52,15 +72,54 @@ class ForwardRules:
 
     everything  forward every end-to-end field instead of the whitelist
     guarded     clients authenticate at the router: their key is not forwarded, and the worker gets its own
+    trusted     clients may choose engines and ranks (`ROUTING`, `routing.reserved`)
+    withheld    says of a credential whether it is a key of this router's control plane, which no worker may see
+    mark        this process in Via
+    tail        the end of each head: the Via field, if there is a mark, and the empty line
     never_sent  names of fields that are never forwarded as they came
+    prefixes    beginnings of names that are forwarded, besides the whitelist
+    careful     what is forwarded is not only the whitelist: see `holds_back`
     """
 
-    __slots__ = ("everything", "guarded", "never_sent")
+    __slots__ = ("careful", "everything", "guarded", "never_sent", "prefixes", "tail", "trusted", "withheld")
 
-    def __init__(self, everything: bool = False, guarded: bool = False) -> None:
+    def __init__(
+        self,
+        everything: bool = False,
+        guarded: bool = False,
+        trusted: bool = False,
+        withheld: Callable[[bytes], bool] | None = None,
+        mark: bytes = b"",
+    ) -> None:
         self.everything = everything
         self.guarded = guarded
-        self.never_sent = _NEVER_SENT | {b"x-api-key"} if guarded else _NEVER_SENT
+        self.trusted = trusted
+        self.withheld = withheld
+        self.careful = everything or trusted
+        self.prefixes = (b"x-request-id-", _OVERRIDE, *ROUTING) if trusted else (b"x-request-id-",)
+        self.tail = via(mark) + b"\r\n"
+        never = _NEVER_SENT if trusted else _NEVER_SENT | ROUTING
+        self.never_sent = never | {b"x-api-key"} if guarded else never
+
+    def holds_back(self, name: bytes, value: bytes, start: bytes) -> bool:
+        """Return whether a field is kept back that would be forwarded by its name. start: of the head."""
+        if name.startswith(_OVERRIDE):
+            return not self.trusted
+        if name == b"x-data-parallel-rank":
+            return name in start  # the router has chosen a rank
+        return name == b"x-api-key" and self.withheld is not None and self.withheld(value)
+
+    def authorization(self, headers: Headers) -> bytes | None:
+        """Return the Authorization of a client that a worker without a key of its own gets; None: nothing."""
+        for name, value in headers:
+            if name == b"authorization" and not self.guarded:
+                return None if self.withheld is not None and self.withheld(value) else value
+        return None
+
+
+def via(mark: bytes) -> bytes:
+    """Return the Via field of this process, with its CRLF; b"" without a mark."""
+    return b"via: 1.1 %s\r\n" % mark if mark else b""
 
 
 def request_head(
@@ -74,13 +133,15 @@ def request_head(
     key         the worker's own API key; sent when the client sent no Authorization, and always when `rules.guarded`
     """
     lines = [start, b"x-request-id: ", request_id, b"\r\ncontent-length: %d\r\n" % length]
-    authorized = rules.guarded
+    authorized, never_sent, everything, prefixes = rules.guarded, rules.never_sent, rules.everything, rules.prefixes
     for name, value in request.headers:
         if name not in _LOOKED_AT:
-            if name in rules.never_sent or not (rules.everything or name.startswith(b"x-request-id-")):
+            if name in never_sent or not (everything or name.startswith(prefixes)):
+                continue
+            if rules.careful and rules.holds_back(name, value, start):
                 continue
         elif name == b"authorization":
-            if authorized:
+            if authorized or (rules.withheld is not None and rules.withheld(value)):
                 continue
             authorized = True
         elif name == b"connection":
@@ -90,7 +151,7 @@ def request_head(
         lines += (name, b": ", value, b"\r\n")
     if key is not None and (rules.guarded or not authorized):
         lines += (b"authorization: Bearer ", key, b"\r\n")
-    lines.append(b"\r\n")
+    lines.append(rules.tail)
     return b"".join(lines)
 
 

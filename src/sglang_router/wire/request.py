@@ -5,7 +5,10 @@
 llhttp (through httptools) parses the grammar strictly: no bare LF, no obs-fold, no Content-Length together with
 Transfer-Encoding, no `Content-Length: +5`. This module also rejects what the next hop could read in another way:
 Transfer-Encoding on HTTP/1.0 or other than `chunked` alone, a missing or repeated Host, versions other than 1.0 and
-1.1, upgrades, and everything that exceeds the limits.
+1.1, CONNECT, request lines that are not exact (`wire.request_line`), and everything that exceeds the limits.
+
+An Upgrade that a client offers is ignored (RFC 9110 7.8). llhttp stops at such a head and takes the rest for another
+protocol; so a new parser is told the same head without its Upgrade field, and goes on with the rest.
 
 An invalid request is returned as an error, not raised, after the valid requests that came before it: so each gets its
 answer in order. After an error the parser stops, because it is not known where the next message begins.
@@ -27,10 +30,13 @@ from sglang_router.errors import (
     VersionNotSupported,
 )
 from sglang_router.wire.limits import Limits
+from sglang_router.wire.request_line import RequestLines
 
 _FRAMING_PER_BYTE = 16
 """Bytes allowed for each byte of a chunked body's content, chunk framing included; a chunk of one byte takes six."""
 
+_LINE = "The request line must be METHOD TARGET HTTP/1.1, with one space between them and nothing before it."
+_LINE_ENDS = frozenset((b"\r", b"\n"))
 _WATCHED = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
 _JOIN_BELOW = 65536
@@ -100,13 +106,16 @@ class RequestParser:
     __slots__ = (
         "_admit",
         "_body",
+        "_chunked",
         "_error",
         "_head_bytes",
         "_headers",
         "_limits",
+        "_lines",
         "_long",
         "_most_body",
         "_most_headers",
+        "_offer",
         "_parser",
         "_ready",
         "_request",
@@ -138,6 +147,9 @@ class RequestParser:
         self._error: RouterError | None = None
         self._ready: list[Request | RouterError] = []
         self.http10 = False
+        self._lines = RequestLines()
+        self._chunked = False
+        self._offer = b""  # a head that offers an upgrade, without that
         self.mid_head = False
         """A part of a head has arrived."""
         self.mid_body = False
@@ -156,8 +168,16 @@ class RequestParser:
         in_body, size = self.mid_body, self.received
         between = not (self.mid_head or in_body)
         self._long = len(data) > self._limits.head_bytes or self.mid_head
+        lines = self._lines
+        if between and not lines.cr:
+            lines.raw, lines.at = data, 0  # usual: a request begins here
+        else:
+            lines.read(data, self.mid_head, size)
         try:
-            parser.feed_data(data)
+            try:
+                parser.feed_data(data)
+            except httptools.HttpParserUpgrade as exc:
+                self._without_upgrade(data, exc.args[0])
         except httptools.HttpParserError as exc:
             if self._parser is not None:
                 self._error = self._error or _verdict(exc)
@@ -174,10 +194,15 @@ class RequestParser:
             if self._head_bytes > self._limits.head_bytes:
                 self._error = self._error or HeadTooLarge("The chunked body is mostly chunk extensions or trailers.")
         ready = self._ready
+        if not self.mid_head and data[-1:] not in _LINE_ENDS:
+            lines.raw = b""  # usual: a request ends here, and not with empty lines
+        elif not lines.end(self.mid_head, self.mid_body, self.received if ready else -1, self._chunked):
+            self._error = self._error or BadHTTP(_LINE)
         if self._error is not None:
             ready.append(self._error.with_traceback(None))  # its frames refer to this object: avoid a cycle
             self.mid_head = self.mid_body = self.wants_continue = False
             self._parser = None  # nothing follows an error
+            lines.raw = b""
         if ready:
             self._ready = []
         return ready
@@ -189,14 +214,33 @@ class RequestParser:
         """
         self._error = self._error or BadHTTP()
         self._parser = None
+        self._lines.raw = b""
         self.mid_head = self.mid_body = False
         body, self._body = self._body, b""
         return body
+
+    def _without_upgrade(self, data: bytes, at: int) -> None:
+        """Parse the head that offers an upgrade again without that, and what follows it. at: its end in `data`."""
+        rest = memoryview(data)
+        while True:
+            head, self._offer = self._offer, b""
+            parser = self._parser = httptools.HttpRequestParser(self)
+            self._lines.go_on(head, 0)
+            parser.feed_data(head)
+            self._lines.go_on(data, at)
+            try:
+                parser.feed_data(rest[at:])
+            except httptools.HttpParserUpgrade as exc:
+                at += exc.args[0]
+            else:
+                return
 
     # -- called by llhttp ----------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         """Reset the state of one message."""
+        if self._ready:
+            self._lines.follows(self.received, self._chunked)
         self._url = b""
         self._headers: Headers = []
         self._head_bytes = 0
@@ -230,14 +274,21 @@ class RequestParser:
         http10 = self.http10 = version == "1.0"
         if not http10 and version != "1.1":
             self._fail(VersionNotSupported())
+        url, method = self._url, parser.get_method()
+        if not self._lines.check(method, url, http10):
+            self._fail(BadHTTP(_LINE))
+        if b"#" in url:
+            self._fail(BadHTTP("The target has a fragment (#), which is not sent to servers."))
         if parser.should_upgrade():
-            self._fail(UpgradeRefused())
+            if method == b"CONNECT":
+                self._fail(UpgradeRefused())
+            self._offer = _without_upgrade(method, url, version, headers)
+            return
         has_body = self._check(headers, http10)
-        url = self._url
         if not url.startswith(b"/"):
             url = _origin_form(url)
         path = url.partition(b"?")[0]
-        self._request = Request(parser.get_method(), url, path, headers, http10, parser.should_keep_alive())
+        self._request = Request(method, url, path, headers, http10, parser.should_keep_alive())
         if self._admit is not None:
             self._ask_for(self._request, self._admit, has_body)
 
@@ -282,6 +333,7 @@ class RequestParser:
         if length > self._limits.body_bytes:
             self._fail(PayloadTooLarge())
         has_body = length > 0 or coded
+        self._chunked = coded
         self.wants_continue = expects and not http10 and has_body
         return has_body
 
@@ -303,6 +355,8 @@ class RequestParser:
     def on_message_complete(self) -> None:
         """Pass the complete request on."""
         request, body = self._request, self._body
+        if self._offer:
+            return
         assert request is not None
         request.body = bytes(body) if len(body) <= _JOIN_BELOW else body
         self._request = None
@@ -316,6 +370,13 @@ class RequestParser:
     def _fail(self, error: RouterError) -> None:
         self._error = error
         raise error
+
+
+def _without_upgrade(method: bytes, target: bytes, version: str, headers: Headers) -> bytes:
+    """Return a head without its Upgrade fields."""
+    lines = [b"%s %s HTTP/%s\r\n" % (method, target, version.encode())]
+    lines += [b"%s: %s\r\n" % field for field in headers if field[0] != b"upgrade"]
+    return b"".join((*lines, b"\r\n"))
 
 
 def _origin_form(target: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Read a request's header once: request id, routing key, trace context and content coding.
+"""Read a request's header once: request id, routing key, trace context, content coding and loops.
 
 The id is the client's own, from the first of the `--request-id-headers` that it sent; without a usable one the router
 makes a new id: the endpoint's prefix and 24 hexadecimal digits. This rule is implemented only here.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from sglang_router.errors import LoopDetected, RouterError, UnsupportedMediaType
 from sglang_router.wire.request import Headers
 
 REQUEST_ID_HEADERS = ("x-request-id", "x-correlation-id", "x-trace-id", "request-id")
@@ -18,11 +19,12 @@ MAX_ID = 256
 _ROUTING_KEY = -1
 _CONTENT_ENCODING = -2
 _TRACE = -3
+_VIA = -4
 
 
-Named = tuple[bytes, bytes, bytes, bool]
-"""What is read from a header: the request's id; x-smg-routing-key, or b""; traceparent, or b""; whether the body has
-a Content-Encoding other than identity."""
+Named = tuple[bytes, bytes, bytes, RouterError | None]
+"""What is read from a header: the request's id; x-smg-routing-key, or b""; traceparent, or b""; why the request cannot
+be relayed: its body has a Content-Encoding, or it has been through this router already."""
 
 
 class RequestIds:
@@ -30,15 +32,21 @@ class RequestIds:
 
     random_bits  returns an integer of so many random bits
     headers      names of the headers that may hold the id, in order of preference
+    mark         what this router writes into the Via field of each leg (`wire.headers`); b"": nothing
     """
 
-    def __init__(self, random_bits: Callable[[int], int], headers: Iterable[str] = REQUEST_ID_HEADERS) -> None:
+    def __init__(
+        self, random_bits: Callable[[int], int], headers: Iterable[str] = REQUEST_ID_HEADERS, mark: bytes = b""
+    ) -> None:
         self._random_bits = random_bits
+        self._mark = mark
         # Header name -> the rank of an id header in the order of preference, or one of the negative marks.
         self._places = {name.lower().encode(): place for place, name in enumerate(headers)}
         self._places[b"x-smg-routing-key"] = _ROUTING_KEY
         self._places[b"content-encoding"] = _CONTENT_ENCODING
         self._places.setdefault(b"traceparent", _TRACE)
+        if mark:
+            self._places[b"via"] = _VIA
 
     def new(self, prefix: bytes) -> bytes:
         """Make a new id."""
@@ -47,7 +55,7 @@ class RequestIds:
     def read(self, headers: Headers, prefix: bytes) -> Named:
         """Read a header; make an id with this prefix when the client sent no usable one."""
         request_id = routing_key = trace = b""
-        coded = False
+        fault: RouterError | None = None
         places = self._places
         best = len(places)
         for name, value in headers:
@@ -61,8 +69,11 @@ class RequestIds:
                 routing_key = value
             elif place == _TRACE:
                 trace = value
-            else:
-                coded = value.lower() != b"identity"
+            elif place == _VIA:
+                if self._mark in value:
+                    fault = LoopDetected()
+            elif value.lower() != b"identity":
+                fault = fault or UnsupportedMediaType()
         if not request_id:
             request_id = prefix + b"%024x" % self._random_bits(96)
-        return request_id, routing_key, trace, coded
+        return request_id, routing_key, trace, fault

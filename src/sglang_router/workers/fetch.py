@@ -18,10 +18,10 @@ from sglang_router.relay.upstream import Opening, UpstreamConnection
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Target
 from sglang_router.wire.framing import Framing
+from sglang_router.wire.headers import via
 from sglang_router.wire.request import Body
 from sglang_router.wire.response import ResponseHead
 
-_JSON = b"application/json"
 _MAX_BYTES = 64 << 20
 
 
@@ -36,6 +36,16 @@ class Fetched(msgspec.Struct):
     def ok(self) -> bool:
         """Whether the status is 2xx."""
         return 200 <= self.status < 300
+
+
+class Sent(msgspec.Struct, frozen=True):
+    """Fields of a request. `authorization`: of a client, for a target without a key of its own."""
+
+    content_type: bytes = b"application/json"
+    authorization: bytes | None = None
+
+
+_PLAIN = Sent()
 
 
 class FetchError(Exception):
@@ -94,7 +104,7 @@ async def fetch(
     path: bytes,
     *,
     body: Body = b"",
-    content_type: bytes = _JSON,
+    sent: Sent = _PLAIN,
     timeout: float,
     max_bytes: int = _MAX_BYTES,
 ) -> Fetched:
@@ -104,7 +114,9 @@ async def fetch(
     """
     fields = [b"content-length: %d\r\n" % len(body)]
     if body:
-        fields += (b"content-type: ", content_type, b"\r\n")
+        fields += (b"content-type: ", sent.content_type, b"\r\n")
+    if target.key is None and sent.authorization is not None:
+        fields += (b"authorization: ", sent.authorization, b"\r\n")
     head = head_of(pool, target, method, path, *fields)
     try:
         return await ask_once(pool, target, head, body, timeout=timeout, max_bytes=max_bytes)
@@ -117,7 +129,7 @@ async def fetch(
 def head_of(pool: ConnectionPool, target: Target, method: bytes, path: bytes, *fields: bytes) -> bytes:
     """Return the head of a request with the target's key. fields: further header lines, each with its end."""
     key = () if target.key is None else (b"authorization: Bearer ", target.key, b"\r\n")
-    return b"".join((pool.origin(target).start(method, path), *fields, *key, b"\r\n"))
+    return b"".join((pool.origin(target).start(method, path), *fields, *key, via(pool.mark), b"\r\n"))
 
 
 async def ask_once(

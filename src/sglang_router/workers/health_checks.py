@@ -35,6 +35,7 @@ import random
 import re
 from collections.abc import Awaitable, Callable
 
+from sglang_router.errors import LoopDetected
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.outcome import Outcome
@@ -45,6 +46,8 @@ from sglang_router.workers.fetch import Fetched, FetchError, ask_once, fetch, he
 
 log = logging.getLogger("sglang_router.health")
 
+ITSELF = "this URL is the router itself"
+"""What is wrong with a worker to which the router's own requests come back (`wire.request_id`)."""
 _MIN_PAUSE = 0.05
 """Seconds between two checks of a worker, however often `check_now` is called: no tight loop on a dead one."""
 _LONGEST_INTRODUCTION = 1.0
@@ -212,7 +215,7 @@ class HealthChecks:
                 await self._ask_what_it_is(worker)
             elif not well:
                 watch.introduced = False
-            if worker.health is Health.HEALTHY:
+            if worker.health is Health.HEALTHY or worker.last_error == ITSELF:
                 watch.settled.set()
             if not worker.spec.health.enabled:
                 return
@@ -242,8 +245,9 @@ class HealthChecks:
         refused = absent = strange = False
         try:
             answer = await self._ask(worker, watch)
-            error = None if answer.ok else _wrong_status(worker, answer.status)
-            strange = error is not None and answer.status < 500 and answer.status not in _MAY_HEAL
+            itself = _is_this_router(answer)
+            error = None if answer.ok else ITSELF if itself else _wrong_status(worker, answer.status)
+            strange = error is not None and (itself or (answer.status < 500 and answer.status not in _MAY_HEAL))
         except FetchError as exc:
             if exc.outcome is Outcome.STARVED:  # the router's own trouble tells nothing about the worker
                 return worker.health is Health.HEALTHY
@@ -329,6 +333,12 @@ def pause_of(failing_for: float, failing: int) -> float:
     failing      number of workers that fail
     """
     return min(failing_for * _SHARE, max(_LONGEST_PAUSE, failing / _MOST_CHECKS))
+
+
+def _is_this_router(answer: Fetched) -> bool:
+    """Return whether the router's own request came back to it."""
+    code = (b"x-smg-error-code", LoopDetected.code.encode())
+    return answer.status == LoopDetected.status and code in answer.headers
 
 
 def _is_being_launched(worker: Worker) -> bool:
