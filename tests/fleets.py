@@ -77,7 +77,7 @@ def facts(
     model: bytes = b"",
     streaming: bool = False,
 ) -> Facts:
-    return Facts(GENERATE, namespace, text, scaffold, streaming, model, key, len(text))
+    return Facts(GENERATE, namespace, text, scaffold, streaming, model, key, b'{"text":"%b"}' % text)
 
 
 def by_model(worker: Worker) -> PoolKey:
@@ -127,10 +127,10 @@ class Attempt:
     def end(self, outcome: Outcome = Outcome.SERVED, now: float = 0.0) -> None:
         self._bench.router.ended(self.asked.tag, self.leg, outcome, now)
 
-    def retry(self, outcome: Outcome, now: float = 0.0) -> Attempt | None:
+    def retry(self, outcome: Outcome, now: float = 0.0, status: int = 0, continued: bool = False) -> Attempt | None:
         """Fail the leg; return the next attempt. None: no retry, and the request is ended as the relay does it."""
         asked = self.asked
-        answer = self._bench.router.retry(asked.tag, self.leg, asked.facts, outcome, now)
+        answer = self._bench.router.retry(asked.tag, self.leg, asked.facts, outcome, now, continued, status)
         if answer is None:
             self.end(outcome, now)
             return None

@@ -186,6 +186,16 @@ class Unprocessable(InvalidRequest):
     code = "unprocessable"
 
 
+class RequestBreaksWorkers(Unprocessable):
+    """A request like this one ended the connections of two workers a short time ago, and perhaps the workers."""
+
+    code = "request_breaks_workers"
+    message = (
+        "This request broke the workers that it was sent to, so it is refused for a while."
+        " Change it, or try again after the time in Retry-After."
+    )
+
+
 class HeadTooLarge(InvalidRequest):
     status = 431
     code = "head_too_large"

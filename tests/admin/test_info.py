@@ -65,7 +65,7 @@ def test_ready_means_that_a_healthy_worker_can_take_a_request() -> None:
         worker = router.worker(fake.url)
 
         def fail() -> None:
-            router.fleet.lease(worker).close(Outcome.FAILED, router.loop.time())
+            router.fleet.lease(worker).close(Outcome.REFUSED, router.loop.time())
 
         for _ in range(router.fleet.rules.breaker.threshold):
             router.call(fail)

@@ -159,6 +159,7 @@ def test_f22_a_client_that_leaves_gives_the_load_back() -> None:
     with stack() as router:
         (fake,) = router.fakes({GENERATE: Gate(answer(200))})
         with socket.create_connection(("127.0.0.1", router.port)) as asking:
+            asking.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leaves with a reset
             asking.sendall(b"GET /health_generate HTTP/1.1\r\nhost: localhost\r\n\r\n")
             router.run(fake.asked(GENERATE))
         worker = router.worker(fake.url)

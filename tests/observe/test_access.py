@@ -235,7 +235,7 @@ def test_each_change_of_a_worker_is_a_line() -> None:
         f'WARN  {start}worker is unhealthy worker=http://w:1 was=healthy error="401 for\\n***"',
         f"WARN  {start}worker is a new process: its remembered prefixes are dropped worker=http://w:1",
         f"INFO  {start}worker is healthy worker=http://w:1 was=unhealthy",
-        f"WARN  {start}circuit breaker is open: the worker gets no requests"
+        f"WARN  {start}circuit breaker is open: the worker gets no requests if others are left"
         " worker=http://w:1 was=closed failures=1 open_seconds=10.0",
         f"INFO  {start}circuit breaker is half open: one request at a time probes the worker"
         " worker=http://w:1 was=open failures=1",

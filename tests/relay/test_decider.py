@@ -105,7 +105,14 @@ class ThreadDecider:
         return Wait(now + self._patience, "decider")
 
     def retry(
-        self, tag: RequestTag, leg: PlannedLeg, facts: Facts, outcome: Outcome, now: float, continued: bool = False
+        self,
+        tag: RequestTag,
+        leg: PlannedLeg,
+        facts: Facts,
+        outcome: Outcome,
+        now: float,
+        continued: bool = False,
+        status: int = 0,
     ) -> Wait | None:
         if self.retries == NONE_AT_ONCE:
             return None

@@ -260,6 +260,25 @@ async def test_a_worker_that_cannot_go_on_is_passed_over() -> None:
 
 
 @on_loop
+async def test_f3_a_second_worker_that_breaks_at_the_same_token_or_before_it_answers_is_the_last() -> None:
+    """A prompt that ends engines at its tenth token ended one more with each continuation."""
+    for answers in (True, False):
+        async with resuming(workers=4) as play:
+            client, leg = await asked(play)
+            await streams(leg, first_half(), end=False)
+            await client.head()
+            await client.chunk()
+            leg.reset()
+            second = await play.leg()
+            if answers:
+                await second.start_stream()
+            second.close()
+            assert not (await client._chunks())[1]
+            (end,) = await play.ended(1)
+            assert (end.answer.retries, end.answer.unresumed) == (1, "no_progress" if answers else "no_retry")
+
+
+@on_loop
 async def test_when_nobody_is_left_the_client_gets_the_error_event_behind_whole_events() -> None:
     async with resuming(workers=2, max_worker_retries=1) as play:
         client, leg = await asked(play)

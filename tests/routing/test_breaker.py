@@ -1,6 +1,6 @@
 """The breaker: the table in the head of routing/breaker.py, and each of its moves as in life.
 
-In life means through leases, health checks and time, by a fleet of one worker.
+In life means through leases, health checks and time, by a fleet of two workers: breakers never take out the last one.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from sglang_router.routing.rules import BreakerRules, FleetRules
 from sglang_router.routing.states import Breaker, BreakerEvent
 
 ANSWER_FAILURES = (Outcome.FAILED, Outcome.INVALID, Outcome.TIMEOUT)
-CONTACT_FAILURES = (Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.BROKEN, Outcome.CUT)
+CONTACT_FAILURES = (Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.LOST, Outcome.BROKEN, Outcome.CUT)
+"""With breaks: a passed check disproves both."""
 FAILURES = ANSWER_FAILURES + CONTACT_FAILURES
-SILENT = (Outcome.BUSY, Outcome.STALE, Outcome.GONE, Outcome.ABANDONED)
+SILENT = (Outcome.REJECTED, Outcome.BUSY, Outcome.STALE, Outcome.GONE, Outcome.ABANDONED)
 
 
 class One:
-    """A fleet of one worker that passed its first check, and a clock that moves when told."""
+    """A worker that passed its first check, beside one that gets no request, and a clock that moves when told."""
 
     def __init__(self, threshold: int = 2, successes: int = 1, *, enabled: bool = True) -> None:
         self.log = Log()
         rules = BreakerRules(threshold, successes, timeout=10.0, max_timeout=60.0, enabled=enabled)
-        self.fleet = Fleet(self.log, lambda: "id", any_policy, FleetRules(breaker=rules))
+        self.fleet = Fleet(self.log, lambda: "id", any_policy, FleetRules(breaker=rules, slow_start=0.0))
         self.worker = self.fleet.add(spec("w", checked=True), 0.0)
+        self.fleet.add(spec("other"), 0.0)
         self.now = 0.0
         self.fleet.probed(self.worker, None, 0.0)
         self.log.changes.clear()
@@ -46,8 +48,8 @@ class One:
         return self
 
     def take(self) -> Lease:
-        (worker,) = self.fleet.candidates(self.now)
-        return self.fleet.lease(worker)
+        assert self.passes
+        return self.fleet.lease(self.worker)
 
     def after(self, seconds: float) -> One:
         self.now += seconds
@@ -59,13 +61,18 @@ class One:
         return self
 
     @property
+    def passes(self) -> bool:
+        """Whether it may get a request now."""
+        return self.worker in self.fleet.candidates(self.now)
+
+    @property
     def state(self) -> str:
         return self.worker.breaker.value
 
     @property
     def open_for(self) -> float:
         """How long from now until a request may pass, found by asking for candidates alone."""
-        assert self.fleet.candidates(self.now) == ()
+        assert not self.passes
         return self.worker.circuit.reopen_at - self.now
 
 
@@ -187,7 +194,7 @@ def test_a_healthy_probe_closes_what_contact_failures_opened(failure: Outcome, s
     one.probe()
     if failure in CONTACT_FAILURES:
         assert one.state == "closed"
-        assert one.fleet.candidates(one.now) == (one.worker,)
+        assert one.passes
         assert one.leg(failure).state == "closed", "the count begins anew"
     else:
         assert one.state == before
@@ -210,10 +217,10 @@ def test_a_bad_probe_does_not_move_the_breaker() -> None:
 def test_half_open_lets_one_request_through_at_a_time() -> None:
     one = half_open(Outcome.FAILED)
     lease = one.take()
-    assert one.fleet.candidates(one.now) == ()
-    assert one.after(1000.0).fleet.candidates(one.now) == ()
+    assert not one.passes
+    assert not one.after(1000.0).passes
     lease.close(Outcome.GONE, one.now)
-    assert one.fleet.candidates(one.now) == (one.worker,)
+    assert one.passes
 
 
 def test_half_open_closes_when_a_request_is_served() -> None:
@@ -273,7 +280,7 @@ def test_half_open_is_not_disturbed_by_late_outcomes(late: Outcome) -> None:
     probe = one.take()
     old.close(late, one.now)
     assert one.state == "half_open"
-    assert one.fleet.candidates(one.now) == (), "its one request is still in flight"
+    assert not one.passes, "its one request is still in flight"
     probe.close(Outcome.SERVED, one.now)
     assert one.state == "closed"
 
@@ -287,7 +294,7 @@ def test_the_probe_of_an_earlier_half_open_time_is_a_late_outcome_too(late: Outc
     probe = one.take()
     old.close(late, one.now)
     assert one.state == "half_open"
-    assert one.fleet.candidates(one.now) == ()
+    assert not one.passes
     probe.close(Outcome.FAILED, one.now)
     assert one.open_for == 20.0
 

@@ -148,9 +148,9 @@ def test_when_all_are_unhealthy_all_are_tried() -> None:
         for _ in range(3):
             fleet.probed(worker, "down", 1.0)
     assert fleet.candidates(1.0) == (third,)
-    end(fleet, third, *[Outcome.FAILED] * 4, now=1.0)
+    end(fleet, third, *[Outcome.REFUSED] * 4, now=1.0)
     assert fleet.candidates(1.0) == (one, other), "the checks say no, the breakers do not"
-    end(fleet, one, *[Outcome.FAILED] * 4, now=1.0)
+    end(fleet, one, *[Outcome.REFUSED] * 4, now=1.0)
     assert fleet.candidates(1.0) == (other,)
     fleet.set_draining(other, True)
     assert fleet.candidates(1.0) == ()
@@ -195,7 +195,7 @@ def test_without_checks_a_served_request_tells_it() -> None:
     assert log.whats().count("restarted") == 1
 
 
-@pytest.mark.parametrize("outcome", [o for o in Outcome if o not in (Outcome.REFUSED, Outcome.SERVED)])
+@pytest.mark.parametrize("outcome", [o for o in Outcome if o not in (Outcome.REFUSED, Outcome.LOST, Outcome.SERVED)])
 def test_no_other_end_means_that_nobody_listens(outcome: Outcome) -> None:
     fleet, log, (one,) = a_fleet(1, checked=True)
     fleet.probed(one, None, 0.0)
@@ -232,7 +232,7 @@ def test_why_nobody_takes_a_request() -> None:
     assert unavailable(fleet, 0.0) == (WorkersStarting, 5.0)
     for worker, now in zip(workers, (1.0, 4.0), strict=True):
         fleet.probed(worker, None, 0.0)
-        end(fleet, worker, *[Outcome.FAILED] * 4, now=now)
+        end(fleet, worker, *[Outcome.REFUSED] * 4, now=now)
     assert unavailable(fleet, 11.0) == (Unavailable, 20.0)
     fleet.set_draining(workers[0], True)
     assert unavailable(fleet, 11.0) == (Unavailable, 23.0)
@@ -245,8 +245,8 @@ def test_why_nobody_takes_a_request() -> None:
 
 def test_a_half_open_probe_under_way_is_soon_over() -> None:
     fleet, _, (one, other) = a_fleet(2, timeout=30.0)
-    end(fleet, one, *[Outcome.FAILED] * 4)
-    end(fleet, other, *[Outcome.FAILED] * 4, now=20.0)
+    end(fleet, one, *[Outcome.REFUSED] * 4)
+    end(fleet, other, *[Outcome.REFUSED] * 4, now=20.0)
     (probing,) = fleet.candidates(30.0)
     fleet.lease(probing)
     assert unavailable(fleet, 30.0) == (Unavailable, 1.0)
@@ -255,7 +255,7 @@ def test_a_half_open_probe_under_way_is_soon_over() -> None:
 def test_one_that_starts_beside_one_that_is_held_off_is_not_all_starting() -> None:
     fleet, _, (one, _) = a_fleet(2, checked=True, timeout=30.0)
     fleet.probed(one, None, 0.0)
-    end(fleet, one, *[Outcome.FAILED] * 4)
+    end(fleet, one, *[Outcome.REFUSED] * 4)
     assert unavailable(fleet, 10.0) == (Unavailable, 20.0)
 
 

@@ -49,8 +49,11 @@ class Model:
         return self.breaker == "closed" or (self.breaker == "half_open" and self.probe is None)
 
     @property
-    def able(self) -> bool:
-        return not self.removed and not self.draining and self.passes
+    def unreached(self) -> bool:
+        return self.opened_by is Hears.CONTACT_FAILURE and self.breaker != "closed"
+
+    def is_in_rotation(self, health: str) -> bool:
+        return not self.removed and not self.draining and self.health == health
 
     def time(self, now: float) -> None:
         if self.breaker == "open" and self.until <= now:
@@ -58,7 +61,7 @@ class Model:
 
     def take(self, lease: Lease) -> None:
         self.leases[lease] = self.silent
-        if self.breaker == "half_open":
+        if self.breaker == "half_open" and self.probe is None:
             self.probe = lease
 
     def close(self, lease: Lease, outcome: Outcome, now: float) -> None:
@@ -66,12 +69,13 @@ class Model:
         probing = self.probe is lease
         if probing:
             self.probe = None
-        self.processed += outcome is Outcome.SERVED
+        answered = outcome in (Outcome.SERVED, Outcome.REJECTED)
+        self.processed += answered
         if self.removed:
             return
-        if outcome is Outcome.REFUSED:
+        if outcome in (Outcome.REFUSED, Outcome.LOST):
             self.silent = True
-        elif outcome is Outcome.SERVED and self.silent and in_silence:
+        elif answered and self.silent and in_silence:
             self.back()
         if outcome.hears is Hears.SUCCESS:
             self.success(probing)
@@ -111,7 +115,7 @@ class Model:
         self.good, self.bad = self.good + 1, 0
         if self.silent:
             self.back()
-        if self.opened_by is Hears.CONTACT_FAILURE and self.breaker != "closed":
+        if self.opened_by is not Hears.ANSWER_FAILURE and self.breaker != "closed":
             self.shut()
         if self.health == "starting" or self.good >= GOOD:
             self.health = "healthy"
@@ -224,7 +228,9 @@ class FleetBesideModel(RuleBasedStateMachine):
         candidates = self.fleet.candidates(self.now)
         if candidates:
             worker = candidates[pick % len(candidates)]
-            while worker in self.fleet.candidates(self.now):
+            for _ in range(RULES.threshold):
+                if worker not in self.fleet.candidates(self.now):
+                    break
                 self.take(self.fleet.candidates(self.now).index(worker))
                 self.close(len(self.running) - 1, outcome)
 
@@ -237,12 +243,19 @@ class FleetBesideModel(RuleBasedStateMachine):
 
     @invariant()
     def candidates_are_those_of_the_definition(self) -> None:
-        able = [worker for worker, model in self.models.items() if model.able]
-        well = [worker for worker in able if self.models[worker].health == "healthy"]
-        ill = [worker for worker in able if self.models[worker].health == "unhealthy"]
+        well, ill = self.standing("healthy"), self.standing("unhealthy")
         assert list(self.fleet.candidates(self.now)) == (well or ill)
         if not well and not ill:
             self.check_refusal()
+
+    def standing(self, health: str) -> list[Worker]:
+        """Those that are there; of them at most half are out for their breakers, those that opened for longest."""
+        those = {worker: model for worker, model in self.models.items() if model.is_in_rotation(health)}
+        there = [worker for worker, model in those.items() if not model.unreached]
+        out = [(those[w].open_for, those[w].until, -w.order, w) for w in there if not those[w].passes]
+        stay_out = {worker for *_, worker in sorted(out, reverse=True)[: len(there) // 2]}
+        stay_out |= {worker for worker, model in those.items() if model.unreached and not model.passes}
+        return [worker for worker in those if worker not in stay_out]
 
     def check_refusal(self) -> None:
         members = [model for model in self.models.values() if not model.removed]

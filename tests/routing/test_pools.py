@@ -84,7 +84,7 @@ def test_a_state_change_is_seen_by_the_pool_of_the_worker() -> None:
     a, b = s.add("a", "A"), s.add("b", "B")
     one, two = s.pools
     kept = two.candidates(0.0)
-    s.fleet.lease(a).close(Outcome.FAILED, 0.0)
+    s.fleet.lease(a).close(Outcome.REFUSED, 0.0)
     assert (one.candidates(1.0), two.candidates(1.0)) == ((), (b,))
     assert two.candidates(1.0) is kept, "nothing changed there"
     assert (one.reopen_at, one.unavailable(4.0).retry_after) == (10.0, 6.0)
@@ -195,7 +195,7 @@ def test_workers_are_in_order_of_registration_whenever_they_came_to_the_pool() -
 def test_an_open_breaker_moves_along() -> None:
     s = Several(Noted, FleetRules(breaker=BreakerRules(threshold=1, timeout=10.0)))
     worker = s.add("a")
-    s.fleet.lease(worker).close(Outcome.FAILED, 0.0)
+    s.fleet.lease(worker).close(Outcome.REFUSED, 0.0)
     s.fleet.reported(worker, EngineReport(model="A"))
     assert s.pools.of(worker).candidates(9.0) == ()
     assert s.pools.of(worker).candidates(10.0) == (worker,)

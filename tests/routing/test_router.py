@@ -24,7 +24,7 @@ from sglang_router.errors import (
 )
 from sglang_router.routing.engine_report import EngineReport
 from sglang_router.routing.events import Listener, Listeners, Routed, WorkerChanged
-from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.outcome import BREAKS, Hears, Outcome
 from sglang_router.routing.plan import Plan
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.rules import BreakerRules, FleetRules, QueueRules, RetryBudgetRules, RetryRules
@@ -90,7 +90,7 @@ def test_nobody_to_route_to_is_an_error_and_no_lease() -> None:
     assert b.ask(facts()).waits == ("start", 10.0)
     assert (b.router.leases, loads(b), b.log.decisions) == (0, [0], [])
     b = bench(1, breaker=BreakerRules(threshold=1, timeout=10.0))
-    assert b.route().retry(Outcome.FAILED, 1.0) is None
+    assert b.route().retry(Outcome.REFUSED, 1.0) is None
     with pytest.raises(Unavailable) as caught:
         b.route(now=4.0)
     assert caught.value.retry_after == 7.0
@@ -101,7 +101,7 @@ def test_nobody_to_route_to_is_an_error_and_no_lease() -> None:
 # -- retries -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("outcome", RETRYABLE)
+@pytest.mark.parametrize("outcome", [Outcome.BUSY, Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.UNCONNECTED])
 def test_a_retry_prefers_workers_that_have_not_failed_and_does_not_wait(outcome: Outcome) -> None:
     b = bench(4)
     plans = legs(b, outcome, outcome, outcome)
@@ -189,7 +189,7 @@ def test_a_worker_is_tried_no_more_often_than_the_rules_say() -> None:
 
 def test_a_request_is_retried_no_more_often_than_the_rules_say() -> None:
     for total in (0, 1, 6):
-        assert len(legs(bench(9, total=total), *[Outcome.FAILED] * 20)) == total + 1
+        assert len(legs(bench(9, total=total), *[Outcome.REFUSED] * 20)) == total + 1
 
 
 def test_a_worker_under_pressure_is_not_asked_again() -> None:
@@ -202,9 +202,16 @@ def test_a_worker_under_pressure_is_not_asked_again() -> None:
     assert len(legs(bench(2), Outcome.FAILED, Outcome.BUSY)) == 2, "its own 429 is the answer then"
 
 
+def test_a_worker_that_broke_off_is_not_asked_again() -> None:
+    for outcome in (Outcome.BROKEN, Outcome.LOST):
+        assert len(legs(bench(1), outcome)) == 1
+        b = bench(2)
+        assert where(b, legs(b, Outcome.REFUSED, outcome, Outcome.REFUSED, Outcome.REFUSED)) == [0, 1, 0, 0]
+
+
 def test_a_breaker_that_opens_meanwhile_ends_the_retries() -> None:
     b = bench(1, breaker=BreakerRules(threshold=2), per_worker=9, total=9)
-    assert len(legs(b, *[Outcome.FAILED] * 9)) == 2
+    assert len(legs(b, *[Outcome.REFUSED] * 9)) == 2
 
 
 def test_a_worker_that_comes_meanwhile_is_fresh_and_one_that_left_is_not_asked() -> None:
@@ -217,17 +224,20 @@ def test_a_worker_that_comes_meanwhile_is_fresh_and_one_that_left_is_not_asked()
     assert (following.worker, following.delay) == (b.workers[1], 0.0)
 
 
-def test_a_retry_may_be_the_probe_of_a_half_open_breaker() -> None:
-    b = bench(2, breaker=BreakerRules(threshold=1, timeout=10.0))
-    b.route().end(Outcome.GONE)
-    b.fleet.lease(b.workers[0]).close(Outcome.FAILED, 0.0)
+@pytest.mark.parametrize(("outcome", "state"), [(Outcome.REFUSED, "closed"), (Outcome.FAILED, "half_open")])
+def test_a_retry_may_be_the_probe_of_a_half_open_breaker_if_the_request_has_not_failed(
+    outcome: Outcome, state: str
+) -> None:
+    b = bench(2, breaker=BreakerRules(threshold=2, timeout=10.0))
+    for _ in range(2):
+        b.fleet.lease(b.workers[0]).close(Outcome.FAILED, 0.0)
     plan = b.route(now=5.0)
     assert plan.worker is b.workers[1]
-    assert plan.retry(Outcome.FAILED, 9.0) is None
-    plan = b.route(now=10.0)
-    assert plan.worker is b.workers[0]
-    plan.end(now=11.0)
-    assert b.workers[0].breaker.value == "closed"
+    following = plan.retry(outcome, 10.0)
+    assert following is not None
+    assert following.worker is b.workers[0]
+    following.end(now=11.0)
+    assert b.workers[0].breaker.value == state
 
 
 # -- any request -------------------------------------------------------------------------------------------------------
@@ -253,12 +263,22 @@ class Story:
         self.workers: list[Worker] = []
         self.pressed: set[Worker] = set()
         self.returns = 0
+        self.kinds: set[tuple[str, Worker]] = set()
+
+    def is_final(self, worker: Worker, outcome: Outcome) -> bool:
+        """Notes a failure; returns whether another worker failed alike, so that the request is to blame."""
+        if outcome.hears not in (Hears.ANSWER_FAILURE, Hears.BREAK_FAILURE) and outcome is not Outcome.LOST:
+            return False
+        kind = "break" if outcome in BREAKS else outcome.label
+        self.kinds.add((kind, worker))
+        return sum(each == kind for each, _ in self.kinds) == 2
 
     def end(self, plan: Attempt, outcome: Outcome, now: float) -> Attempt | None:
         """Ends a leg, and checks what the router makes of it."""
         assert plan.retries == len(self.workers)
         self.workers.append(plan.worker)
-        self.pressed |= {plan.worker} if outcome is Outcome.BUSY else set()
+        self.pressed |= {plan.worker} if outcome is Outcome.BUSY or outcome in BREAKS else set()
+        final = self.is_final(plan.worker, outcome)
         load, leases = sum(loads(self.bench)), self.bench.router.leases
         following = plan.retry(outcome, now)
         gone = following is None
@@ -269,7 +289,7 @@ class Story:
         fresh = candidates.difference(self.workers)
         again = {w for w in candidates - self.pressed if self.workers.count(w) < self.rules.per_worker}
         allowed = fresh or (again if outcome is not Outcome.BUSY else set())
-        if not outcome.retryable or len(self.workers) > self.rules.total or not allowed:
+        if final or not outcome.retryable or len(self.workers) > self.rules.total or not allowed:
             assert following is None
             return None
         assert following is not None
@@ -357,8 +377,9 @@ def test_a_retry_closes_the_lease_once() -> None:
     assert (b.router.leases, loads(b)) == (1, [0, 1])
     first.end(Outcome.BROKEN)
     assert (b.router.leases, loads(b)) == (1, [0, 1])
-    assert (first.worker.circuit.failures, first.worker.breaker.value) == (1, "closed")
+    assert (first.worker.circuit.failures, first.worker.breaker.value) == (0, "closed")
     following.end()
+    assert (first.worker.circuit.failures, first.worker.breaker.value) == (1, "closed")
     assert (b.router.leases, loads(b)) == (0, [0, 0])
 
 

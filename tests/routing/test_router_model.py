@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from fleets import Asked, Bench, by_model, facts
-from sglang_router.errors import QueueFull, RouterError, TooManyWaiting, Unavailable
+from sglang_router.errors import QueueFull, RequestBreaksWorkers, RouterError, TooManyWaiting, Unavailable
 from sglang_router.routing.engine_report import EngineReport
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.models import Serving
@@ -117,6 +117,8 @@ class RouterBesideModel(RuleBasedStateMachine):
             assert before[0] >= self.size
         except TooManyWaiting:
             assert before[0] >= min(5, self.size + (self.places or 5))
+        except RequestBreaksWorkers:
+            assert self.router.quarantine.broken
         except Unavailable:
             pools = self.fleet.pools
             assert not (pools.only or pools.find(request.model)).candidates(self.now)

@@ -97,7 +97,7 @@ def test_each_wanted_member_is_found_however_the_body_is_cut(
 def test_the_facts_are_those_of_a_small_body(endpoint: Endpoint, body: dict[str, Any], most_text: int) -> None:
     raw = json.dumps(body).encode()
     skimmed, decoded = skimmed_facts(endpoint, raw, b"key", most_text), read(endpoint, raw, b"key", most_text)
-    for name in ("model", "namespace", "routing_key", "scaffold", "size", "streaming", "text"):
+    for name in ("model", "namespace", "routing_key", "scaffold", "body", "streaming", "text"):
         assert getattr(skimmed, name) == getattr(decoded, name), name
     assert type(skimmed.text) is bytes
 
@@ -108,7 +108,7 @@ def test_routing_text_beyond_a_bounded_prefix_adds_nothing() -> None:
     one, other = (skimmed_facts(CHAT, shared + rest * 9_000 + b'"}]}') for rest in (b"one", b"other"))
     assert one.text == other.text
     assert len(one.text) == MOST_TEXT
-    assert one.size == len(shared) + 27_000 + len(b'"}]}')
+    assert len(one.body) == len(shared) + 27_000 + len(b'"}]}')
 
 
 def test_no_more_of_a_name_counts_than_is_bounded() -> None:

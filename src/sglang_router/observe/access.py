@@ -18,7 +18,7 @@ from collections.abc import Callable
 import msgspec
 
 from sglang_router.observe.logs import LogWriter, Stamp, cut, plain, value
-from sglang_router.routing.events import Finished, Listener, WorkerChanged
+from sglang_router.routing.events import Finished, Listener, Quarantined, WorkerChanged
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag
 
@@ -182,7 +182,7 @@ _CHANGES = {
     ("health", "starting"): (logging.WARNING, "worker's process ended; a new one starts"),
     ("health", "down"): (logging.ERROR, "worker is down and will not be restarted"),
     ("health", "unhealthy"): (logging.WARNING, "worker is unhealthy"),
-    ("breaker", "open"): (logging.WARNING, "circuit breaker is open: the worker gets no requests"),
+    ("breaker", "open"): (logging.WARNING, "circuit breaker is open: the worker gets no requests if others are left"),
     ("breaker", "half_open"): (logging.INFO, "circuit breaker is half open: one request at a time probes the worker"),
     ("breaker", "closed"): (logging.INFO, "circuit breaker is closed: the worker gets requests again"),
     ("outlier", "held_off"): (logging.WARNING, "worker is ejected: it fails or lags far more than the others"),
@@ -215,3 +215,9 @@ class WorkerLog(Listener):
         if worker.reason:
             fields["error"] = worker.reason
         _workers.log(level, message, extra={"fields": fields})
+
+    def quarantined(self, event: Quarantined) -> None:
+        """Log that a request breaks workers: an operator should look for it."""
+        tag = event.tag
+        fields = {"request": tag.id, "path": tag.route.path, "workers": event.workers, "bytes": tag.received}
+        _workers.warning("a request broke its workers: it is refused for a while", extra={"fields": fields})

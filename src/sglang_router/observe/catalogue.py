@@ -207,7 +207,7 @@ METRICS = (
     ),
     Family(
         "sgl_router_worker_outcomes_total", COUNTER, ("worker", "outcome"),
-        "Legs by outcome (served, failed, busy, refused, broken, timeout, gone ...).",
+        "Legs by outcome (served, rejected, failed, busy, refused, broken, timeout, gone ...).",
         read.per_tally_items(read.outcomes),
     ),
     Family(

@@ -220,7 +220,7 @@ _ERROR_TYPES = {
 }
 _BREAKER_STATES = {Breaker.CLOSED: 0, Breaker.OPEN: 1, Breaker.HALF_OPEN: 2}
 _OUTCOMES = {outcome.label: outcome for outcome in Outcome}
-_FAULTS = (Hears.ANSWER_FAILURE, Hears.CONTACT_FAILURE)
+_FAULTS = (Hears.ANSWER_FAILURE, Hears.BREAK_FAILURE, Hears.CONTACT_FAILURE)
 _ERRORS = frozenset(outcome.label for outcome in Outcome if outcome.retryable or outcome.hears in _FAULTS)
 
 

@@ -231,7 +231,7 @@ class Exchange:
         if self._shown is not None and self.handled is not None:
             self.handled.continued(leg, head, data, done)
             return
-        if head.status >= 429 and failover.retry_status(self, leg, head, data, done):
+        if head.status >= 400 and failover.retry_status(self, leg, head, data, done):
             return
         if leg.silent:
             self._begin(leg)
@@ -243,7 +243,7 @@ class Exchange:
     def _begin(self, leg: Leg) -> float:
         """Report the first byte of an answer to the decider; return the time."""
         now = self.relay.clock()
-        if self.tag.streaming:
+        if self.tag.streaming and leg.outcome is Outcome.SERVED:
             self.relay.decider.began(leg.planned, now)
         return now
 

@@ -49,14 +49,20 @@ class Failing(Protocol):
 
 
 def retry_status(exchange: Failing, leg: Leg, head: ResponseHead, data: bytes, done: bool) -> bool:
-    """Retry a leg that answered with a failing status; return False when its answer goes to the client."""
+    """Retry a leg that answered with a failing status; return False when its answer goes to the client.
+
+    A status that is the client's mistake (4xx) is noted, and never retried.
+    """
     outcome = Outcome.of_status(head.status, head.header(b"retry-after") is not None)
     if outcome is Outcome.SERVED:
         return False
     leg.outcome = outcome
+    if outcome is Outcome.REJECTED:
+        return False
     if exchange.state is not ROUTED:  # the client has the head of another leg's answer
         return False
     pending = Pending(leg, outcome)
+    pending.status = head.status
     pending.head, pending.data, pending.done = head, data, done
     if retry(exchange, pending):
         return True
@@ -74,7 +80,9 @@ def retry(exchange: Failing, pending: Pending, facts: Facts | None = None) -> bo
     relay, leg = exchange.relay, pending.leg
     known = facts or exchange.facts
     assert known is not None
-    answer = relay.decider.retry(exchange.tag, leg.planned, known, pending.outcome, relay.clock(), facts is not None)
+    answer = relay.decider.retry(
+        exchange.tag, leg.planned, known, pending.outcome, relay.clock(), facts is not None, pending.status
+    )
     if isinstance(answer, Plan):
         _follow(exchange, pending, answer)
         return True

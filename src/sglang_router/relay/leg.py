@@ -32,6 +32,10 @@ LOOKS = 4
 """Checks of an answer's progress per `timeouts.chunk`: a silent answer ends after 1 to 1.25 times that timeout."""
 
 
+_NOT_SENT = (Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.UNCONNECTED)
+"""After a kept connection broke, these say that it was the worker's end, and not the end of an idle connection."""
+
+
 class Carrier(Protocol):
     """What carries a leg: a connection, one that is being opened, or the pause before a retry."""
 
@@ -126,6 +130,7 @@ class Leg:
         "_batch",
         "_exchange",
         "_quiet",
+        "_resent",
         "_seen",
         "_transport",
         "chunked",
@@ -150,6 +155,7 @@ class Leg:
         self.connection: Carrier | None = None
         self.decoding = decoding
         self.silent = False
+        self._resent = False  # a kept connection broke on it, and it was sent again
         # per answer
         self.framing: Framing | None = None
         self.handled: BodySink | None = None
@@ -172,6 +178,7 @@ class Leg:
         exchange, planned = self._exchange, self.planned
         if exchange.state is DONE:  # the client left between two stages of the batch
             return
+        self._resent = fresh
         relay, request, tag, target = exchange.relay, exchange.request, exchange.tag, planned.target
         connections = relay.connections.known.get(target) or relay.connections.at(target)
         body: Body | Spliced = request.body
@@ -257,6 +264,8 @@ class Leg:
     def broken(self, outcome: Outcome, detail: str) -> None:
         """Report the end of the leg without a complete answer."""
         self.connection = None
+        if self._resent and outcome in _NOT_SENT:
+            outcome = Outcome.LOST
         self._exchange.leg_broken(self, outcome, detail)
 
 

@@ -23,6 +23,7 @@ ERRORS: dict[Outcome, type[RouterError]] = {
     Outcome.UNREACHABLE: WorkerUnreachable,
     Outcome.UNCONNECTED: ConnectTimeout,
     Outcome.STARVED: TooManyConnections,
+    Outcome.LOST: WorkerBroken,
     Outcome.BROKEN: WorkerBroken,
     Outcome.INVALID: WorkerInvalid,
     Outcome.CUT: StreamBroken,
@@ -41,16 +42,18 @@ class Pending:
 
     leg               the leg that failed
     outcome           how it ended
+    status            of its failing answer; 0 without one
     error             the answer if there is no retry
     head, data, done  without an error, the leg's own answer: head, bytes of the body, whether these are all
     step              the body handler's next leg, to be sent with the new plan; None when no stream is continued
     """
 
-    __slots__ = ("data", "done", "error", "head", "leg", "outcome", "step")
+    __slots__ = ("data", "done", "error", "head", "leg", "outcome", "status", "step")
 
     def __init__(self, leg: Leg, outcome: Outcome, error: RouterError | None = None) -> None:
         self.leg = leg
         self.outcome = outcome
+        self.status = 0
         self.error = error
         self.head: ResponseHead | None = None
         self.data = b""

@@ -21,6 +21,7 @@ from sglang_router.resume.chunks import ChatChunks, Chunks
 from sglang_router.resume.cumulative import Snapshots
 from sglang_router.resume.generation import ABSENT, Fields, Generation, encode, fields_of
 from sglang_router.routing.facts import Endpoint
+from sglang_router.routing.trail import MOST_BREAKS
 from sglang_router.wire.request import Body
 
 GENERATIONS: dict[str, type[Generation]] = {"generate": Snapshots, "chat": ChatChunks, "completions": Chunks}
@@ -41,16 +42,13 @@ REASONS = {
     "no_token_ids": "the prompt is token ids, and the stream contains none",
     "too_long": "more text than --resume-max-bytes",
     "unreadable": "the body or the worker's events cannot be parsed",
-    "no_progress": "two workers in a row broke without a new token",
+    "no_progress": "two workers broke at the same token",
     "no_retry": "no worker is left, or no retry",
 }
 """Why a stream is not continued: the label of sgl_router_resume_refused_total, and its meaning."""
 
 GENERATE_LIMIT = 128
 """SGLang's token limit for a /generate that sets none."""
-_MAX_WITHOUT_PROGRESS = 2
-"""Legs in a row that may break without a new token; then give up, because the request itself may kill the engines."""
-
 _MUST_BE_ABSENT = {
     "use_beam_search": "choices",
     "logprobs": "logprobs",
@@ -210,11 +208,11 @@ def go_on(endpoint: Endpoint, body: Body, generation: Generation, without_progre
     """Return what to do when the worker broke after `generation`.
 
     body              the client's own, for which `refusal` returned ""
-    without_progress  legs in a row that brought no new token
+    without_progress  legs in a row that broke at the same token
     """
     if generation.reason:
         return Next(generation.reason)
-    if without_progress >= _MAX_WITHOUT_PROGRESS:
+    if without_progress >= MOST_BREAKS:  # the request itself may be what ends them
         return Next("no_progress")
     try:
         return _next(endpoint, body, generation)

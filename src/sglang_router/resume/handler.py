@@ -151,7 +151,7 @@ class ResumableStream:
         # over all legs
         self._gone_on = False  # the current leg has begun to answer
         self._tokens = 0  # tokens of the text at the last break
-        self._without_progress = 0  # legs in a row without a new token
+        self._without_progress = 0  # legs in a row that broke at the same token
 
     def __repr__(self) -> str:
         state = "passes" if self._passes else "failed" if self._failed else "kept"
@@ -264,6 +264,7 @@ class ResumableStream:
                 elif (ours := rewrite(data)) is not None:
                     passed.append(_as_event(ours))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError):
+            self._gone_on = False  # it does not go on, but it does not break either
             raise Unintelligible("The next worker's events cannot be parsed.") from None
         return b"".join(passed)
 
@@ -275,7 +276,7 @@ class ResumableStream:
             return Broken()
         self._read()
         if self._gone_on:
-            self._without_progress = self._without_progress + 1 if self._generation.tokens == self._tokens else 0
+            self._without_progress = self._without_progress + 1 if self._generation.tokens == self._tokens else 1
             self._tokens = self._generation.tokens
             self._gone_on = False
         step = go_on(self._endpoint, self._body, self._generation, self._without_progress)

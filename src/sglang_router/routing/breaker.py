@@ -16,7 +16,13 @@
     -                    cannot happen: RuntimeError
 
 Only served requests close what failed answers opened: an engine whose /health is fine while every generation fails is
-no use. A passed check of /health does prove that a lost listener is back, so it closes what refused connections opened.
+no use. A passed check of /health does prove that a lost listener is back, so it closes what refused connections, and
+connections that broke, opened.
+
+An open breaker does not always take its worker out. Answers and breaks may be the doing of requests, so that breakers
+opened by them, together with outlier ejection, never take out more than half of the workers that are there, nor the
+last one: see `routing.pools`. Failed contacts (nobody listens there) have no such limit. The probe of a half-open
+breaker is never a request that has failed at another worker, see `routing.router`.
 
 Pure: rules and time are arguments. The fleet owns all circuits and is the only one to call `hear`.
 """
@@ -119,8 +125,8 @@ def reopen(circuit: Circuit, rules: BreakerRules, now: float, kind: Hears) -> No
 
 
 def close_if_contact(circuit: Circuit, rules: BreakerRules, now: float, kind: Hears) -> None:
-    """Close if the breaker was opened by failed connections, which a passed check disproves."""
-    if circuit.opened_by is Hears.CONTACT_FAILURE:
+    """Close if the breaker was opened by failed or broken connections, which a passed check disproves."""
+    if circuit.opened_by is not Hears.ANSWER_FAILURE:
         circuit.close()
 
 

@@ -44,7 +44,14 @@ class Decider(Protocol):
         """
 
     def retry(
-        self, tag: RequestTag, leg: PlannedLeg, facts: Facts, outcome: Outcome, now: float, continued: bool = False
+        self,
+        tag: RequestTag,
+        leg: PlannedLeg,
+        facts: Facts,
+        outcome: Outcome,
+        now: float,
+        continued: bool = False,
+        status: int = 0,
     ) -> Plan | Wait | None:
         """Return where a request goes after a leg failed; None: no retry.
 
@@ -53,6 +60,7 @@ class Decider(Protocol):
         facts      of the request; of the request for the rest when a stream is continued
         outcome    how the leg failed
         continued  a stream broke and is to be continued
+        status     of the failing answer; 0 without one
         """
 
     def began(self, leg: PlannedLeg, now: float) -> None:

@@ -2,6 +2,7 @@
 
     Routed          a request got a worker (also for each retry)
     Retried         a leg failed and another one follows; when none follows, Finished tells how the last leg ended
+    Quarantined     a request broke several workers: it is refused for a while when it comes again
     FirstByte       the first byte of an answer is about to be sent to the client
     Finished        a request ended: exactly one event for every request, whatever its end
     WorkerChanged   the state of a worker changed: one of CHANGES
@@ -44,6 +45,16 @@ class Retried:
         self.leg = leg
         self.outcome = outcome
         self.delay = delay
+
+
+class Quarantined:
+    """A request ended without an answer, and has broken so many `workers`: it is refused when it comes again."""
+
+    __slots__ = ("tag", "workers")
+
+    def __init__(self, tag: RequestTag, workers: int) -> None:
+        self.tag = tag
+        self.workers = workers
 
 
 class FirstByte:
@@ -132,6 +143,9 @@ class Listener:
     def retried(self, event: Retried) -> None:
         """A leg failed and another attempt follows."""
 
+    def quarantined(self, event: Quarantined) -> None:
+        """A request broke several workers."""
+
     def first_byte(self, event: FirstByte) -> None:
         """The client gets the first byte of an answer."""
 
@@ -153,6 +167,7 @@ class Listeners(Listener):
         self.hears_first_byte = False
         self._routed: list[Callable[[Routed], None]] = []
         self._retried: list[Callable[[Retried], None]] = []
+        self._quarantined: list[Callable[[Quarantined], None]] = []
         self._first_byte: list[Callable[[FirstByte], None]] = []
         self._finished: list[Callable[[Finished], None]] = []
         self._worker_changed: list[Callable[[WorkerChanged], None]] = []
@@ -164,6 +179,8 @@ class Listeners(Listener):
             self._routed.append(listener.routed)
         if kind.retried is not Listener.retried:
             self._retried.append(listener.retried)
+        if kind.quarantined is not Listener.quarantined:
+            self._quarantined.append(listener.quarantined)
         if listener.hears_first_byte if isinstance(listener, Listeners) else kind.first_byte is not Listener.first_byte:
             self._first_byte.append(listener.first_byte)
             self.hears_first_byte = True
@@ -180,6 +197,11 @@ class Listeners(Listener):
     def retried(self, event: Retried) -> None:
         """Pass the event on."""
         for hear in self._retried:
+            hear(event)
+
+    def quarantined(self, event: Quarantined) -> None:
+        """Pass the event on."""
+        for hear in self._quarantined:
             hear(event)
 
     def first_byte(self, event: FirstByte) -> None:

@@ -192,12 +192,13 @@ class Facts:
     streaming    the client asked for a stream
     model        the model's name as JSON text, in one spelling and of bounded length (`routing.model_names`), or b""
     routing_key  header x-smg-routing-key, or b""
-    size         length of the body, in bytes
+    body         the whole body, as the relay holds it: only a request that broke workers is recognised by it
     place        of a large body: where its closing brace is, and what separates another member from those before
     reserved     name of a field that only a router may set (`routing.reserved`) and that the body has, or ""
     """
 
     __slots__ = (
+        "body",
         "endpoint",
         "model",
         "namespace",
@@ -205,7 +206,6 @@ class Facts:
         "reserved",
         "routing_key",
         "scaffold",
-        "size",
         "streaming",
         "text",
     )
@@ -219,7 +219,7 @@ class Facts:
         streaming: bool = False,
         model: bytes = b"",
         routing_key: bytes = b"",
-        size: int = 0,
+        body: Content = b"",
     ) -> None:
         self.endpoint = endpoint
         self.namespace = namespace
@@ -228,7 +228,7 @@ class Facts:
         self.streaming = streaming
         self.model = model
         self.routing_key = routing_key
-        self.size = size
+        self.body = body
         self.place: tuple[int, bytes] | None = None
         self.reserved = ""
 
@@ -241,10 +241,9 @@ def read(endpoint: Endpoint, body: Content, routing_key: bytes = b"", most_text:
 
     Raises: InvalidJSON, when the body is not a JSON object; the engine checks its content.
     """
-    size = len(body)
     reader = endpoint.reader
     if reader is None:
-        return Facts(endpoint, b"", b"", 0, False, model_of(body), routing_key, size)
+        return Facts(endpoint, b"", b"", 0, False, model_of(body), routing_key, body)
     reserved = ""
     try:
         fields = reader.decode(body)
@@ -265,7 +264,7 @@ def read(endpoint: Endpoint, body: Content, routing_key: bytes = b"", most_text:
             text = text[:-1]
         if len(text) > most_text:
             text = text[:most_text]
-    facts = _facts(endpoint, reader, fields, text, routing_key, size)
+    facts = _facts(endpoint, reader, fields, text, routing_key, body)
     if reserved:
         facts.reserved = reserved
     return facts
@@ -300,7 +299,7 @@ class Skimming:
             return None
         view = memoryview(self._body)
         fields = self._reader.named(view, skim.spans)
-        facts = _facts(self._endpoint, self._reader, fields, self._text(view), self._routing_key, len(view))
+        facts = _facts(self._endpoint, self._reader, fields, self._text(view), self._routing_key, self._body)
         spans = ((name, skim.spans.get(name.encode(), (0, 0))) for name in RESERVED)
         facts.reserved = first_reserved(
             (name, bytes(view[begin : min(end, begin + 8)])) for name, (begin, end) in spans
@@ -324,7 +323,7 @@ class Skimming:
         return b"".join(parts)
 
 
-def _facts(endpoint: Endpoint, reader: _Reader, fields: Any, text: bytes, routing_key: bytes, size: int) -> Facts:
+def _facts(endpoint: Endpoint, reader: _Reader, fields: Any, text: bytes, routing_key: bytes, body: Content) -> Facts:
     """Return the facts that these fields and this text make."""
     model = bytes(fields.model)
     if model in _NOTHING:
@@ -338,7 +337,7 @@ def _facts(endpoint: Endpoint, reader: _Reader, fields: Any, text: bytes, routin
     if len(namespace) > LONGEST:
         namespace = bounded(namespace)
         model = model[:LONGEST_TEXT]  # no name is longer
-    return Facts(endpoint, namespace, text, scaffold, fields.stream == _TRUE, model, routing_key, size)
+    return Facts(endpoint, namespace, text, scaffold, fields.stream == _TRUE, model, routing_key, body)
 
 
 def _divided(model: bytes, fields: Any) -> bytes:

@@ -4,6 +4,7 @@
     probed(worker, ...)              the result of a health check
     lost / down                      the part that runs the engine reports that its process is gone
     lease(worker)                    load + 1; Lease.close(outcome, now): load - 1, and the breaker hears the outcome
+    hear(lease, ...)                 it hears later how a leg ended, when it is known whose fault it was
     judge(now)                       once a second: ejects outliers (`routing.outliers`), pool by pool
 
 Each change has two effects: the pool of the worker is marked stale (`routing.pools`), and an event is emitted. The
@@ -33,7 +34,7 @@ from sglang_router.routing.worker import Worker
 
 # Members of an enumeration are looked up slowly before Python 3.12.
 _NOTHING, _SUCCESS = Hears.NOTHING, Hears.SUCCESS
-_REFUSED = Outcome.REFUSED
+_SERVED, _REJECTED, _REFUSED, _LOST = Outcome.SERVED, Outcome.REJECTED, Outcome.REFUSED, Outcome.LOST
 _HALF_OPEN = Breaker.HALF_OPEN
 
 
@@ -169,7 +170,7 @@ class Fleet:
         """Eject workers that do much worse than the others of their pool, and end ejections whose time is up."""
         for pool in self.pools:
             if pool.outliers is not None:
-                self._judge(pool.healthy(), pool.outliers, now)
+                self._judge(pool.well(), pool.outliers, now)
 
     def _judge(self, workers: list[Worker], outliers: Outliers[Worker], now: float) -> None:
         reasons = {ejection.worker: ejection.reason for ejection in outliers.judge(workers, now)}
@@ -181,30 +182,39 @@ class Fleet:
 
     # -- leases ------------------------------------------------------------------------------------------------------
 
-    def lease(self, worker: Worker) -> Lease:
-        """Take one unit of load on a worker. The load counts from now on, whatever the policy."""
+    def lease(self, worker: Worker, probe: bool = True) -> Lease:
+        """Take one unit of load on a worker. The load counts from now on, whatever the policy.
+
+        probe  the request may be the probe of a half-open breaker
+        """
         worker.load += 1
         self._leases = number = self._leases + 1
-        if worker.circuit.state is _HALF_OPEN:
+        if worker.circuit.state is _HALF_OPEN and probe and not worker.probing:
             worker.probing = number  # the circuit lets no other request pass until this one ends
             self.pools.changed(worker)
         return Lease(number, worker, self._close)
 
-    def _close(self, lease: Lease, outcome: Outcome, now: float) -> None:
-        worker, hears = lease.worker, outcome.hears
+    def _close(self, lease: Lease, outcome: Outcome, now: float, held: bool) -> None:
+        worker = lease.worker
         worker.load -= 1
-        if hears is _SUCCESS:
+        if outcome is _SERVED or outcome is _REJECTED:
             worker.processed += 1
+            if lease.silent and worker.gone_silent and not worker.removed:
+                self._came_back(worker, now)
+        elif outcome is _REFUSED or outcome is _LOST:
+            worker.gone_silent = True
+        if not held:
+            self.hear(lease, outcome.hears, now)
+
+    def hear(self, lease: Lease, hears: Hears, now: float) -> None:
+        """Tell breaker and outlier detection what a closed lease says of its worker; NOTHING: it says nothing."""
+        worker = lease.worker
         if worker.removed:  # no state to keep, no event to send
             return
         probe = worker.probing == lease.number
         if probe:
             worker.probing = 0
             self.pools.changed(worker)
-        if outcome is _REFUSED:
-            worker.gone_silent = True
-        elif worker.gone_silent and lease.silent and hears is _SUCCESS:
-            self._came_back(worker, now)
         if hears is _NOTHING:
             return
         if worker.outliers is not None:
@@ -314,6 +324,7 @@ class Fleet:
     def _came_back(self, worker: Worker, now: float) -> None:
         """Treat a worker as restarted: after refused connections, another process with an empty cache listens there."""
         worker.gone_silent = False
+        worker.life += 1
         self._restored.discard(worker)
         self._warm_up(worker, now)
         self.emptied(worker)

@@ -4,14 +4,17 @@ lease = fleet.lease(worker)            load + 1
 lease.streams(uncached, now)           a stream is sent: from now on its first byte is awaited
 lease.began(now)                       the first byte of the answer arrived
 lease.close(outcome, now)              load - 1; breaker and outlier detection hear how the leg ended
+lease.close(outcome, now, held=True)   load - 1; they hear later, by `Fleet.hear`, what is made of it
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.outliers import bucket_of
+from sglang_router.routing.policies.base import Choice
 from sglang_router.routing.worker import Worker
 
 
@@ -24,17 +27,42 @@ class Lease:
     sent_at     when a stream was sent, seconds of the caller's clock; negative before
     first_byte  seconds from sending to the first byte of the answer; negative without one
     silent      the worker refused connections when the lease was taken: an answer means that it is back
+    life        which process of the worker has it, see `Worker.life`
+
+    The router's own notes on the leg:
+
+    request     the number of its request
+    facts       of its request
+    choice      of its worker
     """
 
-    __slots__ = ("_close", "bucket", "closed", "first_byte", "number", "sent_at", "silent", "worker")
+    __slots__ = (
+        "_close",
+        "bucket",
+        "choice",
+        "closed",
+        "facts",
+        "first_byte",
+        "life",
+        "number",
+        "request",
+        "sent_at",
+        "silent",
+        "worker",
+    )
 
-    def __init__(self, number: int, worker: Worker, close: Callable[[Lease, Outcome, float], None]) -> None:
+    request: int
+    facts: Facts
+    choice: Choice
+
+    def __init__(self, number: int, worker: Worker, close: Callable[[Lease, Outcome, float, bool], None]) -> None:
         self.number = number
         self.worker = worker
         self.closed = False
         self.bucket = 0
         self.sent_at = self.first_byte = -1.0
         self.silent = worker.gone_silent
+        self.life = worker.life
         self._close = close
 
     def __repr__(self) -> str:
@@ -53,11 +81,14 @@ class Lease:
             self.worker.waiting -= 1
             self.first_byte = max(now - self.sent_at, 0.0)  # a timer may fire a little early, before a planned sending
 
-    def close(self, outcome: Outcome, now: float) -> None:
-        """End the lease with the outcome of its leg. A second call does nothing."""
+    def close(self, outcome: Outcome, now: float, held: bool = False) -> None:
+        """End the lease with the outcome of its leg. A second call does nothing.
+
+        held  a failure is not held against the worker yet: `Fleet.hear` follows
+        """
         if not self.closed:
             self.closed = True
             if self.sent_at >= 0.0 and self.first_byte < 0.0:
                 self.worker.waiting -= 1
                 self.bucket = 0  # no first byte: there is no time to compare
-            self._close(self, outcome, now)
+            self._close(self, outcome, now, held)

@@ -2,14 +2,16 @@
 
     outcome          retry elsewhere?   the breaker hears    meaning
     SERVED           no                 success              a whole answer with any status not named below
+    REJECTED         no                 nothing              400 to 499 but 429: the worker refuses the request itself
     FAILED           yes                failure (answer)     status 500, 502, 504, or 503 without Retry-After
     BUSY             yes                nothing              429, or 503 with Retry-After: back-pressure, not a fault
     REFUSED          yes                failure (contact)    connection refused: the engine is gone
     UNREACHABLE      yes                failure (contact)    no route, no name, TLS failed
     UNCONNECTED      yes                failure (contact)    no connection in time
-    BROKEN           yes                failure (contact)    the connection broke before the first byte of the answer
+    LOST             yes                failure (contact)    a kept connection broke; then there was no new one
+    BROKEN           yes                failure (break)      the connection broke before the first byte of the answer
     INVALID          yes                failure (answer)     the answer is not HTTP
-    CUT              no                 failure (contact)    the connection broke inside the answer
+    CUT              no                 failure (break)      the connection broke inside the answer
     TIMEOUT          no                 failure (answer)     no answer in time; the engine may still compute: no retry
     SILENT           no                 failure (answer)     the answer began, and then nothing more arrived
     STALE            no                 nothing              an idle connection was already closed; the leg is resent
@@ -17,7 +19,15 @@
     GONE             no                 nothing              the client disconnected
     ABANDONED        no                 nothing              the router gave the leg up
 
-A failed answer and a failed contact are told apart because different evidence repairs them, see `routing.breaker`.
+Three kinds of failures are told apart because of what they prove, and what repairs them, see `routing.breaker`:
+
+    failure (contact)    there is nobody. No request can cause it
+    failure (break)      the worker had the request, and its connection broke. The request may have caused it
+    failure (answer)     the worker had the request, and answered badly or not at all. The request may have caused it
+
+What a request may have caused is not held against a worker at once, see `routing.trail`. A 4xx proves neither that the
+worker can serve nor that it cannot.
+
 The enums stand in a module of their own: they have an `__init__`, so that each member carries its row of the table as
 plain attributes, and mypyc cannot compile such an enum.
 """
@@ -33,7 +43,8 @@ class Hears(enum.Enum):
     NOTHING = 0
     SUCCESS = 1
     ANSWER_FAILURE = 2
-    CONTACT_FAILURE = 3
+    BREAK_FAILURE = 3
+    CONTACT_FAILURE = 4
 
 
 _FAILURES = frozenset((500, 502, 503, 504))
@@ -43,14 +54,16 @@ class Outcome(enum.Enum):
     """How a leg ended: (label, may be retried elsewhere, what the breaker hears)."""
 
     SERVED = ("served", False, Hears.SUCCESS)
+    REJECTED = ("rejected", False, Hears.NOTHING)
     FAILED = ("failed", True, Hears.ANSWER_FAILURE)
     BUSY = ("busy", True, Hears.NOTHING)
     REFUSED = ("refused", True, Hears.CONTACT_FAILURE)
     UNREACHABLE = ("unreachable", True, Hears.CONTACT_FAILURE)
     UNCONNECTED = ("unconnected", True, Hears.CONTACT_FAILURE)
-    BROKEN = ("broken", True, Hears.CONTACT_FAILURE)
+    LOST = ("lost", True, Hears.CONTACT_FAILURE)
+    BROKEN = ("broken", True, Hears.BREAK_FAILURE)
     INVALID = ("invalid", True, Hears.ANSWER_FAILURE)
-    CUT = ("cut", False, Hears.CONTACT_FAILURE)
+    CUT = ("cut", False, Hears.BREAK_FAILURE)
     TIMEOUT = ("timeout", False, Hears.ANSWER_FAILURE)
     SILENT = ("silent", False, Hears.ANSWER_FAILURE)
     STALE = ("stale", False, Hears.NOTHING)
@@ -65,7 +78,13 @@ class Outcome(enum.Enum):
 
     @classmethod
     def of_status(cls, status: int, retry_after: bool) -> Outcome:
-        """Return what a worker's status stands for. Any 4xx but 429 is the client's mistake: the worker served."""
+        """Return what a worker's status stands for. Any 4xx but 429 is the client's mistake."""
         if status == 429 or (status == 503 and retry_after):
             return cls.BUSY
-        return cls.FAILED if status in _FAILURES else cls.SERVED
+        if status in _FAILURES:
+            return cls.FAILED
+        return cls.REJECTED if 400 <= status < 500 else cls.SERVED
+
+
+BREAKS = frozenset((Outcome.LOST, Outcome.BROKEN, Outcome.CUT))
+"""A worker that had the whole request broke off: the request may be what ends it."""

@@ -12,11 +12,18 @@ worker has left.
 *Candidates* are worked out when something changed, not per request: the fleet marks the pool stale at a state change,
 and the passing of time matters only at `reopen_at`, the next moment when an open breaker may let a probe pass.
 
-    in rotation, breaker lets pass, healthy, not ejected     -> candidates
-    else: the same, but ejected                              -> candidates: better an outlier than an unhealthy worker
-    else: in rotation, breaker lets pass, unhealthy          -> candidates (panic: when all checks fail, the workers are
+    in rotation, healthy, there, not judged out              -> candidates
+    else: in rotation, unhealthy, there, not judged out      -> candidates (panic: when all checks fail, the workers are
                                                                 busy or the check is broken)
     else                                                     -> `unavailable` says why, and when to retry
+
+A worker is *there* unless failed contacts (refused, no route, no connection in time) opened its breaker: no request can
+cause those, so any number of workers may be out for them.
+
+It is *judged out* when it is ejected as an outlier, or when failed answers or broken connections opened its breaker.
+Requests can cause that, and when most workers fail, the cause is seldom the workers. So at most half of the workers
+that are there are judged out, and never the last one. Of more than that, those are let in again that are only ejected,
+and then those whose breakers have opened for the shortest time. Their breakers stay as they are: a probe closes them.
 
 *Slow start.* A worker with an empty cache has the shortest queue and the smallest tree, so that every policy would send
 it all that no other worker wants. For `slow_start` seconds its load may be at most a share, growing to all, of the mean
@@ -141,19 +148,26 @@ class Pool:
         self.candidates(now)
         return self._able
 
-    def healthy(self) -> list[Worker]:
-        """Return the workers that may take requests if none is ejected."""
+    def well(self) -> list[Worker]:
+        """Return the healthy workers whose breakers let requests pass, ejected ones too: those that are compared."""
         return [w for w in self.workers if w.health is Health.HEALTHY and w.in_rotation and w.lets_pass]
 
     def _refresh(self, now: float) -> None:
         self._stale = False
-        well = self.healthy()
-        able = [w for w in well if not w.ejected] or well or self._unhealthy()
+        able = self._standing(Health.HEALTHY) or self._standing(Health.UNHEALTHY)
         self._able = tuple(able)
         self._warming = [w for w in able if now < w.warm_at]
 
-    def _unhealthy(self) -> list[Worker]:
-        return [w for w in self.workers if w.health is Health.UNHEALTHY and w.in_rotation and w.lets_pass]
+    def _standing(self, health: Health) -> list[Worker]:
+        """Return the workers of this health, without those judged out, and those that are not there but for a probe."""
+        those = [w for w in self.workers if w.health is health and w.in_rotation]
+        there = [w for w in those if not w.unreached]
+        out = [w for w in there if w.ejected or not w.lets_pass]
+        most = len(there) // 2
+        if len(out) > most:
+            out.sort(key=lambda w: (w.lets_pass, -w.circuit.open_for, -w.circuit.reopen_at, w.order))
+            del out[most:]
+        return [w for w in those if (w.lets_pass if w.unreached else w not in out)]
 
     def _with_room(self, now: float) -> tuple[Worker, ...]:
         """Return the able workers without the full ones, and without those in slow start that have their share."""

@@ -7,8 +7,12 @@
     deliver(number, answer)   called with the answer to a request that was queued
 
 A retry goes at once to a worker that has not failed this request. Only when there is none left does it return to a
-worker that has, after a pause that grows (exponential, with jitter). A worker that answered BUSY gets no retry of the
-same request.
+worker that has, after a pause that grows (exponential, with jitter). A worker that answered BUSY, or broke off, gets no
+retry of the same request.
+
+Whether a failure is the worker's doing or the request's, a second worker tells (`routing.trail`): what fails there
+alike is the request's, and is not tried a third time. A request that broke two workers is refused when it comes again
+(`routing.quarantine`). A request that has failed is never the probe of a half-open breaker.
 
 A budget limits all retries together (`routing.retry_budget`), so that they do not overload a fleet in trouble. A retry
 after a refused connection is free, because that attempt cost no engine anything.
@@ -24,13 +28,17 @@ from sglang_router.routing.decider import Deliver
 from sglang_router.routing.events import Listener, Retried, Routed, WorkerChanged
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.judge import Judge
 from sglang_router.routing.lease import Lease
 from sglang_router.routing.models import Serving
-from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.outcome import BREAKS, Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
+from sglang_router.routing.quarantine import Quarantine
 from sglang_router.routing.queue import PLACE, ROOM, START, Queue
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.rules import RetryRules
+from sglang_router.routing.states import Breaker
+from sglang_router.routing.trail import HOLD, Trail
 from sglang_router.routing.worker import Worker
 
 Soon = Callable[[Callable[[float], None]], None]
@@ -47,20 +55,8 @@ class _Asked:
         self.facts = facts
 
 
-class _Trail:
-    """The failed attempts of one request.
-
-    tries    failed legs by worker
-    returns  retries that went back to a worker that had failed
-    retries  attempts after the first
-    """
-
-    __slots__ = ("retries", "returns", "tries")
-
-    def __init__(self) -> None:
-        self.tries: dict[Worker, int] = {}
-        self.returns = 0
-        self.retries = 0
+_SERVED = Outcome.SERVED
+_SILENT_BREAKS = (Outcome.BROKEN, Outcome.LOST)
 
 
 class Router(Listener):
@@ -90,6 +86,8 @@ class Router(Listener):
         self.fleet = fleet
         self.queue = queue
         self.budget = budget
+        self.quarantine = Quarantine(rng)
+        self._judge = Judge(fleet, self.quarantine, listener)
         self._pools = fleet.pools
         self._retries = retries
         self._listener = listener
@@ -97,7 +95,7 @@ class Router(Listener):
         self._soon = soon
         self._check_now = check_now
         self._leases: dict[int, Lease] = {}  # by number; the closed lease of a failed leg stays until `ended`
-        self._trails: dict[int, _Trail] = {}  # by number of the request; only of requests with a failed leg
+        self._trails: dict[int, Trail] = {}  # by number of the request; only of requests that are retried now
         self._scheduled = False  # `_let_in` will be called
         self._pools_seen = fleet.pools.version  # version of the pools to which the queue's lines belong
 
@@ -114,6 +112,8 @@ class Router(Listener):
     def ask(self, tag: RequestTag, facts: Facts, now: float) -> Plan | Wait:
         """Decide where a new request goes. Raises: RouterError, see `Decider.ask`."""
         pool = self._pools.only or self._pools.find(facts.model)
+        if self.quarantine.broken:
+            self.quarantine.check(facts, now)
         if self.queue.idle:
             candidates = pool.candidates(now)
             if candidates:
@@ -173,15 +173,17 @@ class Router(Listener):
         pool: Serving,
         candidates: tuple[Worker, ...],
         now: float,
-        retries: int = 0,
+        trail: Trail | None = None,
         delay: float = 0.0,
     ) -> Plan:
         """Plan one leg to the worker that the policy chooses, and take its lease. The leg is sent after `delay`."""
+        retries = 0 if trail is None else trail.retries
         policy = pool.policy
         choice = policy.choose(facts, candidates, now)
         policy.chosen(choice, facts, now)
         worker, total = choice.worker, choice.total
-        lease = self.fleet.lease(worker)
+        lease = self.fleet.lease(worker, trail is None or not trail.failures)
+        lease.request, lease.facts, lease.choice = tag.number, facts, choice
         if facts.streaming:
             lease.streams(total - choice.matched if total else -1, now + delay)
         self._leases[lease.number] = lease
@@ -195,41 +197,63 @@ class Router(Listener):
     # -- a leg failed --------------------------------------------------------------------------------------------------
 
     def retry(
-        self, tag: RequestTag, leg: PlannedLeg, facts: Facts, outcome: Outcome, now: float, continued: bool = False
+        self,
+        tag: RequestTag,
+        leg: PlannedLeg,
+        facts: Facts,
+        outcome: Outcome,
+        now: float,
+        continued: bool = False,
+        status: int = 0,
     ) -> Plan | None:
         """Close the leg's lease with its outcome, and plan a retry if the rules allow one; see `Decider.retry`."""
         lease = self._leases[leg.lease]
-        lease.close(outcome, now)
+        trail = self._trails.pop(tag.number, None) or Trail(lease.facts)
+        failure = self._judge.failed(trail, lease, outcome, status, now)
         self._freed()
-        trail = self._trails.get(tag.number) or _Trail()
-        rules = self._retries
-        if not (continued or outcome.retryable) or trail.retries >= rules.total:
+        # Whether a broken stream may go on is up to the body handler, unless this worker broke off before it answered.
+        final = failure is not None and trail.is_final(failure) and not (continued and outcome not in _SILENT_BREAKS)
+        plan = None
+        if (continued or outcome.retryable) and not final and trail.retries < self._retries.total:
+            plan = self._plan_retry(tag, trail, lease, facts, outcome, now)
+        if plan is None:
+            # A worker that rejects the continuation of a stream says nothing of the request.
+            self._judge.decide(tag, trail, Outcome.CUT if continued else outcome, now)
             return None
-        busy = outcome is Outcome.BUSY
-        trail.tries[lease.worker] = rules.per_worker if busy else trail.tries.get(lease.worker, 0) + 1
         self._trails[tag.number] = trail
-        fresh, again = self._retry_candidates(self._pool(facts), trail.tries, busy, now)
+        del self._leases[leg.lease]
+        self._listener.retried(Retried(tag, leg, outcome, plan.delay))
+        return plan
+
+    def _plan_retry(
+        self, tag: RequestTag, trail: Trail, lease: Lease, facts: Facts, outcome: Outcome, now: float
+    ) -> Plan | None:
+        """Plan another attempt after a failed one; return None when no worker is left, or no budget."""
+        once = outcome is Outcome.BUSY or outcome in BREAKS
+        tries, rules, pool = trail.tries, self._retries, self._pool(facts)
+        tries[lease.worker] = rules.per_worker if once else tries.get(lease.worker, 0) + 1
+        fresh, again = self._retry_candidates(pool, trail, outcome is Outcome.BUSY, now)
         if not (fresh or again) or (outcome is not Outcome.REFUSED and not self.budget.take(now)):
             return None
-        del self._leases[leg.lease]
         trail.retries += 1
         delay = 0.0
         if not fresh:
             delay = self._backoff(trail.returns)
             trail.returns += 1
-        plan = self._plan(tag, facts, self._pool(facts), fresh or again, now, trail.retries, delay)
-        self._listener.retried(Retried(tag, leg, outcome, plan.delay))
-        return plan
+        return self._plan(tag, facts, pool, fresh or again, now, trail, delay)
 
     def _retry_candidates(
-        self, pool: Serving, tries: dict[Worker, int], busy: bool, now: float
+        self, pool: Serving, trail: Trail, busy: bool, now: float
     ) -> tuple[tuple[Worker, ...], tuple[Worker, ...]]:
         """Return the workers that have not failed the request, and those that have but may be tried again.
 
-        The first are those with room, or all of them when none has room: a retry is not queued.
+        The first are those with room, or all of them when none has room: a retry is not queued. A request that may
+        itself be at fault goes to a worker with a half-open breaker only if there is no other.
         """
-        able = pool.able(now)
+        able, tries = pool.able(now), trail.tries
         fresh = tuple(w for w in pool.candidates(now) if w not in tries) or tuple(w for w in able if w not in tries)
+        if trail.failures:
+            fresh = tuple(w for w in fresh if w.breaker is not Breaker.HALF_OPEN) or fresh
         if fresh or busy:
             return fresh, ()
         return fresh, tuple(w for w in able if tries[w] < self._retries.per_worker)
@@ -245,17 +269,25 @@ class Router(Listener):
     def began(self, leg: PlannedLeg, now: float) -> None:
         """Tell the lease that the first byte of a stream's answer arrived."""
         lease = self._leases.get(leg.lease)
-        if lease is not None:
-            lease.began(now)
+        if lease is None:
+            return
+        lease.began(now)
+        if self._trails and not lease.closed and (trail := self._trails.get(lease.request)) is not None:
+            self._judge.blame(trail.release(now), now)
 
     def ended(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, now: float) -> None:
         """Close the leg's lease, and free the request's place: plans of this router have one leg."""
         lease = self._leases.pop(leg.lease, None)
         if lease is None:
             return
-        lease.close(outcome, now)
-        if self._trails:
-            self._trails.pop(tag.number, None)
+        if outcome is not _SERVED or self._trails or self.quarantine.broken:
+            trail = self._trails.pop(tag.number, None)
+            if not lease.closed:  # `retry` has decided on the others
+                trail = trail or Trail(lease.facts)
+                self._judge.failed(trail, lease, outcome, 0, now)
+                self._judge.decide(tag, trail, outcome, now)
+        else:
+            lease.close(outcome, now)
         if not self.queue.idle:
             self.queue.leave(tag.number, now)
             self._freed()
@@ -292,8 +324,13 @@ class Router(Listener):
     def look(self, now: float) -> None:
         """Start the queued requests that can begin now. Call it periodically.
 
-        Time alone can make a worker a candidate: an open breaker becomes half-open, or a slow start advances.
+        Time alone can make a worker a candidate: an open breaker becomes half-open, or a slow start advances. And it
+        ends the time for which a failure is held against nobody.
         """
+        for trail in self._trails.values():
+            self._judge.blame(trail.release(now - HOLD), now)
+        if self.quarantine.broken:
+            self.quarantine.tidy(now)
         if len(self.queue):
             self._let_in(now)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from sglang_router.routing.breaker import Circuit
 from sglang_router.routing.engine_report import NOTHING, EngineReport
 from sglang_router.routing.model_names import NO_NAMES, Names
+from sglang_router.routing.outcome import Hears
 from sglang_router.routing.outliers import Outliers
 from sglang_router.routing.plan import Target
 from sglang_router.routing.spec import WorkerSpec
@@ -31,9 +32,10 @@ class Worker:
     names      the names by which it serves: what an operator calls it, and those
     load       leases open now
     waiting    streams sent there that have no byte of an answer yet
+    life       rises when another process with an empty cache is found in its place
     ejected    why it is ejected as an outlier; "" if it is not
     outliers   the outlier detection of its pool; None: there is none
-    processed  requests it answered (outcome SERVED)
+    processed  requests it answered (outcome SERVED or REJECTED)
     hopeless   its health checks fail for a reason that waiting does not heal
     probing    number of the lease that its HALF_OPEN circuit let pass; 0: none
     """
@@ -52,6 +54,7 @@ class Worker:
         "id",
         "key",
         "last_error",
+        "life",
         "load",
         "names",
         "order",
@@ -94,6 +97,7 @@ class Worker:
         self.last_error = ""
         self.hopeless = False
         self.gone_silent = False  # it refused a connection: whatever listens there next is another process
+        self.life = 0
         self.since = now
         self.warm_at = 0.0
         self.ejected = ""
@@ -147,6 +151,12 @@ class Worker:
     def in_rotation(self) -> bool:
         """Whether it is registered and not draining, whatever its health and its breaker."""
         return not self.draining and not self.removed
+
+    @property
+    def unreached(self) -> bool:
+        """Whether failed contacts opened its circuit: nobody listens there, as far as is known."""
+        circuit = self.circuit
+        return circuit.opened_by is Hears.CONTACT_FAILURE and circuit.state is not Breaker.CLOSED
 
     @property
     def lets_pass(self) -> bool:

@@ -46,9 +46,12 @@ class Choice:
     matched  bytes of routing text that the worker is believed to have cached, of `total`
     note     what `chosen` needs to know beside the facts; private to the policy
     tied     other candidates were as good, so that it was this worker's turn
+    learned  set by `chosen`: bytes of the text that the memory did not believe the worker to have; learned_at: when
     """
 
-    __slots__ = ("branch", "matched", "note", "tied", "total", "worker")
+    __slots__ = ("branch", "learned", "learned_at", "matched", "note", "tied", "total", "worker")
+
+    learned_at: float
 
     def __init__(
         self, worker: Worker, branch: str, matched: int = 0, total: int = 0, note: Any = None, tied: bool = False
@@ -59,6 +62,7 @@ class Choice:
         self.total = total
         self.note = note
         self.tied = tied
+        self.learned = 0
 
     def __repr__(self) -> str:
         return f"<Choice {self.worker.url} {self.branch} {self.matched}/{self.total}>"
@@ -126,6 +130,9 @@ class Policy:
         """Record that the request of these facts goes to the worker of this choice."""
         if choice.tied:
             self._turn += 1
+
+    def unread(self, choice: Choice, facts: Facts) -> None:
+        """Take note that the worker did not read the request that it was chosen for, so its cache has not changed."""
 
     # -- notices, which a policy may ignore --------------------------------------------------------------------------
 

@@ -9,9 +9,10 @@
 
 What the workers hold is not asked but remembered: `routing.prefix_tree.tree` keeps every text that was sent to each,
 within `max_tree_size` bytes a worker, and evicts the least recently used first, as the engines do. A prompt longer than
-an eighth of that counts only with its beginning. `choose` matches, `chosen` inserts where the match ended. A worker
-that is away for a while keeps its entries, because its cache is still there; one that restarted or was flushed loses
-them.
+an eighth of that counts only with its beginning. `choose` matches, `chosen` inserts where the match ended, so that the
+next request with this prefix follows at once; `unread` takes it out again when the worker refused the request (4xx) or
+never had it. A worker that is away for a while keeps its entries, because its cache is still there; one that restarted
+or was flushed loses them.
 
 A match of fewer than `_WORTH` bytes that is not the whole text saves the engine a few tokens and is no reason to leave
 the balance: else all short prompts that begin with the same word ("Question 1", "Question 2") would go to one worker.
@@ -93,7 +94,14 @@ class CacheAware(Policy):
             self._turn += 1
         match: Match | None = choice.note
         if match is not None:
-            self.tree.insert(match, choice.worker.slot, now)
+            choice.note = None  # it refers to nodes of the tree, which may go before the request ends
+            choice.learned = self.tree.insert(match, choice.worker.slot, now)
+            choice.learned_at = now
+
+    def unread(self, choice: Choice, facts: Facts) -> None:
+        """Take what the request added out of the tree, as far as no other request has used it."""
+        if choice.learned and choice.worker.slot in self._by_slot:
+            self.tree.forget(facts.namespace, facts.text, choice.worker.slot, choice.learned, choice.learned_at)
 
     def _imbalanced(self, low: int, high: int) -> bool:
         """Return whether the loads differ by so much that the cache no longer matters."""

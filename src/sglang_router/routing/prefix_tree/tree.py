@@ -320,6 +320,29 @@ class Tree:
             node = below
         return node
 
+    def forget(self, namespace: bytes, text: bytes, slot: int, added: int, time: float) -> int:
+        """Take back what an insertion added, as far as nothing used it since; return how many bytes.
+
+        added  what `insert` returned
+        time   of that insertion
+        """
+        books = self.books(slot)
+        node = self.match(namespace, text).node
+        while node is not None and not node.owners & books.bit:
+            node = node.parent
+        use = find_use(node, slot) if node is not None else None
+        if use is None or use.time != time:
+            return 0
+        self.version += 1
+        left = added
+        while left > 0 and find_use(use.node, slot) is use and not owned_below(use.node, books.bit):
+            if left < len(use.node.edge):
+                self._split(use.node, len(use.node.edge) - left)
+            left -= self._evict(use, books)
+        if (parent := use.node.parent) is not None:
+            self._merge(parent)  # what is left may be short enough to be one edge now
+        return added - left
+
     # -- giving up -----------------------------------------------------------------------------------------------------
 
     def expire(self, before: float, budget: int) -> int:
