@@ -29,8 +29,12 @@ def start_engine(*flags: str) -> tuple[subprocess.Popen[str], str]:
         [sys.executable, "-m", "sglang_router.engine", *port, *flags], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    readable, _, _ = select.select([process.stdout], [], [], READY_WITHIN)
-    line = process.stdout.readline() if readable else ""
+    try:
+        readable, _, _ = select.select([process.stdout], [], [], READY_WITHIN)
+        line = process.stdout.readline() if readable else ""
+    except BaseException:  # Ctrl-C: nobody else knows the process yet
+        end_engine(process)
+        raise
     if "http://" not in line:
         end_engine(process)
         raise AssertionError(f"the engine did not start: exit {process.returncode}, said {line!r}")

@@ -18,13 +18,26 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _end(number: int, frame: object) -> None:
+    """Interrupt the work once: each `finally` ends engines and routers, and a second Ctrl-C must not cut that short.
+
+    It is set for SIGINT too, which a shell has the jobs in its background ignore.
+    """
+    for each in _ENDS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def run(name: str, work: Callable[[Path], bool]) -> int:
     """Return the exit status of a command: 0 if `work` returns True, 1 if False, 2 if it could not run.
 
     `work` gets a folder for logs, which is kept unless it returns True.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # a `finally` ends engines and routers
+    for number in _ENDS:
+        signal.signal(number, _end)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     folder = Path(tempfile.mkdtemp(prefix=f"sglang-router-{name}-"))

@@ -158,8 +158,13 @@ def start_router(folder: Path, urls: Sequence[str], *flags: str, port: int = 0) 
                 stderr=sink,
             )
         router = Router(process, number, log, door)
-        if _answers(router):
-            return router
+        try:
+            if _answers(router):
+                return router
+        except BaseException:  # Ctrl-C: nobody else knows the process yet
+            process.kill()
+            process.wait()
+            raise
         if "is in use" not in router.log() or port:  # otherwise another process took the port: try another port
             break
     raise ReliabilityError(f"the router did not start, exit status {process.returncode}:\n{router.log()}")
@@ -284,11 +289,12 @@ class Field:
     def stop(self) -> list[str]:
         """End all processes; return what was wrong with the router's end."""
         wrong = stop_router(self.router) if self.router is not None else []
-        with contextlib.suppress(Exception):  # a failure to end one process must not keep the others running
+        for engine in self.engines:
+            with contextlib.suppress(Exception):  # a failure to end one process must not keep the others running
+                engine.end()
+        with contextlib.suppress(Exception):
             for shim in (self.shim, *self._more):
                 self.loop.run(shim.stop())
-        for engine in self.engines:
-            engine.end()
         self.loop.close()
         return wrong
 

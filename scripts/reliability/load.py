@@ -12,6 +12,7 @@ of its answer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import threading
@@ -37,6 +38,13 @@ _REST = 0.05
 """Seconds after which a client without an answer sends the next request."""
 
 
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
 class Loop:
     """An event loop in its own thread."""
 
@@ -49,6 +57,9 @@ class Loop:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(within)
 
     def close(self) -> None:
+        """Cancel what still runs, such as a load that was interrupted, and end the thread."""
+        with contextlib.suppress(Exception):
+            self.run(_cancel_others(), 5.0)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(10)
 

@@ -1,9 +1,10 @@
 """All errors that the router answers with, ordered by who can fix them: the client, or the operator.
 
 An error is an exception with an HTTP status, a stable `code` for programs, a `type` in OpenAI's vocabulary and a
-message for people that says what to do. Only `RouterError.body()` knows the shape of an error answer:
+message for people that says what to do. Only `RouterError.body` knows the shapes of an error answer:
 
-    {"error": {"message": "...", "type": "...", "code": "...", "param": null}}
+    {"error": {"message": "...", "type": "...", "code": "...", "param": null}}      OpenAI's, on every path but these:
+    {"type": "error", "error": {"type": "...", "message": "..."}}                   Anthropic's, on /v1/messages
 
 The code is also sent in the header `x-smg-error-code` (the reference router's name for it). Error answers of workers
 are not in this file: they pass through unchanged.
@@ -15,6 +16,26 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 import msgspec
+
+_MESSAGES = b"/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+"""Anthropic's type for a status. Of the others, the client's mistakes are `invalid_request_error`, the rest
+`api_error`."""
+
+
+def speaks_anthropic(path: bytes) -> bool:
+    """Return whether clients of this path expect Anthropic's shapes."""
+    return path.startswith(_MESSAGES) and path[len(_MESSAGES) : len(_MESSAGES) + 1] in b"/"
 
 
 class RouterError(Exception):
@@ -38,11 +59,19 @@ class RouterError(Exception):
         self.param = param
         self.retry_after = retry_after
 
-    def body(self) -> bytes:
-        """Return the JSON body, in the shape that OpenAI clients understand."""
+    def body(self, path: bytes = b"") -> bytes:
+        """Return the JSON body, in the shape that clients of this path understand."""
+        if speaks_anthropic(path):
+            return msgspec.json.encode(
+                {"type": "error", "error": {"type": self._anthropic_type(), "message": str(self)}}
+            )
         return msgspec.json.encode(
             {"error": {"message": str(self), "type": self.type, "code": self.code, "param": self.param}}
         )
+
+    def _anthropic_type(self) -> str:
+        clients = self.status < 500 or self.type == InvalidRequest.type
+        return _ANTHROPIC_TYPES.get(self.status) or (InvalidRequest.type if clients else "api_error")
 
 
 # -- errors that the client can fix ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import http.client
 import json
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -195,17 +196,25 @@ def test_adding_a_worker_does_not_hold_up_the_end() -> None:
 
 
 def test_a_request_waits_for_the_first_worker() -> None:
-    process, url = start_engine("--startup-delay", "3")
-    try:
-        with router_process([url], "--worker-startup-check-interval", "0.1", healthy=False) as router:
-            assert router.worker(url)["health"] == "starting"
-            assert router.get("/readiness").status == 503
-            answer = router.post("/generate", {"text": "x", "sampling_params": {"max_new_tokens": 1}})
-            assert answer.status == 200
-            assert router.worker(url)["health"] == "healthy"
-            assert router.samples().total("sgl_router_retries_total") == 0
-    finally:
-        end_engine(process)
+    """The test decides when the worker is ready: however long the router takes to start, the request waits before."""
+    starting: dict[str, tuple[int, Mapping[str, str], bytes]] = {
+        "/health": (503, {}, b""),
+        "/generate": (200, {"content-type": "application/json"}, b'{"text":"y"}'),
+    }
+    with (
+        plain_worker(starting) as worker,
+        router_process([worker.url], "--worker-startup-check-interval", "0.1", healthy=False) as router,
+        concurrent.futures.ThreadPoolExecutor(1) as client,
+    ):
+        assert router.worker(worker.url)["health"] == "starting"
+        assert router.get("/readiness").status == 503
+        asked = client.submit(router.post, "/generate", {"text": "x"})
+        router.until(lambda: router.samples().total("sgl_router_waiting_requests") == 1)
+        assert not worker.asked["/generate"]
+        starting["/health"] = (200, {}, b"")
+        assert asked.result(WITHIN).status == 200
+        assert router.worker(worker.url)["health"] == "healthy"
+        assert router.samples().total("sgl_router_retries_total") == 0
 
 
 def test_a_request_does_not_wait_for_ever() -> None:

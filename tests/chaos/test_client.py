@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import signal
+import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from scripts.reliability.answers import DIFFERENT, Question, Questions
@@ -13,6 +16,7 @@ from scripts.reliability.client import Connection, Fate, Result
 from scripts.reliability.shim import Mode, Shim
 from scripts.reliability.slopes import Tolerance, growth
 
+from engines import start_engine
 from routers import free_port
 
 
@@ -143,3 +147,17 @@ def test_growth() -> None:
     assert growth([10.0, 0.0, 10.0, 0.0, 10.0]) == pytest.approx(0.0)
     assert Tolerance("x", share=0.1, least=2.0).of([10.0, 30.0]) == 2.0
     assert Tolerance("x", share=0.5, least=2.0).of([10.0, 30.0]) == 10.0
+
+
+def test_case_27_what_is_being_started_ends_with_an_interrupt() -> None:
+    """Ctrl-C while an engine was being started left it running: nobody knew the process yet."""
+    former = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)  # an engine takes longer to start
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start_engine()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, former)
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+    assert not [pid for pid in children if b"sglang_router.engine" in Path(f"/proc/{pid}/cmdline").read_bytes()]

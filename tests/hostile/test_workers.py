@@ -149,9 +149,9 @@ LIES: dict[str, tuple[Lie, Outcome]] = {
     "nothing, reset": (reset(), BROKEN),
     # chunks
     "chunk garbage": (sent(CHUNKED + b"5\r\nhello\r\n", b"nonsense\r\n"), Outcome(200, complete=False, body=b"hello")),
-    "chunk of 16 digits": (sent(CHUNKED, b"ffffffffffffffff\r\n" + b"x" * 100), Outcome(200, complete=False)),
-    "chunk extension without an end": (forever(CHUNKED + b"5;", b"a" * 1000), Outcome(200, complete=False)),
-    "trailers without an end": (forever(CHUNKED + b"0\r\n", b"A: b\r\n"), Outcome(200, complete=False)),
+    "chunk of 16 digits": (sent(CHUNKED, b"ffffffffffffffff\r\n" + b"x" * 100), INVALID),
+    "chunk extension without an end": (forever(CHUNKED + b"5;", b"a" * 1000), INVALID),
+    "trailers without an end": (forever(CHUNKED + b"0\r\n", b"A: b\r\n"), INVALID),
     "garbage inside a stream of events": (sent(EVENTS + EVENT, b"data: not a chunk\n\n"), Outcome(200, complete=False)),
     "reset inside a stream of events": (reset(EVENTS + EVENT * 3), Outcome(200, complete=False)),
     "half closed inside a stream of events": (half_closed(EVENTS + EVENT * 3), Outcome(200, complete=False)),

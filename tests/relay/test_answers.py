@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import h11
@@ -10,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forged import forged_lines
-from sglang_router.errors import InvalidJSON, MethodNotAllowed, MissingKey, NotFound, RouterError, Unavailable
+from sglang_router.errors import (
+    InvalidJSON,
+    MethodNotAllowed,
+    MissingKey,
+    NotFound,
+    ReservedField,
+    RouterError,
+    Unavailable,
+)
 from sglang_router.relay.answers import (
     Answers,
     app_head,
@@ -23,6 +32,7 @@ from sglang_router.wire.cors import Cors
 from sglang_router.wire.request import Headers, Request
 from sglang_router.wire.request_id import RequestIds
 from sglang_router.wire.response import parse_head
+from sglang_router.wire.sse import error_event
 
 ONE_HOP: Headers = [
     (b"connection", b"keep-alive"),
@@ -197,6 +207,52 @@ def test_an_error_answer(error: RouterError, status: int, retry_after: bytes | N
 def test_an_error_of_a_head_request_has_no_body() -> None:
     whole = error_answer(NotFound(), b"id-1", b"")
     assert error_answer(NotFound(), b"id-1", b"", head=True) == whole.removesuffix(NotFound().body())
+
+
+ANTHROPIC = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "api_error",
+    501: "invalid_request_error",
+    502: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    505: "invalid_request_error",
+}
+
+
+def every_error(of: type[RouterError] = RouterError) -> list[type[RouterError]]:
+    return [of, *(kind for each in of.__subclasses__() for kind in every_error(each))]
+
+
+@pytest.mark.parametrize("kind", every_error())
+@pytest.mark.parametrize("path", [b"/v1/messages", b"/v1/messages/count_tokens"])
+def test_case_18_errors_of_messages_have_anthropics_shape(kind: type[RouterError], path: bytes) -> None:
+    """Clients of /v1/messages got OpenAI's shape, of which they read nothing."""
+    error = kind("bootstrap_room") if kind is ReservedField else kind()
+    asked = Request(b"POST", path + b"?beta=true", path, [(b"host", b"h")])
+    raw = answers().error(error, asked, b"id-1", True)
+    head = parse_head(raw)
+    assert head is not None
+    told = json.loads(raw[head.end :])
+    named = ANTHROPIC.get(error.status, "invalid_request_error")
+    assert told == {"type": "error", "error": {"type": named, "message": str(error)}}
+    assert head.header(b"x-smg-error-code") == error.code.encode()
+    assert answers().refusal(error, b"id-1", path).endswith(error.body(path))
+    event = error_event(path, error)
+    assert event == b"event: error\ndata: " + error.body(path) + b"\n\n"
+
+
+@pytest.mark.parametrize("path", [b"", b"/v1/messagesx", b"/v1/chat/completions", b"/messages", b"/v1"])
+def test_case_18_other_paths_have_openais_shape(path: bytes) -> None:
+    assert "code" in json.loads(NotFound().body(path))["error"]
 
 
 @pytest.mark.parametrize(

@@ -365,6 +365,7 @@ def test_f34_an_end_in_the_middle_of_an_answer_is_a_client_that_left() -> None:
             await client.send(post("/generate", b'{"stream":true}'))
             leg: Leg = await play.leg()
             await leg.start_stream()
+            await leg.send(b"9\r\ndata: x\n\n\r\n")
             await client.head()
             client.writer.write_eof()
             await leg.closed()

@@ -52,6 +52,7 @@ def test_labels_are_unique_and_lower_case() -> None:
         (503, True, Outcome.BUSY),
         (504, True, Outcome.FAILED),
         (505, False, Outcome.SERVED),
+        (529, False, Outcome.BUSY),
     ],
 )
 def test_what_a_status_stands_for(status: int, retry_after: bool, outcome: Outcome) -> None:

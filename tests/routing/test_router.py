@@ -277,7 +277,8 @@ class Story:
         """Ends a leg, and checks what the router makes of it."""
         assert plan.retries == len(self.workers)
         self.workers.append(plan.worker)
-        self.pressed |= {plan.worker} if outcome is Outcome.BUSY or outcome in BREAKS else set()
+        once = outcome in (Outcome.BUSY, Outcome.VANISHED) or outcome in BREAKS
+        self.pressed |= {plan.worker} if once else set()
         final = self.is_final(plan.worker, outcome)
         load, leases = sum(loads(self.bench)), self.bench.router.leases
         following = plan.retry(outcome, now)
@@ -288,7 +289,7 @@ class Story:
             candidates.add(following.worker)  # it may be the one request of a half-open breaker now
         fresh = candidates.difference(self.workers)
         again = {w for w in candidates - self.pressed if self.workers.count(w) < self.rules.per_worker}
-        allowed = fresh or (again if outcome is not Outcome.BUSY else set())
+        allowed = fresh or (again if outcome not in (Outcome.BUSY, Outcome.VANISHED) else set())
         if final or not outcome.retryable or len(self.workers) > self.rules.total or not allowed:
             assert following is None
             return None

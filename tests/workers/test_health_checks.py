@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 
 import pytest
 
@@ -335,3 +337,41 @@ def test_a_worker_that_does_not_answer_what_it_is_becomes_healthy_all_the_same(
         assert worker.model is None
 
     run(test, {MODELS: HANG})
+
+
+def test_case_8_a_host_that_does_not_answer_is_told_from_an_engine_that_is_slow() -> None:
+    """Only the first takes requests back: the second may be computing."""
+
+    async def test(bench: Bench) -> None:
+        gone: list[str] = []
+        bench.checks.vanished = gone.append
+        slow = bench.add(timeout=0.05, failure_threshold=1)
+        await bench.changes.until(lambda: slow.health is Health.HEALTHY)
+        bench.fake.script[HEALTH] = HANG
+        bench.checks.check_now(slow)
+        await bench.changes.until(lambda: slow.health is Health.UNHEALTHY)
+        assert not gone
+        with full_backlog() as port:
+            url = f"http://127.0.0.1:{port}"
+            health = HealthRules(interval=NEVER, timeout=0.05, failure_threshold=1)
+            far = bench.fleet.add(WorkerSpec(url=url, health=health), bench.now)
+            bench.fleet.probed(far, None, bench.now)
+            bench.checks.start(far)
+            await bench.changes.until(lambda: far.health is Health.UNHEALTHY)
+            assert gone == [url]
+            assert far.last_error == "No connection to the worker within 0.05 s."
+
+    run(test, unhealthy_interval=NEVER)
+
+
+@contextlib.contextmanager
+def full_backlog() -> Iterator[int]:
+    """Yield a port whose host does not answer: it listens, and drops what asks for a connection."""
+    with socket.socket() as listener, contextlib.ExitStack() as clients:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            client = clients.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]

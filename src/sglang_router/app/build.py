@@ -54,6 +54,8 @@ from sglang_router.relay.exchange import Exchange
 from sglang_router.relay.frontend import Frontend
 from sglang_router.relay.relay import Relay, RelayRules
 from sglang_router.relay.routes import Routes
+from sglang_router.relay.silences import KeepAlives
+from sglang_router.relay.vanished import take_back
 from sglang_router.resume.handler import handlers_of
 from sglang_router.routing.decider import Decider
 from sglang_router.routing.events import Listeners
@@ -137,6 +139,7 @@ def build(
     connections.mark = mark
     router = _router(args, fleet, listeners, rng, workers.checks, partial(_soon, loop, clock))
     clients, scrapers = _clients(args, clock, connections)
+    workers.checks.vanished = partial(take_back, clients.exchanges)
     relay = _relay(args, loop, seams, connections, answers, listeners, router, forward)
     scaler = autoscaler(args, loop, fleet, clients.unanswered, clock)
     metrics = _metrics(args, fleet, clients, connections, router, scaler, writer)
@@ -157,6 +160,7 @@ def build(
         clients=clients,
         scrapers=scrapers,
         relay=relay,
+        keepalives=_keepalives(args, clients),
         frontend=ports(
             routes,
             clients,
@@ -312,6 +316,11 @@ def _relay(
         settings.most_routing_text(args),
     )
     return Relay(loop, seams.clock, seams.decider(router), connections, answers, listeners, rules)
+
+
+def _keepalives(args: RouterArgs, clients: Clients) -> KeepAlives | None:
+    seconds = args.sse_keepalive_secs
+    return KeepAlives(clients.exchanges, clients.clock, seconds) if seconds else None
 
 
 def _metrics(

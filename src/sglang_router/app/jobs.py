@@ -2,6 +2,7 @@
 
     job         every                                what
     sweep       0.25 s                               check deadlines and the queue; close old idle connections
+    keepalive   0.25 s                               fill the silence of streams, with --sse-keepalive-secs
     judge       1 s (5 s with 200 workers or more)   eject outliers, and let them return
     renew       2 s                                  load certificates and keys that were renewed
     collect     1 s                                  collect the youngest generation of garbage
@@ -40,6 +41,16 @@ class Job(NamedTuple):
 
     name: str
     run: Callable[[], float]
+
+
+def keepalive(look: Callable[[], None]) -> Job:
+    """Return the job that fills the silence of streams."""
+
+    def run() -> float:
+        look()
+        return _SWEEP_EVERY
+
+    return Job("keepalive", run)
 
 
 class Jobs:

@@ -28,7 +28,7 @@ from sglang_router import process
 from sglang_router.app import settings
 from sglang_router.app.advice import advice
 from sglang_router.app.build import build
-from sglang_router.app.jobs import Jobs, table
+from sglang_router.app.jobs import Jobs, keepalive, table
 from sglang_router.app.listening import Listening, address_errors, open_all, port_of
 from sglang_router.app.parts import App, Attachment
 from sglang_router.app.reload import Reload
@@ -102,10 +102,10 @@ class Life:
         self._listening = Listening(app.loop)
         self._clients = (app.clients, app.scrapers)
         self._metrics_url = ""  # of the metrics port, if there is one
-        self._jobs = Jobs(
-            app.loop,
-            table(app.clock, self._clients, app.connections, app.router, app.watched, args.eviction_interval_secs),
-        )
+        jobs = table(app.clock, self._clients, app.connections, app.router, app.watched, args.eviction_interval_secs)
+        if app.keepalives is not None:
+            jobs += (keepalive(app.keepalives.look),)
+        self._jobs = Jobs(app.loop, jobs)
         self._state = None if args.state_file is None else self._state_file(args.state_file)
 
     def _state_file(self, path: str) -> StateFile:

@@ -20,6 +20,7 @@ from sglang_router.relay.clients import Clients
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.relay.frontend import Frontend
 from sglang_router.relay.relay import Relay
+from sglang_router.relay.silences import KeepAlives
 from sglang_router.routing.events import Listener, Listeners
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.router import Router
@@ -54,6 +55,7 @@ class App:
     control           what the endpoints of the control plane use; plane: serves the control plane
     scaler            None: the number of workers is fixed
     tls               key and certificate of the main port; None: plain HTTP
+    keepalives        fills the silence of streams; None: nothing does
     watched           all files of certificates and keys, to be loaded again when they change
     """
 
@@ -71,6 +73,7 @@ class App:
     clients: Clients
     scrapers: Clients
     relay: Relay
+    keepalives: KeepAlives | None
     frontend: Frontend
     metrics_frontend: Frontend
     metrics: Metrics

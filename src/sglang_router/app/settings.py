@@ -227,6 +227,7 @@ def timeouts(args: RouterArgs) -> Timeouts:
         request=args.request_timeout_secs,
         first_byte=args.first_byte_timeout_secs,
         chunk=args.chunk_timeout_secs,
+        send=args.send_timeout_secs,
     )
 
 

@@ -494,7 +494,7 @@ class HTTPOptions:
     )
     first_byte_timeout_secs: float = option(
         300,
-        "Longest time for a worker to send the first byte of a stream; then 504.",
+        "Longest time for a worker to send the first event of a stream; then 504.",
         OVERLOAD,
         unit="s",
         check=above(0),
@@ -505,6 +505,22 @@ class HTTPOptions:
         OVERLOAD,
         unit="s",
         check=above(0),
+    )
+    send_timeout_secs: float = option(
+        60,
+        "Longest time in which a client takes nothing of its answer; then the router closes its connection.",
+        OVERLOAD,
+        unit="s",
+        check=above(0),
+    )
+    sse_keepalive_secs: float = option(
+        0,
+        "Send a comment (on /v1/messages a ping) into streams that are silent for this long, for proxies that close "
+        "idle connections; 0: never. Sent before the first event, it commits to status 200: a failure that no retry "
+        "mends is an error event then.",
+        OVERLOAD,
+        unit="s",
+        check=at_least(0),
     )
 
     # -- outliers

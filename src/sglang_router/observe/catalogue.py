@@ -43,7 +43,7 @@ METRICS = (
     ),
     Family(
         "sgl_router_time_to_first_byte_seconds", HISTOGRAM, ROUTE,
-        "Seconds from the whole request in to the first byte of a worker's answer.",
+        "Seconds from the whole request in to the first byte of the answer's body; of a stream, to its first event.",
         read.times(read.route, lambda s: s.first_byte, lambda s: s.endpoint and sum(s.first_byte.counts)),
     ),
     Family(

@@ -57,17 +57,18 @@ def plain_answer(
     return b"".join(lines)
 
 
-def error_answer(error: RouterError, request_id: bytes, tail: bytes, head: bool = False) -> bytes:
+def error_answer(error: RouterError, request_id: bytes, tail: bytes, head: bool = False, path: bytes = b"") -> bytes:
     """Return the answer for an error of the router.
 
     tail  further fields, each with its CRLF
     head  the request was HEAD, so the body is left out
+    path  of the request: clients of /v1/messages expect another shape
     """
     fields = [(b"x-request-id", request_id), (b"x-smg-error-code", error.code.encode())]
     if error.retry_after is not None:
         fields.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
     fields += ((name.encode(), value.encode()) for name, value in error.fields)
-    whole = plain_answer(error.status, error.body(), fields, tail)
+    whole = plain_answer(error.status, error.body(path), fields, tail)
     return whole[: whole.index(b"\r\n\r\n") + 4] if head else whole
 
 
@@ -134,25 +135,29 @@ class Answers:
 
     def error(self, error: RouterError, request: Request, request_id: bytes, keep_alive: bool) -> bytes:
         """Return the answer to a request that failed with an error of the router."""
-        return error_answer(error, request_id, self.tail(request, keep_alive), head=request.method == b"HEAD")
+        tail = self.tail(request, keep_alive)
+        return error_answer(error, request_id, tail, request.method == b"HEAD", request.path)
 
-    def refusal(self, error: RouterError, request_id: bytes) -> bytes:
-        """Return the answer to bytes that were no valid request; the connection closes after it."""
-        return error_answer(error, request_id, connection_field(False, False) + self.cors_fields([]))
+    def refusal(self, error: RouterError, request_id: bytes, path: bytes = b"") -> bytes:
+        """Return the answer to bytes that were no valid request; the connection closes after it.
+
+        path  as far as it was read
+        """
+        return error_answer(error, request_id, connection_field(False, False) + self.cors_fields([]), path=path)
 
     def client_head(
         self, head: ResponseHead, framing: Framing, request: Request, request_id: bytes, keep_alive: bool
-    ) -> tuple[bytes, bool, bool, bool]:
+    ) -> tuple[bytes, bool, bool]:
         """Return the head of a worker's answer for the client, and how its body is sent.
 
         framing     of the worker's answer
         keep_alive  whether the client's connection may stay open
 
-        Returns: the head; whether the client is sent chunks; whether the answer is a stream of events; whether the
-        client's connection stays open. In HTTP/1.0 a body without a length ends when the connection closes.
+        Returns: the head; whether the client is sent chunks; whether the client's connection stays open. In HTTP/1.0 a
+        body without a length ends when the connection closes.
         """
         field = connection = b""
-        chunked = events = False
+        chunked = False
         if isinstance(framing, Sized):
             if not head.plain and head.status != 204:
                 field = b"content-length: %d\r\n" % (head.content_length or 0)
@@ -162,12 +167,10 @@ class Answers:
                 field = b"transfer-encoding: chunked\r\n"
             else:
                 keep_alive = False
-            content_type = head.header(b"content-type")
-            events = content_type is not None and content_type.startswith(b"text/event-stream")
         if request.http10 or not keep_alive:
             connection = connection_field(keep_alive, request.http10)
         cors = b"" if self.cors is None else self.cors.fields(request.headers)
-        return worker_head(head, request_id, field, connection, cors), chunked, events, keep_alive
+        return worker_head(head, request_id, field, connection, cors), chunked, keep_alive
 
     def preflight(self, request: Request, request_id: bytes, keep_alive: bool) -> bytes | None:
         """Return the complete answer to a browser's preflight; None for any other request, or without CORS."""

@@ -65,6 +65,7 @@ class BodyHandler(Protocol):
 
     decoding   legs pass the content on without its transfer coding
     failed     the worker reported in its answer that it failed
+    torn       the client was sent a part of an event
     resumed    how often the answer was continued or completed
     unresumed  why a broken answer was not continued; "" otherwise
     """
@@ -76,6 +77,10 @@ class BodyHandler(Protocol):
     @property
     def failed(self) -> bool:
         """Whether the worker reported in its answer that it failed."""
+
+    @property
+    def torn(self) -> bool:
+        """Whether the client was sent a part of an event, so that nothing can be sent in between."""
 
     @property
     def resumed(self) -> int:

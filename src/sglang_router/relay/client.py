@@ -14,6 +14,7 @@ A large body is read only when the request-body budget admits it (`relay.budget`
     IDLE        IDLE (HEAD before the first request)         the connection closes
     READING     HEAD, BODY or BUDGET                         408 or 429, then LINGERING
     BUSY        none: the exchange has one                   (PROBE, PRESENT: see `relay.half_closed`)
+                SEND, while the client does not read         aborted, unless it read more of what was written
     LINGERING   LINGER                                       the connection is aborted
     CLOSING     CLOSE                                        aborted, unless the client still reads what was written
 
@@ -85,7 +86,7 @@ class ClientConnection:
         self.deadline: Deadline = NEVER
         self.stalled = False  # the client does not read what it is sent
         self.peer = ""
-        self._unread = 0  # CLOSING: bytes that the client had not read at the last check
+        self._unread = 0  # bytes that the client had not read at the last check
         self._read_paused = False
         self._full: FullRead | None = None  # a read that is being parsed
         self._ended = False  # the client has ended its sending side
@@ -157,11 +158,14 @@ class ClientConnection:
         """React to the client's end of sending; return whether the connection stays open, for the answer."""
         self._ended = True
         now = self.clients.clock()
-        asked = now if self._queue else None if self.exchange is None else self.exchange.unanswered_since()
-        if not is_half(self.transport, asked, now):
+        if not is_half(self.transport, now if self._queue else self._asked(), now):
             return False
         self.deadline = (Due.PROBE, now + PROBE_AFTER)
         return True
+
+    def _asked(self) -> float | None:
+        """Return when the request was complete that has no answer yet."""
+        return None if self.exchange is None else self.exchange.unanswered_since()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Remove the connection; end the exchange in flight."""
@@ -177,10 +181,14 @@ class ClientConnection:
         self.stalled = True
         if self.exchange is not None:
             self.exchange.pause()
+            self._unread = self.transport.get_write_buffer_size()
+            self.deadline = (Due.SEND, self.clients.clock() + self._frontend.timeouts.send)
 
     def resume_writing(self) -> None:
         """Continue: the client reads again."""
         self.stalled = False
+        if self.deadline[0] is Due.SEND:
+            self.deadline = NEVER
         if self.exchange is not None:
             self.exchange.resume()
         elif self._queue:
@@ -313,17 +321,13 @@ class ClientConnection:
 
     def refuse(self, error: RouterError) -> None:
         """Answer an invalid request, or one that came too slowly, with an error; then close the connection."""
-        self.write(self._frontend.refusal(error, self.peer))
+        self.write(self._frontend.refusal(error, self.peer, self._parser.path))
         self._linger()
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def _leave(self) -> None:
-        """Close after the last answer, and make sure that it arrives.
-
-        Closing at once while the client still sends would reset the connection, and the client could lose the answer
-        (RFC 9112 9.6).
-        """
+        """Close after the last answer. While the client still sends, closing would destroy it (RFC 9112 9.6)."""
         if self._parser.mid_body or self._parser.mid_head or self._early:
             self._linger()
         else:
@@ -365,11 +369,10 @@ class ClientConnection:
         kind, self.deadline = self.deadline[0], NEVER
         if kind is Due.LINGER or (kind is Due.PRESENT and is_reset(self.transport)):
             self.transport.abort()
-        elif kind is Due.CLOSE:
-            self._look_at_reader(now)
+        elif kind is Due.CLOSE or kind is Due.SEND:
+            self._look_at_reader(kind, now)
         elif kind is Due.PROBE or kind is Due.PRESENT:
-            unanswered = self.exchange is not None and self.exchange.unanswered_since() is not None
-            if kind is Due.PROBE and unanswered and not self._parser.http10:
+            if kind is Due.PROBE and not self._parser.http10 and self._asked() is not None:
                 self.write(answers.CONTINUE)
             self.deadline = (Due.PRESENT, now)  # look at each sweep
         elif self.state is READING and not self.stalled:
@@ -377,19 +380,17 @@ class ClientConnection:
         else:
             self._close()
 
-    def _look_at_reader(self, now: float) -> None:
-        """In CLOSING: give a client that still reads more time, abort otherwise."""
+    def _look_at_reader(self, kind: Due, now: float) -> None:
+        """Give a client that still reads more time, abort otherwise."""
+        timeouts = self._frontend.timeouts
         unread, self._unread = self._unread, self.transport.get_write_buffer_size()
         if self._unread < unread:
-            self.deadline = (Due.CLOSE, now + self._frontend.timeouts.idle)
+            self.deadline = (kind, now + (timeouts.send if kind is Due.SEND else timeouts.idle))
         else:
             self.transport.abort()
 
     def close_if_idle(self) -> None:
-        """Close a connection without a request for the shutdown: at once, or after `last_request_timeout`.
-
-        A request that has arrived is still answered; a connection that is closing keeps its own deadline.
-        """
+        """Close a connection without a request for the shutdown: at once, or after `last_request_timeout`."""
         if self.exchange is None and not self._queue and self.state < LINGERING:
             timeout = self.clients.last_request_timeout
             if timeout:

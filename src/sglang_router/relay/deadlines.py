@@ -31,6 +31,7 @@ class Due(Enum):
     PRESENT = "present"  # such a client does not reset the connection
     IDLE = "idle"  # another request begins
     LINGER = "linger"  # the client reads the last answer, while what it sends is discarded
+    SEND = "send"  # the client reads more of what it was sent, which is more than the socket takes
     CLOSE = "close"  # the client reads more of what was written before the close
     # of an exchange
     QUEUE = "queue"  # the request leaves the queue

@@ -1,16 +1,17 @@
 """One relayed request of one client: from the complete request to the last byte of its answer.
 
-    start --> ask the decider --> legs sent --> head --> bytes ... --> end                       without a failure
+    start --> ask the decider --> legs sent --> first byte --> bytes ... --> end                 without a failure
                   |                   ^           |
-                  '-- queued ---------'           '-- failing status, or broken before the head: retry, or the error
+                  '-- queued ---------'           '-- failing status, or broken before that: retry, or the error
 
     state       meaning                                      deadline               when the deadline passes
     NEW         read, not decided yet                        none
     QUEUED      in the decider's queue                       QUEUE                  decider.expired: 408 or 503
-    ROUTED      has a plan; no head of an answer yet         REQUEST, FIRST_BYTE    504
+    ROUTED      has a plan; no answer has begun yet          REQUEST, FIRST_BYTE    504
     ANSWERING   the client has the head                      PROGRESS, REQUEST      the answer breaks
     DONE        ended; later events are ignored              none
 
+An answer begins with the first byte of its body, a stream of events with its first event: see `relay.beginning`.
 Which state may follow which is a table in `relay.moves`.
 Every exchange ends in `_end`, exactly once: the leases are closed and one Finished event is emitted. Once the client
 has the head of an answer nothing is retried, unless a body handler can continue the answer. If the worker breaks then,
@@ -20,11 +21,12 @@ the client gets an error event (when the answer is a stream of events) and a con
 from __future__ import annotations
 
 from sglang_router.errors import InternalError, RouterError, StreamBroken
-from sglang_router.relay import failover
+from sglang_router.relay import failover, showing, timing
 from sglang_router.relay.client import ClientConnection
-from sglang_router.relay.deadlines import DUE_FIRST_BYTE, DUE_PROGRESS, DUE_REQUEST, ERRORS, NEVER, Deadline, Due
+from sglang_router.relay.deadlines import DUE_REQUEST, NEVER, Deadline, Due
+from sglang_router.relay.early import Early
 from sglang_router.relay.handled import Handled
-from sglang_router.relay.leg import LOOKS, Leg, send_all
+from sglang_router.relay.leg import Leg, send_all
 from sglang_router.relay.moves import EXCHANGE_MOVES, IllegalMove
 from sglang_router.relay.pending import Pending, error_of
 from sglang_router.relay.reading import read_and_ask
@@ -43,31 +45,38 @@ from sglang_router.wire.sse import error_event, last_event
 class Exchange:
     """See the module. It implements `relay.clients.AnyExchange` for its client connection and owns its legs.
 
-    deadline  kind and moment; `Clients.sweep` calls `overdue` when it has passed
-    facts     what routing needs of the request; None when it was refused before that
-    handled   the body handler, where a stream has one
-    relay     what all exchanges share
-    request   the client's request; with another body for the leg that continues a stream
-    state     see the table of the module
-    tag       identifies the request in events; set by `start`
+    deadline    kind and moment; `Clients.sweep` calls `overdue` when it has passed
+    facts       what routing needs of the request; None when it was refused before that
+    early       what the client was sent before an answer had begun; None: nothing
+    first_byte  seconds from the complete request to the first byte of the answer; negative: not sent yet
+    handled     the body handler, where a stream has one
+    keep_alive  the client's connection stays open after the answer
+    legs        those in flight; the client gets the answer of the last one
+    relay       what all exchanges share
+    request     the client's request; with another body for the leg that continues a stream
+    shown       the leg whose answer the client gets; None before its head was sent
+    state       see the table of the module
+    status      that the client was sent; 0: nothing yet
+    tag         identifies the request in events; set by `start`
     """
 
     __slots__ = (
-        "_client",
         "_endpoint",
-        "_first_byte",
-        "_keep_alive",
-        "_legs",
         "_pending",
         "_plan",
-        "_shown",
-        "_status",
+        "client",
         "deadline",
+        "early",
         "facts",
+        "first_byte",
         "handled",
+        "keep_alive",
+        "legs",
         "relay",
         "request",
+        "shown",
         "state",
+        "status",
         "tag",
     )
 
@@ -76,27 +85,28 @@ class Exchange:
     def __init__(self, relay: Relay, endpoint: Endpoint, client: ClientConnection, request: Request) -> None:
         # per request
         self.relay = relay
-        self._client = client
+        self.client = client
         self.request = request
         self._endpoint = endpoint
-        self._keep_alive = request.keep_alive
+        self.keep_alive = request.keep_alive
         self.facts: Facts | None = None
         self.state = NEW
         self.deadline: Deadline = NEVER
         # per attempt
         self._plan: Plan | None = None
-        self._legs: tuple[Leg, ...] = ()  # the client gets the answer of the last one
+        self.legs: tuple[Leg, ...] = ()
         self._pending: Pending | None = None  # a failed leg whose retry the decider has not decided yet
         # per answer
-        self._shown: Leg | None = None  # the leg whose head the client has
-        self._status = 0  # what the client was sent; 0: nothing yet
-        self._first_byte = -1.0  # seconds after the request was complete; negative: not sent yet
+        self.early: Early | None = None
+        self.shown: Leg | None = None
+        self.status = 0
+        self.first_byte = -1.0
         self.handled: Handled | None = None
 
     def __repr__(self) -> str:
         kind, at = self.deadline
         due = "" if kind is Due.NEVER else f", {kind.value} due at {at:.3f}"
-        legs = "".join(f", {leg!r}" for leg in self._legs)
+        legs = "".join(f", {leg!r}" for leg in self.legs)
         return f"<Exchange {self._endpoint.name} {self.state.name}{due}{legs}>"
 
     def _move(self, state: ExchangeState) -> None:
@@ -108,7 +118,7 @@ class Exchange:
 
     def start(self) -> None:
         """Read the facts of the request and ask the decider."""
-        relay, request, endpoint, client = self.relay, self.request, self._endpoint, self._client
+        relay, request, endpoint, client = self.relay, self.request, self._endpoint, self.client
         now = relay.clock()
         named = relay.ids.read(request.headers, endpoint.id)
         route = endpoint.route or endpoint.route_of(request.method, request.path)
@@ -125,53 +135,35 @@ class Exchange:
 
     def gone(self) -> None:
         """Give up the legs and end: the client closed its connection."""
-        self._unqueue()
+        self.unqueue()
         self._end(Outcome.GONE, self.relay.clock())
 
     def unanswered_since(self) -> float | None:
         """Return when the request was complete; None once the client was sent a part of the answer."""
-        return None if self._status else self.tag.start
+        return None if self.status else self.tag.start
 
     def pause(self) -> None:
         """Stop reading from the workers: the client does not read."""
-        for leg in self._legs:
+        for leg in self.legs:
             leg.pause()
 
     def resume(self) -> None:
         """Read from the workers again: the client reads again."""
-        for leg in self._legs:
+        for leg in self.legs:
             leg.resume()
 
     def overdue(self, now: float) -> None:
-        """React to the deadline, which has passed, by its kind."""
-        kind = self.deadline[0]
-        if kind is Due.QUEUE:
-            self.relay.queued.pop(self.tag.number, None)
-            self.refuse(self.relay.decider.expired(self.tag, now))
-            return
-        if kind is Due.PROGRESS and self._shown is not None and self._shown.progresses(self._client.stalled):
-            self._watch(now)
-            return
-        self._unqueue()
-        self.failed(Outcome.SILENT if kind is Due.PROGRESS else Outcome.TIMEOUT, ERRORS[kind]())
-
-    def _watch(self, now: float) -> None:
-        """Set the next check of the answer's progress, or the request's own deadline when that is earlier."""
-        timeouts = self.relay.timeouts
-        look, end = now + timeouts.chunk / LOOKS, self.tag.start + timeouts.request
-        self.deadline = (DUE_PROGRESS, look) if look < end else (DUE_REQUEST, end)
+        """React to the deadline, which has passed."""
+        timing.overdue(self, now)
 
     def unanswered(self) -> tuple[float, int, bool] | None:
         """Describe the request if it has no first byte; see `relay.clients.AnyExchange`."""
-        facts = self.facts
-        if self._first_byte >= 0.0 or facts is None:
-            return None
-        if not self._legs:
-            return self.tag.start, len(facts.text), True
-        if not facts.streaming:
-            return None  # its answer comes all at once, so most of it may be computed already
-        planned = self._legs[-1].planned
-        return self.tag.start, planned.total - planned.matched, False
+        return timing.unanswered(self)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the client does not read what it is sent."""
+        return self.client.stalled
 
     # -- the decision --------------------------------------------------------------------------------------------------
 
@@ -183,7 +175,7 @@ class Exchange:
         self._pending = pending
         self.relay.queued[self.tag.number] = self
 
-    def _unqueue(self) -> None:
+    def unqueue(self) -> None:
         """Leave the decider's queue."""
         if self.relay.queued.pop(self.tag.number, None) is not None:
             self.relay.decider.withdraw(self.tag)
@@ -209,26 +201,28 @@ class Exchange:
             self._move(ROUTED)
         self.deadline = (DUE_REQUEST, self.tag.start + relay.timeouts.request)
         decoding = self.request.http10 or (self.handled is not None and self.handled.handler.decoding)
-        last = Leg(self, planned[-1], relay.batch, self._client.transport, decoding)
+        last = Leg(self, planned[-1], relay.batch, self.client.transport, decoding)
         if len(planned) == 1 and not plan.retries:
-            self._legs = (last,)
+            self.legs = (last,)
             relay.batch.leg(last)
             return
-        silent = [Leg(self, each, relay.batch, self._client.transport, decoding) for each in planned[:-1]]
-        self._legs = (*silent, last)
-        send_all(self._legs, plan, relay)
+        silent = [Leg(self, each, relay.batch, self.client.transport, decoding) for each in planned[:-1]]
+        self.legs = (*silent, last)
+        send_all(self.legs, plan, relay)
 
     def sending(self, leg: Leg) -> None:
         """Set the deadline for the first byte of a stream whose leg is sent now."""
-        first = self.relay.clock() + self.relay.timeouts.first_byte
-        if first < self.deadline[1]:
-            self.deadline = (DUE_FIRST_BYTE if self.state is ROUTED else DUE_PROGRESS, first)
+        timing.sending(self)
+
+    def holding(self, leg: Leg) -> None:
+        """Extend the deadline of an answer that is held back, because it has not begun."""
+        timing.holding(self)
 
     # -- the worker's side (Owner) -------------------------------------------------------------------------------------
 
     def answered(self, leg: Leg, head: ResponseHead, data: bytes, done: bool) -> None:
         """Take the head of a leg's answer: retry a failing status, pass anything else on to the client."""
-        if self._shown is not None and self.handled is not None:
+        if self.shown is not None and self.handled is not None:
             self.handled.continued(leg, head, data, done)
             return
         if head.status >= 400 and failover.retry_status(self, leg, head, data, done):
@@ -251,32 +245,21 @@ class Exchange:
         """Pass the answer of this leg on to the client."""
         relay, tag = self.relay, self.tag
         self._move(ANSWERING)
-        self._shown = leg
-        self._status = head.status
+        self.shown = leg
+        self.status = self.status or head.status
         now = self._begin(leg)
-        self._first_byte = now - tag.start
+        self.first_byte = now - tag.start
         if relay.listener.hears_first_byte:
-            relay.listener.first_byte(FirstByte(tag, leg.planned, self._first_byte))
+            relay.listener.first_byte(FirstByte(tag, leg.planned, self.first_byte))
         if not done:
-            self._watch(now)
-        if self._client.clients.draining:
-            self._keep_alive = False
-        assert leg.framing is not None
-        bytes_out, leg.chunked, leg.events, self._keep_alive = relay.answers.client_head(
-            head, leg.framing, self.request, tag.raw_id, self._keep_alive
-        )
-        if self.handled is not None and self.handled.begin(leg, head):
-            relay.batch.write(self._client.transport, bytes_out)
-            if data or done:
-                self.handled.data(leg, data, done)
-        else:
-            leg.sent = len(data)
-            relay.batch.write(self._client.transport, bytes_out + data)
-            if done:
-                self._end(leg.outcome, now)
-                self._client.done(self._keep_alive, now)
-        if self._client.stalled:
+            timing.watch(self, now)
+        showing.show(self, leg, head, data, done)
+        if self.client.stalled:
             leg.pause()
+
+    def say(self, data: bytes) -> None:
+        """Send bytes that the router made, and that are no part of a worker's answer."""
+        self.relay.batch.write(self.client.transport, data)
 
     def leg_done(self, leg: Leg) -> None:
         """End a leg whose answer is complete, and the exchange with it unless the leg is silent."""
@@ -308,23 +291,22 @@ class Exchange:
 
     def goes_on(self, leg: Leg) -> None:
         """Watch the answer of a leg that continues the broken one."""
-        assert self._shown is not None
-        self._shown.forget_looks()
-        self._watch(self._begin(leg))
-        if self._client.stalled:
+        assert self.shown is not None
+        self.shown.forget_looks()
+        timing.watch(self, self._begin(leg))
+        if self.client.stalled:
             leg.pause()
 
     def write(self, data: bytes) -> None:
-        """Send bytes that a body handler made."""
-        if data and self._shown is not None:
-            self._shown.sent += len(data)
-            self.relay.batch.write(self._client.transport, data)
+        """Send bytes that a body handler made; none are progress too: the worker sent what the handler holds back."""
+        if self.shown is not None:
+            self.shown.pass_on(data, False)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def give_up_legs(self, failed: Leg | None = None) -> None:
         """Abort all legs in flight; they report nothing more. failed: spare this one, and end those beside it."""
-        for leg in self._legs:
+        for leg in self.legs:
             if leg is not failed:
                 leg.abort()
                 if failed is not None:
@@ -334,46 +316,49 @@ class Exchange:
         """End the exchange: the whole answer is written."""
         now = self.relay.clock()
         self._end(outcome, now)
-        self._client.done(self._keep_alive, now)
+        self.client.done(self.keep_alive, now)
 
     def failed(self, outcome: Outcome, error: RouterError) -> None:
         """Fail, unless a body handler can continue the answer: there is no retry."""
         self.give_up_legs()
         if self.state is ANSWERING and outcome is not Outcome.TIMEOUT:
-            if self.handled is not None and self.handled.broke(Pending(self._legs[-1], outcome, error)):
+            if self.handled is not None and self.handled.broke(Pending(self.legs[-1], outcome, error)):
                 return
             if outcome is not Outcome.SILENT:
                 error = StreamBroken(str(error))
         self.fail(outcome, error)
 
-    def fail(self, outcome: Outcome, error: RouterError) -> None:
-        """End with an error: as the answer if the client has no head yet, else as a break, with an error event."""
-        shown = self._shown
-        if shown is None or shown.framing is None:
+    def fail(self, outcome: Outcome, error: RouterError, event: bytes = b"") -> None:
+        """End with an error: as the answer if the client has no head yet, else as a break, with an error event.
+
+        event  the error event; b"": the router's own for the error
+        """
+        answer = self.shown or self.early
+        if answer is None or answer.framing is None:
             self.refuse(error, outcome)
             return
-        event = error_event(self.request.path, error) if shown.events else b""
-        if event and (last := last_event(event, shown.framing, shown.chunked)) is not None:
-            self.relay.batch.write(self._client.transport, last)
+        event = event or error_event(self.request.path, error) if answer.events else b""
+        if event and (last := last_event(event, answer.framing, answer.chunked)) is not None:
+            self.say(last)
         self._end(outcome, self.relay.clock(), error.code)
-        self._client.abort()
+        self.client.abort()
 
     def refuse(self, error: RouterError, outcome: Outcome | None = None) -> None:
         """Answer with an error of the router; nothing has been sent to the client yet."""
-        self._status = error.status
-        keep_alive = self._keep_alive and not error.close and not self._client.clients.draining
-        self._client.write(self.relay.answers.error(error, self.request, self.tag.raw_id, keep_alive))
+        self.status = error.status
+        keep_alive = self.keep_alive and not error.close and not self.client.clients.draining
+        self.client.write(self.relay.answers.error(error, self.request, self.tag.raw_id, keep_alive))
         now = self.relay.clock()
         self._end(outcome, now, error.code)
-        self._client.done(keep_alive, now)
+        self.client.done(keep_alive, now)
 
     def _end(self, outcome: Outcome | None, now: float, code: str = "") -> None:
         """End the exchange, exactly once: give up its legs, close the leases and emit Finished."""
         self._move(DONE)
         self.deadline = NEVER
-        relay, tag, plan, shown = self.relay, self.tag, self._plan, self._shown
+        relay, tag, plan, shown = self.relay, self.tag, self._plan, self.shown
         planned: PlannedLeg | None = None
-        for leg in self._legs:
+        for leg in self.legs:
             planned = leg.planned
             if leg.connection is not None:
                 leg.abort()
@@ -381,10 +366,10 @@ class Exchange:
         if shown is not None:
             planned = shown.planned
         sent, retries = shown.sent if shown else 0, plan.retries if plan else 0
-        answer = Answered(self._status, code, outcome, now - tag.start, self._first_byte, sent, retries)
+        answer = Answered(self.status, code, outcome, now - tag.start, self.first_byte, sent, retries)
         if self.handled is not None:
             answer.resumed, answer.unresumed = self.handled.handler.resumed, self.handled.handler.unresumed
         relay.listener.finished(Finished(tag, planned, answer))
         if tag.received > LARGE:
             relay.batch.bulk.discard(self.request)
-        self._legs, self._shown, self.handled, self._pending = (), None, None, None  # they refer to it: leave no cycle
+        self.legs, self.shown, self.handled, self._pending = (), None, None, None  # they refer to it: leave no cycle

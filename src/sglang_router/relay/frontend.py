@@ -51,12 +51,13 @@ class Frontend:
         self.timeouts = timeouts
         self.admit = admit
 
-    def refusal(self, error: RouterError, peer: str) -> bytes:
+    def refusal(self, error: RouterError, peer: str, path: bytes) -> bytes:
         """Return the answer to bytes that are no request, or no complete one, and tell the listener.
 
         peer  address of the client
+        path  as far as it is known
         """
         request_id = self.answers.ids.new(b"req-")
         tag = RequestTag(next(self.clients.numbers), request_id, self.clients.clock(), Route(), peer)
         self.listener.finished(Finished(tag, None, Answered(error.status, error.code, first_byte=0.0)))
-        return self.answers.refusal(error, request_id)
+        return self.answers.refusal(error, request_id, path)

@@ -3,6 +3,9 @@
     send --> connection (idle, opening, or a pause before a retry) --> begin --> data ... data(done)
                                                                          '--> broken
 
+The answer is held back until it has begun (`relay.beginning`), and a stream of events is sent in whole events
+(`relay.whole_events`).
+
 A leg is the Sink of its connection. It reports the head and the end to its exchange and passes itself as an argument,
 so an exchange can have several legs. The bytes in between go straight to the client: per chunk the connection parses
 the framing, the leg counts bytes and the batch writes; no object is created.
@@ -16,9 +19,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
+from sglang_router.errors import RouterError, StreamBroken
 from sglang_router.relay.batch import Batch
+from sglang_router.relay.beginning import Beginning, begins
+from sglang_router.relay.early import OneEvent
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import DONE, ExchangeState
+from sglang_router.relay.whole_events import ANY_END, CHUNKED_ENDS, PLAIN_ENDS, WholeEvents, split
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag
@@ -61,6 +68,9 @@ class Owner(Protocol):
     def sending(self, leg: Leg) -> None:
         """Prepare for a stream's answer: the leg is sent now."""
 
+    def holding(self, leg: Leg) -> None:
+        """Take note that the worker sent something of an answer that is held back, because it has not begun."""
+
     def answered(self, leg: Leg, head: ResponseHead, data: bytes, done: bool) -> None:
         """Take the head of the answer, with the first bytes of the body; `done`: these are all."""
 
@@ -69,6 +79,9 @@ class Owner(Protocol):
 
     def leg_broken(self, leg: Leg, outcome: Outcome, detail: str) -> None:
         """Take the end of a leg without a complete answer; `detail` says why, for people."""
+
+    def fail(self, outcome: Outcome, error: RouterError, event: bytes = b"") -> None:
+        """End with an error; `event`: the error event, where it is not the router's own."""
 
 
 class BodySink(Protocol):
@@ -121,6 +134,7 @@ class Leg:
     outcome     how the leg ended, as far as is known
     sent        bytes of the answer's body that were sent to the client
     chunked     the client is sent chunks
+    ends        how reads usually end, see `relay.whole_events`
     events      the answer is a stream of events
     handled     takes the body; None: it goes to the client unchanged
     silent      the answer is not sent to the client
@@ -136,6 +150,7 @@ class Leg:
         "chunked",
         "connection",
         "decoding",
+        "ends",
         "events",
         "framing",
         "handled",
@@ -163,6 +178,7 @@ class Leg:
         self.sent = 0
         self.chunked = False
         self.events = False
+        self.ends = ANY_END
         self._seen = 0  # `sent` at the last check
         self._quiet = 0  # checks in a row without new bytes
 
@@ -247,7 +263,11 @@ class Leg:
         if done:
             self.connection = None
         self.framing = framing
-        self._exchange.answered(self, head, data, done)
+        if head.status >= 429 or self.silent or begins(head, framing, data, done, self._exchange.tag.streaming):
+            self._exchange.answered(self, head, data, done)
+        else:
+            self.handled = beginning = Beginning(head, framing, self.decoding)
+            beginning.data(self, data, done)
 
     def data(self, data: bytes, done: bool) -> None:
         """Send bytes of the body to the client, or pass them to `handled`."""
@@ -255,6 +275,9 @@ class Leg:
             self.connection = None
         if self.handled is not None:
             self.handled.data(self, data, done)
+            return
+        if not data.endswith(self.ends) and not done:
+            split(self, data)
             return
         self.sent += len(data)
         self._batch.write(self._transport, data)
@@ -266,7 +289,54 @@ class Leg:
         self.connection = None
         if self._resent and outcome in _NOT_SENT:
             outcome = Outcome.LOST
+        elif isinstance(self.handled, Beginning):
+            if outcome is Outcome.CUT:
+                outcome, detail = Outcome.BROKEN, "The worker closed the connection after the head of its answer."
+        elif outcome is Outcome.INVALID and self.framing is not None:
+            outcome = Outcome.CUT
         self._exchange.leg_broken(self, outcome, detail)
+
+    # -- called by what handles the body -------------------------------------------------------------------------------
+
+    def begun(self, head: ResponseHead, data: bytes, done: bool) -> None:
+        """Report the answer, which was held until it began."""
+        self.handled = None
+        self._exchange.answered(self, head, data, done)
+
+    def holding(self) -> None:
+        """Report that the worker sent something that is held."""
+        self._exchange.holding(self)
+
+    def show(self, head: bytes, data: bytes, done: bool) -> None:
+        """Send the head, and the first bytes of the body, to the client."""
+        if self.events:
+            self.ends = CHUNKED_ENDS if self.chunked else PLAIN_ENDS
+        if done or data.endswith(self.ends):
+            self.sent = len(data)
+            self._batch.write(self._transport, head + data)
+        else:
+            self._batch.write(self._transport, head)
+            split(self, data)
+
+    def handle_by(self, sink: WholeEvents | OneEvent | None) -> None:
+        """Let `sink` take the body from now on; None: bytes pass as they come."""
+        self.handled = sink
+
+    def pass_on(self, data: bytes, done: bool) -> None:
+        """Send bytes of the body to the client; none are progress too: the worker sent what is held back."""
+        if data:
+            self.sent += len(data)
+            self._batch.write(self._transport, data)
+        else:
+            self.forget_looks()
+        if done:
+            self._exchange.leg_done(self)
+
+    def fail_late(self, detail: str, event: bytes = b"") -> None:
+        """End the answer with an error event: `event`, or one of the router's."""
+        self._exchange.fail(
+            Outcome.CUT if self.outcome is Outcome.SERVED else self.outcome, StreamBroken(detail), event
+        )
 
 
 def send_all(legs: tuple[Leg, ...], plan: Plan, relay: Relay) -> None:

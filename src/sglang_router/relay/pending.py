@@ -25,6 +25,7 @@ ERRORS: dict[Outcome, type[RouterError]] = {
     Outcome.STARVED: TooManyConnections,
     Outcome.LOST: WorkerBroken,
     Outcome.BROKEN: WorkerBroken,
+    Outcome.VANISHED: WorkerBroken,
     Outcome.INVALID: WorkerInvalid,
     Outcome.CUT: StreamBroken,
     Outcome.TIMEOUT: WorkerTimeout,

@@ -16,6 +16,7 @@ class Timeouts(msgspec.Struct, frozen=True):
     request     from the complete request to the last byte of its answer
     first_byte  from sending a stream's leg to the first byte of its answer
     chunk       longest silence of a worker inside its answer
+    send        longest time in which a client takes nothing of its answer
     """
 
     head: float = 30.0
@@ -26,3 +27,4 @@ class Timeouts(msgspec.Struct, frozen=True):
     request: float = 1800.0
     first_byte: float = 300.0
     chunk: float = 300.0
+    send: float = 60.0

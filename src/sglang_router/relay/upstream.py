@@ -13,8 +13,8 @@ and the health checks. Nothing is awaited and no object is created per read.
 
 After a complete, well-framed answer to a completely sent request, with no byte after it, the connection is released to
 the pool (`relay.connection_pool`). A kept connection that closes before the first byte of an answer was stale: engines
-close idle connections after 5 s, or close after a streamed answer without saying so. The sink hears STALE and sends the
-request again on a new connection; the worker is not blamed.
+close idle connections after 5 s, or close after a streamed answer without saying so; some send a 408 first. The sink
+hears STALE and sends the request again on a new connection; the worker is not blamed.
 
 The classes here have the methods that uvloop calls, but not the base class `asyncio.Protocol`: a compiled class cannot
 have a base class that is not compiled.
@@ -224,7 +224,7 @@ class UpstreamConnection:
                 end = framing.feed(data)
                 content = data if end < 0 else data[:end]
         except WorkerInvalid as exc:
-            self._fail(Outcome.INVALID if framing is None else Outcome.CUT, str(exc))
+            self._fail(Outcome.INVALID, str(exc))
             return
         if end < 0:
             sink.data(content, False)
@@ -272,6 +272,10 @@ class UpstreamConnection:
             head, data = self._skip_interim(head, data)
         if head is None:
             self._buffer = data
+            return
+        if head.status == 408 and self.used and not head.keep_alive and not self._interim:
+            # Sent because the connection was idle for long; it crossed the request.
+            self._fail(Outcome.STALE, "A kept connection was closed by the worker, with status 408.")
             return
         framing = framing_of(head)
         rest = data[head.end :]

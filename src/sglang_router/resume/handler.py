@@ -61,6 +61,7 @@ class NotResumable:
 
     decoding = False
     failed = False
+    torn = False
     resumed = 0
 
     def __init__(self, reason: str) -> None:
@@ -112,6 +113,7 @@ class ResumableStream:
         "_chunked",
         "_closed",
         "_endpoint",
+        "_events",
         "_failed",
         "_following",
         "_generation",
@@ -141,6 +143,7 @@ class ResumableStream:
         self._passes = False  # everything is passed on, nothing is kept any more
         self._closed = False  # the answer is not a stream, so it cannot be continued
         self._chunked = False  # the client is sent chunks
+        self._events = False  # the answer is a stream of events
         self.resumed = 0
         self.unresumed = ""
         # per leg
@@ -164,6 +167,11 @@ class ResumableStream:
         """Whether the worker sent an error event that reports its own failure."""
         return bool(self._failed)
 
+    @property
+    def torn(self) -> bool:
+        """Whether the client was sent a part of an event: one that is too long, or of an answer that is no stream."""
+        return self._splitter.torn or not self._events
+
     # -- heads ---------------------------------------------------------------------------------------------------------
 
     def begin(self, head: ResponseHead, framing: Framing, chunked: bool, events: bool) -> Framing | None:
@@ -171,7 +179,7 @@ class ResumableStream:
         if isinstance(framing, Sized):
             self._closed = True
             return None
-        self._chunked = chunked
+        self._chunked, self._events = chunked, events
         self._leg_begins(framing)
         if not events or head.status != 200:
             self.let_fail()
@@ -179,8 +187,7 @@ class ResumableStream:
 
     def follow(self, head: ResponseHead, framing: Framing) -> str:
         """Take the head of a following leg; return why it does not continue the stream, or ""."""
-        kind = head.header(b"content-type") or b""
-        if head.status != 200 or not kind.startswith(b"text/event-stream"):
+        if head.status != 200 or not head.events:
             return f"The next worker did not continue the stream; it answered with status {head.status}."
         self.resumed += 1
         self._leg_begins(framing)
@@ -198,9 +205,7 @@ class ResumableStream:
         Raises: Unintelligible, when events of a following leg cannot be parsed.
         """
         if self._passes:
-            if self._splitter.held:
-                data, self._splitter.held = self._splitter.held + data, b""
-            return self._coded(data)
+            return self._coded(self._splitter.feed(data) if self._events else data)
         if self._failed:
             self._failed += data
             return b""
@@ -208,8 +213,7 @@ class ResumableStream:
         if not whole:
             return b""
         if (at := whole.find(_FAULT)) >= 0 and _is_fault(whole[at:]):
-            self._failed = whole[at:] + self._splitter.held
-            self._splitter.held = b""
+            self._failed = whole[at:] + self._splitter.take()
             whole = whole[:at]
         return self._coded(self._kept(whole))
 
@@ -231,7 +235,7 @@ class ResumableStream:
 
     def end(self) -> bytes:
         """Return what is still held of the answer, and the last chunk."""
-        rest = self._coded(self._splitter.held + self._failed)
+        rest = self._coded(self._splitter.take() + self._failed)
         return rest + LAST_CHUNK if self._chunked else rest
 
     def is_cut(self) -> bool:

@@ -4,12 +4,13 @@
     SERVED           no                 success              a whole answer with any status not named below
     REJECTED         no                 nothing              400 to 499 but 429: the worker refuses the request itself
     FAILED           yes                failure (answer)     status 500, 502, 504, or 503 without Retry-After
-    BUSY             yes                nothing              429, or 503 with Retry-After: back-pressure, not a fault
+    BUSY             yes                nothing              429, 529, or 503 with Retry-After: no fault
     REFUSED          yes                failure (contact)    connection refused: the engine is gone
     UNREACHABLE      yes                failure (contact)    no route, no name, TLS failed
     UNCONNECTED      yes                failure (contact)    no connection in time
     LOST             yes                failure (contact)    a kept connection broke; then there was no new one
     BROKEN           yes                failure (break)      the connection broke before the first byte of the answer
+    VANISHED         yes                nothing              its host stopped to answer: health has said so already
     INVALID          yes                failure (answer)     the answer is not HTTP
     CUT              no                 failure (break)      the connection broke inside the answer
     TIMEOUT          no                 failure (answer)     no answer in time; the engine may still compute: no retry
@@ -62,6 +63,7 @@ class Outcome(enum.Enum):
     UNCONNECTED = ("unconnected", True, Hears.CONTACT_FAILURE)
     LOST = ("lost", True, Hears.CONTACT_FAILURE)
     BROKEN = ("broken", True, Hears.BREAK_FAILURE)
+    VANISHED = ("vanished", True, Hears.NOTHING)
     INVALID = ("invalid", True, Hears.ANSWER_FAILURE)
     CUT = ("cut", False, Hears.BREAK_FAILURE)
     TIMEOUT = ("timeout", False, Hears.ANSWER_FAILURE)
@@ -79,7 +81,7 @@ class Outcome(enum.Enum):
     @classmethod
     def of_status(cls, status: int, retry_after: bool) -> Outcome:
         """Return what a worker's status stands for. Any 4xx but 429 is the client's mistake."""
-        if status == 429 or (status == 503 and retry_after):
+        if status in (429, 529) or (status == 503 and retry_after):
             return cls.BUSY
         if status in _FAILURES:
             return cls.FAILED

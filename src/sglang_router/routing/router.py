@@ -7,8 +7,8 @@
     deliver(number, answer)   called with the answer to a request that was queued
 
 A retry goes at once to a worker that has not failed this request. Only when there is none left does it return to a
-worker that has, after a pause that grows (exponential, with jitter). A worker that answered BUSY, or broke off, gets no
-retry of the same request.
+worker that has, after a pause that grows (exponential, with jitter). A worker that answered BUSY, that broke off, or
+whose host vanished gets no retry of the same request.
 
 Whether a failure is the worker's doing or the request's, a second worker tells (`routing.trail`): what fails there
 alike is the request's, and is not tried a third time. A request that broke two workers is refused when it comes again
@@ -229,10 +229,11 @@ class Router(Listener):
         self, tag: RequestTag, trail: Trail, lease: Lease, facts: Facts, outcome: Outcome, now: float
     ) -> Plan | None:
         """Plan another attempt after a failed one; return None when no worker is left, or no budget."""
-        once = outcome is Outcome.BUSY or outcome in BREAKS
+        elsewhere = outcome is Outcome.BUSY or outcome is Outcome.VANISHED
+        once = elsewhere or outcome in BREAKS
         tries, rules, pool = trail.tries, self._retries, self._pool(facts)
         tries[lease.worker] = rules.per_worker if once else tries.get(lease.worker, 0) + 1
-        fresh, again = self._retry_candidates(pool, trail, outcome is Outcome.BUSY, now)
+        fresh, again = self._retry_candidates(pool, trail, elsewhere, now)
         if not (fresh or again) or (outcome is not Outcome.REFUSED and not self.budget.take(now)):
             return None
         trail.retries += 1

@@ -190,6 +190,11 @@ class Chunked(Framing):
         return -1
 
     @property
+    def place(self) -> tuple[int, int, bytes]:
+        """Where in the coding the bytes read so far end; two framings at the same place read the next bytes alike."""
+        return self._state, self._left, self._line
+
+    @property
     def gap(self) -> int | None:
         """Bytes that complete the current chunk; None inside a size line or the trailers."""
         if self._state == _DATA:

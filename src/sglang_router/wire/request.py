@@ -207,11 +207,13 @@ class RequestParser:
             self._ready = []
         return ready
 
-    def close(self) -> Body:
-        """Release the parser, which refers to this object, so that no reference cycle remains.
+    @property
+    def path(self) -> bytes:
+        """The path of the request whose part came last, as far as it was read."""
+        return _origin_form(self._url).partition(b"?")[0]
 
-        Returns: what has arrived of an incomplete body.
-        """
+    def close(self) -> Body:
+        """Release the parser, which refers to this object; return what has arrived of an incomplete body."""
         self._error = self._error or BadHTTP()
         self._parser = None
         self._lines.raw = b""

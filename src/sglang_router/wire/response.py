@@ -31,6 +31,7 @@ _NOTABLE = re.compile(
     rb":[ \t]*([^\r\n]*)"
 )
 _BODYLESS = frozenset((204, 304))
+_EVENTS = b"text/event-stream"
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 
 
@@ -80,6 +81,14 @@ class ResponseHead:
         return f"<ResponseHead {self.status}>"
 
     @property
+    def events(self) -> bool:
+        """Whether the body is a stream of server-sent events that can be read: not one that is compressed."""
+        if _EVENTS not in self.fields.lower():
+            return False
+        kind, coding = self.header(b"content-type") or b"", self.header(b"content-encoding") or b"identity"
+        return kind.lower().startswith(_EVENTS) and coding.lower() == b"identity"
+
+    @property
     def headers(self) -> Headers:
         """The fields as a list, names in lower case."""
         return [(name.lower(), value.rstrip(b" \t")) for name, value in _FIELD.findall(self.fields)]
@@ -89,6 +98,12 @@ class ResponseHead:
         if name not in self.fields.lower():
             return None
         return next((value for key, value in self.headers if key == name), None)
+
+
+def json_head(status: int, length: int) -> ResponseHead:
+    """Return the head of an answer with `length` bytes of JSON."""
+    fields = b"\r\ncontent-type: application/json\r\ncontent-length: %d" % length
+    return ResponseHead(status, b"", fields, True, True, False, length, 0)
 
 
 def parse_head(data: bytes, seen: int = 0) -> ResponseHead | None:

@@ -4,8 +4,8 @@
 The stream does not end cleanly after it: the connection closes without the final chunk, so that a client that does not
 know error events notices the break too.
 
-*Whole events.* A stream that another worker may continue must not break inside an event at the client:
-`EventSplitter` passes whole events on and keeps the beginning of the next one.
+*Whole events.* A stream that may end in an error must not break inside an event at the client: `EventSplitter` passes
+whole events on and keeps the beginning of the next one. Lines end with LF, CRLF or CR.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 
 import msgspec
 
-from sglang_router.errors import RouterError
+from sglang_router.errors import RouterError, speaks_anthropic
 from sglang_router.wire.framing import Chunked, Framing, chunk, fill
 
 _MAX_PADDING = 65536
@@ -23,9 +23,8 @@ _MAX_PADDING = 65536
 
 def error_event(path: bytes, error: RouterError) -> bytes:
     """Return the error event for a stream of this endpoint: OpenAI's `{"error": ...}` unless it has its own format."""
-    if path == b"/v1/messages":
-        shape = {"type": "error", "error": {"type": "api_error", "message": str(error)}}
-        return b"event: error\ndata: %s\n\n" % msgspec.json.encode(shape)
+    if speaks_anthropic(path):
+        return b"event: error\ndata: %s\n\n" % error.body(path)
     if path == b"/v1/responses":
         flat = {"type": "error", "code": error.code, "message": str(error), "param": error.param}
         return b"event: error\ndata: %s\n\n" % msgspec.json.encode(flat)
@@ -49,31 +48,82 @@ def last_event(event: bytes, framing: Framing, chunked: bool) -> bytes | None:
     return fill(gap) + chunk(event) if chunked else event
 
 
-_END = re.compile(rb"\r?\n\r?\n")
-_LONGEST_EVENT = 1 << 24
-"""Most bytes kept of one incomplete event; more are passed on, because they are no event."""
+def keep_alive_event(path: bytes) -> bytes:
+    """Return an event that says nothing: a comment, or the ping that clients of Anthropic's API know."""
+    return b'event: ping\ndata: {"type": "ping"}\n\n' if speaks_anthropic(path) else b": keep-alive\n\n"
+
+
+_END = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+MOST_HELD = 1 << 20
+"""Most bytes kept of one incomplete event; more are passed on."""
 
 
 class EventSplitter:
-    """Split a stream after whole events. held: the beginning of the next event."""
+    """Split a stream after whole events; keep the beginning of the next one.
 
-    __slots__ = ("held",)
+    However a long event arrives, each byte of it is looked at and copied a fixed number of times.
+
+    torn  the last bytes returned ended inside an event, because it is too long
+    """
+
+    __slots__ = ("_pieces", "_size", "_tail", "torn")
 
     def __init__(self) -> None:
-        self.held = b""
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._tail = b""  # the last bytes of the pieces: the end of an event may begin in them
+        self.torn = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the beginning of an event is kept."""
+        return self._size > 0
 
     def feed(self, data: bytes) -> bytes:
         """Return the whole events that these bytes complete, with their empty lines; b"" when there is none."""
-        if self.held:
-            data = self.held + data
-        elif data.endswith(b"\n\n"):  # the usual case: one read, one event
+        if not self._size and data.endswith(b"\n\n"):  # the usual case: one read, one event
+            self.torn = False
             return data
-        line, pair = data.rfind(b"\n\n"), data.rfind(b"\n\r\n")
-        end = max(0 if line < 0 else line + 2, 0 if pair < 0 else pair + 3)
-        if not end and len(data) > _LONGEST_EVENT:
+        kept = len(self._tail)
+        end = _last_end(self._tail + data) - kept
+        if end <= 0:
+            if self._size + len(data) <= MOST_HELD:
+                self._keep(data)
+                return b""
             end = len(data)
-        self.held = data[end:]
-        return data[:end]
+            self.torn = True
+        else:
+            self.torn = False
+        whole = self.take() + data[:end]
+        if end < len(data):
+            self._keep(data[end:])
+        return whole
+
+    def _keep(self, data: bytes) -> None:
+        self._pieces.append(data)
+        self._size += len(data)
+        self._tail = (self._tail + data)[-3:]
+
+    def take(self) -> bytes:
+        """Return what is kept, and keep it no more."""
+        kept = b"".join(self._pieces)
+        self._pieces.clear()
+        self._size, self._tail = 0, b""
+        return kept
+
+
+def _last_end(data: bytes) -> int:
+    """Return the index after the last empty line that ends an event; 0 without one.
+
+    A CR at the very end may be half of a CRLF; where one is likely, wait for the LF.
+    """
+    feeds, mixed, returns = data.rfind(b"\n\n"), data.rfind(b"\n\r", 0, -1), data.rfind(b"\r\r")
+    start = max(feeds, mixed, returns)
+    if start < 0:
+        return 0
+    end = start + 2
+    return end + 1 if start != feeds and data[end : end + 1] == b"\n" else end
 
 
 def payloads(events: bytes) -> list[tuple[bytes, bytes]]:
@@ -94,5 +144,5 @@ def payloads(events: bytes) -> list[tuple[bytes, bytes]]:
 def _payload(event: bytes) -> bytes:
     if event.startswith(b"data: ") and b"\n" not in event:  # the usual case
         return event[6:]
-    lines = event.splitlines()
+    lines = _LINE_END.split(event)
     return b"\n".join([line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")])

@@ -153,8 +153,9 @@ async def ask_once(
     except (TimeoutError, asyncio.TimeoutError):
         connected = isinstance(collector.connection, UpstreamConnection)
         collector.connection.abort()
-        detail = f"No answer within {timeout:g} s." if connected else pool.late(target, timeout)
-        raise FetchError(Outcome.TIMEOUT, detail) from None
+        if connected:
+            raise FetchError(Outcome.TIMEOUT, f"No answer within {timeout:g} s.") from None
+        raise FetchError(Outcome.UNCONNECTED, pool.late(target, timeout)) from None
     except asyncio.CancelledError:
         collector.connection.abort()
         raise

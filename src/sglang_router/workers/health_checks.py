@@ -52,6 +52,8 @@ _MIN_PAUSE = 0.05
 """Seconds between two checks of a worker, however often `check_now` is called: no tight loop on a dead one."""
 _LONGEST_INTRODUCTION = 1.0
 """Seconds for which a worker that passed its first check is not healthy yet, because it does not say what it is."""
+_NO_HOST = (Outcome.UNCONNECTED, Outcome.UNREACHABLE)
+"""Outcomes of a check that say that the host does not answer; a slow answer is no such outcome."""
 _MAX_BYTES = 1 << 20
 """Bytes of an answer to a health check."""
 _SHARE = 0.1
@@ -127,6 +129,7 @@ class HealthChecks:
 
     unhealthy_interval  seconds between checks of a worker that is not well
     introduce           asks a worker what it is; called once for each process, when it is found well
+    vanished            called with the name of an unhealthy worker when a check finds that its host does not answer
     released            `release` was called
     """
 
@@ -148,6 +151,7 @@ class HealthChecks:
         self._introduce = introduce
         self._watches: dict[Worker, _Watch] = {}
         self._failing: set[_Watch] = set()
+        self.vanished: Callable[[str], None] = lambda name: None
         self.released = False
 
     def start(self, worker: Worker) -> None:
@@ -243,6 +247,7 @@ class HealthChecks:
     async def _check(self, worker: Worker, watch: _Watch) -> bool:
         """Make one check and report it to the fleet; whether the worker is well."""
         refused = absent = strange = False
+        outcome = Outcome.SERVED
         try:
             answer = await self._ask(worker, watch)
             itself = _is_this_router(answer)
@@ -252,6 +257,7 @@ class HealthChecks:
             if exc.outcome is Outcome.STARVED:  # the router's own trouble tells nothing about the worker
                 return worker.health is Health.HEALTHY
             error = str(exc)
+            outcome = exc.outcome
             refused, absent, strange = exc.outcome is Outcome.REFUSED, exc.outcome in _ABSENT, exc.outcome in _STRANGE
         except Exception as exc:  # a fault here must not end the checks: the worker would keep its state for ever
             log.exception("the health check of %s failed in the router", worker.url)
@@ -264,6 +270,8 @@ class HealthChecks:
         watch.strange = watch.strange + 1 if strange else 0
         was, now = worker.health, self._clock()
         self._fleet.probed(worker, error, now, refused=refused, lasting=lasting)
+        if outcome in _NO_HOST and worker.health is Health.UNHEALTHY:
+            self.vanished(worker.target.name)
         if error is None:
             self._passed(worker, watch, was)
         elif not worker.removed:

@@ -1,0 +1,81 @@
+"""Send the client the head of an answer, and the first bytes of its body.
+
+show         an answer has begun
+open_early   none has, but something must be sent (`--sse-keepalive-secs`): see `relay.early`
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from sglang_router.relay.client import ClientConnection
+from sglang_router.relay.early import Early, continues, early_head
+from sglang_router.relay.handled import Handled
+from sglang_router.relay.leg import Leg
+from sglang_router.relay.relay import Relay
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.plan import RequestTag
+from sglang_router.wire.framing import Framing
+from sglang_router.wire.request import Request
+from sglang_router.wire.response import ResponseHead
+
+
+class Showing(Protocol):
+    """An exchange, as this module uses it."""
+
+    client: ClientConnection
+    early: Early | None
+    handled: Handled | None
+    keep_alive: bool
+    relay: Relay
+    request: Request
+    status: int
+    tag: RequestTag
+
+    def say(self, data: bytes) -> None:
+        """Send bytes that the router made."""
+
+    def finish(self, outcome: Outcome) -> None:
+        """End the exchange: the whole answer is written."""
+
+
+def show(exchange: Showing, leg: Leg, head: ResponseHead, data: bytes, done: bool) -> None:
+    """Send the answer of a leg, which has begun."""
+    handled, early = exchange.handled, exchange.early
+    if early is not None:
+        data = early.join(leg, data)
+        if handled is not None and continues(head) and handled.begin(leg, head):
+            handled.data(leg, data, done)
+        else:
+            early.take(leg, head, data, done, exchange.request.path)
+        return
+    exchange.status = head.status
+    assert leg.framing is not None
+    bytes_out, leg.chunked = _head(exchange, head, leg.framing)
+    leg.events = not done and head.events
+    if handled is not None and handled.begin(leg, head):
+        exchange.say(bytes_out)
+        if data or done:
+            handled.data(leg, data, done)
+        return
+    leg.show(bytes_out, data, done)
+    if done:
+        exchange.finish(leg.outcome)
+
+
+def open_early(exchange: Showing) -> Early:
+    """Send the head of a stream before an answer has begun."""
+    head, framing = early_head()
+    bytes_out, chunked = _head(exchange, head, framing)
+    exchange.status, exchange.early = head.status, Early(chunked)
+    exchange.say(bytes_out)
+    return exchange.early
+
+
+def _head(exchange: Showing, head: ResponseHead, framing: Framing) -> tuple[bytes, bool]:
+    """Return the head for the client, and whether it is sent chunks; decide whether its connection stays open."""
+    keep_alive = exchange.keep_alive and not exchange.client.clients.draining
+    bytes_out, chunked, exchange.keep_alive = exchange.relay.answers.client_head(
+        head, framing, exchange.request, exchange.tag.raw_id, keep_alive
+    )
+    return bytes_out, chunked
