@@ -220,7 +220,7 @@ MORE_PROXIES = "cf-connecting-ip true-client-ip x-client-ip x-envoy-external-add
 
 
 @pytest.mark.parametrize("name", f"{PROXIES} {MORE_PROXIES}".encode().split())
-def test_what_a_proxy_passes_on_is_not_local_whatever_it_says(name: bytes) -> None:
+def test_f21_what_a_proxy_passes_on_is_not_local_whatever_it_says(name: bytes) -> None:
     assert is_local(HERE, [(b"host", b"127.0.0.1:30000")])
     assert not is_local(HERE, [(name, b"127.0.0.1")])
     assert not is_local(THERE, [(name, b"127.0.0.1")])
