@@ -70,7 +70,7 @@ class Launched:
         self._mark = f"{MARK}={uuid.uuid4()}"
         name, _, value = self._mark.partition("=")
         ports = ("--port", str(self.port), "--router-prometheus-port", str(free_port()))
-        at_once = {"SGLANG_ROUTER_SHUTDOWN_DRAIN_SECS": "0"}
+        at_once = {"SGLANG_ROUTER_SHUTDOWN_DRAIN_SECS": "0", "SGLANG_ROUTER_METRICS_INTERVAL_SECS": "0"}
         logs = ("--log-dir", str(folder), "--router-log-format", "json")
         command = [sys.executable, "-m", "sglang_router.launch_server", *arguments, *ports, *logs]
         with self.log.open("wb") as sink:
