@@ -96,6 +96,7 @@ def test_case_12_a_closed_terminal_ends_it_in_order() -> None:
     outer, inner = pty.openpty()
 
     def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which ignores it
         os.setsid()
         os.close(os.open(os.ttyname(inner), os.O_RDWR))  # becomes the controlling terminal of the new session
 

@@ -160,6 +160,7 @@ class WorkerState(Shape):
     worker_type: str
     is_healthy: bool
     load: int
+    waiting: int
     connection_mode: Literal["HTTP"]
     metadata: dict[str, str]
     disable_health_check: bool

@@ -293,6 +293,7 @@ def describe(context: Context, worker: Worker) -> dict[str, Any]:
         "worker_type": spec.worker_type,
         "is_healthy": worker.health is Health.HEALTHY,
         "load": worker.load,
+        "waiting": worker.waiting,
         "connection_mode": "HTTP",
         "metadata": spec.labels,
         "disable_health_check": not spec.health.enabled,

@@ -231,7 +231,7 @@ def _workers(
         max_idle=_MAX_IDLE,
         tls=tls,
         max_age=args.upstream_max_age_secs or math.inf,
-        addresses=Addresses(loop, seams.look_up),
+        addresses=Addresses(loop, seams.look_up, rng),
     )
     fleet = Fleet(listeners, _new_id, partial(_policy, args, rng), settings.fleet_rules(args))
     survey = seams.survey(loop, fleet, connections, seams.clock, args.engine_report_interval_secs)
@@ -242,6 +242,7 @@ def _workers(
         seams.clock,
         unhealthy_interval=args.worker_startup_check_interval,
         introduce=survey.introduce,
+        rng=rng,
     )
     return _Workers(connections, fleet, survey, checks, Membership(fleet, connections, checks, survey))
 

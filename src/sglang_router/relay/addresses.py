@@ -95,9 +95,13 @@ class Addresses:
 
     look_up   finds the addresses of a name
     on_moved  called with a name and the addresses that it no longer has
+    rng       for the jitter of pauses
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, look_up: LookUp | None = None) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, look_up: LookUp | None = None, rng: random.Random | None = None
+    ) -> None:
+        self.rng = rng or random.Random()
         self.on_moved: Callable[[str, frozenset[str]], None] = _ignore
         self._loop = loop
         self._look_up = look_up or system_look_up
@@ -228,7 +232,7 @@ class Addresses:
         return min(_FIRST_PAUSE * 2.0 ** min(times, 16), _LONGEST_PAUSE) * self._jitter()
 
     def _jitter(self) -> float:
-        return random.uniform(0.8, 1.2)
+        return self.rng.uniform(0.8, 1.2)
 
 
 def system_look_up(host: str) -> tuple[str, ...]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import math
-import random
 import ssl
 from collections import deque
 from typing import cast
@@ -283,7 +282,7 @@ class ConnectionPool:
     async def _connect_to(self, address: str, connections: TargetConnections) -> UpstreamConnection:
         origin = connections.origin
         # A part of them comes earlier, so that those that were opened together are not closed together.
-        retire_at = self._loop.time() + self._max_age * random.uniform(0.8, 1.0)
+        retire_at = self._loop.time() + self._max_age * self.addresses.rng.uniform(0.8, 1.0)
         _, protocol = await self._loop.create_connection(
             lambda: cast("asyncio.Protocol", UpstreamConnection(connections, self.batch, address, retire_at)),
             address,

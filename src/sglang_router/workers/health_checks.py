@@ -142,6 +142,7 @@ class HealthChecks:
         *,
         unhealthy_interval: float,
         introduce: Callable[[Worker], Awaitable[None]] = _no_introduction,
+        rng: random.Random | None = None,
     ) -> None:
         self._loop = loop
         self._fleet = fleet
@@ -149,6 +150,7 @@ class HealthChecks:
         self._clock = clock
         self._unhealthy_interval = unhealthy_interval
         self._introduce = introduce
+        self._rng = rng or random.Random()
         self._watches: dict[Worker, _Watch] = {}
         self._failing: set[_Watch] = set()
         self.vanished: Callable[[str], None] = lambda name: None
@@ -242,7 +244,7 @@ class HealthChecks:
         if watch.failing is None or _is_being_launched(worker):
             return shortest
         grown = pause_of(self._clock() - watch.failing, len(self._failing))
-        return max(shortest, grown * random.uniform(1.0 - _JITTER, 1.0 + _JITTER))
+        return max(shortest, grown * self._rng.uniform(1.0 - _JITTER, 1.0 + _JITTER))
 
     async def _check(self, worker: Worker, watch: _Watch) -> bool:
         """Make one check and report it to the fleet; whether the worker is well."""
