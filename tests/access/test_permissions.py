@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+from base64 import b64encode
 from typing import Any
 
 import pytest
@@ -217,9 +218,15 @@ def test_a_client_that_resets_at_once_does_not_pass_for_a_local_one() -> None:
 
 PROXIES = "x-forwarded-for x-forwarded-port x-forwarded-server x-forwarded-prefix x-forwarded forwarded via x-real-ip"
 MORE_PROXIES = "cf-connecting-ip true-client-ip x-client-ip x-envoy-external-address x-amzn-trace-id x-original-host"
+RARE_PROXIES = (
+    "x-forward-for x-varnish incap-client-ip akamai-origin-hop x-haproxy-x x-traefik-x x-ssl-cert ssl-client-dn"
+)
+RARE_PROXIES += (
+    " x-proxied-by x-kong-proxy-latency x-edge-ip cdn-real-ip x-auth-request-user x-nginx-proxy x-rewrite-url"
+)
 
 
-@pytest.mark.parametrize("name", f"{PROXIES} {MORE_PROXIES}".encode().split())
+@pytest.mark.parametrize("name", f"{PROXIES} {MORE_PROXIES} {RARE_PROXIES}".encode().split())
 def test_f21_what_a_proxy_passes_on_is_not_local_whatever_it_says(name: bytes) -> None:
     assert is_local(HERE, [(b"host", b"127.0.0.1:30000")])
     assert not is_local(HERE, [(name, b"127.0.0.1")])
@@ -289,6 +296,28 @@ def test_f39_what_operators_are_told_of_an_open_control_plane() -> None:
     assert "may change its workers" in change
     (clients,) = Access(CLIENTS, open=True).warnings("0.0.0.0")
     assert "every client may read its control plane and change its workers" in clients
+
+
+@pytest.mark.parametrize("name", b"host user-agent accept cache-control origin-id x-request-id content-type".split())
+def test_f21_fields_of_local_programs_are_local(name: bytes) -> None:
+    assert is_local(HERE, [(b"host", b"localhost"), (name, b"127.0.0.1")])
+
+
+@pytest.mark.parametrize("host", [b"evil@localhost", b"evil\\@localhost", b"evil@127.0.0.1", b"2130706433", b"127.1"])
+def test_f20_a_host_that_is_read_in_two_ways_is_not_local(host: bytes) -> None:
+    assert not is_local(HERE, [(b"host", host)])
+
+
+@pytest.mark.parametrize(
+    "value", [b"Bearer admin-key ", b"Bearer\tadmin-key", b"Bearer x, Bearer admin-key", b"k=admin-key; l=1"]
+)
+def test_f32_a_key_of_the_control_plane_is_known_in_any_place(value: bytes) -> None:
+    """With a blank behind it (`Bearer KEY `) it was forwarded."""
+    access = Access((), CONTROL)
+    assert access.is_control_key(value)
+    assert access.is_control_key(b"Basic " + b64encode(b"user:admin-key"))
+    assert not access.is_control_key(b"Basic admin")
+    assert not access.is_control_key(b"x " * 30_000 + b"admin-key")  # bounded work
 
 
 def test_f32_a_key_of_the_control_plane_is_known_in_any_scheme() -> None:

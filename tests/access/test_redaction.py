@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sglang_router.access.redaction import MOST_BYTES, STARS, redacted, without_secrets
+from sglang_router.access.redaction import MOST_BYTES, STARS, label_without_secrets, redacted, without_secrets
 from sglang_router.errors import WorkerInvalid
 
 
@@ -107,3 +107,57 @@ def test_f4_what_cannot_be_searched_is_refused(body: bytes) -> None:
     with pytest.raises(WorkerInvalid) as refused:
         without_secrets(body)
     assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"args": "{'api_key': 'hunter2', 'port': 1}"},
+        {"args": "api_key: hunter2"},
+        {"args": "Authorization: Basic hunter2"},
+        {"args": ' {"api_key":"hunter2"}'},
+        {"args": 'config={"api_key": "hunter2"}'},
+        {"args": json.dumps(json.dumps({"api_key": "hunter2"}))},
+        {"args": 'api_key="a\\"hunter2"'},
+        {"args": "--api-key     hunter2"},
+        {"args": [["api_key", "hunter2"]]},
+        {"args": [{"key": "HF_TOKEN", "value": "hunter2"}]},
+        {"args": [{"Name": "api_key", "Value": ["hunter2"]}]},
+        {"args": [{"name": "api_key", "type": "str", "default": "hunter2"}]},
+        {"hf_token": {"value": {"v": "hunter2"}}},
+        {"auth_tokens": [["hunter2"]]},
+        {"pwd": "hunter2", "auth": "hunter2", "jwt": "hunter2", "signingKey": "hunter2"},
+        {"url": "https://hunter2@host/x"},
+        {"url": "http://host/?key=hunter2"},
+    ],
+    ids=json.dumps,
+)
+def test_f4_secrets_in_other_shapes(told: Any) -> None:
+    """A text was searched for `=` and flags only, and a name counted only as the name of a field."""
+    assert "hunter2" not in json.dumps(redacted(told))
+
+
+def test_f4_names_of_no_secret_in_other_shapes() -> None:
+    told: Any = [
+        ["token_embed", "token_classify"],
+        {"name": "llama", "value": "x"},
+        {"name": "eos_token", "value": "</s>"},
+    ]
+    assert redacted(told) == told
+
+
+def test_f4_what_is_nested_too_deeply_is_replaced() -> None:
+    """The search ended in a RecursionError, and the answer in a 500 with a traceback in the log."""
+    deep: Any = "hunter2"
+    for _ in range(700):
+        deep = [deep]
+    for told in (deep, {"x": deep}, json.dumps(deep), "[" * 100_000, {"token": deep}):
+        assert "hunter2" not in json.dumps(redacted(told, ["hunter2"]))
+
+
+def test_f4_labels_of_metrics() -> None:
+    escaped = '{\\"api_key\\": \\"hunter2\\"}'
+    assert label_without_secrets("args", escaped) == escaped.replace("hunter2", STARS)
+    assert label_without_secrets("hf_token", "hunter2") == STARS
+    assert label_without_secrets("token_type", "prompt") == "prompt"
+    assert label_without_secrets("api_key", "") == ""

@@ -166,3 +166,19 @@ def test_real_engines_metrics_are_merged() -> None:
         (sample,) = families["sglang_max_total_num_tokens"].samples
         assert sample.labels["worker_addr"] == urls[0]
         assert sample.value > 0
+
+
+def test_f4_no_secret_of_an_engine_is_in_its_metrics() -> None:
+    """Labels and comments passed as they came, also with the worker's own key."""
+    text = b"""# HELP info runs with --api-key hunter2
+# TYPE info gauge
+info{api_key="hunter2",model="m/own-worker-key",token_type="prompt"} 1
+"""
+    with stack() as router:
+        fake = router.fake({METRICS: answer(200, text)})
+        router.add(fake.url, api_key="own-worker-key")
+        router.until_healthy(fake.url)
+        merged = router.get("/engine_metrics").text
+    assert "hunter2" not in merged
+    assert "own-worker-key" not in merged
+    assert f'info{{worker_addr="{fake.url}",api_key="***",model="m/***",token_type="prompt"}} 1' in merged

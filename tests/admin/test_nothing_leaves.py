@@ -6,14 +6,17 @@ import asyncio
 import json
 import socket
 import struct
+from functools import partial
 from typing import Any
 
 import pytest
 
 from fake_worker import FakeWorker, Gate, Seen, answer
 from sglang_router.access.permissions import Access
+from sglang_router.admin.context import SharedAnswer
 from sglang_router.config.keys import control_keys
 from sglang_router.wire.headers import ForwardRules
+from sglang_router.workers.fetch import Sent
 from stack import Reply, stack
 
 MODELS, GENERATE, CHAT = "GET /v1/models", "GET /health_generate", "POST /v1/chat/completions"
@@ -86,6 +89,37 @@ def test_f4_of_a_long_result_only_its_size_is_shown() -> None:
     with stack() as router:
         router.fakes({"POST /start_profile": answer(200, b"x" * 100_000)})
         assert router.post("/start_profile").json()["results"][0]["body"] == "(100000 bytes)"
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        b'{"said":"cut \\ud83d"}',
+        b"[" * 700 + b"]" * 700,
+        b"[" * 50_000,
+        b'{"a":"' + b"[" * 50_000 + b'"}',
+        b'{"data":[NaN]}',
+    ],
+    ids=["surrogate", "deep", "open", "deep text", "NaN"],
+)
+def test_f4_no_answer_of_an_engine_makes_the_router_fail(told: bytes) -> None:
+    """Half of a surrogate pair, and deep nesting, were a 500 with a traceback."""
+    with stack() as router:
+        models = b'{"data":[{"id":"m","more":%s}]}' % told
+        (fake,) = router.fakes({MODELS: answer(200, models), "POST /start_profile": answer(200, told)})
+        assert router.post("/start_profile").status == 200
+        fake.script["GET /server_info"] = answer(200, told)
+        assert router.get("/server_info").status in (200, 502)
+        assert router.get("/v1/models").status in (200, 503)
+
+
+def test_case_16_models_are_read_as_tolerantly_as_bodies() -> None:
+    """A list of models with NaN or half of a surrogate pair was "no models"."""
+    for odd in (b"NaN", b'"cut \\ud83d"', b"1" * 40):
+        with stack() as router:
+            router.fakes({MODELS: answer(200, b'{"data":[{"id":"m","x":%s}]}' % odd)})
+            reply = router.get("/v1/models")
+            assert (reply.status, reply.json()["data"][0]["id"]) == (200, "m")
 
 
 # -- F19: decoded bytes ------------------------------------------------------------------------------------------------
@@ -172,6 +206,16 @@ def test_f22_a_client_that_leaves_gives_the_load_back() -> None:
         assert worker.load == 0
 
 
+def test_f22_who_sends_another_key_each_time_gets_the_same_token() -> None:
+    """Each Authorization had a token of its own, so anybody could let engines generate without a limit."""
+    with stack() as router:
+        (fake,) = router.fakes({GENERATE: answer(200)})
+        router.call(lambda: setattr(router.context, "clock", lambda: 1.0))
+        for number in range(5):
+            assert router.get("/health_generate", authorization=f"Bearer {number}", via=f"1.1 p{number}").status == 200
+        assert fake.count(GENERATE) == 1
+
+
 # -- F32 and case 9: whose key goes where ------------------------------------------------------------------------------
 
 
@@ -207,6 +251,7 @@ def test_case_9_look_ups_pass_on_the_key_that_inference_passes_on(path: str) -> 
         assert router.get(path, authorization="Bearer theirs").status == 200  # not the answer for another key
         assert last(open_one, asked).headers["authorization"] == "Bearer theirs"
         router.call(lambda: setattr(router.context, "forward", ForwardRules(guarded=True)))
+        router.call(lambda: setattr(router.context, "generated", SharedAnswer()))
         router.get(path, authorization="Bearer ours")
         assert "authorization" not in last(open_one, asked).headers
 
@@ -257,6 +302,31 @@ def test_f17_two_routers_that_have_each_other_answer_508_and_a_chain_works() -> 
         assert front.worker(f"http://127.0.0.1:{back.port}").load == 0
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/get_server_info"), ("GET", "/v1/models"), ("GET", "/health_generate"), ("POST", "/start_profile")],
+)
+def test_f17_look_ups_and_broadcasts_of_two_routers_that_have_each_other_end(method: str, path: str) -> None:
+    """They carried the mark of the last router only: one GET /get_server_info was thousands of relays in 5 s."""
+    with stack() as one, stack() as other:
+        for each, neighbour in ((one, other), (other, one)):
+            each.call(partial(setattr, each.context, "access", Access(open=True)))
+            each.add(f"http://127.0.0.1:{neighbour.port}")
+        for each, neighbour in ((one, other), (other, one)):
+            each.until_healthy(f"http://127.0.0.1:{neighbour.port}")
+        asked: list[str] = []
+        plane = other.context.sent
+
+        def counted(*given: Any) -> Sent:
+            asked.append(path)
+            return plane(*given)
+
+        other.call(partial(setattr, other.context, "sent", counted))
+        reply = one.ask(method, path, None if method == "GET" else b"{}")
+        assert reply.status in (502, 503, 508)
+        assert len(asked) <= 2  # /get_server_info is asked for by its other name, too
+
+
 def test_f17_nothing_is_served_to_a_request_that_was_here_before() -> None:
     with stack() as router:
         (fake,) = router.fakes({CHAT: answer(200, {})})
@@ -270,6 +340,7 @@ def test_f17_nothing_is_served_to_a_request_that_was_here_before() -> None:
         ):
             reply = router.ask(method, path, b"{}", via=f"1.0 edge, {mark}, 1.1 other (x)")
             assert code(reply) == (508, "loop_detected"), path
+        assert router.ask("GET", "/health", via=mark.upper()).status == 508
         assert router.ask("GET", "/health", via="1.1 sglang-router-0123456789abcdef").status == 200
 
 

@@ -12,15 +12,20 @@ from hypothesis import strategies as st
 
 from fleets import Bench
 from sglang_router.errors import InvalidJSON
-from sglang_router.routing.facts import ENDPOINTS, NAMESPACE, Facts, read
-from sglang_router.routing.reserved import RESERVED
+from sglang_router.routing.facts import ENDPOINTS, LARGE, NAMESPACE, Facts, Skimming, read
+from sglang_router.routing.reserved import HOLDERS, LONGEST_HELD, RESERVED
 from sglang_router.routing.tolerant import members
 
 CHAT = b"/v1/chat/completions"
 
 
 def facts(path: bytes, body: bytes, key: bytes = b"") -> Facts:
-    return read(ENDPOINTS[path], body, key)
+    if len(body) <= LARGE:
+        return read(ENDPOINTS[path], body, key)
+    skimming = Skimming(ENDPOINTS[path], body, key)
+    while (found := skimming.step()) is None:
+        pass
+    return found
 
 
 def chat(content: str, **fields: Any) -> bytes:
@@ -346,8 +351,48 @@ def test_case_24_fields_that_only_routers_set_are_found(path: bytes, name: str) 
             assert facts(path, body % (name.encode(), value)).reserved == name
     escaped = b'{"\\u%04x%s":1}' % (ord(name[0]), name[1:].encode())
     assert facts(path, escaped).reserved == name
-    for harmless in (b'{"%s":null}', b'{"text":{"%s":1}}', b'{"text":"%s"}', b'{"my_%s":1}'):
+    for harmless in (
+        b'{"%s":null}',
+        b'{"text":{"%s":1}}',
+        b'{"text":"%s"}',
+        b'{"my_%s":1}',
+        b'{"extra_args":{"%s":null}}',
+    ):
         assert facts(path, harmless % name.encode()).reserved == ""
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_case_16_a_body_in_another_encoding_is_read_or_refused_for_that_reason(encoding: str) -> None:
+    """Above 512 kB the reason was `unexpected 'ÿ'`."""
+    assert facts(b"/v1/completions", '{"prompt":"a"}'.encode(encoding)).text == b'"a'
+    with pytest.raises(InvalidJSON, match="UTF-16 or UTF-32"):
+        facts(b"/v1/completions", ('{"prompt":"%s"}' % ("a" * LARGE)).encode(encoding))
+
+
+PADDING = b'{"x":"%s",' % (b"x" * LARGE)
+
+
+@pytest.mark.parametrize("begin", [b"{", PADDING, b'{"x":NaN,'], ids=["small", "large", "tolerant"])
+@pytest.mark.parametrize("name", RESERVED)
+def test_case_24_fields_that_only_routers_set_are_found_in_every_spelling_and_size(name: str, begin: bytes) -> None:
+    """`disagg_prefill_dp_rank` with each letter escaped passed in bodies above 512 kB."""
+    for spelled in (name, "".join(f"\\u{ord(letter):04X}" for letter in name)):
+        assert facts(b"/v1/chat/completions", begin + b'"%s":1}' % spelled.encode()).reserved == name
+
+
+@pytest.mark.parametrize("begin", [b"{", PADDING, b'{"x":NaN,'], ids=["small", "large", "tolerant"])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_case_24_fields_that_only_routers_set_are_found_where_engines_unpack_them(holder: str, begin: bytes) -> None:
+    """vLLM reads `vllm_xargs.kv_transfer_params` like the field itself; it was passed on."""
+
+    def reserved(value: bytes) -> str:
+        return facts(b"/v1/completions", begin + b'"%s":%s}' % (holder.encode(), value)).reserved
+
+    assert reserved(b'{"a":1,"kv_transfer_\\u0070arams":"x"}') == f"{holder}.kv_transfer_params"
+    for harmless in (b"null", b"{}", b"[1]", b'"kv_transfer_params"', b'{"a":{"dp_rank":1}}', b'{"dp_rank":null}'):
+        assert reserved(harmless) == ""
+    if begin is PADDING:
+        assert reserved(b'{"a":"%s"}' % (b"x" * LONGEST_HELD)) == holder
 
 
 def test_case_24_the_rest_of_the_facts_is_read_all_the_same() -> None:

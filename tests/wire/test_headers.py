@@ -95,6 +95,7 @@ def test_f32_a_key_of_the_control_plane_never_reaches_a_worker() -> None:
     sent = [(b"authorization", b"Bearer ops"), (b"x-api-key", b"ops")]
     assert head_of(sent, rules) == [b"authorization: Bearer own"]
     assert rules.authorization(sent) is None
+    assert head_of([(b"api-key", b"ops"), (b"cookie", b"ops"), (b"x-goog-api-key", b"ops")], rules)[:-1] == []
     theirs = [(b"authorization", b"Bearer mine"), (b"x-api-key", b"mine")]
     assert head_of(theirs, rules) == [b"authorization: Bearer mine", b"x-api-key: mine"]
     assert rules.authorization(theirs) == b"Bearer mine"
@@ -102,6 +103,12 @@ def test_f32_a_key_of_the_control_plane_never_reaches_a_worker() -> None:
 
 
 CHOICES = (b"x-data-parallel-rank", b"x-override-bootstrap-host", b"x-override-rid", b"x-prefiller-host-port")
+
+
+def test_case_24_underscores_do_not_help() -> None:
+    """With --forward-headers all `X_Data_Parallel_Rank` passed, which some servers take for the field."""
+    sent = [(b"x_data_parallel_rank", b"1"), (b"X_Override-Rid".lower(), b"1"), (b"x_other", b"1")]
+    assert head_of(sent, ForwardRules(everything=True)) == [b"x_other: 1", b"authorization: Bearer own"]
 
 
 @pytest.mark.parametrize("everything", [False, True])

@@ -17,6 +17,8 @@ guess can approach the right key step by step. There is one lookup for all keys,
 from __future__ import annotations
 
 import ipaddress
+import re
+from base64 import b64decode
 from collections.abc import Callable, Iterable
 from enum import Enum, IntEnum
 from hashlib import sha256
@@ -129,8 +131,13 @@ class Access:
         return self.is_control_key if self._control and not self.consumes_key else None
 
     def is_control_key(self, value: bytes) -> bool:
-        """Return whether a value of Authorization or x-api-key is a key of the control plane, with a scheme or not."""
-        return any(sha256(word).digest() in self._control for word in (value.strip(), *value.split(None, 1)[1:]))
+        """Return whether a header field holds a key of the control plane: alone, behind a scheme, in a list, as the
+        value of a cookie, or as user name or password of Basic. Only the first words of a long value are looked at."""
+        whole = value.strip()
+        words = [whole, *_WORDS.split(whole, _MOST_WORDS)[:_MOST_WORDS]]
+        if whole[:6].lower() == b"basic ":
+            words += _of_basic(whole[6:])
+        return any(sha256(word).digest() in self._control for word in words)
 
     def warnings(self, host: str) -> list[str]:
         """Return what operators should know when the router listens on `host`, as far as the control plane goes."""
@@ -176,6 +183,18 @@ class Access:
         return self._known.get(sha256(credentials or b"").digest(), ANYONE)
 
 
+_WORDS = re.compile(rb"[\s,;=]+")
+_MOST_WORDS = 16
+
+
+def _of_basic(text: bytes) -> list[bytes]:
+    """Return user name and password of the scheme Basic (RFC 7617)."""
+    try:
+        return b64decode(text.strip()).split(b":", 1)
+    except ValueError:
+        return []
+
+
 def _digest(key: str) -> bytes:
     return sha256(key.encode("ascii")).digest()
 
@@ -194,27 +213,14 @@ def credentials_of(headers: Headers) -> bytes | None:
 
 # -- from where --------------------------------------------------------------------------------------------------------
 
-_PASSED_ON = frozenset(
-    (
-        *(
-            b"cdn-loop",
-            b"client-ip",
-            b"forwarded",
-            b"proxy-client-ip",
-            b"true-client-ip",
-            b"via",
-            b"wl-proxy-client-ip",
-        ),
-        *(b"x-client-ip", b"x-client-port", b"x-cloud-trace-context", b"x-cluster-client-ip", b"x-originating-ip"),
-        *(b"x-proxyuser-ip", b"x-real-ip", b"x-remote-addr", b"x-remote-ip", b"x-scheme"),
-    )
+_PASSED_ON = re.compile(
+    rb"via|x-scheme|remote-user|.*(?:forward|prox(?:y|ied)|client-?(?:ip|cert|dn|geo|port)|orig(?:inal|inating)?-|real-|-ip\Z|cdn)"
+    rb"|(?:x-)?(?:akamai|amz|amzn|appengine|arr|azure|cf|cloud|cluster|edge|envoy|fastly|fly|gateway|haproxy|incap"
+    rb"|ingress|kong|nf|nginx|ngrok|remote|rewrite|ssl|sucuri|surrogate|tailscale|traefik|varnish|vercel)-"
+    rb"|x-(?:auth-request-|cache|host\Z|lb-|varnish|webauth-)"
 )
-"""Fields that a proxy adds. What they say is never believed; they show that the peer speaks for somebody else."""
-_PASSED_ON_BY = (
-    *(b"x-forwarded", b"x-original-", b"cf-", b"fastly-", b"fly-", b"x-amz-cf-", b"x-amzn-", b"x-appengine-"),
-    *(b"x-arr-", b"x-azure-", b"x-envoy-", b"x-nf-", b"x-vercel-"),
-)
-"""How the names of other such fields begin."""
+"""How the names of fields begin that a proxy adds. What they say is never believed; they show that the peer speaks for
+somebody else."""
 
 
 def is_local(peername: object, headers: Headers) -> bool:
@@ -231,7 +237,7 @@ def is_local(peername: object, headers: Headers) -> bool:
 
 def _passed_on(fields: dict[bytes, bytes]) -> bool:
     """Whether a proxy forwarded this."""
-    return not _PASSED_ON.isdisjoint(fields) or any(name.startswith(_PASSED_ON_BY) for name in fields)
+    return any(map(_PASSED_ON.match, fields))
 
 
 def is_loopback(peername: object) -> bool:
@@ -279,7 +285,7 @@ def _address_or_localhost(authority: str) -> bool:
     """Whether a Host names no name that somebody else could own."""
     try:
         name = urlsplit(f"//{authority}").hostname or ""
-        return name == "localhost" or bool(ipaddress.ip_address(name.partition("%")[0]))
+        return "@" not in authority and (name == "localhost" or bool(ipaddress.ip_address(name.partition("%")[0])))
     except ValueError:
         return False
 

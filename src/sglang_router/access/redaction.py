@@ -4,12 +4,13 @@
     --> b'{"internal_states": [{"api_key": "***", "port": 8000}]}'
 
 Engines answer questions about themselves with all of their arguments and environment. What is a secret is told by its
-name, at every depth: see `is_secret`. Texts are searched, too, for command lines (`--api-key K`), assignments
-(`HF_TOKEN=K`), credentials in URLs, JSON inside of a text, and the keys that the router itself knows.
+name, at every depth: see `is_secret`. The name may also be a value itself: ["api_key", "K"], {"name": "api_key",
+"default": "K"}. Texts are searched, too, for command lines (`--api-key K`), assignments (`HF_TOKEN=K`, `api_key: K`),
+credentials in URLs, JSON inside of a text, and the keys that the router itself knows.
 
-It fails closed: an answer in which something was found, or a field comes twice, is encoded again, and what cannot be
-decoded is refused. Decoding is as tolerant as that of Python engines (NaN, lone surrogates), but bounded, because it
-blocks the event loop.
+It fails closed: an answer in which something was found, or a field comes twice, is encoded again, what cannot be
+decoded is refused, and what is nested too deeply is replaced. Decoding is as tolerant as that of Python engines (NaN,
+lone surrogates), but bounded, because it blocks the event loop.
 """
 
 from __future__ import annotations
@@ -30,28 +31,38 @@ MOST_BYTES = 1 << 20
 
 _ALWAYS = re.compile(
     r"apikey|password|passwd|passphrase|secret|credential|authorization|privatekey|accesskey|authkey|envvars|environ"
-    r"|cookie|^env$"
+    r"|cookie|pwd|jwt|bearer|signingkey|masterkey|encryptionkey|sessionkey|^env$|^pass$|^auth$"
 )
 """What the name of a secret contains, without its separators and in lower case."""
 _TOKEN = re.compile(r"token(?!iz)")
 _PLAIN = frozenset(("bostoken", "eostoken", "padtoken", "unktoken", "speculativetokenmap"))
 """Names with `token` whose text is no secret."""
 _SEPARATORS = re.compile(r"[\W_]+")
-_WORD = r"(?:api[_-]?key|passw(?:or)?d|passphrase|secret|credential|access[_-]?key|private[_-]?key|token(?!iz|s))"
+_WORD = (
+    r"(?:api[_-]?key|passw(?:or)?d|passphrase|pwd|secret|credential|access[_-]?key|private[_-]?key|signing[_-]?key"
+    r"|master[_-]?key|token(?!iz|s))"
+)
 _NAMED = re.compile(
-    rf"((?<![\w-])--?[\w-]{{0,40}}{_WORD}[\w-]{{0,20}}[\s=]\s{{0,3}}|\b\w{{0,40}}{_WORD}\w{{0,20}}\s{{0,3}}=\s{{0,3}}|\bbearer\s{{1,3}})"
-    r"(?:\"[^\"]*\"|'[^']*'|[^\s,;&]+)",
+    rf"((?<![\w-])--?[\w-]{{0,40}}{_WORD}[\w-]{{0,20}}(?:=|\s)\s{{0,9}}"  # a flag
+    rf"|\b[\w-]{{0,40}}{_WORD}[\w-]{{0,20}}[\\\"']{{0,4}}\s{{0,3}}[=:]\s{{0,3}}"  # an assignment, perhaps in JSON
+    r"|\bauthorization[\\\"']{0,4}\s{0,3}[=:]\s{0,3}[\\\"']{0,4}(?:\w{1,16}\s{1,3})?|\bbearer\s{1,3}"
+    r"|[?&](?:key|sig|signature)=)"
+    r"(?:\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s,;&]+)",
     re.IGNORECASE,
 )
 """In a text: a flag, an assignment or an Authorization, and the secret behind it."""
-_IN_URL = re.compile(r"(://[^/\s:@]{0,128}:)[^/\s@]+(?=@)")
+_IN_URL = re.compile(r"(://)[^/\s@]{1,1024}(?=@)")
 _FLAG = re.compile(rf"--?[\w-]{{0,40}}{_WORD}[\w-]{{0,20}}", re.IGNORECASE)
-_HINT = re.compile(r"key|pass|secret|credential|token(?!iz)|bearer|://", re.IGNORECASE)
+_NAMES = frozenset(("name", "key", "field", "option", "flag", "variable"))
+"""Fields whose value may be the name of what the other fields of an object hold."""
+_HINT = re.compile(r"key|pass|pwd|secret|credential|token(?!iz)|bearer|auth|sig|://", re.IGNORECASE)
 """What a text must contain to be searched further."""
 _LONG_TEXT = 1 << 13
 """A longer text with a hint is not searched, but replaced."""
 _SHORT_KEY = 6
 """Keys shorter than this are only found where they are a whole text: as a part of one they are too common."""
+_DEEPEST = 64
+"""Depth below which nothing is searched, but all is replaced."""
 
 
 def is_secret(name: str, value: Any) -> bool:
@@ -64,8 +75,23 @@ def is_secret(name: str, value: Any) -> bool:
         return False
     if kind is _Kind.SECRET:
         return True
-    texts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return any(isinstance(text, str) and not text.isdecimal() for text in texts)
+    return _holds_text(value)
+
+
+def _holds_text(value: Any, depth: int = 0) -> bool:
+    """Return whether there is a text that is no number in a value, at any depth."""
+    if isinstance(value, str):
+        return not value.isdecimal()
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > _DEEPEST or any(_holds_text(each, depth + 1) for each in inner)
+
+
+def _names_secret(text: Any) -> bool:
+    """Return whether a text is the name of a secret; with `token` it must end, as many other words contain that."""
+    if not isinstance(text, str) or len(text) > 64 or " " in text:
+        return False
+    kind = _kind_of(text)
+    return kind is _Kind.SECRET or (kind is _Kind.TOKEN and text.lower().endswith("token"))
 
 
 class _Kind(Enum):
@@ -84,23 +110,24 @@ def _kind_of(name: str) -> _Kind:
     return _Kind.TOKEN if _TOKEN.search(plain) and plain not in _PLAIN else _Kind.PLAIN
 
 
-def redacted(value: Any, keys: Collection[str] = ()) -> Any:
-    """Return a JSON value without secrets. keys: what must not be in any text; NaN and the infinities become null.
-
-    Raises: RecursionError, when it is nested too deeply.
-    """
+def redacted(value: Any, keys: Collection[str] = (), depth: int = 0) -> Any:
+    """Return a JSON value without secrets. keys: what must not be in any text; NaN and the infinities become null."""
     if isinstance(value, str):
-        return _text(value, keys)
+        return _text(value, keys, depth)
+    if depth > _DEEPEST and isinstance(value, (dict, list)):
+        return STARS
     if isinstance(value, dict):
-        found = {
-            _text(name, keys): STARS if is_secret(name, inner) else redacted(inner, keys)
+        named = any(_names_secret(inner) for name, inner in value.items() if name.lower() in _NAMES)
+        return {
+            _text(name, keys, depth): STARS
+            if is_secret(name, inner) or (named and name.lower() not in _NAMES and _holds_text(inner))
+            else redacted(inner, keys, depth + 1)
             for name, inner in value.items()
         }
-        if isinstance(value.get("name"), str) and is_secret(value["name"], value.get("value")):
-            found["value"] = STARS
-        return found
     if isinstance(value, list):
-        return _arguments([redacted(inner, keys) for inner in value])
+        if len(value) == 2 and _names_secret(value[0]) and _holds_text(value[1]):
+            return [value[0], STARS]
+        return _arguments([redacted(inner, keys, depth + 1) for inner in value])
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -114,19 +141,21 @@ def _arguments(values: list[Any]) -> list[Any]:
     return values
 
 
-def _text(text: str, keys: Collection[str]) -> str:
+def _text(text: str, keys: Collection[str], depth: int = 0) -> str:
     for key in keys:
         if key == text:
             return STARS
         if len(key) >= _SHORT_KEY and key in text:
             text = text.replace(key, STARS)
-    if text[:1] in ("{", "["):
+    if text.lstrip()[:1] in ("{", "[", '"'):
         try:
             inner = json.loads(text)
         except ValueError:
             pass
+        except RecursionError:
+            return STARS
         else:
-            found = redacted(inner, keys)
+            found = redacted(inner, keys, depth + 1)
             return text if found == inner else json.dumps(found)
     if _HINT.search(text) is None:
         return text
@@ -170,3 +199,15 @@ class _Object(dict[str, Any]):
 def text_without_secrets(text: str, keys: Collection[str] = ()) -> str:
     """Return a text of an engine that is not JSON without secrets."""
     return _text(text, keys)
+
+
+def may_hold_secrets(text: str, keys: Collection[str] = ()) -> bool:
+    """Return whether a text must be searched further."""
+    return _HINT.search(text) is not None or any(key in text for key in keys)
+
+
+def label_without_secrets(name: str, value: str, keys: Collection[str] = ()) -> str:
+    """Return the value of a label of a metric, escaped as it came, without secrets."""
+    plain = value.replace(r"\"", '"').replace(r"\n", "\n").replace("\\\\", "\\")
+    found = STARS if plain and _names_secret(name) else _text(plain, keys)
+    return value if found == plain else found.replace("\\", "\\\\").replace('"', r"\"").replace("\n", r"\n")

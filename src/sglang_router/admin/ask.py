@@ -15,13 +15,13 @@ A worker that does not answer is no error here: the others are asked as well, an
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Collection, Iterable
 from typing import Any, TypeVar
 
-import msgspec
 from starlette.responses import Response
 
-from sglang_router.access.redaction import without_secrets
+from sglang_router.access.redaction import MOST_BYTES, without_secrets
 from sglang_router.admin.context import JSON, Context
 from sglang_router.errors import WorkerInvalid
 from sglang_router.routing.worker import Worker
@@ -98,12 +98,12 @@ def failure(reply: Reply) -> str | None:
 
 
 def decoded(reply: Reply) -> Any:
-    """The JSON value of a 2xx answer, else None."""
-    if isinstance(reply, FetchError) or not reply.ok:
+    """The JSON value of a 2xx answer, else None. It is read as tolerantly as without_secrets does, and as bounded."""
+    if isinstance(reply, FetchError) or not reply.ok or len(reply.body) > MOST_BYTES:
         return None
     try:
-        return msgspec.json.decode(reply.body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return json.loads(reply.body)
+    except (ValueError, RecursionError):
         return None
 
 

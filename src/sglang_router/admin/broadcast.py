@@ -31,7 +31,7 @@ from sglang_router.admin.context import JSON, Context
 from sglang_router.admin.shapes import BroadcastResult
 from sglang_router.errors import NoWorkers
 from sglang_router.routing.worker import Worker
-from sglang_router.workers.fetch import Fetched, Sent
+from sglang_router.workers.fetch import Fetched
 
 _MOST_SHOWN = 1 << 16
 """Bytes of a worker's answer that are shown."""
@@ -105,7 +105,7 @@ async def _ask(context: Context, worker: Worker, request: Request, body: bytes) 
     query: bytes = request.scope["query_string"]
     target = path + b"?" + query if query else path
     content_type = request.headers.get("content-type", "application/json").encode("latin-1")
-    sent, limit = Sent(content_type, context.authorization(request)), context.timeouts.broadcast
+    sent, limit = context.sent(request, content_type), context.timeouts.broadcast
     reply = await ask(context, worker, b"POST", target, body=body, sent=sent, timeout=limit)
     if path == b"/flush_cache" and isinstance(reply, Fetched) and reply.status == 404:
         # vLLM's name for it, where its development endpoints are enabled.

@@ -7,6 +7,7 @@ nothing: workers belong to the fleet, connections to `relay.connection_pool`, he
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
 from sglang_router.wire.headers import ForwardRules
+from sglang_router.workers.fetch import Sent
 from sglang_router.workers.health_checks import HealthChecks
 from sglang_router.workers.membership import Membership
 
@@ -68,8 +70,7 @@ class AskTimeouts(msgspec.Struct, frozen=True):
 class SharedAnswer(Generic[T]):
     """An answer of workers that all who ask within a second share, also while the workers are being asked.
 
-    It is valid for these workers and this Authorization, until a moment of the clock; `lock` is held while they are
-    asked.
+    It is valid for what was asked, until a moment of the clock; `lock` is held while workers are asked.
     """
 
     def __init__(self) -> None:
@@ -78,13 +79,24 @@ class SharedAnswer(Generic[T]):
         self._answer: T | None = None
         self._lock = asyncio.Lock()
 
-    async def get(self, asked: tuple[object, ...], clock: Callable[[], float], ask: Callable[[], Awaitable[T]]) -> T:
-        """Return the answer for `asked`: the last one while it is valid, else what `ask` returns."""
+    async def get(
+        self,
+        asked: tuple[object, ...],
+        clock: Callable[[], float],
+        ask: Callable[[], Awaitable[T]],
+        shared: Callable[[T], bool] = lambda answer: True,
+    ) -> T:
+        """Return the answer for `asked`: the last one while it is valid, else what `ask` returns.
+
+        shared  whether an answer is for others, too
+        """
         async with self._lock:
-            if self._answer is None or asked != self._asked or clock() >= self._until:
-                self._answer = await ask()
-                self._asked, self._until = asked, clock() + _SHARED
-            return self._answer
+            if self._answer is not None and asked == self._asked and clock() < self._until:
+                return self._answer
+            answer = await ask()
+            if shared(answer):
+                self._answer, self._asked, self._until = answer, asked, clock() + _SHARED
+            return answer
 
 
 class ReplicaControl(Protocol):
@@ -152,11 +164,13 @@ class Context:
             raise self.fleet.unavailable(now)
         return healthy
 
-    def authorization(self, request: Request) -> bytes | None:
-        """The client's Authorization for workers without a key of their own, by the rules of inference."""
-        if all(worker.spec.api_key for worker in self.fleet):
-            return None
-        return self.forward.authorization(request.scope["headers"])
+    def sent(self, request: Request, content_type: bytes = b"application/json") -> Sent:
+        """What workers get of a client's head when they are asked for it: its Via, and its Authorization for workers
+        without a key of their own, by the rules of inference."""
+        headers = request.scope["headers"]
+        keyed = all(worker.spec.api_key for worker in self.fleet)
+        via = b", ".join(value.strip() for name, value in headers if name == b"via")
+        return Sent(content_type, None if keyed else self.forward.authorization(headers), via)
 
     def keys(self) -> set[str]:
         """The keys of all workers, which must not be in any answer."""
@@ -178,5 +192,8 @@ class JSON(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """Encode the content."""
-        return msgspec.json.encode(content)
+        """Encode the content. Half of a surrogate pair, which engines may answer with, stays an escape."""
+        try:
+            return msgspec.json.encode(content)
+        except UnicodeEncodeError:
+            return json.dumps(msgspec.to_builtins(content)).encode()

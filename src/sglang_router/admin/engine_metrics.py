@@ -6,7 +6,8 @@
     from http://10.0.0.2:8000 ...         sglang_token_usage{worker_addr="http://10.0.0.2:8000",model="m"} 0.1
 
 The samples of one metric must be adjacent, so lines are grouped by metric. Lines that Prometheus could not read are
-dropped. An engine's own label `worker_addr` becomes `exported_worker_addr`: that is what Prometheus does.
+dropped. An engine's own label `worker_addr` becomes `exported_worker_addr`: that is what Prometheus does. Labels and
+comments are searched for secrets, as other things are that engines say of themselves.
 
 This runs on the event loop that also relays tokens, so it is done in slices, and once for all who ask at the same time
 (`admin.shared`). It costs 4 us a line; the parser of prometheus-client alone takes 16 us.
@@ -15,11 +16,12 @@ This runs on the event loop that also relays tokens, so it is done in slices, an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sglang_router.access.redaction import label_without_secrets, may_hold_secrets, text_without_secrets
 from sglang_router.admin.ask import failure, get_from_all
 from sglang_router.admin.context import Context
 from sglang_router.admin.shared import in_slices, joined
@@ -47,9 +49,10 @@ _SUFFIXES = frozenset(("", "_bucket", "_sum", "_count", "_total", "_created"))
 
 
 class MergedMetrics:
-    """The metrics added so far, by name, each with its comments and samples."""
+    """The metrics added so far, by name, each with its comments and samples. keys: what must not be in any of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Collection[str] = ()) -> None:
+        self._keys = keys
         self._comments: dict[str, dict[str, str]] = {}
         self._samples: dict[str, list[str]] = {}
 
@@ -70,7 +73,7 @@ class MergedMetrics:
             sample = _SAMPLE.fullmatch(line) if len(line) <= _LONGEST_LINE else None
             if sample is not None:
                 name, labels, value = sample.groups()
-                more = _relabelled(labels) if labels else ""
+                more = self._relabelled(labels) if labels else ""
                 if more is None:
                     continue
                 name = name.replace(":", "_")
@@ -86,8 +89,25 @@ class MergedMetrics:
         if kind == "TYPE" and rest.strip() not in _TYPES:
             return ""
         name = name.replace(":", "_")
+        rest = text_without_secrets(rest, self._keys)
         self._comments.setdefault(name, {}).setdefault(kind, f"# {kind} {name}{rest}\n")
         return name
+
+    def _relabelled(self, labels: str) -> str | None:
+        """Return a comma and the labels without secrets, ours renamed where the engine has it too; None for what
+        Prometheus cannot read."""
+        if _LABELS.fullmatch(labels) is None:
+            return None
+        pairs = _LABEL.findall(labels)
+        names = {name for name, _ in pairs}
+        if len(names) < len(pairs):  # one comes twice
+            return None
+        if may_hold_secrets(labels, self._keys):
+            pairs = [(name, label_without_secrets(name, value, self._keys)) for name, value in pairs]
+        new = _OURS
+        while new in names:
+            new = f"exported_{new}"
+        return "".join([f',{new if name == _OURS else name}="{value}"' for name, value in pairs])
 
     def exposition(self) -> str:
         """All metrics, one after the other."""
@@ -109,20 +129,6 @@ def _lines(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _relabelled(labels: str) -> str | None:
-    """Return a comma and the labels, ours renamed where the engine has it too; None for what Prometheus cannot read."""
-    if _LABELS.fullmatch(labels) is None:
-        return None
-    pairs = _LABEL.findall(labels)
-    names = {name for name, _ in pairs}
-    if len(names) < len(pairs):  # one comes twice
-        return None
-    new = _OURS
-    while new in names:
-        new = f"exported_{new}"
-    return "".join([f',{new if name == _OURS else name}="{value}"' for name, value in pairs])
-
-
 async def merged(context: Context, request: Request) -> Response:
     """Merge what the workers answer; it is an error only if none answers."""
     body = await context.engine_metrics.get("", lambda: _merged(context))
@@ -133,7 +139,7 @@ async def _merged(context: Context) -> bytes:
     workers = [worker for worker in context.engines() if worker.health is not Health.STARTING]
     if not workers:
         raise WorkersStarting(retry_after=1.0) if len(context.fleet) else NoWorkers(retry_after=5.0)
-    union = MergedMetrics()
+    union = MergedMetrics(context.keys())
     failures = []
     for worker, reply in await get_from_all(context, workers, b"/metrics"):
         if isinstance(reply, Fetched) and reply.ok:

@@ -56,12 +56,13 @@ async def readiness(context: Context, request: Request) -> Response:
 
 
 async def health_generate(context: Context, request: Request) -> Response:
-    """Let a worker generate a token; try up to three workers. All who ask within a second share the result.
+    """Let a worker generate a token; try up to three workers. All who ask within a second share the result, whatever
+    key they send: only that an engine wants another key is answered to who sent the wrong one, and costs no token.
 
     Raises: Unavailable, when all of them fail.
     """
     workers = context.serving()
-    sent = Sent(authorization=context.authorization(request))
+    sent = context.sent(request)
 
     async def generate() -> Response | str:
         failures = []
@@ -75,11 +76,15 @@ async def health_generate(context: Context, request: Request) -> Response:
             failures.append(f"{worker.url}: {reason}")
         return "; ".join(failures)
 
-    asked = (frozenset(worker.id for worker in workers), sent)
-    result: Response | str = await context.generated.get(asked, context.clock, generate)
+    asked = (frozenset(worker.id for worker in workers),)
+    result: Response | str = await context.generated.get(asked, context.clock, generate, _for_all)
     if isinstance(result, str):
         raise Unavailable(f"No worker could generate a token. {result}", retry_after=1.0)
     return result
+
+
+def _for_all(result: Response | str) -> bool:
+    return isinstance(result, str) or result.status_code == 200
 
 
 async def _generate(context: Context, worker: Worker, sent: Sent) -> Reply:
@@ -105,7 +110,7 @@ async def _generate(context: Context, worker: Worker, sent: Sent) -> Reply:
 async def from_a_worker(context: Context, request: Request) -> Response:
     """Pass on the answer of the first worker that has one, without secrets: SGLang tells all of its arguments."""
     path: str = request.state.path
-    sent = Sent(authorization=context.authorization(request))
+    sent = context.sent(request)
     detail = ""
     for worker in context.serving()[:_TRIES]:
         reply = await ask(context, worker, b"GET", path.encode(), sent=sent)
@@ -148,7 +153,7 @@ async def _merged_models(context: Context, request: Request) -> Mapping[str, Any
     Raises: Unavailable when there is no worker, or none that names a model.
     """
     workers = context.serving()
-    sent = Sent(authorization=context.authorization(request))
+    sent = context.sent(request)
 
     async def ask_all() -> dict[str, Any] | Response:
         return await _ask_for_models(context, workers, sent)

@@ -31,7 +31,7 @@ from sglang_router.routing.keys import LONGEST, bounded
 from sglang_router.routing.model_names import LONGEST_TEXT, spelled
 from sglang_router.routing.multipart import model_of
 from sglang_router.routing.plan import Route
-from sglang_router.routing.reserved import RESERVED, first_reserved
+from sglang_router.routing.reserved import HOLDERS, LONGEST_HELD, RESERVED, first_reserved
 from sglang_router.routing.skim import Content, Skim, Spans
 from sglang_router.routing.tolerant import members
 
@@ -54,6 +54,10 @@ NAMESPACE = ("model", "lora_path", "lora_id", "cache_salt")
 """Fields that divide the engines' caches: a prefix cached for one value is useless for another."""
 
 
+_Held: Any = msgspec.defstruct("Held", [(field, None, None) for field in RESERVED])
+"""What may not be in `HOLDERS`."""
+
+
 class _Reader:
     """Reads the bodies of one endpoint.
 
@@ -70,8 +74,9 @@ class _Reader:
         needed: list[tuple[str, Any, Any]] = [(field, msgspec.Raw, raw) for field in names]
         # Reserved fields may only be null: so msgspec looks for them, and a usual body costs no further check.
         reserved: list[tuple[str, Any, Any]] = [(field, None, None) for field in RESERVED]
+        reserved += [(holder, _Held | None, None) for holder in HOLDERS]
         self._struct = struct = msgspec.defstruct(f"{name}_body", [*needed, *reserved], gc=False)
-        self.names = frozenset(field.encode() for field in (*names, *RESERVED))
+        self.names = frozenset(field.encode() for field in (*names, *RESERVED, *HOLDERS))
         self.decode: Callable[[Content], Any] = msgspec.json.Decoder(struct).decode
         # attrgetter returns a tuple only for two names or more, so add the name of a field that is always empty.
         self.text: Callable[[Any], tuple[msgspec.Raw, ...]] = attrgetter(*text, *(["nothing"] * (2 - len(text))))
@@ -95,7 +100,11 @@ class _Reader:
         except (ValueError, RecursionError) as exc:
             raise InvalidJSON(f"The body is not a JSON object: {exc}.") from None
         names = self._struct.__struct_fields__
-        needed = {name: msgspec.Raw(raw) for name, raw in found.items() if name in names and name not in RESERVED}
+        needed = {
+            name: msgspec.Raw(raw)
+            for name, raw in found.items()
+            if name in names and name not in RESERVED and name not in HOLDERS
+        }
         return self._struct(**needed), first_reserved(found.items())
 
     def scaffold(self, text: bytes) -> int:
@@ -300,9 +309,9 @@ class Skimming:
         view = memoryview(self._body)
         fields = self._reader.named(view, skim.spans)
         facts = _facts(self._endpoint, self._reader, fields, self._text(view), self._routing_key, self._body)
-        spans = ((name, skim.spans.get(name.encode(), (0, 0))) for name in RESERVED)
+        spans = ((name, skim.spans.get(name.encode(), (0, 0))) for name in (*RESERVED, *HOLDERS))
         facts.reserved = first_reserved(
-            (name, bytes(view[begin : min(end, begin + 8)])) for name, (begin, end) in spans
+            (name, bytes(view[begin : min(end, begin + LONGEST_HELD + 1)])) for name, (begin, end) in spans
         )
         facts.place = (skim.close, b"" if skim.empty else b",")
         return facts

@@ -4,11 +4,16 @@ A client that could send them could point an engine at another host, take a rank
 vLLM engine (`"kv_transfer_params": {"do_remote_prefill": true}`). So a request with one of them is refused by its name,
 unless clients are trusted (--trust-client-routing-fields). `null` means the same as a missing field: some clients send
 every field they know. The headers of the same kind are in `wire.headers`.
+
+Engines unpack some fields into their own (`HOLDERS`): vLLM reads `vllm_xargs.kv_transfer_params` like the field itself.
+So reserved fields are looked for in these, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+from sglang_router.routing.tolerant import members
 
 RESERVED = (
     "kv_transfer_params",
@@ -17,19 +22,44 @@ RESERVED = (
     "bootstrap_port",
     "bootstrap_room",
     "bootstrap_pair_key",
+    "bootstrap_addr",
+    "bootstrap_info",
     "data_parallel_rank",
     "routed_dp_rank",
     "disagg_prefill_dp_rank",
+    "disagg_decode_dp_rank",
+    "prefill_dp_rank",
+    "decode_dp_rank",
     "dp_rank",
 )
+HOLDERS = ("vllm_xargs", "extra_args", "extra_body")
+LONGEST_HELD = 1 << 16
+"""Bytes of a holder that are searched; a longer one is refused."""
+_NOTHING = (b"", b"null")
 
 
-def first_reserved(members: Iterable[tuple[str, bytes]]) -> str:
+def first_reserved(fields: Iterable[tuple[str, bytes]]) -> str:
     """Return the name of the first reserved field that has a value, or "".
 
-    members  names of the body's fields with their raw JSON; b"" stands for a missing one
+    fields  names of the body's fields with their raw JSON; b"" stands for a missing one
     """
-    for name, raw in members:
-        if name in RESERVED and raw not in (b"", b"null"):
+    for name, raw in fields:
+        if raw in _NOTHING:
+            continue
+        if name in RESERVED:
             return name
+        if name in HOLDERS and (inner := _first_held(name, raw)):
+            return inner
     return ""
+
+
+def _first_held(name: str, raw: bytes) -> str:
+    """Return the name of the first reserved field in a holder. `raw` may be longer than what is searched."""
+    if len(raw) > LONGEST_HELD:
+        return name
+    try:
+        fields = members(raw)
+    except (ValueError, RecursionError):
+        return ""  # no object: engines cannot unpack it
+    found = next((inner for inner, value in fields.items() if inner in RESERVED and value not in _NOTHING), "")
+    return found and f"{name}.{found}"

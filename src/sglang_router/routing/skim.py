@@ -49,13 +49,14 @@ _DEEPEST = 1024
 """Depth of a value from about which on it is refused, as decoding does: readers that recurse give up there."""
 _INNERMOST = 3
 """How often the innermost pairs of brackets are taken out, before the depth is followed: mostly few remain."""
-_LONGEST_NAME = 128
+_LONGEST_NAME = 256
 """Bytes above which a name is not that of a wanted member, even if each of its letters is escaped."""
 
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _SCALAR = re.compile(rb"[-+.0-9A-Za-z]*")  # NaN and Infinity as well: some readers know them
 _TOKEN = re.compile(rb'"[^"]*"?|[\[{]|([\]}])')
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some readers skip it
+_OTHER_ENCODINGS = b"\0\xfe\xff"  # how they begin; Python engines read them
 _QUOTE, _OPENS_OBJECT, _CLOSES_OBJECT, _COMMA, _COLON = b'"{},:'
 _OPENS = b"[{"
 _FOLD = bytes.maketrans(b"[{]}", b"0011")
@@ -174,6 +175,8 @@ class Skim:
         elif byte == _CLOSES_OBJECT and state in (AFTER, FIRST_NAME):
             self.close = at
             self._move(REST)
+        elif at < 4 and byte in _OTHER_ENCODINGS:
+            raise self._wrong("it is encoded in UTF-16 or UTF-32, and only smaller bodies may be")
         else:
             raise self._wrong(f"unexpected {chr(byte)!r}")
 

@@ -103,11 +103,11 @@ class ForwardRules:
 
     def holds_back(self, name: bytes, value: bytes, start: bytes) -> bool:
         """Return whether a field is kept back that would be forwarded by its name. start: of the head."""
-        if name.startswith(_OVERRIDE):
-            return not self.trusted
-        if name == b"x-data-parallel-rank":
-            return name in start  # the router has chosen a rank
-        return name == b"x-api-key" and self.withheld is not None and self.withheld(value)
+        plain = name.replace(b"_", b"-")  # some servers take both for the same
+        if plain.startswith(_OVERRIDE) or plain in ROUTING:
+            # The last: the router has chosen a rank.
+            return not self.trusted or (plain == b"x-data-parallel-rank" and plain in start)
+        return self.withheld is not None and self.withheld(value)
 
     def authorization(self, headers: Headers) -> bytes | None:
         """Return the Authorization of a client that a worker without a key of its own gets; None: nothing."""

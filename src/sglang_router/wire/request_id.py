@@ -70,7 +70,7 @@ class RequestIds:
             elif place == _TRACE:
                 trace = value
             elif place == _VIA:
-                if self._mark in value:
+                if self._mark in value.lower():
                     fault = LoopDetected()
             elif value.lower() != b"identity":
                 fault = fault or UnsupportedMediaType()

@@ -39,10 +39,15 @@ class Fetched(msgspec.Struct):
 
 
 class Sent(msgspec.Struct, frozen=True):
-    """Fields of a request. `authorization`: of a client, for a target without a key of its own."""
+    """Fields of a request that is made for a client.
+
+    authorization  the client's, for a target without a key of its own
+    via            the client's: who passed this on before, so that what goes in a circle is noticed
+    """
 
     content_type: bytes = b"application/json"
     authorization: bytes | None = None
+    via: bytes = b""
 
 
 _PLAIN = Sent()
@@ -117,6 +122,8 @@ async def fetch(
         fields += (b"content-type: ", sent.content_type, b"\r\n")
     if target.key is None and sent.authorization is not None:
         fields += (b"authorization: ", sent.authorization, b"\r\n")
+    if sent.via:
+        fields += (b"via: ", sent.via, b"\r\n")
     head = head_of(pool, target, method, path, *fields)
     try:
         return await ask_once(pool, target, head, body, timeout=timeout, max_bytes=max_bytes)
