@@ -196,14 +196,16 @@ def test_adding_a_worker_does_not_hold_up_the_end() -> None:
 
 
 def test_a_request_waits_for_the_first_worker() -> None:
-    """The test decides when the worker is ready: however long the router takes to start, the request waits before."""
+    """The test decides when the worker is ready: however long the router takes to start, and the test to see that the
+    request waits, it waits before."""
+    flags = ("--worker-startup-check-interval", "0.1", "--startup-wait-secs", "600")
     starting: dict[str, tuple[int, Mapping[str, str], bytes]] = {
         "/health": (503, {}, b""),
         "/generate": (200, {"content-type": "application/json"}, b'{"text":"y"}'),
     }
     with (
         plain_worker(starting) as worker,
-        router_process([worker.url], "--worker-startup-check-interval", "0.1", healthy=False) as router,
+        router_process([worker.url], *flags, healthy=False) as router,
         concurrent.futures.ThreadPoolExecutor(1) as client,
     ):
         assert router.worker(worker.url)["health"] == "starting"

@@ -8,7 +8,7 @@ import itertools
 import json
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from engines import end_engine, engine_processes, start_engine, wait_until_healthy
-from routers import WITHIN, RouterProcess, engine_on_fixed_port, router_process
+from routers import WITHIN, RouterProcess, engine_on_fixed_port, plain_worker, router_process
 
 QUICK = ("--health-check-interval-secs", "0.1", "--worker-startup-check-interval", "0.05")
 TOKENS = 4
@@ -158,20 +158,30 @@ def test_add_and_remove_while_serving(urls: list[str]) -> None:
 
 
 def test_add_answers_when_the_engine_is_healthy_and_nothing_waits_meanwhile(urls: list[str]) -> None:
-    process, slow = start_engine("--startup-delay", "4")
-    try:
-        with router_process(urls[:1], *QUICK) as router, ThreadPoolExecutor(1) as pool:
-            with Load(router.url, clients=2) as load:
-                adding = pool.submit(router.post, "/add_worker?url=" + quote(slow, safe=""))
-                router.until(lambda: slow in router.workers())
-                load.until_served(3)
-                assert not adding.done()
-                assert router.worker(slow)["health"] == "starting"
-                assert adding.result(WITHIN).status == 200
-                assert router.worker(slow)["health"] == "healthy"
-            assert load.none_failed(), load.failures()
-    finally:
-        end_engine(process)
+    """The test decides when the engine is healthy: however long the router takes to start, adding lasts until then."""
+    starting: dict[str, tuple[int, Mapping[str, str], bytes]] = {
+        "/health": (503, {}, b""),
+        "/generate": (
+            200,
+            {"content-type": "application/json"},
+            json.dumps({"text": "y", "meta_info": {"completion_tokens": TOKENS}}).encode(),
+        ),
+    }
+    with (
+        plain_worker(starting) as slow,
+        router_process(urls[:1], *QUICK) as router,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        with Load(router.url, clients=2) as load:
+            adding = pool.submit(router.post, "/add_worker?url=" + quote(slow.url, safe=""))
+            router.until(lambda: slow.url in router.workers())
+            load.until_served(3)
+            assert not adding.done()
+            assert router.worker(slow.url)["health"] == "starting"
+            starting["/health"] = (200, {}, b"")
+            assert adding.result(WITHIN).status == 200
+            assert router.worker(slow.url)["health"] == "healthy"
+        assert load.none_failed(), load.failures()
 
 
 def test_what_add_and_remove_refuse(urls: list[str]) -> None:

@@ -17,6 +17,7 @@ from event_makers import finished, leg, routed, tag, target
 from fleets import any_policy
 from sglang_router.observe.catalogue import METRICS, markdown
 from sglang_router.observe.counts import LiveSources
+from sglang_router.observe.exposition import wanted
 from sglang_router.observe.metrics import DURATION_BUCKETS, Metrics
 from sglang_router.observe.tallies import Labels
 from sglang_router.routing.engine_report import EngineReport
@@ -444,6 +445,25 @@ OWN_POLICY = {
     "smg_consistent_hashing_policy_branch_total": "consistent_hashing",
     "smg_prefix_hash_policy_branch_total": "prefix_hash",
 }
+
+
+@pytest.mark.parametrize(
+    ("accept", "openmetrics"),
+    [
+        ("application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.3,*/*;q=0.2", True),
+        ("Application/OpenMetrics-Text", True),
+        ("application/openmetrics-text, */*", True),
+        ("application/openmetrics-text;q=0", False),
+        ("application/openmetrics-text;q=0.1, text/plain;q=0.9", False),
+        ("application/openmetrics-text;version=0.0.1", False),
+        ("application/openmetrics-text;q=nonsense", True),
+        ("text/plain", False),
+        (";;,=,", False),
+    ],
+)
+def test_f13_the_format_is_the_one_that_the_client_prefers(accept: str, openmetrics: bool) -> None:
+    """A client that refuses OpenMetrics (q=0), or prefers text, got OpenMetrics all the same."""
+    assert wanted(accept) is openmetrics
 
 
 @pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])

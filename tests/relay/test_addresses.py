@@ -436,6 +436,27 @@ def test_case_7_a_busy_connection_to_an_address_that_is_gone_closes_after_its_an
     served(scene, ONE)
 
 
+def test_case_7_a_connection_that_is_being_opened_while_the_name_moves_is_not_kept() -> None:
+    """The look-up that finds the new address begins with the connection: a connection that took longer was kept."""
+
+    async def scene(named: Named, places: dict[str, Place]) -> None:
+        connect = named.clock.create_connection
+
+        async def slowly(make: Any, address: str, *arguments: Any, **more: Any) -> Any:
+            if address == ONE:
+                named.resolver.found["engine"] = [OTHER]
+                named.clock.ahead += 30.0
+                named.pool.refresh(named.target)
+                await named.until(lambda: "0 look-ups" in repr(named.pool.addresses))
+            return await connect(make, address, *arguments, **more)
+
+        named.clock.create_connection = slowly  # type: ignore[method-assign]
+        assert [await named.ask() for _ in range(3)] == [ONE, OTHER, OTHER]
+        assert (places[ONE].connections, places[OTHER].connections) == (1, 1)
+
+    served(scene, ONE, OTHER)
+
+
 def test_case_7_connections_have_a_greatest_age() -> None:
     """A connection that was never idle for long lived for ever."""
 

@@ -75,6 +75,31 @@ def test_case_23_the_model_of_a_form_counts() -> None:
         assert (got(router, one), got(router, two)) == (0, 1)
 
 
+def test_case_23_a_folder_that_models_are_loaded_from_is_no_name() -> None:
+    """In containers each model lies in /model: two models were taken for one, and an unknown name went to any of them.
+    vLLM refuses the name of what it loaded, but got requests for it."""
+    with stack(policy="round_robin") as router:
+        one, two = (
+            {**engine(), MODELS: answer(200, {"data": [{"id": name, "root": root}]}), CHAT: answer(200, {})}
+            for name, root in (("A", "/model"), ("B", "/model"))
+        )
+        small = {**engine(), MODELS: answer(200, {"data": [{"id": "small", "root": "A"}]})}
+        a, b, other = router.fakes(one, two, small)
+        assert [ask(router, model=model).status for model in ("C", "/model", "B")] == [404, 404, 200]
+        assert [ask(router, model="A").status for _ in range(4)] == [200] * 4
+        assert [got(router, fake) for fake in (a, b, other)] == [4, 1, 0]
+
+
+def test_case_23_one_name_that_cannot_be_read_hides_no_other() -> None:
+    """Half of a surrogate pair in one name made a worker one that announces nothing, and may get any request."""
+    with stack() as router:
+        cut = {**engine(), MODELS: answer(200, b'{"data":[{"id":"W"},{"id":"cut \\ud83d"},{"id":"V","x":NaN}]}')}
+        a, cutter = router.fakes(engine("A"), cut)
+        assert [ask(router, model=model).status for model in ("C", "W", "V", "A")] == [404, 200, 200, 200]
+        assert (got(router, a), got(router, cutter)) == (1, 2)
+        assert router.get("/workers").status == 200
+
+
 def test_with_one_model_any_name_is_for_the_engine_to_judge() -> None:
     with stack() as router:
         (fake,) = router.fakes(engine("A"))

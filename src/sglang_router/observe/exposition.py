@@ -9,6 +9,7 @@ pieces can let other work go on between two of them. An empty piece is only such
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 
@@ -24,19 +25,28 @@ END = "# EOF\n"
 """The last line of OpenMetrics."""
 _ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", '"': '\\"'})
 _go: Callable[[float], str] = floatToGoString
+_WEIGHT = re.compile(r"[01](\.[0-9]{0,3})?")
 _WHOLE = 1_000_000
 """From here on, floatToGoString writes an exponent."""
 
 
 def wanted(accept: str) -> bool:
-    """Return whether an Accept header asks for OpenMetrics."""
-    for accepted in accept.split(","):
+    """Return whether an Accept header asks for OpenMetrics, and for no other format rather (RFC 9110 12.5.1)."""
+    openmetrics = text = 0.0
+    for accepted in accept.lower().split(","):
         kind, *parameters = [part.strip() for part in accepted.split(";")]
-        if kind == "application/openmetrics-text":
-            versions = [value for name, _, value in (each.partition("=") for each in parameters) if name == "version"]
-            if not versions or versions[0].startswith("1."):
-                return True
-    return False
+        given = {name.strip(): value.strip() for name, _, value in (each.partition("=") for each in parameters)}
+        if kind in ("text/plain", "text/*", "*/*"):
+            text = max(text, _weight(given))
+        elif kind == "application/openmetrics-text" and given.get("version", "1.").startswith("1."):
+            openmetrics = max(openmetrics, _weight(given))
+    return openmetrics > 0.0 and openmetrics >= text
+
+
+def _weight(parameters: dict[str, str]) -> float:
+    """Return the weight of an accepted format; what is no weight counts as none given."""
+    weight = parameters.get("q", "1")
+    return float(weight) if _WEIGHT.fullmatch(weight) else 1.0
 
 
 def write(family: Family, counts: MetricCounts, openmetrics: bool) -> Iterator[str]:

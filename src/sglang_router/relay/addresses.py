@@ -141,12 +141,14 @@ class Addresses:
         """Return whether a name was ever found."""
         return host in self._names and bool(self._names[host].addresses)
 
-    def worked(self, host: str, address: str) -> None:
-        """Try this address first from now on: it took a connection."""
+    def worked(self, host: str, address: str) -> bool:
+        """Try this address first from now on: it took a connection. Return whether the name still has it."""
         name = self._names.get(host)
-        if name is not None:
-            name.doubts, name.doubted = 0, False
-            name.addresses = _first(address, name.addresses)
+        if name is None:
+            return True
+        name.doubts, name.doubted = 0, False
+        name.addresses = _first(address, name.addresses)
+        return address in name.addresses
 
     def doubted(self, host: str) -> None:
         """Look a name up again soon: none of its addresses took a connection."""

@@ -64,6 +64,9 @@ class TargetConnections:
     def send(self, sink: Sink, head: bytes, body: Body | Spliced, fresh: bool = False) -> UpstreamConnection | Opening:
         """Send a request on an idle connection, or on a new one (`fresh`: on a new one in any case)."""
         idle = self.idle
+        if fresh and len(idle) > 1:
+            # It takes the place of the one used longest ago: the checks of a worker that starts would only add some.
+            idle.popleft().transport.close()
         while idle and not fresh:
             connection = idle.pop()
             if not connection.transport.is_closing():
@@ -274,7 +277,8 @@ class ConnectionPool:
                 if not others and refused is None:
                     raise
             else:
-                self.addresses.worked(origin.host, address)
+                if not self.addresses.worked(origin.host, address):
+                    connection.retire_at = 0.0  # the name moved meanwhile: for one request only
                 return connection
         assert refused is not None
         raise refused

@@ -22,6 +22,7 @@ Workers with the same names are one *profile*, and there are few of them, howeve
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -176,19 +177,31 @@ class ServedModels:
         self.known.clear()
         self.known.update((text_of(name).decode(), name) for each in named for name in (*each.bases, *each.adapters))
         keys: dict[Names, bytes] = {}
+        taken: set[bytes] = set()
+        uses = Counter(key for profile, key in self._keys.items() if profile in self._workers)
         for group in _groups(named) if self.several else [named] * bool(named):
-            key = self._key(group, set(keys.values()))
+            key = self._key(group, taken, uses)
+            taken.add(key)
             keys |= dict.fromkeys(group, key)
         self._keys = keys
         if keys and self._main not in keys.values():
             self._main = keys[named[0]]
 
-    def _key(self, group: list[Names], taken: set[bytes]) -> bytes:
+    def _key(self, group: list[Names], taken: set[bytes], uses: Counter[bytes]) -> bytes:
+        """Return the key of a group.
+
+        taken  the keys of other groups
+        uses   how many of the present profiles had each key until now
+        """
         kept = [self._keys[each] for each in group if each in self._keys]
-        used = taken | {key for each, key in self._keys.items() if each in self._workers and each not in group}
-        new = [self._main, *(text_of(name) for each in group for name in each.bases)]
-        free = [key for key in kept if key not in taken] or [key for key in new if key not in used]
-        return free[0] if free else max(used, key=len) + b"'"
+        for key in kept:
+            if key not in taken:
+                return key
+        mine = Counter(kept)
+        for key in (self._main, *(text_of(name) for each in group for name in each.bases)):
+            if key not in taken and uses[key] == mine[key]:  # no other group has it
+                return key
+        return max((*taken, *uses), key=len) + b"'"
 
     # -- who may serve a request -------------------------------------------------------------------------------------
 
@@ -222,16 +235,13 @@ class ServedModels:
 
 def _groups(profiles: list[Names]) -> list[list[Names]]:
     """Divide profiles into groups that share no name of a model, in the order of their first ones."""
-    groups: list[tuple[set[str], list[Names]]] = []
+    group_of: dict[str, list[Names]] = {}
     for profile in profiles:
-        names, members = set(profile.bases), [profile]
-        apart = []
-        for known, others in groups:
-            if known & names:
-                names |= known
-                members = others + members
-            else:
-                apart.append((known, others))
-        groups = [*apart, (names, members)]
+        joined = {id(group_of[name]): group_of[name] for name in profile.bases if name in group_of}
+        group, *others = joined.values() or ([],)
+        new = [profile, *(each for other in others for each in other)]
+        group += new
+        group_of.update((name, group) for each in new for name in each.bases)
+    groups = {id(group): group for group in group_of.values()}.values()
     order = {profile: place for place, profile in enumerate(profiles)}
-    return sorted((sorted(members, key=order.__getitem__) for _, members in groups), key=lambda each: order[each[0]])
+    return sorted((sorted(group, key=order.__getitem__) for group in groups), key=lambda each: order[each[0]])

@@ -1,29 +1,69 @@
 """The model in a form (multipart/form-data, RFC 7578), which is how audio is sent.
 
-Only the beginning and the end of a body are searched, where clients put the small fields: before the file, or after it.
+    --boundary            the first line; each later delimiter has a line break in front
+    header lines          one of them names the field
+                          an empty line
+    value
+    --boundary--
+
+A form is walked from one delimiter to the next, so that nothing inside a value is taken for a field. Of a large form
+the beginning and the end are walked, where clients put the small fields: before the file, or after it. Of several
+fields `model` the last one counts, as for engines.
 """
 
 from __future__ import annotations
 
 import re
 
-from sglang_router.routing.model_names import LONGEST_NAME, is_name, text_of
+from sglang_router.routing.model_names import is_name, text_of
 
-_SEARCHED = 1 << 14
-"""Bytes that are searched at each end."""
-_FIELD = re.compile(
-    rb'content-disposition[ \t]*:[ \t]*form-data[ \t]*;[ \t]*name="?model"?[ \t]*\r\n'
-    rb"(?:[^\r\n]{1,256}\r\n){0,8}\r\n([^\r\n]{1,%d})\r\n--" % (4 * LONGEST_NAME),
-    re.IGNORECASE,
-)
+_WALKED = 1 << 19
+"""Bytes that are walked at each end: no step of the event loop may grow with a body."""
+_MOST_PARTS = 256
+"""Parts that are looked at, at each end."""
+_FIRST_LINE = re.compile(rb"(?:\r\n)?(--[^\r\n]{1,200}?)[ \t]*\r\n")
+_DISPOSITION = re.compile(rb"content-disposition[ \t]*:[ \t]*form-data[ \t]*(;[^\r\n]*)", re.IGNORECASE)
+_PARAMETER = re.compile(rb';[ \t]*([^=;"\s]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^;"\s]*))')
 
 
 def model_of(body: bytes | bytearray) -> bytes:
     """Return the field `model` of a form as JSON text; b"" without one."""
-    found = _FIELD.search(body, 0, _SEARCHED)
-    if found is None and len(body) > _SEARCHED:
-        found = _FIELD.search(body, max(_SEARCHED // 2, len(body) - _SEARCHED))
-    if found is None:
+    first = _FIRST_LINE.match(body, 0, 256)
+    if first is None:
         return b""
-    name = found.group(1).decode("utf-8", "replace")
-    return text_of(name) if is_name(name) else b""
+    delimiter = b"\r\n" + first[1]
+    name = None
+    tail = len(body) - _WALKED
+    if tail > _WALKED:
+        at = body.find(delimiter, tail)
+        name = _model(body, delimiter, _after_line(body, at + len(delimiter)), len(body)) if at >= 0 else None
+    if name is None:
+        name = _model(body, delimiter, first.end(), len(body) if tail <= _WALKED else _WALKED)
+    return text_of(name) if name is not None and is_name(name) else b""
+
+
+def _model(body: bytes | bytearray, delimiter: bytes, at: int, end: int) -> str | None:
+    """Return the last field `model` of the parts from `at`, where the header lines of one begin, to `end`."""
+    found = None
+    for _ in range(_MOST_PARTS):
+        next_one = body.find(delimiter, at - 2, end) if at else -1
+        if next_one < 0:
+            break
+        value = body.find(b"\r\n\r\n", at - 2, min(next_one, at + 4096))
+        if value >= 0 and _field(bytes(body[at:value])) == b"model":
+            found = body[value + 4 : next_one].decode("utf-8", "replace")
+        at = _after_line(body, next_one + len(delimiter))
+    return found
+
+
+def _after_line(body: bytes | bytearray, at: int) -> int:
+    """Return where the line behind a delimiter begins; 0 behind the last one."""
+    end = -1 if body.startswith(b"--", at) else body.find(b"\r\n", at, at + 256)
+    return end + 2 if end >= 0 else 0
+
+
+def _field(head: bytes) -> bytes:
+    """Return the name of the field that these header lines describe."""
+    disposition = _DISPOSITION.search(head)
+    parameters = _PARAMETER.findall(disposition[1]) if disposition is not None else ()
+    return next((quoted or plain for key, quoted, plain in parameters if key.lower() == b"name"), b"")

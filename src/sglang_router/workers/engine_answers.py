@@ -49,9 +49,12 @@ def models(answer: Any, rank: int | None) -> ReportFields:
 
 
 def _names(entry: dict[str, Any]) -> list[Any]:
-    """Return the names of a model: its id, llama.cpp's `aliases`, and what was loaded (`root`)."""
+    """Return the names of a model: its id, and llama.cpp's `aliases`.
+
+    What was loaded (`root`) is no name: vLLM does not serve it, and in containers it is often the same folder for all.
+    """
     aliases = entry.get("aliases")
-    return [entry.get("id"), *(aliases if isinstance(aliases, list) else []), entry.get("root")]
+    return [entry.get("id"), *(aliases if isinstance(aliases, list) else [])]
 
 
 def server_info(answer: Any, rank: int | None) -> ReportFields:
@@ -217,5 +220,5 @@ def _total(rows: list[dict[str, Any]], name: str) -> int | None:
 
 
 def _text(value: Any) -> str | None:
-    """Return a name; not an empty one, nor one that is too long to be a name."""
-    return value if isinstance(value, str) and 0 < len(value) <= 256 else None
+    """Return a name; not an empty one, nor one that is too long to be a name or does not print."""
+    return value if isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable() else None

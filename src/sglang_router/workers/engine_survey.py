@@ -16,6 +16,7 @@ A missing answer is no fault: the report has a hole then. Only the health checks
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
@@ -255,9 +256,17 @@ def _content(question: Question, answer: Fetched) -> Any:
     """Decode an answer. One that cannot be decoded becomes None or an empty list, in which every reader finds
     nothing."""
     try:
-        return _samples(answer.body) if question.is_text else msgspec.json.decode(answer.body)
-    except (ValueError, RecursionError):  # of msgspec, of UTF-8 and of the parser of metrics
+        return _samples(answer.body) if question.is_text else _value(answer.body)
+    except (ValueError, RecursionError):  # of the decoders, of UTF-8 and of the parser of metrics
         return [] if question.is_text else None
+
+
+def _value(body: bytes) -> Any:
+    """Decode JSON as tolerantly as Python engines write it: NaN, and half of a surrogate pair in one of many names."""
+    try:
+        return msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return json.loads(body)
 
 
 _READ = tuple(name.encode() for name in engine_answers.METRICS)
