@@ -13,14 +13,17 @@ from typing import Any, cast
 import pytest
 
 from played import Play, post, run
+from sglang_router.errors import NotFound, RouterError
 from sglang_router.relay.batch import Batch
 from sglang_router.relay.bulk import Bulk
 from sglang_router.relay.client import ClientConnection
-from sglang_router.relay.full_read import FULL
+from sglang_router.relay.full_read import FEW, FULL
 from sglang_router.relay.memory import Discarded
 from sglang_router.relay.outgoing import SLICE, Outgoing
+from sglang_router.relay.reading import read_and_ask
+from sglang_router.relay.states import LINGERING, NEW
 from sglang_router.relay.upstream import UpstreamConnection
-from sglang_router.routing.facts import LARGE
+from sglang_router.routing.facts import ENDPOINTS, LARGE, MOST_TEXT, QUICK, TINY, Facts, read
 from sglang_router.routing.outcome import Outcome
 from sglang_router.wire.request import Request
 from sglang_router.wire.splice import Spliced, splice_at
@@ -81,6 +84,9 @@ class Pipe:
 
     def get_write_buffer_size(self) -> int:
         return 0
+
+    def can_write_eof(self) -> bool:
+        return False
 
     def is_closing(self) -> bool:
         return bool(self.closed)
@@ -284,6 +290,145 @@ async def test_f10_a_client_is_read_once_a_turn_while_its_body_comes_fast() -> N
         leg = await play.leg()
         assert leg.body == body
         connection.connection_lost(None)
+
+
+def chunks(content: bytes, size: int) -> bytes:
+    """Content in chunks of so many bytes, without the last chunk."""
+    pieces = (content[at : at + size] for at in range(0, len(content), size))
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+
+
+async def parsed_by_turn(play: Play, request: bytes, first: int) -> tuple[list[int], Pipe]:
+    """Receive a request in two reads; return how much of the content was parsed in each turn, and the transport."""
+    connection, pipe = ClientConnection(play.app.frontend), Pipe()
+    connection.connection_made(cast("asyncio.Transport", pipe))
+    connection.data_received(request[:first])
+    received = [connection._parser.received]
+    connection.data_received(request[first:])
+    received.append(connection._parser.received)
+    while pipe.reads != ["pause", "resume"]:
+        await asyncio.sleep(0)
+        received.append(connection._parser.received)
+    connection.connection_lost(None)
+    return [after - before for before, after in pairwise(received)], pipe
+
+
+@on_loop
+async def test_f10_tiny_chunks_of_one_read_are_parsed_in_parts() -> None:
+    """F10: ten clients whose chunks have one byte held up the loop for 80 ms: 128 kB of them were parsed at once."""
+    async with Play() as play:
+        head = post("/generate", b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+        assert b"chunked" in head
+        read = chunks(b"x" * 16_000, 1)
+        assert FEW < len(read) < FULL
+        steps, _ = await parsed_by_turn(play, head + read, len(head))
+        assert sum(steps) == 16_000
+        assert max(steps) <= FEW // 6 + 1, "a chunk of one byte takes six"
+
+
+@on_loop
+async def test_large_chunks_are_parsed_at_once() -> None:
+    async with Play() as play:
+        connection, pipe = ClientConnection(play.app.frontend), Pipe()
+        connection.connection_made(cast("asyncio.Transport", pipe))
+        head = post("/generate", b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+        connection.data_received(head + chunks(b"x" * 60_000, 4_000))
+        assert (pipe.reads, connection._parser.received) == ([], 60_000)
+        connection.connection_lost(None)
+
+
+@on_loop
+async def test_f10_what_a_refused_client_still_sends_is_read_once_a_turn() -> None:
+    """F10: a body for a path that does not exist was discarded by up to 8 MB in one turn."""
+    async with Play() as play:
+        connection, pipe = ClientConnection(play.app.frontend), Pipe()
+        connection.connection_made(cast("asyncio.Transport", pipe))
+        connection.refuse(NotFound())
+        assert connection.state is LINGERING
+        connection.data_received(b"x" * 2 * FULL)
+        assert pipe.reads == ["pause"]
+        await play.until(lambda: pipe.reads == ["pause", "resume"])
+        connection.connection_lost(None)
+
+
+class Asked:
+    """An exchange that is new; the decider is its relay's, and only notes what it is asked."""
+
+    def __init__(self, body: bytes, bulk: Bulk, asked: list[Facts]) -> None:
+        self.state = NEW
+        self.request = SimpleNamespace(body=body)
+        self.tag = SimpleNamespace()
+        self.refused: list[RouterError] = []
+        self.relay = SimpleNamespace(
+            batch=SimpleNamespace(bulk=bulk),
+            clock=lambda: 0.0,
+            decider=SimpleNamespace(ask=lambda tag, facts, now: asked.append(facts)),
+            forward=SimpleNamespace(trusted=True),
+            handlers=lambda endpoint, body, facts: None,
+            most_text=MOST_TEXT,
+        )
+
+    def queue(self, wait: object) -> None:
+        """The decider's answer is nothing here."""
+
+    def refuse(self, error: RouterError) -> None:
+        self.refused.append(error)
+
+
+def test_f10_bodies_that_are_complete_together_are_decoded_one_a_turn() -> None:
+    """F10: forty bodies of 500 kB that became complete in the same turn of the loop were all decoded in it: 120 ms."""
+    turns = Turns()
+    bulk, asked = Bulk(turns.call_soon), list[Facts]()
+    for _ in range(5):
+        read_and_ask(cast("Any", Asked(chat(b"x" * QUICK), bulk, asked)), ENDPOINTS[CHAT.encode()], b"", 0.0)
+    assert not asked
+    for count in range(1, 6):
+        assert turns.turn()
+        assert len(asked) == count
+    assert not turns.turn()
+    read_and_ask(cast("Any", Asked(chat(b"x" * 1000), bulk, asked)), ENDPOINTS[CHAT.encode()], b"", 0.0)
+    assert len(asked) == 6, "a small one is decoded at once"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b', "n": NaN',
+        b', "cut": "\\ud83d"',
+        b', "kv_transfer_params": {"do_remote_prefill": true}',
+        b', "stream": true, "x": [-Infinity]',
+        b', "model": "\\u006f", "y": NaN',
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_f10_a_body_that_the_fast_decoder_refuses_is_read_in_steps(rest: bytes, encoding: str) -> None:
+    """F10: NaN, half a surrogate pair or a reserved field made a body of 500 kB take up to 190 ms in one turn."""
+    turns = Turns()
+    bulk, asked = Bulk(turns.call_soon), list[Facts]()
+    many = b",".join(b'"%d":[[],{"a":1}]' % number for number in range(9000))
+    body = b'{"model":"m","messages":[{"role":"user","content":"hi"}],"x":{%b}%b}' % (many, rest)
+    body = body.decode("utf-8", "surrogatepass").encode(encoding, "surrogatepass")
+    assert TINY < len(body) <= LARGE
+    exchange = Asked(body, bulk, asked)
+    read_and_ask(cast("Any", exchange), ENDPOINTS[CHAT.encode()], b"", 0.0)
+    steps = 0
+    while turns.turn():
+        steps += 1
+    assert steps > 5
+    (facts,) = asked
+    whole = read(ENDPOINTS[CHAT.encode()], body)
+    for name in ("text", "scaffold", "model", "namespace", "streaming", "reserved", "body"):
+        assert getattr(facts, name) == getattr(whole, name), name
+    assert facts.place is None or body[facts.place[0] :] == b"}"
+
+
+def test_text_in_another_encoding_that_is_none_is_refused() -> None:
+    turns = Turns()
+    exchange = Asked('{"text":"'.encode("utf-16") + b"\x00\xdc" * TINY + b"\x00", Bulk(turns.call_soon), [])
+    read_and_ask(cast("Any", exchange), ENDPOINTS[b"/generate"], b"", 0.0)
+    while turns.turn():
+        pass
+    assert [error.code for error in exchange.refused] == ["json_parse_error"]
 
 
 # -- whole requests ----------------------------------------------------------------------------------------------------

@@ -304,6 +304,65 @@ def test_f27_bodies_for_the_control_plane_are_not_read_without_its_key() -> None
     run(test())
 
 
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/nowhere", 404),
+        ("GET", "/nowhere", 404),
+        ("PUT", "/v1/chat/completions", 404),
+        ("GET", "/health", 404),
+        ("POST", "/v1/models", 404),
+        ("POST", "/workers/w/drai", 404),
+        ("POST", "/w%6frkers", 413),
+    ],
+)
+def test_f27_a_large_body_that_no_endpoint_takes_is_not_read(method: str, path: str, status: int, framing: str) -> None:
+    """A body for a path that does not exist was held in memory to its end, up to the whole budget; without any key."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if "workers" in scope["path"] and scope["path"].count("/") == 1:
+            await receive()
+        await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def test() -> None:
+        async with Play(app=app) as play:
+            client = await play.client()
+            head = (
+                post(path, b"x" * 90_000).partition(b"\r\n\r\n")[0].replace(b"POST", method.encode(), 1) + b"\r\n\r\n"
+            )
+            if framing == "chunked":
+                head = head.replace(b"Content-Length: 90000", b"Transfer-Encoding: chunked")
+            await client.send(head)
+            response = await client.response()
+            assert (response.status, response.headers["connection"]) == (status, "close")
+            assert play.clients.budget.held == 0
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/nowhere"), ("POST", "/workers"), ("PUT", "/workers/http:%2F%2Fw")]
+)
+def test_bodies_that_are_small_or_wanted_are_read(method: str, path: str) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        size = len((await receive())["body"])
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(f"{size}"))]}
+        )
+        await send({"type": "http.response.body", "body": f"{size}".encode()})
+
+    async def test() -> None:
+        async with Play(app=app) as play:
+            client = await play.client()
+            for size in (100, 100) if path == "/nowhere" else (100, 90_000, 100):
+                await client.send(post(path, b"x" * size).replace(b"POST", method.encode(), 1))
+                assert (await client.response()).body == b"%d" % size
+
+    run(test())
+
+
 # -- half-closed connections -------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from sglang_router.errors import InternalError, LoopDetected, NotFound, RouterError
+from sglang_router.errors import InternalError, LoopDetected, NotFound, PayloadTooLarge, RouterError
 from sglang_router.relay import answers
 from sglang_router.relay.answers import Answers
 from sglang_router.relay.client import ClientConnection
@@ -193,6 +193,8 @@ class AppExchange:
     async def _receive(self) -> MutableMapping[str, Any]:
         if not self._body_read:
             self._body_read = True
+            if isinstance(self._request.refusal, PayloadTooLarge):  # nobody should want it: it was not read
+                raise self._request.refusal
             return {"type": "http.request", "body": self._request.body, "more_body": False}
         await self._left.wait()
         return {"type": "http.disconnect"}

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-from sglang_router.access.permissions import Access, AccessKind, credentials_of
+from sglang_router.access.permissions import Access
 from sglang_router.access.tls import TLSFiles
 from sglang_router.admin.app import create_app, create_metrics_app
 from sglang_router.admin.context import Context, Render
@@ -32,12 +32,12 @@ from sglang_router.admin.exchange import ASGIApp, ControlPlane
 from sglang_router.admin.routes import ROUTES
 from sglang_router.admin.shared import Shared
 from sglang_router.app import settings
+from sglang_router.app.admission import admission
 from sglang_router.app.memories import memories_of
 from sglang_router.app.parts import App
 from sglang_router.app.scrapes import Scrapes
 from sglang_router.autoscale.autoscaler import Autoscaler, autoscaler
 from sglang_router.config import RouterArgs
-from sglang_router.errors import AccessRefused
 from sglang_router.observe.access import AccessLog, WorkerLog
 from sglang_router.observe.counts import LiveSources
 from sglang_router.observe.deferred import Deferred
@@ -69,7 +69,6 @@ from sglang_router.routing.router import Router, Soon
 from sglang_router.wire.cors import Cors
 from sglang_router.wire.headers import ForwardRules
 from sglang_router.wire.limits import Limits
-from sglang_router.wire.request import Request
 from sglang_router.wire.request_id import REQUEST_ID_HEADERS, RequestIds
 from sglang_router.workers.engine_survey import EngineSurvey
 from sglang_router.workers.health_checks import HealthChecks
@@ -167,7 +166,7 @@ def build(
             listener=listeners,
             limits=settings.limits(args),
             timeouts=settings.timeouts(args),
-            admit=_admission(access, routes),
+            admit=admission(access, routes),
         ),
         metrics_frontend=ports(
             Routes(scrape.exchange),
@@ -359,28 +358,6 @@ def _routes(plane: ControlPlane, relay: Relay, endpoints: Mapping[bytes, Endpoin
         for method in endpoint.methods:
             routes.add(method, endpoint.path, partial(Exchange, relay, endpoint))
     return routes
-
-
-def _admission(access: Access, routes: Routes) -> Callable[[Request, bool], None] | None:
-    """Return the check of each head, which refuses a request without a valid key before its body is read.
-
-    So a client without a key cannot fill the memory. The control plane checks its own requests, so here they are
-    checked only when they have a body, which only a change needs. None: no kind of request with a body needs a key.
-    """
-    closed = access.consumes_key
-    if not closed and not access.guards_changes:
-        return None
-
-    def admit(request: Request, has_body: bool) -> None:
-        inference = routes.relays(request)
-        if closed if inference else has_body:
-            kind = AccessKind.INFERENCE if inference else AccessKind.CONTROL_CHANGE
-            try:
-                request.client = access.check(kind, credentials_of(request.headers), local=True).id
-            except AccessRefused as error:
-                request.refusal = error.with_traceback(None)  # its frames refer to the request: avoid a cycle
-
-    return admit
 
 
 def _listen(app: App, writer: LogWriter | None) -> None:

@@ -37,7 +37,7 @@ from sglang_router.relay.budget import GRACE, SMALL
 from sglang_router.relay.clients import AnyExchange
 from sglang_router.relay.deadlines import DUE_BODY, DUE_IDLE, ERRORS, NEVER, Deadline, Due
 from sglang_router.relay.frontend import Frontend
-from sglang_router.relay.full_read import FULL, FullRead
+from sglang_router.relay.full_read import FEW, FullRead, comes_in_parts
 from sglang_router.relay.half_closed import PROBE_AFTER, is_half, is_reset
 from sglang_router.relay.moves import CLIENT_MOVES, IllegalMove
 from sglang_router.relay.states import ADMITTED, BUSY, CLOSING, HELD, IDLE, LINGERING, READING, ClientState
@@ -123,12 +123,12 @@ class ClientConnection:
 
     def data_received(self, data: bytes) -> None:
         """Parse bytes; queue complete requests, and pause reading when too many bytes are read ahead."""
-        if self.state >= LINGERING:  # TLS still delivers what arrives while the last answer is flushed
-            return
-        if len(data) >= FULL:
+        if len(data) > FEW and comes_in_parts(data) and not self.transport.is_closing():
             self.transport.pause_reading()
             self._full = FullRead(self, data)
             self._frontend.batch.bulk.add(self._full.step)
+            return
+        if self.state >= LINGERING:  # discard it; TLS still delivers what arrives while the last answer is flushed
             return
         hold = self._hold
         if hold.state < ADMITTED:  # otherwise its bytes are counted already

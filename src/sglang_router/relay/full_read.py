@@ -1,8 +1,9 @@
-"""A read of a client's socket that may have left more in it: it is parsed in parts, then the socket is read again.
+"""A read of a client's socket that takes long to parse, or may have left more in it: it is parsed in parts.
 
-    data_received: FULL bytes or more --> pause reading --> FullRead.step ... step --> Parted.parsed: read again
+    data_received: `comes_in_parts` --> pause reading --> FullRead.step ... step --> Parted.parsed: read again
 
-Each part is a piece of work of `relay.bulk`.
+Each part is a piece of work of `relay.bulk`. What takes long are many lines, which tiny chunks and pipelined requests
+have: each costs as much as kilobytes of a body.
 """
 
 from __future__ import annotations
@@ -12,8 +13,17 @@ from typing import Protocol
 
 FULL = 131072
 """Bytes of a read that may have left more in the socket: uvloop reads 256,000 bytes at most, asyncio 262,144."""
+FEW = 8192
+"""Bytes that are parsed at once whatever they are: of tiny chunks or pipelined requests that takes a millisecond."""
 _PARSED = 65536
-"""Bytes that are parsed in one piece: of tiny chunks or pipelined requests that takes milliseconds."""
+"""Bytes that are parsed in one piece when they have few lines."""
+_FEW_LINES = 1000
+"""Lines of a piece up to which only its bytes count."""
+
+
+def comes_in_parts(data: bytes) -> bool:
+    """Return whether a read of more than FEW bytes is parsed in parts."""
+    return len(data) >= FULL or data.count(b"\n") > _FEW_LINES
 
 
 class Parted(Protocol):
@@ -44,7 +54,9 @@ class FullRead:
         """Parse the next part; return whether there is more."""
         if self._reader.transport.is_closing():
             return False
-        part, self._rest = self._rest[:_PARSED], self._rest[_PARSED:]
+        rest = self._rest
+        size = _PARSED if rest.count(b"\n", 0, _PARSED) <= _FEW_LINES else FEW
+        part, self._rest = rest[:size], rest[size:]
         self._reader.data_received(part)
         if self._rest:
             return True

@@ -1,9 +1,12 @@
-"""Read the facts of a request and ask the decider: at once, or in steps when the body is large.
+"""Read the facts of a request and ask the decider: at once, or in steps when that could take a while.
 
 Exchange.start --> read_and_ask --> ask --> Exchange.follow, or Exchange.queue
                         |
-                        '-- large: bulk.add(LargeBody.step) --> step ... step --> ask, or Exchange.refuse
-                                                                  '-- the client left: no further step
+                        '-- slow: bulk.add(SlowBody.step) --> step ... step --> ask, or Exchange.refuse
+                                                                '-- the client left: no further step
+
+What takes a while are bodies above `QUICK` bytes, of which many may be complete in the same turn of the event loop, and
+those that the fast decoder refuses.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from sglang_router.errors import ReservedField, RouterError
 from sglang_router.relay.handled import Continuable, Handled
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import NEW, ExchangeState
-from sglang_router.routing.facts import LARGE, Endpoint, Facts, Skimming, read
+from sglang_router.routing.facts import LARGE, QUICK, TINY, Endpoint, Facts, Skimming, read, read_quickly
 from sglang_router.routing.plan import Plan, RequestTag, Wait
 
 
@@ -42,24 +45,31 @@ def read_and_ask(exchange: Unrouted, endpoint: Endpoint, routing_key: bytes, now
     Raises: RouterError, when the request is refused.
     """
     body, most_text = exchange.request.body, exchange.relay.most_text
-    if len(body) > LARGE and endpoint.json:
-        large = LargeBody(exchange, Skimming(endpoint, body, routing_key, most_text))
-        exchange.relay.batch.bulk.add(large.step)
+    size = len(body)
+    facts: Facts | None = None
+    if size <= TINY:
+        facts = read(endpoint, body, routing_key, most_text)
+    elif size <= QUICK or not endpoint.json:
+        facts = read_quickly(endpoint, body, routing_key, most_text)
+    if facts is not None:
+        _ask(exchange, facts, now)
     else:
-        _ask(exchange, read(endpoint, body, routing_key, most_text), now)
+        exchange.relay.batch.bulk.add(SlowBody(exchange, endpoint, routing_key).step)
 
 
-class LargeBody:
+class SlowBody:
     """The body of an exchange that is not routed yet. `relay.bulk` calls `step`."""
 
-    __slots__ = ("_exchange", "_reading")
+    __slots__ = ("_endpoint", "_exchange", "_routing_key", "_skimming")
 
-    def __init__(self, exchange: Unrouted, reading: Skimming) -> None:
+    def __init__(self, exchange: Unrouted, endpoint: Endpoint, routing_key: bytes) -> None:
         self._exchange = exchange
-        self._reading = reading
+        self._endpoint = endpoint
+        self._routing_key = routing_key
+        self._skimming: Skimming | None = None
 
     def __repr__(self) -> str:
-        return f"<LargeBody {self._reading!r}>"
+        return f"<SlowBody of {len(self._exchange.request.body)} bytes, {self._skimming!r}>"
 
     def step(self) -> bool:
         """Read on; return whether there is more to read."""
@@ -67,13 +77,25 @@ class LargeBody:
         if exchange.state is not NEW:  # the client left
             return False
         try:
-            facts = self._reading.step()
+            facts = self._read()
             if facts is None:
                 return True
             _ask(exchange, facts, exchange.relay.clock())
         except RouterError as error:
             exchange.refuse(error)
         return False
+
+    def _read(self) -> Facts | None:
+        """Decode the body, else skim it in further steps; return the facts once they are known."""
+        if self._skimming is not None:
+            return self._skimming.step()
+        body, most_text = self._exchange.request.body, self._exchange.relay.most_text
+        facts = None
+        if len(body) <= LARGE:
+            facts = read_quickly(self._endpoint, body, self._routing_key, most_text)
+        if facts is None:
+            self._skimming = Skimming(self._endpoint, body, self._routing_key, most_text)
+        return facts
 
 
 def _ask(exchange: Unrouted, facts: Facts, now: float) -> None:

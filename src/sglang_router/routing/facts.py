@@ -12,9 +12,10 @@ but form the *namespace*: prefixes are never matched across namespaces, and each
 The scaffold (brackets, keys and role before the first content) is the same in all requests. It is part of the text, but
 a match of only the scaffold counts as no match.
 
-A body of up to `LARGE` bytes is decoded at once (`read`). A larger one is skimmed in steps (`Skimming`), because
-decoding it would hold up all other requests. Both give the same facts. The text ends after `most_text` bytes: more of
-it would not lead to a better choice, and would push other prompts out of the memory of prefixes.
+A body of up to `LARGE` bytes is decoded at once (`read_quickly`). A larger one is skimmed in steps (`Skimming`): to
+decode it would hold up all other requests. So is one that the fast decoder refuses, unless it is tiny (`read`): the
+tolerant reader takes up to a hundred times as long. All give the same facts. The text ends after `most_text` bytes:
+more of it would not lead to a better choice, and would push other prompts out of the memory of prefixes.
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ from sglang_router.routing.multipart import model_of
 from sglang_router.routing.plan import Route
 from sglang_router.routing.reserved import HOLDERS, LONGEST_HELD, RESERVED, first_reserved
 from sglang_router.routing.skim import Content, Skim, Spans
-from sglang_router.routing.tolerant import members
+from sglang_router.routing.tolerant import in_utf8, members
 
 LARGE = 1 << 19
-"""Bytes of a body up to which it is decoded at once, which takes 2 ms at most."""
+"""Bytes of a body up to which it is decoded at once, which takes 3 ms at most."""
+QUICK = 1 << 15
+"""Bytes of a body up to which that is so quick that many are decoded in one turn of the event loop."""
+TINY = 1 << 12
+"""Bytes of a body up to which it is read at once whatever is in it: 2 ms at most."""
 MOST_TEXT = 1 << 20
 """Bytes of the routing text that count: more of it takes the tree more than 2 ms."""
 _MOST_NAMESPACE = 1 << 16
@@ -250,16 +255,32 @@ def read(endpoint: Endpoint, body: Content, routing_key: bytes = b"", most_text:
 
     Raises: InvalidJSON, when the body is not a JSON object; the engine checks its content.
     """
+    facts = read_quickly(endpoint, body, routing_key, most_text)
+    if facts is None:
+        reader = endpoint.reader
+        assert reader is not None
+        fields, reserved = reader.decode_slowly(body)
+        facts = _decoded(endpoint, reader, fields, body, routing_key, most_text)
+        facts.reserved = reserved
+    return facts
+
+
+def read_quickly(endpoint: Endpoint, body: Content, routing_key: bytes, most_text: int) -> Facts | None:
+    """Return the facts of one request; None when the fast decoder refuses its body."""
     reader = endpoint.reader
     if reader is None:
         return Facts(endpoint, b"", b"", 0, False, model_of(body), routing_key, body)
-    reserved = ""
     try:
         fields = reader.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        fields = None
-    if fields is None:  # not inside of the handler: errors that refer to each other would be a cycle
-        fields, reserved = reader.decode_slowly(body)
+        return None
+    return _decoded(endpoint, reader, fields, body, routing_key, most_text)
+
+
+def _decoded(
+    endpoint: Endpoint, reader: _Reader, fields: Any, body: Content, routing_key: bytes, most_text: int
+) -> Facts:
+    """Return the facts that decoded fields make."""
     parts = []
     for part in reader.text(fields):  # faster than a comprehension, which is a call, for usually two parts
         # Check the length first: comparing a long prompt would copy it.
@@ -273,16 +294,16 @@ def read(endpoint: Endpoint, body: Content, routing_key: bytes = b"", most_text:
             text = text[:-1]
         if len(text) > most_text:
             text = text[:most_text]
-    facts = _facts(endpoint, reader, fields, text, routing_key, body)
-    if reserved:
-        facts.reserved = reserved
-    return facts
+    return _facts(endpoint, reader, fields, text, routing_key, body)
 
 
 class Skimming:
-    """Reads the facts of a large body in steps of about a millisecond."""
+    """Reads the facts of a large body, or of one that the fast decoder refuses, in steps of about a millisecond.
 
-    __slots__ = ("_body", "_endpoint", "_most_text", "_reader", "_routing_key", "_skim", "_whole")
+    Raises: InvalidJSON, when it is in another encoding and no text of that.
+    """
+
+    __slots__ = ("_body", "_endpoint", "_most_text", "_readable", "_reader", "_routing_key", "_skim", "_whole")
 
     def __init__(self, endpoint: Endpoint, body: Content, routing_key: bytes = b"", most_text: int = MOST_TEXT) -> None:
         assert endpoint.reader is not None
@@ -291,7 +312,8 @@ class Skimming:
         self._body = body
         self._routing_key = routing_key
         self._most_text = most_text
-        self._skim = Skim(body, self._reader.names)
+        self._readable = body if len(body) > LARGE else _in_utf8(body)
+        self._skim = Skim(self._readable, self._reader.names)
         self._whole = False  # the end of the body is reached
 
     def __repr__(self) -> str:
@@ -306,14 +328,15 @@ class Skimming:
         if not self._whole:
             self._whole = skim.step()
             return None
-        view = memoryview(self._body)
+        view = memoryview(self._readable)
         fields = self._reader.named(view, skim.spans)
         facts = _facts(self._endpoint, self._reader, fields, self._text(view), self._routing_key, self._body)
         spans = ((name, skim.spans.get(name.encode(), (0, 0))) for name in (*RESERVED, *HOLDERS))
         facts.reserved = first_reserved(
             (name, bytes(view[begin : min(end, begin + LONGEST_HELD + 1)])) for name, (begin, end) in spans
         )
-        facts.place = (skim.close, b"" if skim.empty else b",")
+        if self._readable is self._body:
+            facts.place = (skim.close, b"" if skim.empty else b",")
         return facts
 
     def _text(self, view: memoryview) -> bytes:
@@ -330,6 +353,13 @@ class Skimming:
             parts[at] = part[:room]
             room -= len(parts[at])
         return b"".join(parts)
+
+
+def _in_utf8(body: Content) -> Content:
+    try:
+        return in_utf8(body)
+    except UnicodeDecodeError as exc:
+        raise InvalidJSON(f"The body is not a JSON object: {exc.reason}.") from None
 
 
 def _facts(endpoint: Endpoint, reader: _Reader, fields: Any, text: bytes, routing_key: bytes, body: Content) -> Facts:

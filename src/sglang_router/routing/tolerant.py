@@ -43,6 +43,17 @@ def members(body: bytes) -> dict[str, bytes]:
     return found
 
 
+def in_utf8(body: bytes | bytearray) -> bytes | bytearray:
+    """Return a body in UTF-8: the same object, unless `json.loads` would take it for UTF-16 or UTF-32.
+
+    Raises: UnicodeDecodeError.
+    """
+    encoding = json.detect_encoding(body[:4])
+    if encoding.startswith("utf-8"):
+        return body
+    return body.decode(encoding, "surrogatepass").encode("utf-8", "surrogatepass")
+
+
 def _name(text: str, at: int, first: bool) -> tuple[str, int]:
     """Return a member's name, and where the colon behind it ends. `at`: at the comma, or behind the brace (`first`)."""
     if not first:
