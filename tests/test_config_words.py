@@ -3,12 +3,13 @@ files; and the defaults of another router."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sglang_router.config import OPTIONS, RouterArgs, parse
+from sglang_router.config import OPTIONS, RouterArgs, parse, small_files
 from sglang_router.config.compat import DEFAULTS_0_3_2
 from sglang_router.config.page import migrating_table
 from sglang_router.config.units import plain_number
@@ -42,6 +43,8 @@ def read(*words: str, **environ: str) -> RouterArgs:
         ("2h", "s", 7200),
         ("1d", "s", 86400),
         ("200ms", "ms", 200),
+        ("7d", "days", 7),
+        ("36h", "days", 1.5),
         ("1.5s", "ms", 1500),
     ],
 )
@@ -92,6 +95,79 @@ def test_case_26_lists_in_one_word() -> None:
     args = read("--worker-urls", f"{A},{B}", C, "--request-id-headers", "x-a, x-b")
     assert (args.worker_urls, args.request_id_headers) == ([A, B, C], ["x-a", "x-b"])
     assert read("--cors-allowed-origins", f"{A},{B}").cors_allowed_origins == [A, B]
+
+
+BROKEN = {
+    "date.yaml": "port: 2026-13-45\n",
+    "digits.yaml": f"port: {'9' * 5000}\n",
+    "no integer.yaml": 'port: !!int ""\n',
+    "no date.yaml": "port: !!timestamp x\n",
+    "no switch.yaml": "dp-aware: !!bool x\n",
+    "deep.yaml": "port: " + "[" * 1000,
+    "deep.toml": "port = " + "[" * 1000,
+    "date.toml": "port = 2026-13-45\n",
+    "twice.yaml": "port: 1\nhost: a\nport: 2\n",
+    "twice.toml": "port = 1\nport = 2\n",
+    "two spellings.yaml": "worker-urls: []\nworker_urls: []\n",
+    "two spellings.toml": "tls-cert-path = 'a'\nserver_cert_path = 'b'\n",
+    "mark.yaml": "\0",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_case_26_a_broken_file_is_one_line(name: str, tmp_path: Path) -> None:
+    """Some were a traceback, at the start and at SIGHUP; a key that was there twice was taken."""
+    file = tmp_path / name
+    file.write_text(BROKEN[name])
+    with pytest.raises(ConfigError) as caught:
+        read("--config", str(file))
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_case_12_a_pipe_is_no_configuration(tmp_path: Path) -> None:
+    """The start, or the event loop at SIGHUP, waited for the writer of a pipe, for ever."""
+    file = tmp_path / "r.yaml"
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match="is not a plain file"):
+        read("--config", str(file))
+    with pytest.raises(ConfigError, match="is not a plain file"):
+        small_files.read("/dev/zero", pipe=True)
+    assert small_files.read(file, pipe=True) == b""  # no writer
+    large = tmp_path / "large"
+    large.write_bytes(bytes(small_files.LARGEST + 1))
+    with pytest.raises(ConfigError, match="is larger than 1 MiB"):
+        small_files.read(large)
+
+
+def test_case_12_an_empty_file_does_not_remove_the_workers(tmp_path: Path) -> None:
+    """SIGHUP while an editor or a script wrote the file anew took all workers away."""
+    file = tmp_path / "r.yaml"
+    file.write_text(f"worker-urls: [{A}]\n")
+    args = read("--config", str(file))
+    for text in ("", "# soon\n", "worker-urls:\n"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="holds no options"):
+            args.reread()
+    file.write_text("worker-urls: []\n")
+    assert args.reread().worker_urls == []
+
+
+@pytest.mark.parametrize(
+    ("host", "normal"),
+    [("::0", "::"), ("[0:0:0:0:0:0:0:0]", "::"), ("::1", "::1"), ("LocalHost", "localhost"), ("0.0.0.0", "0.0.0.0")],
+)
+def test_case_15_an_address_has_one_spelling(host: str, normal: str) -> None:
+    """`--host ::0` served no IPv4, and `--host LOCALHOST` was said to be open to everybody."""
+    args = read("--host", host, "--prometheus-host", host)
+    assert (args.host, args.prometheus_host) == (normal, normal)
+
+
+@pytest.mark.parametrize("host", ["*", "0.0.0.0:30000", "localhost:1", "http://a", "a b", ""])
+def test_case_15_what_is_no_address(host: str) -> None:
+    """`*` was taken; a host with a port was a name that cannot be found."""
+    with pytest.raises(ConfigError, match="is not a host name or an IP address"):
+        read("--host", host)
 
 
 def test_f40_flags_with_a_list_add_up() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,19 @@ def test_case_21_keys_of_clients_and_operators(tmp_path: Path, caplog: pytest.Lo
     assert files.refresh()
     assert (who(access, "b"), who(access, "c")) == ("", "carol")
     assert files.refresh(anyway=True)
+
+
+def test_case_12_a_pipe_in_the_place_of_a_file_does_not_block(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The event loop waited for the pipe's writer, for ever: no client was served any more."""
+    path = tmp_path / "clients"
+    write(path, "alice a\n")
+    access, files = access_rules(RouterArgs(api_key_file=str(path)))
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    for _ in range(2):
+        assert not files.refresh(anyway=True)
+    assert who(access, "a") == "alice"
+    assert [each for each in caplog.messages if each.startswith(f"keys: {path} is a pipe")] == caplog.messages[-1:]
 
 
 def test_without_files_there_is_nothing_to_read_again(tmp_path: Path) -> None:

@@ -253,6 +253,12 @@ def test_case_13_no_workers_is_one_line_that_says_how_to_add_one(urls: list[str]
         assert router.post(f"/add_worker?url={urls[0]}").status == 200
 
 
+def test_case_13_the_command_has_a_key_where_one_is_needed() -> None:
+    """With keys, the command that the router names was answered with 401."""
+    with router_process([], "--api-key", "k", key="k") as router:
+        assert f"curl -X POST -H 'Authorization: Bearer KEY' '{router.url}/add_worker?url=http" in router.log()
+
+
 def test_case_6_a_look_up_that_hangs_does_not_hold_up_the_end(tmp_path: Path) -> None:
     """Threads of an executor are joined at the end of the process, whatever they wait for."""
     code = (

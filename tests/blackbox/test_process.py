@@ -215,7 +215,7 @@ def test_one_family_in_use_is_one_line_and_status_2() -> None:
         port = str(taken.getsockname()[1])
         words = [*COMMAND, "--host", "::", "--port", port, "--prometheus-port", "0"]
         done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=WITHIN, check=False)
-    assert (done.returncode, done.stderr) == (2, f"error: :::{port} is in use; choose another --port\n")
+    assert (done.returncode, done.stderr) == (2, f"error: [::]:{port} is in use; choose another --port\n")
 
 
 def test_case_26_the_command_may_be_left_out() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from sglang_router.observe.log_files import DailyFile, KeepRules, PathFile
 from sglang_router.observe.logs import configure
 
@@ -70,6 +72,31 @@ def test_case_22_size_of_a_file(tmp_path: Path) -> None:
         "sglang-router.2024-10-04.4.log": "line 3\n",
         "sglang-router.2024-10-04.log": "line 4\n",
     }
+
+
+@pytest.mark.parametrize("put", [None, ""], ids=["moved away", "and created anew"])
+def test_case_22_a_large_file_that_was_moved_away(put: str | None, tmp_path: Path) -> None:
+    """With --log-max-bytes, what came after `mv` of a file above that size was lost, or took a number for nothing."""
+    file = DailyFile(str(tmp_path), lambda: TODAY, KeepRules(max_bytes=4))
+    os.write(file.fd(), b"line 0\n")
+    path = tmp_path / "sglang-router.2024-10-04.log"
+    path.rename(tmp_path / "moved")
+    if put is not None:
+        path.write_text(put)
+    os.write(file.fd(), b"line 1\n")
+    file.close()
+    assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {"moved": "line 0\n", path.name: "line 1\n"}
+
+
+@pytest.mark.parametrize("level", ["info", "warn", "error"])
+def test_case_22_reopening_makes_the_file_at_every_level(level: str, tmp_path: Path) -> None:
+    """SIGUSR1 made no new file with `--log-level warn`: its line was below the level."""
+    writer = configure(level, "text", str(tmp_path))
+    (path,) = tmp_path.iterdir()
+    path.rename(tmp_path / "moved")
+    writer.tell("log files are opened again")
+    writer.close()
+    assert path.read_text().endswith("INFO  sglang_router: log files are opened again\n")
 
 
 def test_a_level_can_change_while_lines_are_written(tmp_path: Path) -> None:

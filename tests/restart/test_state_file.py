@@ -366,6 +366,30 @@ def test_a_pipe_does_not_hold_up_the_start(path: Path, caplog: pytest.LogCapture
     assert "is not a plain file" in refused(path, caplog)
 
 
+def test_f38_what_is_no_plain_file_is_not_replaced(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first save put a file in the place of a pipe or a device: `--state-file /dev/null` as root took /dev/null."""
+    os.mkfifo(path)
+    file = Place(path).file
+    run(file.save, file.save)
+    assert path.is_fifo()
+    assert caplog.messages == [f"the state file {path} cannot be written: it is not a plain file"]
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_f38_a_symbolic_link_stays_one(there: bool, path: Path) -> None:
+    """The first save put a file in the place of the link, and what it leads to stayed old."""
+    target = path.with_name("target")
+    if there:
+        target.touch()
+    path.symlink_to(target)
+    before = Place(path)
+    before.add("http://a:1")
+    run(before.file.save)
+    assert path.is_symlink()
+    assert Place(target).file.load() == 1
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_cannot_be_read(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path.write_bytes(b"")

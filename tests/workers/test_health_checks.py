@@ -17,6 +17,7 @@ from sglang_router.routing.events import Listener, WorkerChanged
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.rules import HealthRules
+from sglang_router.routing.source import Source
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.states import Breaker, Health
 from sglang_router.routing.worker import Worker
@@ -98,6 +99,26 @@ def run(
             await fake.stop()
 
     asyncio.run(scene())
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_case_13_engines_that_the_launcher_ends_are_no_warning(stops: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """At the end of `launch_server`, its last line warned that the engines refuse connections."""
+
+    async def test(bench: Bench) -> None:
+        health = HealthRules(interval=NEVER, failure_threshold=1)
+        worker = bench.fleet.add(WorkerSpec(url=bench.fake.url, source=Source.REPLICAS, health=health), bench.now)
+        bench.pool.know(worker.target)
+        bench.checks.start(worker)
+        assert await bench.checks.until_healthy(worker, 10.0)
+        if stops:
+            bench.checks.release()
+        bench.fake.script[HEALTH] = answer(500)
+        bench.checks.check_now(worker)
+        await bench.changes.until(lambda: worker.health is Health.UNHEALTHY)
+        assert ("worker fails its health checks" in caplog.messages) is not stops
+
+    run(test)
 
 
 def test_a_well_worker_is_healthy_after_one_check_and_asked_with_its_key() -> None:

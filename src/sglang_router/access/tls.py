@@ -17,9 +17,9 @@ import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 
 from sglang_router.access.watched import WatchedFiles
+from sglang_router.config import small_files
 from sglang_router.config.keys import exposure
 from sglang_router.errors import ConfigError
 
@@ -31,6 +31,8 @@ _PROTOCOLS = ["http/1.1"]
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 _TIME_FORMS = {0x17: "%y%m%d%H%M%SZ", 0x18: "%Y%m%d%H%M%SZ"}  # UTCTime, GeneralizedTime
 _EXPLICIT_VERSION = 0xA0
+_LARGEST = 16 << 20
+"""Bytes of a file of certificates: those of all public authorities together are a quarter of a MiB."""
 
 
 class TLSFiles:
@@ -87,7 +89,7 @@ def worker_files(
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         _harden(context)
         for path in cas:
-            context.load_verify_locations(cadata=_certificates(path))
+            context.load_verify_locations(cadata=_certificates(path, pipe=True))
         if not cas:
             context.load_default_certs()
         return context, _load_pair(context, cert, key, clock()) if cert and key else None
@@ -178,12 +180,12 @@ def _pair_fault(reason: str, cert: str, key: str) -> str:
     return f"{key} holds no private key that can be read" + (f": {_words(reason)}" if reason else "")
 
 
-def _certificates(path: str) -> str:
-    """Return the certificates in a PEM file, without the text between them.
+def _certificates(path: str, *, pipe: bool = False) -> str:
+    """Return the certificates in a PEM file, without the text between them. `pipe`: see `small_files.read`.
 
     Raises: ConfigError
     """
-    text = _text(path)
+    text = _text(path, pipe=pipe)
     found = _CERTIFICATE.findall(text)
     if not found:
         raise ConfigError(f"{path} holds no certificate in PEM form")
@@ -205,11 +207,8 @@ def _check_key(path: str) -> None:
         raise ConfigError(f"the key {path} needs a password; make a plain one: openssl pkey -in {path} -out NEW.key")
 
 
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_bytes().decode("latin-1")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+def _text(path: str, *, pipe: bool = False) -> str:
+    return small_files.read(path, _LARGEST, pipe=pipe).decode("latin-1")
 
 
 def _words(reason: str) -> str:

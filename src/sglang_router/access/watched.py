@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 
+from sglang_router.config import small_files
 from sglang_router.errors import ConfigError
 
 Mark = tuple[int, ...]
@@ -45,6 +46,7 @@ class WatchedFiles:
             self._complaint = ""
             return False
         try:
+            self._refuse_pipes()
             self._load()
         except ConfigError as error:
             if str(error) != self._complaint:
@@ -54,6 +56,10 @@ class WatchedFiles:
         self._marks, self._complaint = marks, ""
         self._log.info("%s: loaded %s anew", self._topic, ", ".join(self._paths))
         return True
+
+    def _refuse_pipes(self) -> None:
+        for path in filter(small_files.is_pipe, self._paths):
+            raise ConfigError(f"{path} is a pipe, which cannot be read again")
 
     def _look(self) -> tuple[Mark, ...]:
         return tuple(map(_mark, self._paths))

@@ -171,10 +171,13 @@ class Life:
 
     def say_how_to_add_workers(self) -> None:
         """Warn when there is no worker, and nothing that will start one."""
-        if not len(self.app.fleet) and not self.app.args.scales_to_zero:
+        args = self.app.args
+        if not len(self.app.fleet) and not args.scales_to_zero:
+            keys = (args.api_key, args.api_key_file, args.control_plane_api_keys, args.control_plane_api_keys_file)
             log.warning(
                 "no workers yet: start with --worker-urls http://HOST:PORT, or add one now: "
-                "curl -X POST '%s/add_worker?url=http://HOST:PORT'",
+                "curl -X POST %s'%s/add_worker?url=http://HOST:PORT'",
+                "-H 'Authorization: Bearer KEY' " if any(keys) else "",
                 self.url,
             )
 
@@ -319,7 +322,9 @@ async def _run(
     signals = Signals(loop)
     app = build(args, loop, writer)
     life = Life(app, writer)
-    signals.reload, signals.reopen = Reload(app, writer).run, _reopen
+    signals.reload = Reload(app, writer).run
+    # Each write finds by itself that its file was moved away; this line makes the new one.
+    signals.reopen = lambda: writer.tell("log files are opened again")
     crew: Crew | None = None
     try:
         await life.start()
@@ -350,11 +355,6 @@ def _remark(args: RouterArgs) -> None:
         log.info("defaults of %s are in effect: %s", args.compat, " ".join(values))
     for warning in advice(args, os.environ, os.path.exists):
         log.warning(warning)
-
-
-def _reopen() -> None:
-    """React to SIGUSR1. Each write finds by itself that its file was moved away; this line makes the new one."""
-    log.info("log files are opened again")
 
 
 def _url(scheme: str, host: str, port: int) -> str:

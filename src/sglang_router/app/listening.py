@@ -178,7 +178,10 @@ def address_errors(host: str, port: int, option: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
+        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         if exc.errno == errno.EADDRINUSE:
-            raise ConfigError(f"{host}:{port} is in use; choose another {option}") from None
-        why = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc
-        raise ConfigError(f"cannot listen on {host}:{port}: {why}; see --host and {option}") from None
+            raise ConfigError(f"{place} is in use; choose another {option}") from None
+        why = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc.strerror or exc
+        raise ConfigError(
+            f"cannot listen on {place}: {why}; see {option.replace('port', 'host')} and {option}"
+        ) from None

@@ -4,6 +4,7 @@ options.py, reserved.py   the declarations: options that have an effect, and opt
 option.py                 what a declaration holds
 kinds.py, checks.py, units.py, urls.py   from text to typed values; ranges, addresses, units, worker URLs
 keys.py                   API keys: their grammar and their files
+small_files.py            reads files of keys, certificates and options, without waiting
 table.py                  all options by name
 sources.py, flags.py      environment, files, command line
 compat.py                 the defaults of other routers

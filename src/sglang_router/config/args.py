@@ -127,7 +127,10 @@ class RouterArgs(ReservedOptions):
 
         Raises: ConfigError.
         """
-        file = {name: value for name, value in read_file(Path(self.config or "")).items() if name in OPTIONS}
+        path = Path(self.config or "")
+        file = {name: value for name, value in read_file(path).items() if name in OPTIONS}
+        if not file:  # it would remove all workers
+            raise ConfigError(f"{path} holds no options, as in the middle of a change")
         fixed = self.given - self.from_file
         values = {name: getattr(self, name) for name in fixed}
         new = {name: value for name, value in file.items() if name not in fixed}

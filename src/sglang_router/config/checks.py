@@ -6,6 +6,8 @@ raises without a message, because the option puts the bounds into its own senten
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import itertools
 import re
 import shlex
@@ -15,6 +17,7 @@ from urllib.parse import urlsplit
 from sglang_router.config.urls import parse_worker_url
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HOST_NAME = re.compile(r"[0-9A-Za-z_.-]+")
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?/?")
 _PORTS = {"http": "80", "https": "443"}
@@ -103,11 +106,14 @@ def command(text: str) -> str:
 
 
 def address(host: str) -> str:
-    """Return a host name or IP address to listen on; brackets around an IPv6 address are optional."""
+    """Return the normal form of a host name or IP address to listen on; an IPv6 address may have brackets."""
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not _VISIBLE.fullmatch(bare) or any(character in bare for character in "/[]@"):
-        raise ValueError(f"{host!r} is not a host name or an IP address")
-    return bare
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(bare))  # `::` has other spellings
+    if not _HOST_NAME.fullmatch(bare):
+        hint = "; to listen on all addresses give 0.0.0.0 or ::" if host == "*" else ""
+        raise ValueError(f"{host!r} is not a host name or an IP address{hint}")
+    return bare.lower()
 
 
 def origins(texts: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from sglang_router.config import small_files
 from sglang_router.errors import ConfigError
 
 ROLES = ("admin", "user")
@@ -24,8 +25,6 @@ CONTROL_FORM = "ID:NAME:ROLE:KEY with the role admin or user"
 
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
 _ANOTHER = re.compile(r",[^:]+:[^:]*:(admin|user):")
-_LARGEST = 1 << 20
-"""Most bytes of a file of keys; a larger file is refused."""
 _OTHERS = 0o006
 """Permission bits of users who are neither the owner nor in the group."""
 
@@ -218,16 +217,9 @@ def _file(path: str | None, read: Callable[[object], T]) -> list[tuple[str, T]]:
 
 def _text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST + 1)
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        return small_files.read(path, pipe=True).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text") from None
-    if len(content) > _LARGEST:
-        raise ConfigError(f"{path} is larger than 1 MiB, too large for a file of keys")
-    return text
 
 
 def _distinct(placed: list[tuple[str, str]], what: str) -> None:

@@ -698,6 +698,7 @@ class HTTPOptions:
         0,
         "Remove log files in --log-dir that were not written to for so many days. 0: no limit.",
         LOGGING,
+        unit="days",
         check=at_least(0),
     )
     log_max_bytes: int = option(

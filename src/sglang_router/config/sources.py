@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from sglang_router.config import small_files
 from sglang_router.config.option import ENVIRONMENT_PREFIX, did_you_mean
 from sglang_router.config.table import ALIASES, OPTIONS, accept, mirror_aliases, resolve_aliases
 from sglang_router.errors import ConfigError
@@ -99,11 +100,15 @@ def unknown_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
 def read_file(path: Path) -> dict[str, Any]:
     """Read the options in a YAML or TOML file: a flat mapping, with `-` or `_` in its keys; null means not given."""
     values: dict[str, Any] = {}
+    spelled: dict[str, object] = {}  # name -> the key in the file
     for key, value in _parse_file(path).items():
         name = _KEYS.get(str(key).replace("-", "_"))
         if name is None or name == "config":
             why = "cannot be set in a file" if name else f"is not an option{did_you_mean(str(key), _KEYS)}"
             raise ConfigError(f"{path}: {key!r} {why}")
+        if name in spelled:
+            raise ConfigError(f"{path}: {spelled[name]!r} and {key!r} are one option; give only one of them")
+        spelled[name] = key
         if value is not None:
             values[name] = accept(name, value, f"{path}: {key}")
     return resolve_aliases(values, str(path))
@@ -113,15 +118,15 @@ def _parse_file(path: Path) -> dict[object, Any]:
     if path.suffix.lower() not in _PARSERS:
         raise ConfigError(f"{path}: the name of the file must end in .yaml, .yml or .toml, which tells its format")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        text = small_files.read(path).decode("utf-8-sig")  # editors on Windows begin a file with a mark
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text") from None
     try:
         content = _PARSERS[path.suffix.lower()](text)
-    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: {_first_fault(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply") from None
     if not isinstance(content, dict | None):
         raise ConfigError(f"{path} must be a mapping of options to values, as in `port: 30000`")
     return content or {}
@@ -135,4 +140,28 @@ def _first_fault(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-_PARSERS: dict[str, Callable[[str], Any]] = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads}
+class _Loader(yaml.SafeLoader):
+    """PyYAML takes a key that is there twice, and lets some errors of the values pass, as of the date 2026-13-01."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Make a mapping. Raises: yaml.YAMLError for a key that is there twice."""
+        found: set[str] = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in found:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
+            found.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """Make a value. Raises: yaml.YAMLError."""
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            raise yaml.MarkedYAMLError(problem="a value cannot be read", problem_mark=node.start_mark) from None
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 - it is a SafeLoader
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {".yaml": _parse_yaml, ".yml": _parse_yaml, ".toml": tomllib.loads}

@@ -57,8 +57,8 @@ class PathFile:
 
     @property
     def size(self) -> int:
-        """Bytes in the open file."""
-        return os.fstat(self._fd).st_size if self._fd >= 0 else 0
+        """Bytes in the file; 0 when it is not open, or was moved away."""
+        return os.fstat(self._fd).st_size if self._fd >= 0 and self._is_current() else 0
 
     def _is_current(self) -> bool:
         try:
@@ -116,7 +116,8 @@ class DailyFile:
         stem = self._file.path.removesuffix(".log")
         day = os.path.basename(stem).rpartition(".")[2]
         last = max((number for of, number, _ in self._found() if of == day and number < _SEQUENCE_END), default=0)
-        os.rename(self._file.path, f"{stem}.{last + 1}.log")
+        with contextlib.suppress(FileNotFoundError):  # somebody else moved it away just now
+            os.rename(self._file.path, f"{stem}.{last + 1}.log")
 
     def _found(self) -> list[tuple[str, int, str]]:
         """Return day, number and path of each log file here, oldest first."""

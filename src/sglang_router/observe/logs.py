@@ -152,6 +152,10 @@ class LogWriter:
         logging.getLogger().setLevel(max(self.level, logging.WARNING))
         logging.getLogger(_OWN).setLevel(self.level)
 
+    def tell(self, message: str) -> None:
+        """Write a line whatever the level, at once."""
+        self.write(self.line(Stamp()(time.time()), logging.INFO, _OWN, message, {}, ""), True)
+
     def close(self, timeout: float = CLOSE_TIMEOUT) -> None:
         """Detach from `logging`, write what was accepted, and end; wait at most `timeout` seconds per destination."""
         if self._handler is not None:

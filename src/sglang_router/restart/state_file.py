@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import stat
@@ -72,7 +73,7 @@ class StateFile:
         suspended: Callable[[], bool] = lambda: False,
         clocks: Clocks | None = None,
     ) -> None:
-        self._path = os.path.abspath(path)
+        self._path = os.path.realpath(path)  # a symbolic link stays one
         self._fleet = fleet
         self._memory = memory
         self._configured = configured
@@ -224,7 +225,10 @@ class _NewFile:
         self._header = HeaderBuilder()
 
     def create(self) -> None:
-        """Create the file, with space for the header."""
+        """Create the file, with space for the header. Raises: OSError"""
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.lstat(self._path).st_mode):  # a device, a pipe: it must not be replaced
+                raise OSError(errno.EINVAL, "it is not a plain file")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._name)  # left by a killed process that had the same id
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

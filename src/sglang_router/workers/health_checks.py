@@ -312,6 +312,8 @@ class HealthChecks:
             watch.settled.set()
         if worker.health is Health.DOWN or (_is_being_launched(worker) and not worker.hopeless):
             return  # the launcher tells how far its replicas are
+        if self.released and worker.spec.source is Source.REPLICAS:
+            return  # the launcher ends them
         again = watch.told.get(worker.reason, -math.inf) + _TOLD_EVERY
         if now >= max(again, watch.told_at + _TOLD_APART):
             if len(watch.told) == _MOST_REASONS:
