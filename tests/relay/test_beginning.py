@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from played import Client, Leg, Play, post, run
 from sglang_router.config.keys import ClientKey
+from sglang_router.relay.beginning import Beginning
 from sglang_router.relay.deadlines import Due
+from sglang_router.relay.exchange import Exchange
 from sglang_router.relay.whole_events import ANY_END, CHUNKED_ENDS, PLAIN_ENDS, WholeEvents, split
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.states import Breaker
@@ -263,7 +265,7 @@ async def test_case_4_a_beginning_that_does_not_end_is_passed_on() -> None:
     async with Play(1) as play:
         client, leg = await asked(play)
         await leg.start_stream()
-        long = b": " + b"x" * 300_000
+        long = b": " + b"x" * 1_100_000
         sending = asyncio.ensure_future(leg.chunk(long))
         await client.head()
         await sending
@@ -271,6 +273,26 @@ async def test_case_4_a_beginning_that_does_not_end_is_passed_on() -> None:
         await leg.end_stream()
         body, clean = await client._chunks()
         assert (body, clean) == (long + b"\n\n" + DONE, True)
+
+
+@on_loop
+async def test_case_4_a_long_first_event_is_held_to_its_end() -> None:
+    """A worker that died inside a first event of 300 kB left the client with 200 and an error event."""
+    async with Play(2) as play:
+        client, leg = await asked(play)
+        await leg.start_stream()
+        await leg.chunk(b"data: " + b"x" * 300_000)
+        (exchange,) = play.clients.exchanges
+        assert isinstance(exchange, Exchange)
+
+        def held() -> bool:
+            beginning = exchange.legs[0].handled
+            return isinstance(beginning, Beginning) and beginning._size > 300_000
+
+        await play.until(held)
+        leg.reset()
+        await serve(await play.leg())
+        await is_served(client)
 
 
 @on_loop
@@ -605,7 +627,8 @@ async def fill(play: Play) -> None:
     assert play.app.keepalives is not None
     await play.until(lambda: not play.connections._opening)
     play.app.keepalives.look()
-    await asyncio.sleep(0.001)
+    looked = play.clock()
+    await play.until(lambda: play.clock() > looked + 0.001)
     play.app.keepalives.look()
 
 
@@ -706,3 +729,56 @@ async def test_keepalive_not_for_answers_that_are_no_streams() -> None:
         await fill(play)
         await leg.send(DONE)
         assert await client.exactly(len(EVENT + DONE)) == EVENT + DONE
+
+
+@pytest.mark.parametrize("coding", ["gzip", ""])
+def test_keepalive_an_answer_that_cannot_be_sent_in_a_stream_is_no_fault_of_its_worker(coding: str) -> None:
+    """Two compressed answers behind a comment opened breakers, and the request was refused for breaking workers."""
+
+    async def test() -> None:
+        async with filling(2) as play:
+            for _ in range(4):
+                client, leg = await asked(play)
+                await fill(play)
+                await client.head()
+                await leg.answer(
+                    200, b"\x1f\x8b.", "connection: close", *[f"content-encoding: {coding}"] * bool(coding)
+                )
+                body, clean = await client._chunks()
+                assert b"not with a stream of events" in body
+                assert not clean
+            assert {end.answer.outcome for end in await play.ended(4)} == {Outcome.SERVED}
+            assert [worker.circuit.failures for worker in play.workers] == [0, 0]
+            assert not play.router.quarantine.broken
+
+    run(test())
+
+
+@pytest.mark.parametrize("seconds", [0, 15])
+def test_keepalive_workers_are_not_asked_for_compressed_streams(seconds: int) -> None:
+    """Nothing can be written into a compressed stream."""
+
+    async def test() -> None:
+        async with Play(1, sse_keepalive_secs=seconds, forward_headers="all") as play:
+            client = await play.client()
+            await client.send(post(CHAT, STREAM, "Accept-Encoding: gzip"))
+            leg = await play.leg()
+            assert ("accept-encoding" in leg.headers) is (seconds == 0)
+            await serve(leg)
+            await is_served(client)
+
+    run(test())
+
+
+@on_loop
+async def test_keepalive_not_inside_a_chunk_that_looks_ended() -> None:
+    """A read that ended with an empty line inside a chunk got the comment there, and the chunks were garbled."""
+    async with filling() as play:
+        client, leg = await asked(play)
+        content = EVENT + b"\r\n" + DONE
+        await leg.send(CHUNKED + b"%x\r\n" % len(content) + EVENT + b"\r\n")
+        await client.head()
+        await client.until(EVENT + b"\r\n")
+        await fill(play)
+        await leg.send(DONE + b"\r\n0\r\n\r\n")
+        assert await client.until(b"0\r\n\r\n") == DONE + b"\r\n0\r\n\r\n"

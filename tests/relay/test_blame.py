@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from played import Client, Leg, Play, Response, post, run
+from sglang_router.relay.upstream import STALE_WITHIN
 from sglang_router.routing.policies.cache_aware import CacheAware
 
 PATHS = ["/generate", "/v1/chat/completions", "/v1/embeddings", "/v1/audio/transcriptions"]
@@ -63,16 +64,19 @@ def test_case_1_what_two_workers_fail_is_answered_and_takes_out_no_worker(path: 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", PATHS)
 def test_case_2_a_request_that_ends_workers_ends_two_and_is_refused_then(path: str, stream: bool) -> None:
-    """One request ended every engine: on new connections, and on kept ones that look as if they had only been idle."""
+    """One request ended every engine: on new connections, and on kept ones that look as if they had only been idle.
+
+    The second worker gets it on a new connection.
+    """
 
     async def play_it() -> None:
         async with Play(workers=4) as play:
             client = await play.client()
-            kept = [await serve(play, client) for _ in range(3)]
+            kept = [await serve(play, client) for _ in range(4)]
             await ask(client, path, "DEATH", stream=stream)
-            die(await play.leg())  # a new connection to the fourth worker
             await kept[0].request()
             die(kept[0])
+            die(await play.leg())
             assert code(await client.response()) == "worker_broken"
             for _ in range(2):
                 await ask(client, path, "DEATH", stream=stream)
@@ -80,9 +84,41 @@ def test_case_2_a_request_that_ends_workers_ends_two_and_is_refused_then(path: s
                 assert (response.status, code(response)) == (422, "request_breaks_workers")
                 assert 0 < int(response.headers["retry-after"]) <= 300
             await ask(client, path, "ALIVE", stream=stream)
-            await kept[1].request()
-            await kept[1].answer(200)
+            await kept[2].request()
+            await kept[2].answer(200)
             assert (await client.response()).status == 200
+            await play.at_rest()
+
+    run(play_it())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("says_408", [False, True])
+def test_case_2_a_worker_that_computed_on_a_kept_connection_and_broke_off_is_not_asked_again(
+    stream: bool, says_408: bool
+) -> None:
+    """What ends one process of a worker, whose others go on to listen, was taken for the end of an idle connection."""
+
+    async def play_it() -> None:
+        async with Play(workers=3) as play:
+            client = await play.client()
+            kept = [await serve(play, client) for _ in range(3)]
+            await ask(client, "/generate", "DEATH", stream=stream)
+            await kept[0].request()
+            for connection in play.connections.at(play.workers[0].target).live:
+                connection.sent_at -= STALE_WITHIN + 1.0  # it has been at work for a while
+            if says_408:
+                await kept[0].send(b"HTTP/1.1 408 Late\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+                assert (await client.response()).status == 408
+            else:
+                kept[0].reset()
+                second = await play.leg()
+                assert second.worker is play.played[1]
+                second.reset()
+                assert code(await client.response()) == "worker_broken"
+                await ask(client, "/generate", "DEATH", stream=stream)
+                assert code(await client.response()) == "request_breaks_workers"
+            assert play.played[0].connections == 1
             await play.at_rest()
 
     run(play_it())

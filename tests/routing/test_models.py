@@ -13,9 +13,9 @@ from sglang_router.routing.facts import ENDPOINTS, read
 from sglang_router.routing.model_names import LONGEST_NAME, LONGEST_TEXT, MOST_NAMES, NO_NAMES, Names, names_of
 from sglang_router.routing.multipart import model_of
 from sglang_router.routing.outcome import Outcome
-from sglang_router.routing.rules import QueueRules
+from sglang_router.routing.rules import FleetRules, QueueRules
 from sglang_router.routing.spec import WorkerSpec
-from sglang_router.routing.states import Health
+from sglang_router.routing.states import Breaker, Health
 from sglang_router.routing.worker import Worker
 
 CHAT = ENDPOINTS[b"/v1/chat/completions"]
@@ -25,8 +25,9 @@ PROMPT = b"a prompt that is long enough to count"
 class Several:
     """A fleet whose pools follow from what its workers announce."""
 
-    def __init__(self, policy: str = "round_robin", queue: QueueRules | None = None) -> None:
-        self.bench = Bench(0, policy, assign=None, queue=queue)
+    def __init__(self, policy: str = "round_robin", queue: QueueRules | None = None, most_load: int = 0) -> None:
+        rules = FleetRules(most_load=most_load, slow_start=0.0)
+        self.bench = Bench(0, policy, rules=rules, assign=None, queue=queue)
         self.fleet = self.bench.fleet
         self.pools = self.fleet.pools
 
@@ -102,6 +103,47 @@ def test_an_adapter_goes_to_the_workers_that_have_it() -> None:
     s.add("other", "B", adapters=("sql",))
     assert (s.serve("A"), s.serve("sql"), s.serve("B")) == ({"plain", "lora"}, {"lora"}, {"other"})
     assert s.serve("A:sql") == {"plain", "lora"}, "SGLang's way to name an adapter of A"
+
+
+@pytest.mark.parametrize(("having", "ejected"), [(1, False), (2, False), (3, False), (1, True), (2, True)])
+def test_case_1_requests_for_an_adapter_never_take_out_the_last_that_have_it(having: int, ejected: bool) -> None:
+    """Two bad requests for an adapter of one worker opened its breaker, and all others for the adapter got 503."""
+    s = Several()
+    lora = [s.add(f"lora{n}", "A", adapters=("sql",)) for n in range(having)]
+    for n in range(having + 2):
+        s.add(f"plain{n}", "A")
+    for worker in lora:
+        if ejected:
+            worker.ejected = "fails"
+            s.fleet.pools.changed(worker)
+        else:
+            failing = [s.fleet.lease(worker) for _ in range(20)]
+            for lease in failing:
+                lease.close(Outcome.FAILED, 0.0)
+            assert worker.breaker is Breaker.OPEN
+    assert len(s.serve("sql")) == having - having // 2
+    assert not s.serve("A") & {f"lora{n}" for n in range(having)}, "the others have enough without them"
+    for worker in lora:
+        s.fleet.down(worker, "it ended")
+    with pytest.raises(Unavailable):
+        s.serve("sql")
+
+
+def test_case_1_a_full_worker_of_an_adapter_that_is_judged_out_is_waited_for() -> None:
+    s = Several(most_load=1)
+    lora = s.add("lora", "A", adapters=("sql",))
+    s.add("plain0", "A")
+    s.add("plain1", "A")
+    lora.ejected = "fails"
+    s.fleet.pools.changed(lora)
+    first = s.bench.ask(facts(PROMPT, model=b'"sql"'), 0.0)
+    second = s.bench.ask(facts(PROMPT, model=b'"sql"'), 0.0)
+    assert first.attempt.worker is lora
+    assert second.waits is not None
+    assert second.waits[0] == "room"
+    first.attempt.end(now=0.0)
+    s.bench.settle(0.0)
+    assert second.attempt.worker is lora
 
 
 def test_workers_whose_models_overlap_share_a_pool() -> None:

@@ -12,7 +12,8 @@ from sglang_router.routing.events import Listener, Quarantined
 from sglang_router.routing.facts import ENDPOINTS, Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.quarantine import LATER, MOST, SOON, Quarantine
-from sglang_router.routing.rules import BreakerRules, FleetRules, RetryRules
+from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules, RetryRules
+from sglang_router.routing.spec import WorkerSpec
 
 DEATH = b"DEATH"
 RULES = FleetRules(breaker=BreakerRules(threshold=1 << 30), slow_start=0.0)
@@ -58,6 +59,23 @@ def test_f3_without_retries_two_of_its_copies_are_enough() -> None:
     b = bench(6, retries=0)
     assert [kill(b, 0.0), kill(b, 1.0)] == [1, 1]
     assert refused(b, 2.0) == LATER - 1.0
+
+
+def test_case_2_ranks_of_one_engine_that_ends_count_once() -> None:
+    """Copies of a request at two ranks of an engine that was killed were taken for two engines that it had ended."""
+    b = Bench(0, rules=RULES, retries=RetryRules(total=0))
+    ranks = [
+        b.fleet.add(WorkerSpec(url="http://e:1", dp_rank=rank, health=HealthRules(enabled=False)), 0.0)
+        for rank in range(4)
+    ]
+    copies = [b.route(DEATH) for _ in ranks]
+    for copy in copies:
+        assert copy.retry(Outcome.BROKEN, 0.0) is None
+    assert len({copy.worker for copy in copies}) > 1
+    for rank in ranks:
+        b.fleet.probed(rank, "refused", 0.0, refused=True)
+        b.fleet.probed(rank, None, 0.5)
+    assert refused(b, 1.0) is None
 
 
 def test_f3_a_single_worker_that_comes_back_counts_again() -> None:

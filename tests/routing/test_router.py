@@ -27,7 +27,7 @@ from sglang_router.routing.events import Listener, Listeners, Routed, WorkerChan
 from sglang_router.routing.outcome import BREAKS, Hears, Outcome
 from sglang_router.routing.plan import Plan
 from sglang_router.routing.retry_budget import RetryBudget
-from sglang_router.routing.rules import BreakerRules, FleetRules, QueueRules, RetryBudgetRules, RetryRules
+from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules, QueueRules, RetryBudgetRules, RetryRules
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.worker import Worker
 
@@ -200,6 +200,23 @@ def test_a_worker_under_pressure_is_not_asked_again() -> None:
     assert where(b, plans) == [0, 1, 1, 1], "not even when the others fail"
     assert [plan.delay > 0 for plan in plans] == [False, False, True, True]
     assert len(legs(bench(2), Outcome.FAILED, Outcome.BUSY)) == 2, "its own 429 is the answer then"
+
+
+@pytest.mark.parametrize("outcome", [Outcome.REFUSED, Outcome.BROKEN, Outcome.FAILED])
+def test_a_retry_prefers_another_engine_to_another_rank(outcome: Outcome) -> None:
+    """With many ranks, all tries of a request could go to the ranks of one dead engine."""
+    b, unchecked = bench(0), HealthRules(enabled=False)
+    for rank in range(8):
+        b.fleet.add(WorkerSpec(url="http://dead:1", dp_rank=rank, health=unchecked), 0.0)
+    other = b.fleet.add(WorkerSpec(url="http://live:1", health=unchecked), 0.0)
+    for _ in range(9):
+        attempt = b.route()
+        if attempt.worker is not other:
+            retry = attempt.retry(outcome, 0.0, 500)
+            assert retry is not None
+            assert retry.worker is other
+            attempt = retry
+        attempt.end()
 
 
 def test_a_worker_that_broke_off_is_not_asked_again() -> None:

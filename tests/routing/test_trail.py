@@ -106,6 +106,17 @@ def test_without_a_second_opinion_the_worker_is_to_blame() -> None:
         assert failures(b) == [1, 0]
 
 
+@pytest.mark.parametrize(("outcome", "status"), [*SUSPECT, *BREAKS[:1]])
+def test_f2_a_client_that_leaves_the_second_worker_blames_nobody(outcome: Outcome, status: int) -> None:
+    """Clients that sent bad requests and left as soon as the second worker had them opened the breaker of the first."""
+    b = bench(3)
+    for now in range(6):
+        retry = b.route(b"%d" % now, now=now).retry(outcome, now, status)
+        assert retry is not None
+        retry.end(Outcome.GONE, now)
+    assert failures(b) == [0, 0, 0]
+
+
 def test_a_503_is_no_proof_against_a_request_and_another_worker_gets_it() -> None:
     b = bench(4)
     bad = dict.fromkeys(b.workers[:2], (Outcome.FAILED, 503))

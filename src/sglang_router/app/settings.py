@@ -174,6 +174,7 @@ def forward_rules(args: RouterArgs, access: Access, mark: bytes) -> ForwardRules
         trusted=args.trust_client_routing_fields,
         withheld=access.withholds,
         mark=mark,
+        readable=args.sse_keepalive_secs > 0,
     )
 
 

@@ -8,7 +8,8 @@ Comments and pings are no event: they are held too, and sent with the first even
 a status makes the answer one with that status: 429 and 5xx are retried, and what is not retried reaches the client
 with that status, and the event's data as JSON. An error without a known status is passed on as it came.
 
-What has visibly begun, which is the usual case, is never held (`begins`).
+What has visibly begun, which is the usual case, is never held (`begins`). A beginning of more than MOST_HELD bytes is
+passed on.
 """
 
 from __future__ import annotations
@@ -20,10 +21,7 @@ from sglang_router.routing.outcome import Outcome
 from sglang_router.wire.error_events import FirstEvent, first_event
 from sglang_router.wire.framing import Chunked, Framing, Sized, UntilClose
 from sglang_router.wire.response import ResponseHead, json_head
-from sglang_router.wire.sse import EventSplitter
-
-_MOST_HELD = 1 << 18
-"""Most bytes held of one answer; a longer beginning is passed on."""
+from sglang_router.wire.sse import MOST_HELD, EventSplitter
 
 
 class HeldLeg(Protocol):
@@ -85,7 +83,7 @@ class Beginning:
             self._fail(leg, first, done)
         elif first is None and closed and self._events:
             leg.broken(Outcome.BROKEN, "The worker closed the connection before the first event of its answer.")
-        elif first is not None or done or self._size > _MOST_HELD:
+        elif first is not None or done or self._size > MOST_HELD:
             leg.begun(self._head, b"".join(self._held), done)
         else:
             leg.holding()

@@ -70,9 +70,14 @@ class TargetConnections:
         while idle and not fresh:
             connection = idle.pop()
             if not connection.transport.is_closing():
+                connection.sent_at = self._pool.now()
                 connection.send(sink, head, body)
                 return connection
         return self._pool.open_for(self, Opening(sink, head, body))
+
+    def now(self) -> float:
+        """Return the time, in seconds of the loop's clock."""
+        return self._pool.now()
 
     def opened(self, connection: UpstreamConnection) -> None:
         """Count a new connection."""

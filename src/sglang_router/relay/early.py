@@ -112,7 +112,7 @@ class OneEvent:
         try:
             line = msgspec.json.format(bytes(self._body), indent=-1)
         except (msgspec.MsgspecError, RecursionError):
-            leg.fail_late(f"The worker answered with status {self._status}.")
+            leg.fail_late(f"The worker answered with status {self._status}, and not with a stream of events or JSON.")
             return
         event = b"data: %b\n\n" % line
         if self._status >= 400:

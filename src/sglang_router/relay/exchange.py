@@ -193,8 +193,8 @@ class Exchange:
         else:
             self.refuse(answer or InternalError())
 
-    def follow(self, plan: Plan) -> None:
-        """Send the legs of a plan."""
+    def follow(self, plan: Plan, fresh: bool = False) -> None:
+        """Send the legs of a plan. fresh: those of a retry go on new connections."""
         relay, planned = self.relay, plan.legs
         self._plan = plan
         if self.state is not ANSWERING:
@@ -208,7 +208,7 @@ class Exchange:
             return
         silent = [Leg(self, each, relay.batch, self.client.transport, decoding) for each in planned[:-1]]
         self.legs = (*silent, last)
-        send_all(self.legs, plan, relay)
+        send_all(self.legs, plan, relay, fresh)
 
     def sending(self, leg: Leg) -> None:
         """Set the deadline for the first byte of a stream whose leg is sent now."""

@@ -18,7 +18,7 @@ from sglang_router.relay.pending import Pending
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import ROUTED, ExchangeState
 from sglang_router.routing.facts import Facts
-from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.outcome import BREAKS, Outcome
 from sglang_router.routing.plan import Plan, RequestTag, Wait
 from sglang_router.wire.response import ResponseHead
 
@@ -35,8 +35,8 @@ class Failing(Protocol):
     def queue(self, wait: Wait, pending: Pending | None) -> None:
         """Wait for the decider's late answer."""
 
-    def follow(self, plan: Plan) -> None:
-        """Send the legs of a plan."""
+    def follow(self, plan: Plan, fresh: bool = False) -> None:
+        """Send the legs of a plan. fresh: those of a retry go on new connections."""
 
     def give_up_legs(self, failed: Leg | None = None) -> None:
         """Abort all legs in flight but the failed one, and end those beside it."""
@@ -119,4 +119,5 @@ def _follow(exchange: Failing, pending: Pending, plan: Plan) -> None:
     exchange.give_up_legs(pending.leg)
     if pending.step is not None and exchange.handled is not None:
         exchange.handled.follow(pending.step)
-    exchange.follow(plan)
+    # What broke one worker is never sent twice to the next, as it may be where a kept connection ends.
+    exchange.follow(plan, pending.outcome in BREAKS)

@@ -136,6 +136,7 @@ class Leg:
     chunked     the client is sent chunks
     ends        how reads usually end, see `relay.whole_events`
     events      the answer is a stream of events
+    fresh       it is sent on a new connection: the end of a kept one could not be told from a break
     handled     takes the body; None: it goes to the client unchanged
     silent      the answer is not sent to the client
     """
@@ -153,6 +154,7 @@ class Leg:
         "ends",
         "events",
         "framing",
+        "fresh",
         "handled",
         "outcome",
         "planned",
@@ -170,6 +172,7 @@ class Leg:
         self.connection: Carrier | None = None
         self.decoding = decoding
         self.silent = False
+        self.fresh = False
         self._resent = False  # a kept connection broke on it, and it was sent again
         # per answer
         self.framing: Framing | None = None
@@ -189,12 +192,12 @@ class Leg:
 
     # -- towards the worker --------------------------------------------------------------------------------------------
 
-    def send(self, fresh: bool = False) -> None:
-        """Send the leg's request. `fresh`: on a new connection in any case."""
+    def send(self, again: bool = False) -> None:
+        """Send the leg's request. `again`: a kept connection broke on it, so take a new one."""
         exchange, planned = self._exchange, self.planned
         if exchange.state is DONE:  # the client left between two stages of the batch
             return
-        self._resent = fresh
+        self._resent = again
         relay, request, tag, target = exchange.relay, exchange.request, exchange.tag, planned.target
         connections = relay.connections.known.get(target) or relay.connections.at(target)
         body: Body | Spliced = request.body
@@ -205,7 +208,7 @@ class Leg:
             exchange.sending(self)
         start = connections.origin.start(request.method, request.target)
         head = request_head(request, start, tag.raw_id, len(body), target.key, relay.forward)
-        self.connection = connections.send(self, head, body, fresh)
+        self.connection = connections.send(self, head, body, again or self.fresh)
 
     def send_after(self, delay: float, call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle]) -> None:
         """Send the leg's request in `delay` seconds."""
@@ -333,18 +336,17 @@ class Leg:
             self._exchange.leg_done(self)
 
     def fail_late(self, detail: str, event: bytes = b"") -> None:
-        """End the answer with an error event: `event`, or one of the router's."""
-        self._exchange.fail(
-            Outcome.CUT if self.outcome is Outcome.SERVED else self.outcome, StreamBroken(detail), event
-        )
+        """End the answer, which is no fault of its worker's, with an error event: `event`, or one of the router's."""
+        self._exchange.fail(self.outcome, StreamBroken(detail), event)
 
 
-def send_all(legs: tuple[Leg, ...], plan: Plan, relay: Relay) -> None:
+def send_all(legs: tuple[Leg, ...], plan: Plan, relay: Relay, fresh: bool) -> None:
     """Send the legs of a plan in order: after its delay, at once for a retry, else with this turn's batch.
 
     The client gets the answer of the last leg; the others are silent.
     """
     for leg in legs:
+        leg.fresh = fresh
         if leg is not legs[-1]:
             leg.silence()
         if plan.delay:

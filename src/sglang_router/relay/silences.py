@@ -65,7 +65,8 @@ def silence(exchange: Exchange) -> int | None:
 
 def _torn(exchange: Exchange, shown: Leg) -> bool:
     """Return whether the client may have a part of an event or of a chunk, or a body of known length."""
-    if isinstance(shown.framing, Sized):
+    framing = shown.framing
+    if isinstance(framing, Sized) or (shown.chunked and framing is not None and framing.gap != 0):
         return True
     if exchange.handled is not None and shown.handled is exchange.handled:
         return exchange.handled.handler.torn

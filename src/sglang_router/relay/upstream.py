@@ -12,9 +12,9 @@ A sink receives the answer: a leg passes the bytes on to the client, `workers.fe
 and the health checks. Nothing is awaited and no object is created per read.
 
 After a complete, well-framed answer to a completely sent request, with no byte after it, the connection is released to
-the pool (`relay.connection_pool`). A kept connection that closes before the first byte of an answer was stale: engines
-close idle connections after 5 s, or close after a streamed answer without saying so; some send a 408 first. The sink
-hears STALE and sends the request again on a new connection; the worker is not blamed.
+the pool (`relay.connection_pool`). A kept connection that closes just after a request, and before the first byte of an
+answer, was stale: engines close idle connections after 5 s, or close after a streamed answer without saying so; some
+send a 408 first. The sink hears STALE and sends the request again on a new connection. One that closes later broke.
 
 The classes here have the methods that uvloop calls, but not the base class `asyncio.Protocol`: a compiled class cannot
 have a base class that is not compiled.
@@ -44,6 +44,8 @@ _JOIN_BELOW = 65536
 """Bytes of a body below which joining it with the head is cheaper than a second write."""
 _VANISHED = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 """Errors of a connection whose other end is gone without a word (`relay.keepalive`); it was not closed for idling."""
+STALE_WITHIN = 1.0
+"""Seconds after a request within which the end of an idle connection, which crossed it, arrives."""
 _MAX_INTERIM = 8
 """Interim responses (1xx) that a worker may send before its answer."""
 
@@ -71,6 +73,9 @@ class ConnectionHome(Protocol):
 
     target: Target
 
+    def now(self) -> float:
+        """Return the time, in seconds of the loop's clock."""
+
     def opened(self, connection: UpstreamConnection) -> None:
         """Count a new connection."""
 
@@ -90,6 +95,7 @@ class UpstreamConnection:
     address     of the worker's machine, as it was looked up
     used        it has carried a complete request and answer
     idle_since  seconds of the loop's clock; 0.0 while it is busy
+    sent_at     when it was used again for a request; seconds of the same clock
     retire_at   from when on it is not used again; seconds of the same clock
     """
 
@@ -109,6 +115,7 @@ class UpstreamConnection:
         "address",
         "idle_since",
         "retire_at",
+        "sent_at",
         "transport",
         "used",
     )
@@ -125,6 +132,7 @@ class UpstreamConnection:
         self._loss: Exception | None = None  # the error that closed it
         self.used = False
         self.idle_since = 0.0
+        self.sent_at = 0.0
         self._full = False  # the socket takes no more bytes now
         self._paused = False  # the sink takes no more bytes now
         # per request
@@ -273,8 +281,7 @@ class UpstreamConnection:
         if head is None:
             self._buffer = data
             return
-        if head.status == 408 and self.used and not head.keep_alive and not self._interim:
-            # Sent because the connection was idle for long; it crossed the request.
+        if head.status == 408 and self._stale() and not head.keep_alive and not self._interim:
             self._fail(Outcome.STALE, "A kept connection was closed by the worker, with status 408.")
             return
         framing = framing_of(head)
@@ -324,6 +331,10 @@ class UpstreamConnection:
 
     # -- what went wrong -----------------------------------------------------------------------------------------------
 
+    def _stale(self) -> bool:
+        """Return whether what ends the request now is likely the end of an idle connection."""
+        return self.used and self._home.now() - self.sent_at <= STALE_WITHIN
+
     def _why_closed(self, answering: bool) -> tuple[Outcome, str]:
         """Return why the connection closed during a request; `answering`: inside the answer."""
         if answering:
@@ -332,7 +343,7 @@ class UpstreamConnection:
             return Outcome.BROKEN, "The worker's machine does not answer any more."
         if self._buffer or self._interim:
             return Outcome.BROKEN, "The worker closed the connection without an answer."
-        if self.used:
+        if self._stale():
             return Outcome.STALE, "A kept connection had been closed by the worker."
         return self.ended_unused("The worker closed the connection without an answer.")
 

@@ -45,9 +45,12 @@ class Judge:
             self._fleet.pools.of(worker).policy.unread(lease.choice, lease.facts)
         return failure
 
-    def decide(self, tag: RequestTag, trail: Trail, outcome: Outcome, now: float) -> None:
-        """Decide who is to blame for the failures of a request that has ended with this outcome."""
-        self.blame(trail.release(now), now, not trail.blames_request(outcome))
+    def decide(self, tag: RequestTag, trail: Trail, outcome: Outcome, now: float, undecided: bool = False) -> None:
+        """Decide who is to blame for the failures of a request that has ended with this outcome.
+
+        undecided  another worker was asked, and had no time to answer
+        """
+        self.blame(trail.release(now), now, not undecided and not trail.blames_request(outcome))
         if outcome is Outcome.SERVED:
             if self._quarantine.broken:
                 self._quarantine.served(trail.facts)

@@ -29,6 +29,7 @@ from typing import Protocol
 from sglang_router.errors import ModelNotFound, ModelRequired, RouterError, Unavailable, WorkersStarting
 from sglang_router.routing.model_names import Names, text_of
 from sglang_router.routing.policies.base import Policy
+from sglang_router.routing.standing import standing
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
 
@@ -63,14 +64,32 @@ class Serving(Protocol):
         """Return the error that says why there are no candidates, and when to retry."""
 
 
+class Whole(Serving, Protocol):
+    """A pool, as its sections see it.
+
+    refreshed  increases when the state of a worker may have changed
+    """
+
+    @property
+    def refreshed(self) -> int: ...
+
+    def has_room(self, worker: Worker) -> bool:
+        """Return whether a worker is below the most load that one may have."""
+
+
 class Section:
-    """The workers of a pool that serve one name, while others of the pool do not."""
+    """The workers of a pool that serve one name, while others of the pool do not.
 
-    __slots__ = ("_candidates", "_mine", "_pool", "workers")
+    That at most half of them are judged out holds for a section too: others of the pool are no help to its requests.
+    """
 
-    def __init__(self, pool: Serving, workers: list[Worker]) -> None:
+    __slots__ = ("_candidates", "_mine", "_pool", "_refreshed", "_spared", "workers")
+
+    def __init__(self, pool: Whole, workers: list[Worker]) -> None:
         self._pool = pool
         self.workers = sorted(workers, key=lambda worker: worker.order)
+        self._refreshed = -1  # `pool.refreshed` for which `_spared` was found
+        self._spared: list[Worker] = []  # judged out in the pool, but not in the section
         # The candidates of the pool seen last, and which of them are of this section: the same tuple until they change.
         self._candidates: tuple[Worker, ...] = ()
         self._mine: tuple[Worker, ...] = ()
@@ -88,11 +107,24 @@ class Section:
         found = self._pool.candidates(now)
         if found is not self._candidates:
             self._candidates, self._mine = found, self._of(found)
-        return self._mine
+        spared = [worker for worker in self._spare(now) if self._pool.has_room(worker)]
+        return self._in_order(self._mine, spared) if spared else self._mine
 
     def able(self, now: float) -> tuple[Worker, ...]:
         """Return those of the pool's able workers that serve the name."""
-        return self._of(self._pool.able(now))
+        able = self._of(self._pool.able(now))
+        return self._in_order(able, self._spare(now))
+
+    def _spare(self, now: float) -> list[Worker]:
+        """Return the workers that are judged out in the pool, but not in the section. Call it after the pool."""
+        if self._refreshed != self._pool.refreshed:
+            able = self._pool.able(now)
+            self._refreshed = self._pool.refreshed
+            self._spared = [w for w in standing(self.workers, Health.HEALTHY) if w not in able]
+        return self._spared
+
+    def _in_order(self, some: tuple[Worker, ...], others: list[Worker]) -> tuple[Worker, ...]:
+        return tuple(sorted((*some, *others), key=lambda worker: worker.order)) if others else some
 
     def unavailable(self, now: float) -> Unavailable:
         """Return the pool's reason, unless that is the reason of other workers."""

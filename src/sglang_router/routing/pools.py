@@ -45,6 +45,7 @@ from sglang_router.routing.models import Section, ServedModels, Serving
 from sglang_router.routing.outliers import Outliers
 from sglang_router.routing.policies.base import Policy
 from sglang_router.routing.rules import FleetRules
+from sglang_router.routing.standing import standing
 from sglang_router.routing.states import Breaker, Health
 from sglang_router.routing.worker import Worker
 
@@ -72,6 +73,7 @@ class Pool:
 
     workers    in order of registration
     outliers   finds the workers that do much worse than the others; None: no worker is ejected
+    refreshed  how often the able workers were found anew: each time when the state of one may have changed
     reopen_at  the next moment when a breaker of the pool becomes half-open; infinity: none is open
     """
 
@@ -86,6 +88,7 @@ class Pool:
         "key",
         "outliers",
         "policy",
+        "refreshed",
         "reopen_at",
         "workers",
     )
@@ -95,6 +98,7 @@ class Pool:
         self.policy = policy
         self.workers: list[Worker] = []
         self.outliers: Outliers[Worker] | None = Outliers(rules.outliers) if rules.outliers is not None else None
+        self.refreshed = 0
         self.reopen_at = math.inf
         self._rules = rules
         self._most_load = rules.most_load
@@ -154,20 +158,14 @@ class Pool:
 
     def _refresh(self, now: float) -> None:
         self._stale = False
-        able = self._standing(Health.HEALTHY) or self._standing(Health.UNHEALTHY)
+        self.refreshed += 1
+        able = standing(self.workers, Health.HEALTHY) or standing(self.workers, Health.UNHEALTHY)
         self._able = tuple(able)
         self._warming = [w for w in able if now < w.warm_at]
 
-    def _standing(self, health: Health) -> list[Worker]:
-        """Return the workers of this health, without those judged out, and those that are not there but for a probe."""
-        those = [w for w in self.workers if w.health is health and w.in_rotation]
-        there = [w for w in those if not w.unreached]
-        out = [w for w in there if w.ejected or not w.lets_pass]
-        most = len(there) // 2
-        if len(out) > most:
-            out.sort(key=lambda w: (w.lets_pass, -w.circuit.open_for, -w.circuit.reopen_at, w.order))
-            del out[most:]
-        return [w for w in those if (w.lets_pass if w.unreached else w not in out)]
+    def has_room(self, worker: Worker) -> bool:
+        """Return whether a worker is below the most load that one may have."""
+        return not self._most_load or worker.load < self._most_load
 
     def _with_room(self, now: float) -> tuple[Worker, ...]:
         """Return the able workers without the full ones, and without those in slow start that have their share."""

@@ -12,7 +12,7 @@ A prompt can end an engine, and clients try again: without a memory each try wou
 
 *Found gone* tells a prompt that ends engines from a network that dropped connections: the worker refused connections,
 became unhealthy, was removed, or is another process now. One process counts once, however many copies of a request
-were in flight there when it ended.
+were in flight there, or at its data-parallel ranks, when it ended.
 
 A request is recognised by a keyed hash of its endpoint and of the length, the first and the last `_PART` bytes of its
 body. A hash is computed only after a break, and, while requests are remembered, for a request of the same endpoint and
@@ -38,20 +38,20 @@ _PART = 32768
 
 
 class _Broken:
-    """The workers that a request broke, each with its life; when the last one was; and the shape of the request."""
+    """The engines that a request broke, each with its life, and the worker of it; when the last one was; its shape."""
 
     __slots__ = ("last", "shape", "workers")
 
     def __init__(self, shape: tuple[bytes, int]) -> None:
         self.shape = shape
-        self.workers: set[tuple[Worker, int]] = set()
+        self.workers: dict[tuple[str, int], Worker] = {}
         self.last = 0.0
 
     def until(self) -> float:
         """Return until when the request is refused."""
         if len(self.workers) < MOST_BREAKS:
             return 0.0
-        gone = sum(_gone(worker, life) for worker, life in self.workers)
+        gone = sum(_gone(worker, life) for (_, life), worker in self.workers.items())
         return self.last + (LATER if gone >= MOST_BREAKS else SOON)
 
 
@@ -84,9 +84,9 @@ class Quarantine:
         broken.last = now
         if len(self.broken) > MOST:
             self._forget(next(iter(self.broken)))
-        if (worker, life) in broken.workers:
+        if (worker.spec.url, life) in broken.workers:
             return 0
-        broken.workers.add((worker, life))
+        broken.workers[worker.spec.url, life] = worker
         return len(broken.workers)
 
     def check(self, facts: Facts, now: float) -> None:

@@ -248,11 +248,14 @@ class Router(Listener):
     ) -> tuple[tuple[Worker, ...], tuple[Worker, ...]]:
         """Return the workers that have not failed the request, and those that have but may be tried again.
 
-        The first are those with room, or all of them when none has room: a retry is not queued. A request that may
-        itself be at fault goes to a worker with a half-open breaker only if there is no other.
+        The first are those with room, or all of them when none has room: a retry is not queued. Another rank of an
+        engine that has failed comes last: it ends with that engine, and is no second opinion. A request that may itself
+        be at fault goes to a worker with a half-open breaker only if there is no other.
         """
         able, tries = pool.able(now), trail.tries
         fresh = tuple(w for w in pool.candidates(now) if w not in tries) or tuple(w for w in able if w not in tries)
+        engines = {w.spec.url for w in tries}
+        fresh = tuple(w for w in fresh if w.spec.url not in engines) or fresh
         if trail.failures:
             fresh = tuple(w for w in fresh if w.breaker is not Breaker.HALF_OPEN) or fresh
         if fresh or busy:
@@ -286,7 +289,8 @@ class Router(Listener):
             if not lease.closed:  # `retry` has decided on the others
                 trail = trail or Trail(lease.facts)
                 self._judge.failed(trail, lease, outcome, 0, now)
-                self._judge.decide(tag, trail, outcome, now)
+                undecided = outcome is Outcome.GONE and lease.worker not in trail.tries
+                self._judge.decide(tag, trail, outcome, now, undecided)
         else:
             lease.close(outcome, now)
         if not self.queue.idle:

@@ -6,6 +6,7 @@
     ... then B rejects it (4xx)      the request is to blame
     ... and there is no other try    A is to blame: there is no second opinion
     ... and B takes long             after HOLD seconds A is to blame
+    ... and the client leaves B      nobody is: clients must not be able to choose who is blamed
 
 *Alike* is the same status (for what is no status, the same outcome), and all ways to break off are alike. Failed
 contacts say nothing about a request, since nothing was sent: the worker hears of them at once, and there may be any

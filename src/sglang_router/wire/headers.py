@@ -75,6 +75,7 @@ class ForwardRules:
     trusted     clients may choose engines and ranks (`ROUTING`, `routing.reserved`)
     withheld    says of a credential whether it is a key of this router's control plane, which no worker may see
     mark        this process in Via
+    readable    workers are not asked for compressed answers, into which the router could write nothing
     tail        the end of each head: the Via field, if there is a mark, and the empty line
     never_sent  names of fields that are never forwarded as they came
     prefixes    beginnings of names that are forwarded, besides the whitelist
@@ -90,6 +91,7 @@ class ForwardRules:
         trusted: bool = False,
         withheld: Callable[[bytes], bool] | None = None,
         mark: bytes = b"",
+        readable: bool = False,
     ) -> None:
         self.everything = everything
         self.guarded = guarded
@@ -99,7 +101,9 @@ class ForwardRules:
         self.prefixes = (b"x-request-id-", _OVERRIDE, *ROUTING) if trusted else (b"x-request-id-",)
         self.tail = via(mark) + b"\r\n"
         never = _NEVER_SENT if trusted else _NEVER_SENT | ROUTING
-        self.never_sent = never | {b"x-api-key"} if guarded else never
+        if guarded:
+            never |= {b"x-api-key"}
+        self.never_sent = never | {b"accept-encoding"} if readable else never
 
     def holds_back(self, name: bytes, value: bytes, start: bytes) -> bool:
         """Return whether a field is kept back that would be forwarded by its name. start: of the head."""
