@@ -264,6 +264,34 @@ def pipelines_that_are_not_read(field: Field) -> str:
         return f"{sent / 1e6:.0f} MB taken, {field.megabytes:.0f} MB held"
 
 
+def tiny_chunks(field: Field) -> str:
+    """Send bodies of 4 MB in chunks of two bytes."""
+    start = b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return _again_and_again(field, start + b"2\r\nxx\r\n" * 2_000_000 + b"0\r\n\r\n")
+
+
+def nested_prompts_of_9_mb(field: Field) -> str:
+    """Send prompts that are slow to read: nested arrays that no endpoint knows."""
+    return _again_and_again(field, post("/generate", b'{"text":"x","a":[%b[]]}' % (b"[[],[[]]]," * 900_000)))
+
+
+def invented_models(field: Field) -> str:
+    """Name a new model of 100 kB in each request."""
+    answers: list[Answer | None] = []
+    end = field.until()
+    while time.monotonic() < end:
+        with Client(field.port) as client:
+            name = f"model-{len(answers)}-".ljust(100_000, "x")
+            client.send(post("/v1/chat/completions", json.dumps({"model": name, "messages": []}).encode()))
+            answers.append(client.answer())
+    return _tally(answers)
+
+
+def scrapes(field: Field) -> str:
+    """Read /metrics without a pause."""
+    return _again_and_again(field, b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+
+
 def lies(field: Field) -> str:
     """Let the worker send endless interim answers and heads, two lengths, and garbage between chunks."""
     answers, end = [], field.until()
@@ -325,6 +353,10 @@ ATTACKS: tuple[Callable[[Field], str], ...] = (
     bodies_of_100_mb,
     five_thousand_headers,
     deep_json,
+    tiny_chunks,
+    nested_prompts_of_9_mb,
+    invented_models,
+    scrapes,
     lies,
     slowhttptest_headers,
     slowhttptest_bodies,

@@ -30,6 +30,7 @@ ALIVE = 60
 DESCRIPTORS = 256
 SMALL = 64 << 10
 """Size of the log in bytes at which the disk is full."""
+DEADLY = b"a prompt that ends engines"
 SOON = 0.25
 """Requests sent within these seconds before SIGTERM may be unread when the signal comes."""
 
@@ -48,12 +49,18 @@ class OwnFault(NamedTuple):
     allowed: tuple[str, ...] = ()
 
 
-def _own(field: Field, strike: Callable[[Router, Load], list[str]], *flags: str, urls: Sequence[str] = ()) -> Seen:
-    """Run a router under load during `strike`, then wait until it is idle."""
+def _own(
+    field: Field,
+    strike: Callable[[Router, Load], list[str]],
+    *flags: str,
+    urls: Sequence[str] = (),
+    well: Sequence[str] = (),
+) -> Seen:
+    """Run a router under load during `strike`, then wait until it is idle. well: of its workers, those that answer."""
     router = start_router(field.folder, urls or field.urls, *field.flags, *flags)
     wrong: list[str] = []
     try:
-        router.until_healthy(*field.urls)
+        router.until_healthy(*(well or field.urls))
         load = field.load(lambda: router.port)
         watch = Watch(router)
         load.start()
@@ -83,6 +90,22 @@ def thousand(field: Field, seconds: float) -> Seen:
 
     pace = ("--worker-startup-check-interval", "5", "--health-check-interval-secs", "5")
     return _own(field, strike, *pace, "--engine-report-interval-secs", "0", urls=urls)
+
+
+def query_of_death(field: Field, seconds: float) -> Seen:
+    """Send a prompt that ends each engine that gets it, again and again: two of six may end, no more."""
+    shims = [field.more(Shim(free_port(), engine.port, deadly=DEADLY)) for engine in (*field.engines, *field.engines)]
+    urls = [shim.url for shim in shims]
+
+    def strike(router: Router, load: Load) -> list[str]:
+        time.sleep(0.3 * seconds)
+        told = [router.ask("POST", "/generate", {"text": DEADLY.decode()}).status for _ in range(4)]
+        time.sleep(0.5 * seconds)
+        dead = sum(shim.dead for shim in shims)
+        wrong = [] if dead == 2 else [f"{dead} engines ended"]
+        return wrong if told == [502, 422, 422, 422] else [*wrong, f"the prompt was answered {told}"]
+
+    return _own(field, strike, urls=urls, well=urls)
 
 
 def full_disk(field: Field, seconds: float) -> Seen:
@@ -199,6 +222,7 @@ def _text(path: Path) -> str:
 
 OWN_FAULTS = (
     OwnFault("1,000 workers", thousand),
+    OwnFault("query of death", query_of_death, (*CUT, "failed worker_broken")),
     OwnFault("full disk for logs", full_disk),
     OwnFault("256 descriptors", few_descriptors, ("lost on a new connection", "failed too_many_connections")),
     OwnFault("SIGTERM under load", sigterm, ("refused", "lost", "failed shutting_down")),

@@ -8,8 +8,9 @@
                                        reset     existing ones get an RST, new ones as soon as a request comes
                                        refuse    no socket listens; existing ones stay
 
-`aliases` are more addresses at which it listens: a fleet of any size in front of one engine. It lives on an event loop
-that the caller runs; call `set` on that loop.
+`aliases` are more addresses at which it listens: a fleet of any size in front of one engine. A request that holds the
+bytes `deadly` ends it, as a prompt ends an engine: all connections get an RST, and nobody listens any more. It lives on
+an event loop that the caller runs; call `set` on that loop.
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ _READ = 65536
 class Shim:
     """See the module. `port` is where it listens, `target` the engine's port."""
 
-    def __init__(self, port: int, target: int, aliases: Sequence[str] = ("127.0.0.1",), delay: float = 0.2) -> None:
+    def __init__(
+        self,
+        port: int,
+        target: int,
+        aliases: Sequence[str] = ("127.0.0.1",),
+        delay: float = 0.2,
+        deadly: bytes = b"",
+    ) -> None:
+        self.dead = False
+        self._deadly = deadly
         self.port = port
         self.target = target
         self.url = f"http://{aliases[0]}:{port}"
@@ -93,11 +103,14 @@ class Shim:
             if self._mode == "reset":
                 _reset(writer)
                 return
-            if not first:
+            if not first or self._dies(first):
                 return
             there, other = await asyncio.open_connection("127.0.0.1", self.target)
             other.write(first)
-            pumps = [asyncio.create_task(self._pump(*pair)) for pair in ((reader, other), (there, writer))]
+            pumps = [
+                asyncio.create_task(self._pump(reader, other, asks=True)),
+                asyncio.create_task(self._pump(there, writer)),
+            ]
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._writers.discard(writer)
@@ -110,8 +123,19 @@ class Shim:
                 if each is not None:
                     each.close()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _dies(self, data: bytes) -> bool:
+        """Return whether these bytes of a request end the engine; if so, it is gone."""
+        if self._deadly and self._deadly in data:
+            self.dead = True
+            self._close()
+            for writer in list(self._writers):
+                _reset(writer)
+        return self.dead
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asks: bool = False) -> None:
         while data := await reader.read(_READ):
+            if asks and self._dies(data):
+                return
             if self._mode == "slow":
                 await asyncio.sleep(self._delay)
             await self._open.wait()
