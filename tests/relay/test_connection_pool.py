@@ -336,3 +336,17 @@ def test_closing_the_pool_leaves_a_busy_connection_to_its_request(play: Play) ->
         await bench.until(lambda: bench.pool.open == 0)
 
     play(scene, {HEALTH: HANG})
+
+
+def test_a_closed_pool_opens_no_connection(play: Play) -> None:
+    """A task that was made at the very end of the router was never run, and said so in the log."""
+
+    async def scene(bench: Bench) -> None:
+        await bench.pool.close()
+        before = asyncio.all_tasks()
+        late = bench.send()
+        assert asyncio.all_tasks() == before
+        with pytest.raises(FetchError, match="router ends"):
+            await asyncio.wait_for(late.answer, 10.0)
+
+    play(scene)

@@ -6,6 +6,7 @@
     a relayed request without a valid key                 the answer is 401
     a change of the control plane, likewise               401 or 403
     a large body that no endpoint takes                   what the request gets without it: 404, 405, or the answer
+    a chunked body that no endpoint takes                 read as far as it is small; 413 if it is not
 
 So a client cannot fill the memory with what nobody uses. A small body is read, so that its connection can go on.
 """
@@ -25,14 +26,15 @@ from sglang_router.wire.request import Request
 _PARAMETER = re.compile(r"\{[^}]*\}")
 
 
-def admission(access: Access, routes: Routes) -> Callable[[Request, bool], None]:
-    """Return the check."""
+def admission(access: Access, routes: Routes) -> Callable[[Request, bool], int | None]:
+    """Return the check. It returns the most bytes of a body that are read; None: as many as of any other."""
     closed = access.consumes_key
     guarded = closed or access.guards_changes
 
-    def admit(request: Request, has_body: bool) -> None:
+    def admit(request: Request, has_body: bool) -> int | None:
         inference = routes.relays(request)
-        if not inference and has_body and not _takes_body(request):
+        nobody = has_body and not inference and not _takes_body(request)
+        if nobody and _length(request) > SMALL:
             request.refusal = PayloadTooLarge("The body is too large for this endpoint.")
         elif closed if inference else guarded and has_body:
             kind = AccessKind.INFERENCE if inference else AccessKind.CONTROL_CHANGE
@@ -40,6 +42,7 @@ def admission(access: Access, routes: Routes) -> Callable[[Request, bool], None]
                 request.client = access.check(kind, credentials_of(request.headers), local=True).id
             except AccessRefused as error:
                 request.refusal = error.with_traceback(None)  # its frames refer to the request: avoid a cycle
+        return SMALL if nobody else None
 
     return admit
 
@@ -56,9 +59,11 @@ def _takers() -> re.Pattern[bytes]:
 _TAKERS = _takers()
 
 
+def _length(request: Request) -> int:
+    """Return the announced length of a body; 0 when it is chunked."""
+    return next((int(value) for name, value in request.headers if name == b"content-length"), 0)
+
+
 def _takes_body(request: Request) -> bool:
-    """Return whether a body is small, or the endpoint may take it."""
-    lengths = [int(value) for name, value in request.headers if name == b"content-length"]
-    if lengths and lengths[0] <= SMALL:
-        return True
+    """Return whether the endpoint may take a body."""
     return _TAKERS.fullmatch(b"%b %b" % (request.method, request.path)) is not None

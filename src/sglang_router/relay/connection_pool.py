@@ -171,6 +171,7 @@ class ConnectionPool:
         self.max_idle = max_idle
         self.now = loop.time
         self.open = 0
+        self._closed = False
         self.mark = b""
         self._loop = loop
         self._connect_timeout = connect_timeout
@@ -226,7 +227,10 @@ class ConnectionPool:
         return self.at(target).send(sink, head, body, fresh)
 
     def open_for(self, connections: TargetConnections, opening: Opening) -> Opening:
-        """Start to open a connection for a request."""
+        """Start to open a connection for a request; once the pool is closed, none is opened any more."""
+        if self._closed:
+            self._loop.call_soon(opening.failed, Outcome.UNREACHABLE, "The router ends.")
+            return opening
         opening.task = task = self._loop.create_task(self._open(connections, opening))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
@@ -328,7 +332,8 @@ class ConnectionPool:
                 connections.leave(gone)
 
     async def close(self) -> None:
-        """Close all idle connections, cancel those that are being opened, keep no more."""
+        """Close all idle connections, cancel those that are being opened, keep and open no more."""
+        self._closed = True
         for target in list(self.known):
             self.forget(target)
         opening = list(self._opening)

@@ -26,7 +26,7 @@ class Frontend:
     answers   writes error answers
     limits    limits on one request
     timeouts  in seconds
-    admit     checks each head before its body is read; may set the request's refusal and client; None: no check
+    admit     checks each head before its body is read, see `wire.request.RequestParser`; None: no check
     """
 
     __slots__ = ("admit", "answers", "batch", "clients", "limits", "listener", "routes", "timeouts")
@@ -40,7 +40,7 @@ class Frontend:
         answers: Answers,
         limits: Limits,
         timeouts: Timeouts,
-        admit: Callable[[Request, bool], None] | None = None,
+        admit: Callable[[Request, bool], int | None] | None = None,
     ) -> None:
         self.routes = routes
         self.clients = clients

@@ -100,7 +100,7 @@ class RequestParser:
     """The parser of one connection.
 
     limits  sizes above which a request is rejected
-    admit   called when a head is complete, with the request and whether a body follows; may set refusal and client
+    admit   called with each head, and whether a body follows; may set refusal and client; returns the body's own limit
     """
 
     __slots__ = (
@@ -138,7 +138,7 @@ class RequestParser:
     received: int
     """Bytes of the current body that are here, without its transfer coding."""
 
-    def __init__(self, limits: Limits, admit: Callable[[Request, bool], None] | None = None) -> None:
+    def __init__(self, limits: Limits, admit: Callable[[Request, bool], int | None] | None = None) -> None:
         self._limits = limits
         self._most_headers = limits.header_count
         self._most_body = limits.body_bytes
@@ -294,9 +294,10 @@ class RequestParser:
         if self._admit is not None:
             self._ask_for(self._request, self._admit, has_body)
 
-    def _ask_for(self, request: Request, admit: Callable[[Request, bool], None], has_body: bool) -> None:
+    def _ask_for(self, request: Request, admit: Callable[[Request, bool], int | None], has_body: bool) -> None:
         """Call `admit`. A refused request is complete without its body, and is the last one of the connection."""
-        admit(request, has_body)
+        most = admit(request, has_body)
+        self._most_body = self._limits.body_bytes if most is None else most
         if request.refusal is not None and has_body:
             request.keep_alive = self.wants_continue = False
             self._parser = None
