@@ -31,10 +31,12 @@ def write_anew(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def command(*flags: str, **how: object) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Yield the router's process, started in any way, and its URL, once it answers."""
+def command(*flags: str, redirect: str = "", **how: object) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Yield the router's process, started in any way, and its URL, once it answers. redirect: for a shell."""
     port = free_port()
     words = [*COMMAND, "--port", str(port), "--prometheus-port", "0", *flags]
+    if redirect:
+        words = ["/bin/sh", "-c", f"exec {' '.join(words)} {redirect}"]
     process = subprocess.Popen(words, env=environment(), **how)  # type: ignore[call-overload]
     url = f"http://127.0.0.1:{port}"
     try:
@@ -116,22 +118,10 @@ def test_case_12_a_closed_terminal_ends_it_in_order() -> None:
 @pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])
 def test_f18_closed_descriptors(closed: str) -> None:
     """Without stderr, descriptor 2 became the event loop's own, and SIGTERM ended in SIGABRT."""
-    port = free_port()
-    words = " ".join([*COMMAND, "--port", str(port), "--prometheus-port", "0"])
-    process = subprocess.Popen(["/bin/sh", "-c", f"exec {words} {closed}"], env=environment())
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + WITHIN
-        while not answers(url):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    with command(redirect=closed) as (process, _):
         assert os.readlink(f"/proc/{process.pid}/fd/2") == "/dev/null"
         process.terminate()
         assert process.wait(WITHIN) == 0
-    finally:
-        process.kill()
-        process.wait()
 
 
 # -- signals and files that change -------------------------------------------------------------------------------------
