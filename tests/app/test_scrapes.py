@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from event_makers import finished, leg, routed
+from event_makers import finished, leg
 from fleets import any_policy
 from sglang_router.app import settings
 from sglang_router.app.scrapes import Scrapes
@@ -40,7 +40,7 @@ def large_metrics(workers: int, models: int) -> Metrics:
     for number in range(workers):
         fleet.add(WorkerSpec(url=f"http://w{number}:1", health=HealthRules(enabled=False)), 0.0)
     for worker in fleet:
-        metrics.routed(routed(leg(worker), "cache_aware"))
+        worker.decisions.count("cache_aware", "hit", 10, 20)
         metrics.finished(finished(leg(worker), model=""))
     for name in names:
         for path, endpoint in PATHS.items():

@@ -13,7 +13,7 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from event_makers import finished, leg, routed, tag, target
+from event_makers import finished, leg, tag, target
 from fleets import any_policy
 from sglang_router.observe.catalogue import METRICS, markdown
 from sglang_router.observe.counts import LiveSources
@@ -98,11 +98,12 @@ class Rig:
 
     def request(self, *outcomes: Outcome, branch: str = "miss", matched: int = 0, total: int = 20) -> None:
         """A chat request whose legs end as given, on the workers in turn, reported as the relay does."""
-        legs = [leg(self.worker((W1, W2)[n % 2]), branch, matched, total) for n in range(len(outcomes))]
+        workers = [self.worker((W1, W2)[n % 2]) for n in range(len(outcomes))]
+        legs = [leg(worker, branch, matched, total) for worker in workers]
+        for worker in workers:
+            worker.decisions.count(self.policy, branch, matched, total)
         for planned, outcome in zip(legs[:-1], outcomes[:-1], strict=True):
-            self.metrics.routed(routed(planned, self.policy))
             self.metrics.retried(Retried(tag(), planned, outcome, 0.0))
-        self.metrics.routed(routed(legs[-1], self.policy))
         self.metrics.finished(finished(legs[-1], outcome=outcomes[-1], retries=len(legs) - 1))
 
     def samples(self, prefix: str = "") -> Samples:
@@ -304,12 +305,12 @@ def test_the_series_of_a_removed_worker_disappear_and_totals_stay() -> None:
     rig = Rig()
     one = rig.worker(W1)
     hit = leg(one, "hit", 10, 20)
-    rig.metrics.routed(routed(hit))
+    for _ in range(3):
+        one.decisions.count("cache_aware", "hit", 10, 20)
     rig.metrics.finished(finished(hit, outcome=Outcome.FAILED))
     assert any(("worker", W1) in labels for _, labels in rig.samples())
     rig.fleet.remove(one)
     for _ in range(2):  # requests that outlive their worker
-        rig.metrics.routed(routed(hit))
         rig.metrics.retried(Retried(tag(), hit, Outcome.FAILED, 0.0))
         rig.metrics.finished(finished(hit, outcome=Outcome.FAILED))
     rig.metrics.worker_changed(WorkerChanged(one, "breaker", "closed", "open"))
@@ -335,7 +336,7 @@ def test_a_leg_on_a_removed_worker_counts_for_its_role() -> None:
 def test_workers_that_were_there_before_the_metrics_are_counted() -> None:
     rig = Rig()
     later = Metrics(rig.fleet, "round_robin")
-    later.routed(routed(rig.leg(W2), "round_robin"))
+    rig.worker(W2).decisions.count("round_robin", "", 0, 0)
     (decision,) = families(later)["sgl_router_policy_decisions"].samples
     assert decision.labels == {"worker": W2, "policy": "round_robin", "branch": ""}
 
@@ -389,7 +390,7 @@ def test_f6_no_table_of_the_metrics_keeps_what_a_client_invented() -> None:
     rig = Rig()
     for number in range(20):
         rig.metrics.finished(finished(model=f'"{number}{"x" * 4_000_000}"'))
-    assert (len(rig.metrics.counts.series), rig.metrics._known, rig.metrics._labels._models) == (1, {}, {"": "unknown"})
+    assert (len(rig.metrics.counts.series), rig.metrics._labels._models) == (1, {"": "unknown"})
 
 
 def test_a_label_stays_when_its_model_is_gone_and_is_escaped_in_the_exposition() -> None:

@@ -33,6 +33,8 @@ def admission(access: Access, routes: Routes) -> Callable[[Request, bool], int |
 
     def admit(request: Request, has_body: bool) -> int | None:
         inference = routes.relays(request)
+        if inference and not closed:
+            return None
         nobody = has_body and not inference and not _takes_body(request)
         if nobody and _length(request) > SMALL:
             request.refusal = PayloadTooLarge("The body is too large for this endpoint.")

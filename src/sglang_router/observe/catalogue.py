@@ -119,11 +119,12 @@ METRICS = (
     Family(
         "sgl_router_prefix_matched_bytes_total", COUNTER, WORKER,
         "Bytes of routing text that the chosen worker was believed to hold.",
-        read.per_tally(lambda t: t.matched),
+        read.per_tally(lambda t: t.decisions.matched),
     ),
     Family(
         "sgl_router_prefix_bytes_total", COUNTER, WORKER,
-        "Bytes of routing text of all decisions, the matched bytes included.", read.per_tally(lambda t: t.total),
+        "Bytes of routing text of all decisions, the matched bytes included.",
+        read.per_tally(lambda t: t.decisions.total),
     ),
     # the prefix tree
     Family(

@@ -16,6 +16,7 @@ from typing import Protocol
 import msgspec
 
 from sglang_router.observe.tallies import Histogram, Series, SeriesKind, Tally
+from sglang_router.routing.decisions import Decisions
 from sglang_router.routing.worker import Worker
 
 Number = Callable[[], int]
@@ -121,11 +122,11 @@ class MetricCounts:
 
     def of_removed(self, role: str) -> Tally:
         """Return the tally of the removed workers of a role."""
-        return self.removed.setdefault(role, Tally("", role))
+        return self.removed.setdefault(role, Tally("", role, Decisions()))
 
     def worker_added(self, worker: Worker) -> None:
         """Start the worker's tally, unless it has one."""
-        self.tallies.setdefault(worker.id, Tally(worker.url, worker.spec.worker_type))
+        self.tallies.setdefault(worker.id, Tally(worker.url, worker.spec.worker_type, worker.decisions))
 
     def worker_removed(self, worker: Worker) -> None:
         """Add what was counted for the worker to the removed workers of its role."""

@@ -4,7 +4,7 @@ Between two requests a listener finds the processor's caches full of other code,
 takes for many events in a row: metrics and access line together 11 us of a request one by one, 2.5 us in batches of 32
 (Python 3.11, 2 shared cores). So an event is only appended to a list here. The listeners hear the list when it has
 `_MOST` events, when its first event is `_LONGEST` seconds old, or on `flush` (before a scrape, and at the end). The
-order of events is kept.
+order of events is kept, and those of one kind that nearly all are, Finished, are passed on together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class Deferred(Listeners):
             Routed: super().routed,
             Retried: super().retried,
             FirstByte: super().first_byte,
-            Finished: super().finished,
             WorkerChanged: super().worker_changed,
         }
 
@@ -49,6 +48,14 @@ class Deferred(Listeners):
     def flush(self) -> None:
         """Let the listeners hear the kept events now."""
         events, self._events = self._events, []
-        hear = self._hear
+        hear, finished = self._hear, list[Finished]()
         for event in events:
+            if isinstance(event, Finished):
+                finished.append(event)
+                continue
+            if finished:
+                self.finished_all(finished)
+                finished = []
             hear[type(event)](event)
+        if finished:
+            self.finished_all(finished)

@@ -16,7 +16,7 @@ import json
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sglang_router.observe.log_files import KEEP_ALL, DailyFile, KeepRules
@@ -121,7 +121,7 @@ class LogWriter:
         self.json = form == "json"
         self.line = FORMATS[form]
         self._buffers = [LineBuffer(file, self._notice, capacity) for file in files]
-        self.write = self._buffers[0].put if len(files) == 1 else self._write_all
+        self.write = self._buffers[0].put if len(files) == 1 else self._write
         self._handler: _Handler | None = None
 
     @property
@@ -129,7 +129,12 @@ class LogWriter:
         """Lines that could not be written, over all destinations."""
         return sum(buffer.lost for buffer in self._buffers)
 
-    def _write_all(self, line: str, urgent: bool) -> None:
+    def write_all(self, lines: Sequence[str]) -> None:
+        """Take lines, none of which is urgent; see `write`."""
+        for buffer in self._buffers:
+            buffer.put_all(lines)
+
+    def _write(self, line: str, urgent: bool) -> None:
         for buffer in self._buffers:
             buffer.put(line, urgent)
 

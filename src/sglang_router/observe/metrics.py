@@ -1,12 +1,12 @@
 """Prometheus metrics: a listener that counts events, and the exposition of all counts at a scrape.
 
-    routing.events --> Metrics.routed, .finished ... --> observe.counts: plain integers
+    routing.events --> Metrics.finished, .retried ... --> observe.counts: plain integers
                                                            |
     GET /metrics -> pieces -> observe.exposition: one family per row of observe.catalogue
 
 prometheus_client's own counters take a lock and look labels up for each increment, which would cost more than the
 routing decision; here prometheus_client only tells of the process. What has a state of its own (load, health, breakers,
-prefix memory) is not counted but read at the scrape. Everything runs on the event loop's thread.
+decisions, prefix memory) is not counted but read at the scrape. Everything runs on the event loop's thread.
 
 `python -m sglang_router.observe.metrics --markdown` prints docs/metrics.md.
 """
@@ -25,7 +25,7 @@ from sglang_router.observe import exposition
 from sglang_router.observe.catalogue import METRICS, markdown
 from sglang_router.observe.counts import LiveSources, MetricCounts, RememberedPrefixes
 from sglang_router.observe.tallies import OTHER, Labels, Series, SeriesKind
-from sglang_router.routing.events import Answered, Finished, Listener, Retried, Routed, WorkerChanged
+from sglang_router.routing.events import Answered, Finished, Listener, Retried, WorkerChanged
 from sglang_router.routing.facts import ENDPOINTS
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.worker import Worker
@@ -72,8 +72,7 @@ class Metrics(Listener):
         for worker in fleet:
             self.counts.worker_added(worker)
         self._tallies = self.counts.tallies
-        # By kind as the events have it, for kinds whose labels all stayed as they were: bounded as `series` is.
-        self._known: dict[SeriesKind, Series] = {}
+        self._series = self.counts.series
         self._labels = Labels([*(path.decode() for path in ENDPOINTS), *paths], models)
         self._registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
@@ -81,41 +80,36 @@ class Metrics(Listener):
 
     # -- Listener, on the hot path -----------------------------------------------------------------------
 
-    def routed(self, event: Routed) -> None:
-        """Count a decision and its matched bytes."""
-        leg = event.leg
-        target = leg.target
-        tally = self._tallies.get(target.worker_id) or self.counts.of_removed(target.role)
-        tally.matched += leg.matched
-        tally.total += leg.total
-        try:
-            tally.decisions[event.policy][leg.branch] += 1
-        except KeyError:
-            tally.decided(event.policy, leg.branch)
-
     def finished(self, event: Finished) -> None:
-        """Count a request, its durations, its bytes and the outcome of its last leg."""
-        tag, leg, answer = event.tag, event.leg, event.answer
-        kind = (tag.route.method, tag.route.path, tag.model, tag.streaming, answer.status, answer.code)
-        series = self._known.get(kind) or self._series(kind, tag.route.endpoint)
-        bounds, seconds, histogram = self._bounds, answer.duration, series.duration
-        histogram.counts[bisect_left(bounds, seconds)] += 1
-        histogram.sum += seconds
-        seconds = answer.first_byte
-        if seconds >= 0.0:
-            histogram = series.first_byte
+        """Count a request."""
+        self.finished_all((event,))
+
+    def finished_all(self, events: Sequence[Finished]) -> None:
+        """Count requests, their durations, their bytes and the outcomes of their last legs."""
+        known, tallies, bounds, label_of = self._series, self._tallies, self._bounds, self._labels.model
+        for event in events:
+            tag, leg, answer = event.tag, event.leg, event.answer
+            route = tag.route
+            kind = (route.method, route.path, label_of(tag.model), tag.streaming, answer.status, answer.code)
+            series = known.get(kind) or self._other_series(kind, route.endpoint)
+            seconds, histogram = answer.duration, series.duration
             histogram.counts[bisect_left(bounds, seconds)] += 1
             histogram.sum += seconds
-        series.received += tag.received
-        series.sent += answer.sent
-        outcome = answer.outcome
-        if leg is not None and outcome is not None:
-            series.legs += 1
-            target, label = leg.target, outcome.label
-            outcomes = (self._tallies.get(target.worker_id) or self.counts.of_removed(target.role)).outcomes
-            outcomes[label] = outcomes.get(label, 0) + 1
-        if outcome is not _SERVED or answer.retries:
-            self._failed_or_retried(series, answer)
+            seconds = answer.first_byte
+            if seconds >= 0.0:
+                histogram = series.first_byte
+                histogram.counts[bisect_left(bounds, seconds)] += 1
+                histogram.sum += seconds
+            series.received += tag.received
+            series.sent += answer.sent
+            outcome = answer.outcome
+            if leg is not None and outcome is not None:
+                series.legs += 1
+                target, label = leg.target, outcome.label
+                outcomes = (tallies.get(target.worker_id) or self.counts.of_removed(target.role)).outcomes
+                outcomes[label] = outcomes.get(label, 0) + 1
+            if outcome is not _SERVED or answer.retries:
+                self._failed_or_retried(series, answer)
 
     # -- off the hot path --------------------------------------------------------------------------------
 
@@ -147,18 +141,14 @@ class Metrics(Listener):
         if answer.unresumed:
             unresumed[answer.unresumed] = unresumed.get(answer.unresumed, 0) + 1
 
-    def _series(self, kind: SeriesKind, endpoint: str) -> Series:
-        """Return the series of a kind that is new, or that has a folded label."""
-        bounded = self._bounded(kind)
-        series = self.counts.series_of(bounded, endpoint)
-        if bounded[:2] == kind[:2] and bounded[2] != OTHER:
-            self._known[kind] = series
-        return series
+    def _other_series(self, kind: SeriesKind, endpoint: str) -> Series:
+        """Return the series of a kind that is new, or whose labels are folded."""
+        return self.counts.series_of(self._bounded(kind), endpoint)
 
     def _bounded(self, kind: SeriesKind) -> SeriesKind:
-        """Return the kind with labels that clients cannot multiply."""
+        """Return the kind with labels that clients cannot multiply; that of its model is one already."""
         method, path, model, streaming, status, code = kind
-        method, path, model = self._labels.method(method), self._labels.path(path), self._labels.model(model)
+        method, path = self._labels.method(method), self._labels.path(path)
         bounded = (method, path, model, streaming, status, code)
         if bounded not in self.counts.series and len(self.counts.series) >= _MOST_KINDS:
             return (method, path, OTHER, streaming, status, code)

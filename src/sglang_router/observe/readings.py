@@ -156,7 +156,9 @@ def totals(items: Callable[[Tally], Iterable[Sample]]) -> Reader:
 
 def branches_of(policy: str) -> Reader:
     """Decisions of one policy by branch. No samples while another policy is in use."""
-    return totals(lambda tally: [((branch,), n) for name, branch, n in tally.by_decision() if name == policy])
+    return totals(
+        lambda tally: [((branch,), n) for (name, branch), n in tally.decisions.legs.items() if name == policy]
+    )
 
 
 def cache_branch(wanted: str) -> Reader:
@@ -167,7 +169,7 @@ def cache_branch(wanted: str) -> Reader:
         for number, tally in enumerate(list(counts.all_tallies())):
             if not number % _STEP:
                 yield None
-            found += sum(n for _, branch, n in tally.by_decision() if branch == wanted)
+            found += sum(n for (_, branch), n in tally.decisions.legs.items() if branch == wanted)
         yield (), found
 
     return read
@@ -305,7 +307,7 @@ def error_type(series: Series) -> str:
 
 def decisions(tally: Tally) -> Iterable[Sample]:
     """Read the decisions by policy and branch."""
-    return [((policy, branch), n) for policy, branch, n in tally.by_decision()]
+    return tally.decisions.legs.items()
 
 
 def transitions(tally: Tally) -> Iterable[Sample]:

@@ -1,8 +1,7 @@
 """What is counted while requests run: plain integers in plain objects, so that counting costs a microsecond.
 
-    Routed    ->  Tally of the leg's worker     decisions by policy and branch, bytes matched and in total
     Finished  ->  Series of the request's kind  kind: method, path, model, streaming, status, code
-              ->  Tally of the leg's worker     legs by outcome
+              ->  Tally of the leg's worker     legs by outcome; it also leads to the worker's decisions
 
 A request is counted once, in one `Series`. Each metric family about requests is a sum over series, computed at the
 scrape. The number of kinds is bounded, because clients choose the labels: `Labels` folds unknown labels into "other".
@@ -14,7 +13,9 @@ removed workers, so that totals without a worker label never decrease.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+
+from sglang_router.routing.decisions import Decisions
 
 OTHER = "other"
 MOST_MODELS = 100
@@ -70,27 +71,19 @@ class Series:
 class Tally:
     """What was counted for one worker, or for all removed workers of one role (`name` is "" then).
 
-    decisions    legs, by policy and then by branch
+    decisions    those for the worker, which the router counts
     outcomes     legs, by label of their Outcome
     transitions  moves of the circuit breaker, by old and new state
-    matched      bytes of routing text that the worker was believed to hold, of `total`
     """
 
-    __slots__ = ("decisions", "matched", "name", "outcomes", "role", "total", "transitions")
+    __slots__ = ("decisions", "name", "outcomes", "role", "transitions")
 
-    def __init__(self, name: str, role: str) -> None:
+    def __init__(self, name: str, role: str, decisions: Decisions) -> None:
         self.name = name
         self.role = role
-        self.decisions: dict[str, dict[str, int]] = {}
+        self.decisions = decisions
         self.outcomes: dict[str, int] = {}
         self.transitions: dict[tuple[str, str], int] = {}
-        self.matched = 0
-        self.total = 0
-
-    def decided(self, policy: str, branch: str, legs: int = 1) -> None:
-        """Count decisions."""
-        branches = self.decisions.setdefault(policy, {})
-        branches[branch] = branches.get(branch, 0) + legs
 
     def ended(self, outcome: str, legs: int = 1) -> None:
         """Count legs that ended, by the label of their outcome."""
@@ -100,20 +93,11 @@ class Tally:
         """Count a move of the circuit breaker."""
         self.transitions[old, new] = self.transitions.get((old, new), 0) + 1
 
-    def by_decision(self) -> Iterator[tuple[str, str, int]]:
-        """Yield policy, branch and legs."""
-        for policy, branches in self.decisions.items():
-            for branch, legs in branches.items():
-                yield policy, branch, legs
-
     def add(self, other: Tally) -> None:
         """Add all of another tally except its transitions: no metric sums them."""
-        for policy, branch, legs in other.by_decision():
-            self.decided(policy, branch, legs)
+        self.decisions.add(other.decisions)
         for outcome, legs in other.outcomes.items():
             self.ended(outcome, legs)
-        self.matched += other.matched
-        self.total += other.total
 
 
 class Labels:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -87,20 +87,34 @@ class LineBuffer:
 
     def put(self, line: str, urgent: bool = False) -> None:
         """Accept a line that ends in a newline, or count it as lost."""
-        with self._lock:
-            if self._size + len(line) > self._capacity or self._closing:
-                self._missing += 1
-                self.lost += 1
-                return
-            first = not self._lines
-            if self._missing:
-                self._add_notice()
-            self._size += len(line)
-            self._lines.append(line)
-        if first:
-            self._work.set()
+        self.put_all((line,))
         if urgent:
             self._hurry.set()
+
+    def put_all(self, lines: Sequence[str]) -> None:
+        """Accept lines, each of which ends in a newline; count those as lost for which there is no room."""
+        with self._lock:
+            first = not self._lines
+            size = sum(map(len, lines))
+            if self._size + size <= self._capacity and not (self._missing or self._closing):
+                self._size += size
+                self._lines += lines
+            else:
+                for line in lines:
+                    self._put(line)
+            first = first and bool(self._lines)
+        if first:
+            self._work.set()
+
+    def _put(self, line: str) -> None:
+        if self._size + len(line) > self._capacity or self._closing:
+            self._missing += 1
+            self.lost += 1
+            return
+        if self._missing:
+            self._add_notice()
+        self._size += len(line)
+        self._lines.append(line)
 
     def _add_notice(self) -> None:
         notice = _Notice(self._notice(self._missing))

@@ -43,10 +43,8 @@ class HeldLeg(Protocol):
         """Take the end without an answer."""
 
 
-def begins(head: ResponseHead, framing: Framing, data: bytes, done: bool, streaming: bool) -> bool:
-    """Return whether an answer has visibly begun, and not with an error event. streaming: the request asked for one."""
-    if done and head.plain and not streaming:  # the usual case
-        return True
+def begins(head: ResponseHead, framing: Framing, data: bytes, done: bool) -> bool:
+    """Return whether an answer has visibly begun, and not with an error event."""
     if head.events:
         return data.endswith(USUAL_ENDS) and b"data:" in data and b"error" not in data and b"ping" not in data
     return done or (data != b"" and not isinstance(framing, Chunked))

@@ -266,7 +266,12 @@ class Leg:
         if done:
             self.connection = None
         self.framing = framing
-        if head.status >= 429 or self.silent or begins(head, framing, data, done, self._exchange.tag.streaming):
+        if (
+            (done and head.plain and not self._exchange.tag.streaming)  # usual
+            or head.status >= 429
+            or self.silent
+            or begins(head, framing, data, done)
+        ):
             self._exchange.answered(self, head, data, done)
         else:
             self.handled = beginning = Beginning(head, framing, self.decoding)

@@ -17,7 +17,7 @@ from sglang_router.errors import ReservedField, RouterError
 from sglang_router.relay.handled import Continuable, Handled
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import NEW, ExchangeState
-from sglang_router.routing.facts import LARGE, QUICK, TINY, Endpoint, Facts, Skimming, read, read_quickly
+from sglang_router.routing.facts import LARGE, QUICK, TINY, Endpoint, Facts, Skimming, read_quickly, read_slowly
 from sglang_router.routing.plan import Plan, RequestTag, Wait
 
 
@@ -47,10 +47,10 @@ def read_and_ask(exchange: Unrouted, endpoint: Endpoint, routing_key: bytes, now
     body, most_text = exchange.request.body, exchange.relay.most_text
     size = len(body)
     facts: Facts | None = None
-    if size <= TINY:
-        facts = read(endpoint, body, routing_key, most_text)
-    elif size <= QUICK or not endpoint.json:
+    if size <= QUICK or not endpoint.json:
         facts = read_quickly(endpoint, body, routing_key, most_text)
+        if facts is None and size <= TINY:
+            facts = read_slowly(endpoint, body, routing_key, most_text)
     if facts is not None:
         _ask(exchange, facts, now)
     else:

@@ -57,4 +57,7 @@ class Routes:
 
     def relays(self, request: Request) -> bool:
         """Return whether this request has a route."""
+        methods = self._exact.get(request.path)
+        if methods is not None:
+            return request.method in methods
         return self.find(request.method, request.path) is not self._otherwise

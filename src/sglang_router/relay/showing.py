@@ -15,7 +15,6 @@ from sglang_router.relay.leg import Leg
 from sglang_router.relay.relay import Relay
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag
-from sglang_router.wire.framing import Framing
 from sglang_router.wire.request import Request
 from sglang_router.wire.response import ResponseHead
 
@@ -50,8 +49,12 @@ def show(exchange: Showing, leg: Leg, head: ResponseHead, data: bytes, done: boo
             early.take(leg, head, data, done, exchange.request.path)
         return
     exchange.status = head.status
-    assert leg.framing is not None
-    bytes_out, leg.chunked = _head(exchange, head, leg.framing)
+    framing = leg.framing
+    assert framing is not None
+    keep_alive = exchange.keep_alive and not exchange.client.clients.draining
+    bytes_out, leg.chunked, exchange.keep_alive = exchange.relay.answers.client_head(
+        head, framing, exchange.request, exchange.tag.raw_id, keep_alive
+    )
     leg.events = not done and head.events
     if handled is not None and handled.begin(leg, head):
         exchange.say(bytes_out)
@@ -66,16 +69,10 @@ def show(exchange: Showing, leg: Leg, head: ResponseHead, data: bytes, done: boo
 def open_early(exchange: Showing) -> Early:
     """Send the head of a stream before an answer has begun."""
     head, framing = early_head()
-    bytes_out, chunked = _head(exchange, head, framing)
-    exchange.status, exchange.early = head.status, Early(chunked)
-    exchange.say(bytes_out)
-    return exchange.early
-
-
-def _head(exchange: Showing, head: ResponseHead, framing: Framing) -> tuple[bytes, bool]:
-    """Return the head for the client, and whether it is sent chunks; decide whether its connection stays open."""
     keep_alive = exchange.keep_alive and not exchange.client.clients.draining
     bytes_out, chunked, exchange.keep_alive = exchange.relay.answers.client_head(
         head, framing, exchange.request, exchange.tag.raw_id, keep_alive
     )
-    return bytes_out, chunked
+    exchange.status, exchange.early = head.status, Early(chunked)
+    exchange.say(bytes_out)
+    return exchange.early

@@ -161,12 +161,12 @@ class UpstreamConnection:
         self._framing = None
         self._interim = 0
         self.idle_since = 0.0
-        if isinstance(body, Spliced) or len(body) > SLICE:
+        if type(body) is bytes and len(body) < _JOIN_BELOW:  # the usual case
+            self._batch.write(self.transport, head + body)
+        elif isinstance(body, Spliced) or len(body) > SLICE:
             self._batch.write(self.transport, head)
             self._rest = Outgoing(body)
             self._batch.bulk.add(self._write_on)
-        elif len(body) < _JOIN_BELOW:
-            self._batch.write(self.transport, head + body)
         else:
             self._batch.write(self.transport, head)
             self._batch.write(self.transport, body)

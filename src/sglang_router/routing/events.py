@@ -12,7 +12,7 @@ Each event about a request contains its RequestTag. No event contains any part o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sglang_router.routing.native import mypyc_attr
 from sglang_router.routing.outcome import Outcome
@@ -137,6 +137,11 @@ class Listener:
     A subclass defines the methods of the events that it needs.
     """
 
+    @property
+    def hears_routed(self) -> bool:
+        """Whether it needs Routed; otherwise that need not be created."""
+        return True
+
     def routed(self, event: Routed) -> None:
         """A request got a worker."""
 
@@ -151,6 +156,11 @@ class Listener:
 
     def finished(self, event: Finished) -> None:
         """A request ended."""
+
+    def finished_all(self, events: Sequence[Finished]) -> None:
+        """Several requests ended, in this order. Called in place of `finished` by what gathers events."""
+        for event in events:
+            self.finished(event)
 
     def worker_changed(self, event: WorkerChanged) -> None:
         """The state of a worker changed."""
@@ -170,12 +180,13 @@ class Listeners(Listener):
         self._quarantined: list[Callable[[Quarantined], None]] = []
         self._first_byte: list[Callable[[FirstByte], None]] = []
         self._finished: list[Callable[[Finished], None]] = []
+        self._finished_all: list[Callable[[Sequence[Finished]], None]] = []
         self._worker_changed: list[Callable[[WorkerChanged], None]] = []
 
     def add(self, listener: Listener) -> None:
         """Add a listener. Which events it needs is read now; later changes have no effect."""
         kind = type(listener)
-        if kind.routed is not Listener.routed:
+        if listener.hears_routed if isinstance(listener, Listeners) else kind.routed is not Listener.routed:
             self._routed.append(listener.routed)
         if kind.retried is not Listener.retried:
             self._retried.append(listener.retried)
@@ -186,8 +197,14 @@ class Listeners(Listener):
             self.hears_first_byte = True
         if kind.finished is not Listener.finished:
             self._finished.append(listener.finished)
+            self._finished_all.append(listener.finished_all)
         if kind.worker_changed is not Listener.worker_changed:
             self._worker_changed.append(listener.worker_changed)
+
+    @property
+    def hears_routed(self) -> bool:
+        """Whether a listener needs Routed."""
+        return bool(self._routed)
 
     def routed(self, event: Routed) -> None:
         """Pass the event on."""
@@ -213,6 +230,11 @@ class Listeners(Listener):
         """Pass the event on."""
         for hear in self._finished:
             hear(event)
+
+    def finished_all(self, events: Sequence[Finished]) -> None:
+        """Pass the events on."""
+        for hear in self._finished_all:
+            hear(events)
 
     def worker_changed(self, event: WorkerChanged) -> None:
         """Pass the event on."""

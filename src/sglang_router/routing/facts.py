@@ -256,13 +256,7 @@ def read(endpoint: Endpoint, body: Content, routing_key: bytes = b"", most_text:
     Raises: InvalidJSON, when the body is not a JSON object; the engine checks its content.
     """
     facts = read_quickly(endpoint, body, routing_key, most_text)
-    if facts is None:
-        reader = endpoint.reader
-        assert reader is not None
-        fields, reserved = reader.decode_slowly(body)
-        facts = _decoded(endpoint, reader, fields, body, routing_key, most_text)
-        facts.reserved = reserved
-    return facts
+    return read_slowly(endpoint, body, routing_key, most_text) if facts is None else facts
 
 
 def read_quickly(endpoint: Endpoint, body: Content, routing_key: bytes, most_text: int) -> Facts | None:
@@ -274,27 +268,36 @@ def read_quickly(endpoint: Endpoint, body: Content, routing_key: bytes, most_tex
         fields = reader.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return None
-    return _decoded(endpoint, reader, fields, body, routing_key, most_text)
+    return _facts(endpoint, reader, fields, _text_of(reader, fields, most_text), routing_key, body)
 
 
-def _decoded(
-    endpoint: Endpoint, reader: _Reader, fields: Any, body: Content, routing_key: bytes, most_text: int
-) -> Facts:
-    """Return the facts that decoded fields make."""
+def read_slowly(endpoint: Endpoint, body: Content, routing_key: bytes, most_text: int) -> Facts:
+    """Return the facts of one request that the fast decoder refused.
+
+    Raises: InvalidJSON, when the body is not a JSON object.
+    """
+    reader = endpoint.reader
+    assert reader is not None
+    fields, reserved = reader.decode_slowly(body)
+    facts = _facts(endpoint, reader, fields, _text_of(reader, fields, most_text), routing_key, body)
+    facts.reserved = reserved
+    return facts
+
+
+def _text_of(reader: _Reader, fields: Any, most_text: int) -> bytes:
+    """Return the routing text that decoded fields make."""
     parts = []
     for part in reader.text(fields):  # faster than a comprehension, which is a call, for usually two parts
         # Check the length first: comparing a long prompt would copy it.
         if len(part) > 4 or bytes(part) not in _NOTHING:
             parts.append(part)  # noqa: PERF401
-    text = b""
-    if parts:
-        text = b"".join(parts)
-        # Drop the closing bracket: the next turn of a chat continues at this place, so its text has this one as prefix.
-        if text[-1] in _CLOSERS:
-            text = text[:-1]
-        if len(text) > most_text:
-            text = text[:most_text]
-    return _facts(endpoint, reader, fields, text, routing_key, body)
+    if not parts:
+        return b""
+    text = b"".join(parts)
+    # Drop the closing bracket: the next turn of a chat continues at this place, so its text has this one as prefix.
+    if text[-1] in _CLOSERS:
+        text = text[:-1]
+    return text[:most_text] if len(text) > most_text else text
 
 
 class Skimming:

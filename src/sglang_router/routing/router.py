@@ -191,7 +191,9 @@ class Router(Listener):
         if splice and not facts.endpoint.json:  # a body that is not JSON is not changed
             splice = b""
         leg = PlannedLeg(lease.number, worker.target, choice.branch, choice.matched, total, splice)
-        self._listener.routed(Routed(tag, leg, policy.name, retries))
+        worker.decisions.count(policy.name, choice.branch, choice.matched, total)
+        if self._listener.hears_routed:
+            self._listener.routed(Routed(tag, leg, policy.name, retries))
         return Plan((leg,), delay, retries)
 
     # -- a leg failed --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ request: is it in rotation, is it healthy, does its circuit let a request pass. 
 from __future__ import annotations
 
 from sglang_router.routing.breaker import Circuit
+from sglang_router.routing.decisions import Decisions
 from sglang_router.routing.engine_report import NOTHING, EngineReport
 from sglang_router.routing.model_names import NO_NAMES, Names
 from sglang_router.routing.outcome import Hears
@@ -36,6 +37,7 @@ class Worker:
     ejected    why it is ejected as an outlier; "" if it is not
     outliers   the outlier detection of its pool; None: there is none
     processed  requests it answered (outcome SERVED or REJECTED)
+    decisions  counts of the legs that it was chosen for
     hopeless   its health checks fail for a reason that waiting does not heal
     probing    number of the lease that its HALF_OPEN circuit let pass; 0: none
     """
@@ -43,6 +45,7 @@ class Worker:
     __slots__ = (
         "announced",
         "circuit",
+        "decisions",
         "dp_rank",
         "draining",
         "ejected",
@@ -90,6 +93,7 @@ class Worker:
         self.load = 0
         self.waiting = 0
         self.processed = 0
+        self.decisions = Decisions()
         # health
         self.health = Health.STARTING if spec.health.enabled else Health.HEALTHY
         self.health_failures = 0

@@ -31,6 +31,7 @@ from sglang_router.errors import (
 )
 from sglang_router.wire.limits import Limits
 from sglang_router.wire.request_line import RequestLines
+from sglang_router.wire.rewriting import origin_form, without_upgrade
 
 _FRAMING_PER_BYTE = 16
 """Bytes allowed for each byte of a chunked body's content, chunk framing included; a chunk of one byte takes six."""
@@ -210,7 +211,7 @@ class RequestParser:
     @property
     def path(self) -> bytes:
         """The path of the request whose part came last, as far as it was read."""
-        return _origin_form(self._url).partition(b"?")[0]
+        return origin_form(self._url).partition(b"?")[0]
 
     def close(self) -> Body:
         """Release the parser, which refers to this object; return what has arrived of an incomplete body."""
@@ -272,37 +273,43 @@ class RequestParser:
         self.mid_head = False
         self.mid_body = True
         self._head_bytes = 0
-        version = parser.get_http_version()
-        http10 = self.http10 = version == "1.0"
-        if not http10 and version != "1.1":
-            self._fail(VersionNotSupported())
-        url, method = self._url, parser.get_method()
-        if not self._lines.check(method, url, http10):
-            self._fail(BadHTTP(_LINE))
+        url, method, lines = self._url, parser.get_method(), self._lines
+        line = method + b" " + url + b" HTTP/1.1\r\n"
+        http10 = self.http10 = False
+        if lines.at or not lines.exact or not lines.raw.startswith(line):
+            http10 = self._check_line(parser.get_http_version(), method)
+        else:  # usual: the read begins with this line
+            lines.at, lines.before = len(line) - 2, -1
         if b"#" in url:
             self._fail(BadHTTP("The target has a fragment (#), which is not sent to servers."))
         if parser.should_upgrade():
             if method == b"CONNECT":
                 self._fail(UpgradeRefused())
-            self._offer = _without_upgrade(method, url, version, headers)
+            self._offer = without_upgrade(method, url, parser.get_http_version(), headers)
             return
         has_body = self._check(headers, http10)
         if not url.startswith(b"/"):
-            url = _origin_form(url)
+            url = origin_form(url)
         path = url.partition(b"?")[0]
-        self._request = Request(method, url, path, headers, http10, parser.should_keep_alive())
-        if self._admit is not None:
-            self._ask_for(self._request, self._admit, has_body)
-
-    def _ask_for(self, request: Request, admit: Callable[[Request, bool], int | None], has_body: bool) -> None:
-        """Call `admit`. A refused request is complete without its body, and is the last one of the connection."""
-        most = admit(request, has_body)
+        request = self._request = Request(method, url, path, headers, http10, parser.should_keep_alive())
+        if self._admit is None:
+            return
+        most = self._admit(request, has_body)
         self._most_body = self._limits.body_bytes if most is None else most
-        if request.refusal is not None and has_body:
+        if has_body and request.refusal is not None:  # it is complete without its body, and the connection's last one
             request.keep_alive = self.wants_continue = False
             self._parser = None
             self._ready.append(request)
             raise BadHTTP  # stops llhttp; `feed` ignores it, because the parser is already released
+
+    def _check_line(self, version: str, method: bytes) -> bool:
+        """Check a request line that is not at the beginning of a read; return whether it says HTTP/1.0."""
+        http10 = self.http10 = version == "1.0"
+        if not http10 and version != "1.1":
+            self._fail(VersionNotSupported())
+        if not self._lines.check(method, self._url, http10):
+            self._fail(BadHTTP(_LINE))
+        return http10
 
     def _check(self, headers: Headers, http10: bool) -> bool:
         """Check what llhttp does not check; return whether a body follows.
@@ -373,20 +380,6 @@ class RequestParser:
     def _fail(self, error: RouterError) -> None:
         self._error = error
         raise error
-
-
-def _without_upgrade(method: bytes, target: bytes, version: str, headers: Headers) -> bytes:
-    """Return a head without its Upgrade fields."""
-    lines = [b"%s %s HTTP/%s\r\n" % (method, target, version.encode())]
-    lines += [b"%s: %s\r\n" % field for field in headers if field[0] != b"upgrade"]
-    return b"".join((*lines, b"\r\n"))
-
-
-def _origin_form(target: bytes) -> bytes:
-    """Return path and query of a target in absolute form (RFC 9112 3.2.2), as proxy clients send it; `*` stays `*`."""
-    whole, mark, query = target.partition(b"?")
-    _, absolute, rest = whole.partition(b"://")
-    return b"/" + rest.partition(b"/")[2] + mark + query if absolute else target
 
 
 def _verdict(exc: httptools.HttpParserError) -> RouterError:
