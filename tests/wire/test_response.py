@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from sglang_router.errors import WorkerInvalid
 from sglang_router.wire.framing import Chunked, Framing, Sized, UntilClose
-from sglang_router.wire.response import MAX_HEAD, ResponseHead, framing_of, parse_head
+from sglang_router.wire.response import MAX_HEAD, ResponseHead, _parse, framing_of, parse_head
 from wire_corpus import Answered, Case, each_case, pieces, read_response, splits
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -24,6 +25,28 @@ def head_of(raw: bytes) -> ResponseHead:
     head = parse_head(raw)
     assert head is not None
     return head
+
+
+_LINES = (b"content-length: ", b"Content-Length: ", b"content-Length: ", b"x-content-length: ", b"X: ", b"connection: ")
+_VALUES = (b"5", b"05", b"17", b"", b" 5", b"5 ", b"+5", b"5, 5", b"9" * 18, b"9" * 19, b"keep-alive", b"close")
+_FIELDS = st.lists(st.tuples(st.sampled_from(_LINES), st.sampled_from(_VALUES)).map(b"".join), max_size=3)
+_HEADS = st.lists(st.tuples(st.sampled_from((b"200 OK", b"204", b"503 No")), _FIELDS), min_size=1, max_size=8)
+
+
+@given(st.lists(st.tuples(st.sampled_from((b"200 OK", b"204", b"503 No")), _FIELDS), min_size=1, max_size=8))
+def test_a_head_made_of_a_known_one_is_what_parsing_it_gives(
+    heads: list[tuple[bytes, list[tuple[bytes, bytes]]]],
+) -> None:
+    for status, fields in heads:
+        raw = b"HTTP/1.1 %s\r\n%s\r\n" % (status, b"".join(field + b"\r\n" for field in fields))
+        assert _told(parse_head, raw + b"body") == _told(_parse, raw + b"body")
+
+
+def _told(parse: Callable[[bytes, int], ResponseHead | None], raw: bytes) -> ResponseHead | str | None:
+    try:
+        return parse(raw, 0)
+    except WorkerInvalid:
+        return "invalid"
 
 
 # -- what is taken and what is not -------------------------------------------------------------------------------------
