@@ -25,6 +25,8 @@ _MAX_LINE = 4096
 """Most bytes of a chunk's size line with its extensions, and of one trailer field."""
 _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e]*)?\r\n")
 _SIZE_LINE_CUT = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:;[\t\x20-\x7e]*)?\r?)?")
+_SIZES = {b"%x" % size: size for size in range(1, 2048)}
+"""The size lines of usual chunks."""
 _TRAILER = re.compile(TOKEN + rb":" + VALUE + rb"\r\n")
 _TRAILER_CUT = re.compile(rb"\r|(?:" + TOKEN + rb"(?::" + VALUE + rb"\r?)?)?")
 
@@ -139,11 +141,9 @@ class Chunked(Framing):
         kept = len(self._line)
         if self._state == _SIZE and not kept and payload is None:
             # The usual case: the read is exactly one chunk, so the state does not change.
-            match = _SIZE_LINE.match(data)
-            if match is not None:
-                left = int(match.group(1), 16)
-                if left and match.end() + left + 2 == len(data) and data.endswith(b"\r\n") and match.end() <= _MAX_LINE:
-                    return -1
+            at = data.find(b"\r\n", 0, 5)
+            if at > 0 and _SIZES.get(data[:at], -1) + at + 4 == len(data) and data.endswith(b"\r\n"):
+                return -1
         if kept:
             data = self._line + data
         cut = b""
