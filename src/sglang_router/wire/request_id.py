@@ -6,6 +6,7 @@ makes a new id: the endpoint's prefix and 24 hexadecimal digits. This rule is im
 
 from __future__ import annotations
 
+from binascii import hexlify
 from collections.abc import Callable, Iterable
 
 from sglang_router.errors import LoopDetected, RouterError, UnsupportedMediaType
@@ -50,7 +51,7 @@ class RequestIds:
 
     def new(self, prefix: bytes) -> bytes:
         """Make a new id."""
-        return prefix + b"%024x" % self._random_bits(96)
+        return prefix + hexlify(self._random_bits(96).to_bytes(12, "big"))
 
     def read(self, headers: Headers, prefix: bytes) -> Named:
         """Read a header; make an id with this prefix when the client sent no usable one."""
@@ -75,5 +76,5 @@ class RequestIds:
             elif value.lower() != b"identity":
                 fault = fault or UnsupportedMediaType()
         if not request_id:
-            request_id = prefix + b"%024x" % self._random_bits(96)
+            request_id = self.new(prefix)
         return request_id, routing_key, trace, fault
