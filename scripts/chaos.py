@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from scripts.bench import machine, table
 from scripts.reliability.command import run, say
 from scripts.reliability.faults import CUT, FAULTS, NOBODY, Fault
 from scripts.reliability.field import Field, ReliabilityError, field
 from scripts.reliability.load import Load, Tally
 from scripts.reliability.own import OWN_FAULTS, OwnFault
 from scripts.reliability.page import write_tables
+from scripts.reporting import machine, table
 
 WARM_UP = 4.0
 IN_FLIGHT = 2.0

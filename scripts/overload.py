@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.bench import table
+from scripts.reporting import table
 
 from arrivals import Answer, keep_busy, offer, schedule
 from engines import engine_processes

@@ -21,13 +21,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.bench import machine, table
 from scripts.reliability.command import run, say
 from scripts.reliability.faults import CUT, FAULTS, Fault
 from scripts.reliability.field import Field, field
 from scripts.reliability.load import Load, Tally
 from scripts.reliability.page import write_tables
 from scripts.reliability.slopes import Tolerance, growth
+from scripts.reporting import machine, table
 
 CHURN = 10_000_000 * 200 / 3600
 """Bytes of new text per second."""

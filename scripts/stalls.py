@@ -21,7 +21,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from scripts.bench import table
+from scripts.reporting import table
 
 from sglang_router.relay.memory import keep_apart
 from stack import Stack, stack

@@ -1,4 +1,4 @@
-/* What both load clients share: clock, prompts, connections, quantiles.
+/* What the load clients share: clock, prompts, connections, answers, quantiles.
  *
  * A prompt is a chat message of `size` bytes. Three quarters are one of `groups` shared beginnings, as chats
  * under a few system prompts have; the rest begins with a serial number and never comes twice:
@@ -29,7 +29,8 @@
 #include <unistd.h>
 
 #define NOISE (1 << 20)
-#define SERIAL 16 /* hexadecimal digits */
+#define SERIAL 16    /* hexadecimal digits */
+#define LAST_CHUNK 7 /* bytes of the end of a chunked body: \r\n0\r\n\r\n */
 
 struct prompts {
     size_t size, shared, length, offset; /* length: of a whole request; offset: of the prompt in it */
@@ -106,16 +107,22 @@ static inline void next_prompt(struct prompts *p, char *request) {
     memcpy(to + p->shared + SERIAL, p->noise + mixed(serial + 1) % (NOISE - rest), rest);
 }
 
-/* A connection to the loopback port, registered edge-triggered under `owner`; -1 if it is refused. */
-static inline int open_connection(int epoll, int port, void *owner) {
+/* A connection to the loopback port; -1 if it is refused. With SOCK_NONBLOCK it may be on its way still. */
+static inline int connect_to(int port, int flags) {
     struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
     to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    int on = 1, fd = socket(AF_INET, SOCK_STREAM, 0);
-    if (fd < 0 || connect(fd, (struct sockaddr *)&to, sizeof to)) {
-        if (fd >= 0) close(fd);
-        return -1;
-    }
+    int on = 1, fd = socket(AF_INET, SOCK_STREAM | flags, 0);
+    if (fd < 0) return -1;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    if (!connect(fd, (struct sockaddr *)&to, sizeof to) || errno == EINPROGRESS) return fd;
+    close(fd);
+    return -1;
+}
+
+/* The same, registered edge-triggered under `owner`, and non-blocking from then on. */
+static inline int open_connection(int epoll, int port, int flags, void *owner) {
+    int fd = connect_to(port, flags);
+    if (fd < 0) return -1;
     fcntl(fd, F_SETFL, O_NONBLOCK);
     struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET, .data.ptr = owner};
     epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
@@ -130,6 +137,56 @@ static inline bool write_rest(int fd, const char *request, size_t length, size_t
         *sent += (size_t)n;
     }
     return true;
+}
+
+/* The answer to one request, as far as it has come. It is whole after its Content-Length or its last chunk. */
+struct answer {
+    bool in_head, chunked, failed; /* failed: the status is not 200 */
+    size_t have, left;             /* have: bytes in `in`; left: of a body with Content-Length */
+    char in[16384];
+};
+
+static inline void expect_answer(struct answer *a) {
+    a->in_head = true;
+    a->have = 0;
+}
+
+/* Reads the head at the front of `in` and drops it; false if it is not whole yet. */
+static inline bool read_head(struct answer *a) {
+    a->in[a->have] = 0;
+    char *stop = strstr(a->in, "\r\n\r\n");
+    if (!stop) return false;
+    *stop = 0;
+    char *length = strcasestr(a->in, "\r\ncontent-length:");
+    a->chunked = !length && strcasestr(a->in, "\r\ntransfer-encoding:");
+    a->left = length ? strtoul(length + 17, NULL, 10) : 0;
+    a->failed = strncmp(a->in, "HTTP/1.1 200", 12) != 0;
+    a->in_head = false;
+    stop += 4;
+    a->have -= (size_t)(stop - a->in);
+    memmove(a->in, stop, a->have);
+    return true;
+}
+
+/* Takes the bytes in `in`; whether the answer is whole. */
+static inline bool read_answer(struct answer *a) {
+    if (a->in_head && !read_head(a)) return false;
+    if (!a->chunked) {
+        a->left -= a->have < a->left ? a->have : a->left;
+        a->have = 0;
+        return a->left == 0;
+    }
+    size_t keep = a->have < LAST_CHUNK ? a->have : LAST_CHUNK;
+    memmove(a->in, a->in + a->have - keep, keep);
+    a->have = keep;
+    return keep == LAST_CHUNK && memcmp(a->in, "\r\n0\r\n\r\n", LAST_CHUNK) == 0;
+}
+
+/* Reads once from the socket, as read(2) does; 0 as well if there is no room left: a head that never ends. */
+static inline ssize_t read_more(int fd, struct answer *a) {
+    ssize_t n = read(fd, a->in + a->have, sizeof a->in - 1 - a->have);
+    if (n > 0) a->have += (size_t)n;
+    return n;
 }
 
 static inline void add_sample(struct samples *s, double value) {
@@ -152,6 +209,13 @@ static inline void sort_samples(struct samples *s) {
 /* Of sorted samples; 0 if there are none. */
 static inline double quantile(const struct samples *s, double share) {
     return s->count ? s->values[(size_t)((double)(s->count - 1) * share)] : 0;
+}
+
+/* Prints one JSON object: what was counted, the rate per second, and quantiles of the samples in microseconds. */
+static inline void print_result(const char *unit, long count, double rate, struct samples *s, long errors) {
+    sort_samples(s);
+    printf("{\"%s\":%ld,\"rate\":%.1f,\"p50_us\":%.1f,\"p99_us\":%.1f,\"p999_us\":%.1f,\"errors\":%ld}\n", unit, count,
+           rate, quantile(s, 0.5), quantile(s, 0.99), quantile(s, 0.999), errors);
 }
 
 #endif

@@ -10,15 +10,14 @@
 #include "client.h"
 
 #define PATIENCE 10000000000 /* nanoseconds */
-#define TAIL 7               /* the end of a chunked body: \r\n0\r\n\r\n */
 
 struct connection {
     int fd;
-    bool busy, in_head, chunked, failed;
+    bool busy;
     char *request;
-    size_t sent, have, left; /* have: bytes in `in`; left: of a body with Content-Length */
+    size_t sent;
     int64_t began;
-    char in[16384];
+    struct answer answer;
 };
 
 static struct prompts prompts;
@@ -28,8 +27,9 @@ static long started, finished, errors, under_way, limit;
 
 static void begin(struct connection *c) {
     next_prompt(&prompts, c->request);
-    c->sent = c->have = 0;
-    c->in_head = c->busy = true;
+    expect_answer(&c->answer);
+    c->sent = 0;
+    c->busy = true;
     c->began = now_ns();
     started++;
     under_way++;
@@ -43,46 +43,13 @@ static void end(struct connection *c, bool good) {
     *(good ? &finished : &errors) += 1;
 }
 
-/* Reads the head at the front of `in` and drops it; false if it is not whole yet. */
-static bool read_head(struct connection *c) {
-    c->in[c->have] = 0;
-    char *stop = strstr(c->in, "\r\n\r\n");
-    if (!stop) return false;
-    *stop = 0;
-    char *length = strcasestr(c->in, "\r\ncontent-length:");
-    c->chunked = !length && strcasestr(c->in, "\r\ntransfer-encoding:");
-    c->left = length ? strtoul(length + 17, NULL, 10) : 0;
-    c->failed = strncmp(c->in, "HTTP/1.1 200", 12) != 0;
-    c->in_head = false;
-    stop += 4;
-    c->have -= (size_t)(stop - c->in);
-    memmove(c->in, stop, c->have);
-    return true;
-}
-
-/* Takes the bytes in `in`; whether the answer is complete. */
-static bool read_answer(struct connection *c) {
-    if (c->in_head && !read_head(c)) return false;
-    if (!c->chunked) {
-        c->left -= c->have < c->left ? c->have : c->left;
-        c->have = 0;
-        return c->left == 0;
-    }
-    size_t keep = c->have < TAIL ? c->have : TAIL;
-    memmove(c->in, c->in + c->have - keep, keep);
-    c->have = keep;
-    return keep == TAIL && memcmp(c->in, "\r\n0\r\n\r\n", TAIL) == 0;
-}
-
 /* Reads all there is; false if the connection is broken. */
 static bool receive(struct connection *c) {
     for (;;) {
-        ssize_t n = read(c->fd, c->in + c->have, sizeof c->in - 1 - c->have);
+        ssize_t n = read_more(c->fd, &c->answer);
         if (n <= 0) return n < 0 && errno == EAGAIN;
         if (!c->busy) return false;
-        c->have += (size_t)n;
-        if (read_answer(c)) end(c, !c->failed);
-        else if (c->have == sizeof c->in - 1) return false; /* a head that never ends */
+        if (read_answer(&c->answer)) end(c, !c->answer.failed);
     }
 }
 
@@ -95,7 +62,7 @@ static void serve(struct connection *c, uint32_t events) {
 }
 
 static void start_on(struct connection *c) {
-    if (c->fd < 0) c->fd = open_connection(epoll, port, c);
+    if (c->fd < 0) c->fd = open_connection(epoll, port, 0, c);
     if (c->fd >= 0) {
         begin(c);
         return;
@@ -138,8 +105,6 @@ int main(int words, char **word) {
     int64_t start = now_ns();
     run(all, count, start + (int64_t)(atof(word[3]) * 1e9));
     double seconds = (double)(now_ns() - start) / 1e9;
-    sort_samples(&latencies);
-    printf("{\"requests\":%ld,\"rate\":%.1f,\"p50_us\":%.1f,\"p99_us\":%.1f,\"errors\":%ld}\n", finished,
-           (double)finished / seconds, quantile(&latencies, 0.5), quantile(&latencies, 0.99), errors);
+    print_result("requests", finished, (double)finished / seconds, &latencies, errors);
     return 0;
 }

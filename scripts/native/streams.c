@@ -29,7 +29,7 @@ static long chunks, finished, errors, under_way;
 static int64_t window, closing; /* the window's begin and end */
 
 static void begin(struct stream *s) {
-    if (s->fd < 0 && (s->fd = open_connection(epoll, port, s)) < 0) {
+    if (s->fd < 0 && (s->fd = open_connection(epoll, port, 0, s)) < 0) {
         errors++;
         return;
     }
@@ -133,8 +133,6 @@ int main(int words, char **word) {
     window = start + SECOND + SECOND / 2;
     closing = window + (int64_t)(seconds * SECOND);
     run(all, count, start);
-    sort_samples(&delays);
-    printf("{\"chunks\":%ld,\"rate\":%.1f,\"p50_us\":%.1f,\"p99_us\":%.1f,\"errors\":%ld}\n", chunks,
-           (double)finished / seconds, quantile(&delays, 0.5), quantile(&delays, 0.99), errors);
+    print_result("chunks", chunks, (double)finished / seconds, &delays, errors);
     return 0;
 }
