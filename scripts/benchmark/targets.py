@@ -28,8 +28,9 @@ from scripts.benchmark.options import Options
 from scripts.benchmark.processes import BenchError, Processes, Server, free_ports
 from scripts.reporting import ROOT
 
-OURS, BEFORE, REFERENCE, HAPROXY, DIRECT = "ours", "before", "reference", "haproxy", "direct"
-COMPILED = ROOT / ".compiled" / "src"
+OURS, COMPILED, BEFORE = "ours", "compiled", "before"
+REFERENCE, HAPROXY, DIRECT = "reference", "haproxy", "direct"
+_COMPILED = ROOT / ".compiled" / "src"
 SYSTEM_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin"
 AT_ONCE = {"SGLANG_ROUTER_SHUTDOWN_DRAIN_SECS": "0"}
 QUIET = ("--log-level", "error")
@@ -116,8 +117,8 @@ def checkout(options: Options, folder: Path) -> Path | None:
 def compiled(options: Options, folder: Path) -> Path | None:
     """Return the compiled sources; None if there are none, or if they are not of this checkout's state."""
     files = [path.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("*.py")]
-    same = all((COMPILED / path).exists() and filecmp.cmp(ROOT / "src" / path, COMPILED / path) for path in files)
-    return COMPILED if same and any(COMPILED.rglob(f"*{EXTENSION_SUFFIXES[0]}")) else None
+    same = all((_COMPILED / path).exists() and filecmp.cmp(ROOT / "src" / path, _COMPILED / path) for path in files)
+    return _COMPILED if same and any(_COMPILED.rglob(f"*{EXTENSION_SUFFIXES[0]}")) else None
 
 
 def revision(options: Options, folder: Path) -> Path | None:
@@ -137,7 +138,7 @@ def revision(options: Options, folder: Path) -> Path | None:
 LAUNCH = module("sglang_router.launch_router")
 TARGETS = (
     Target(OURS, "this router", LAUNCH, source=checkout),
-    Target("compiled", "this router, compiled", LAUNCH, source=compiled),
+    Target(COMPILED, "this router, compiled", LAUNCH, source=compiled),
     Target(BEFORE, "before", LAUNCH, source=revision),
     Target(
         REFERENCE,
