@@ -102,7 +102,8 @@ def check_slot(tree: Tree, slot: int) -> None:
     for _, node in walk(tree):
         if node.owners & books.bit and not owned_below(node, books.bit):
             assert find_use(node, slot) in used, "a leaf without a use could never be evicted"
-    assert books.size == len(held(tree, slot))
+    # The same as the number of its prefixes: `check_node` has shown that no two nodes are the end of the same text.
+    assert books.size == sum(len(node.edge) for _, node in walk(tree) if node.owners & books.bit)
     if books.bit & tree.alive:
         assert books.size <= tree.max_size + tree.max_text
         assert books.entries <= tree.max_entries

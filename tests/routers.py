@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,10 @@ COMMAND = (sys.executable, "-W", "error", "-m", "sglang_router.launch_router")
 _PORTS = (10_000, 29_000)
 """Ports below those that the system uses for outgoing connections. One of those could take the port of a server that is
 down, and a connection to such a port can even connect to itself."""
+_claims: deque[int] = deque()
+"""Descriptors of UDP sockets, one for each port that `free_port` gave away lately, with the same number. They tell
+other processes of tests, which choose ports too, what is taken. The system frees them when this process ends."""
+_CLAIMS = 64
 
 
 class Answer(NamedTuple):
@@ -258,11 +262,20 @@ def plain_worker(answers: Mapping[str, tuple[int, Mapping[str, str], bytes]]) ->
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Return a port on which nothing listens now; it may be taken before the caller uses it."""
+    """Return a port on which nothing listens, and which no other process of tests gets before the caller uses it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     while True:
         port = random.randrange(*_PORTS)
-        with contextlib.suppress(OSError), socket.create_server((host, port), family=family):
+        claim = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            claim.bind(("127.0.0.1", port))
+            socket.create_server((host, port), family=family).close()
+        except OSError:
+            claim.close()
+        else:
+            _claims.append(claim.detach())
+            if len(_claims) > _CLAIMS:
+                os.close(_claims.popleft())
             return port
 
 

@@ -184,7 +184,10 @@ def test_f40_flags_with_a_list_add_up() -> None:
     assert (args.request_id_headers, args.policy) == (["x-a", "x-b"], "manual")
 
 
-@pytest.mark.parametrize("option", [o for o in OPTIONS.values() if isinstance(o.default, (list, dict))], ids=str)
+SEVERAL = [option for option in OPTIONS.values() if isinstance(option.default, (list, dict))]
+
+
+@pytest.mark.parametrize("option", SEVERAL, ids=lambda option: option.flag)
 def test_f40_every_flag_with_several_values(option: Any) -> None:
     """No option with a list or a mapping forgets what its flag said before."""
     values = {"control_plane_api_keys": ("a:A:admin:k", "b:B:user:l"), "prometheus_duration_buckets": ("1", "2")}

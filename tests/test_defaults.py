@@ -13,6 +13,7 @@ options' defaults:
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -156,20 +157,24 @@ def is_dotted_name(expression: ast.expr) -> bool:
     return isinstance(expression, ast.Name)
 
 
-def sources() -> Iterator[Source]:
-    for found in pkgutil.walk_packages(sglang_router.__path__, "sglang_router."):
-        if not found.name.endswith("__main__"):
-            yield Source(importlib.import_module(found.name))
+MODULES = [
+    found.name
+    for found in pkgutil.walk_packages(sglang_router.__path__, "sglang_router.")
+    if not found.name.endswith("__main__")
+]
 
 
-FOUND = [passed for source in sources() for passed in source.passed()]
+@functools.cache
+def passed_in(module: str) -> list[Passed]:
+    return list(Source(importlib.import_module(module)).passed())
 
 
-@pytest.mark.parametrize("passed", FOUND, ids=lambda passed: f"{passed.where}:{passed.parameter}")
-def test_a_parameter_has_the_default_of_its_option(passed: Passed) -> None:
-    value = tuple(passed.value) if isinstance(passed.value, list) else passed.value
-    assert passed.default == value
+@pytest.mark.parametrize("module", MODULES)
+def test_a_parameter_has_the_default_of_its_option(module: str) -> None:
+    for passed in passed_in(module):
+        value = tuple(passed.value) if isinstance(passed.value, list) else passed.value
+        assert (passed.where, passed.parameter, passed.default) == (passed.where, passed.parameter, value)
 
 
 def test_the_parameters_are_found() -> None:
-    assert len(FOUND) >= 70
+    assert sum(len(passed_in(module)) for module in MODULES) >= 70

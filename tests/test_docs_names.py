@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 from typing import TypeGuard
@@ -13,7 +14,6 @@ import sglang_router
 
 SOURCE = Path(sglang_router.__file__).parent
 ROOT = SOURCE.parent.parent
-TREES = {path: ast.parse(path.read_text("utf-8")) for path in SOURCE.rglob("*.py")}
 DOCUMENTS = [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
 FILE = re.compile(r"([\w/]+/\w+\.py)(?:: ([\w.]+))?")
 METHOD = re.compile(r"([A-Z][a-z]\w+)\.([a-z_]\w+)")
@@ -40,8 +40,14 @@ def names_in(tree: ast.AST) -> set[str]:
     return found
 
 
-NAMES = {path: names_in(tree) for path, tree in TREES.items()}
-EVERYWHERE = set().union(*NAMES.values())
+@functools.cache
+def names_of(path: Path) -> set[str]:
+    return names_in(ast.parse(path.read_text("utf-8")))
+
+
+@functools.cache
+def names_everywhere() -> set[str]:
+    return set().union(*map(names_of, SOURCE.rglob("*.py")))
 
 
 def missing(text: str) -> list[str]:
@@ -50,18 +56,14 @@ def missing(text: str) -> list[str]:
     for name in re.findall(r"`([^`\n]+)`", text):
         if match := FILE.fullmatch(name):
             path = next((root / match[1] for root in (SOURCE, ROOT) if (root / match[1]).exists()), None)
-            known = path is not None and (match[2] is None or match[2] in NAMES.get(path, names_in(parsed(path))))
+            known = path is not None and (match[2] is None or match[2] in names_of(path))
         elif match := METHOD.fullmatch(name):
-            known = name in EVERYWHERE
+            known = name in names_everywhere()
         else:
             continue
         if not known:
             found.append(name)
     return found
-
-
-def parsed(path: Path) -> ast.AST:
-    return TREES.get(path) or ast.parse(path.read_text("utf-8"))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -140,17 +140,25 @@ def test_clients_that_never_read_are_cut_in_the_end(brief: Arena, lie: str) -> N
 
 def test_idle_connections(field: Arena) -> None:
     """Each was served and is idle: they cost some memory, all of them can send again, and all are closed in the end."""
+    request = post("/generate", b"no JSON")
     before, memory = field.sockets, field.rss
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(field.connect()) for _ in range(IDLE)]
+        clients: list[Client] = []
+
+        def are_answered() -> None:
+            for client in clients:
+                answer = client.answer()
+                assert answer is not None
+                assert answer.code == "json_parse_error", answer
+
         with field.polite():
-            for turn in range(2):
-                for client in clients:
-                    client.send(post("/generate", b"no JSON"))
-                for client in clients:
-                    answer = client.answer()
-                    assert answer is not None
-                    assert answer.code == "json_parse_error", (turn, answer)
+            for _ in range(IDLE):
+                clients.append(stack.enter_context(field.connect()))
+                clients[-1].send(request)  # at once: the time for the first head counts from the connection
+            are_answered()
+            for client in clients:
+                client.send(request)
+            are_answered()
             assert field.sockets >= before + IDLE
         assert field.rss - memory < IDLE * 50_000
     field.until(lambda: field.sockets <= before + 2)  # the polite client's, and its worker's
