@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from sglang_router.routing.candidates import candidates_of
 from sglang_router.routing.decider import Delivered
 from sglang_router.routing.events import Listener, Listeners, Routed, WorkerChanged
 from sglang_router.routing.facts import ENDPOINTS, Facts
@@ -251,9 +252,9 @@ class Bench:
 
     def choose(self, *among: int, text: bytes = b"", key: bytes = b"") -> Choice:
         """Ask the policy and let it record; no lease. `among` are the numbers of the candidates; none means all."""
-        workers = tuple(self.workers[n] for n in among) or tuple(self.workers)
+        workers = [self.workers[n] for n in among] or self.workers
         asked = facts(text, key=key)
-        choice = self.policy.choose(asked, workers, 0.0)
+        choice = self.policy.choose(asked, candidates_of(workers), 0.0)
         self.policy.chosen(choice, asked, 0.0)
         return choice
 

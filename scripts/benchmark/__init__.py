@@ -18,7 +18,7 @@ much CPU clients and workers use.
     processes       processes in sessions of their own: CPU time, memory, end
     clients         the native programs: built, and run to their result
     measuring       carries out the plan
-    memory          --memory: this router's memory over 300,000 prompts
+    memory          --memory: this router's memory over a million prompts
     tree            the prefix tree by itself, beside what its rival publishes
     results         samples, medians, spread; as JSON
     tables          the tables

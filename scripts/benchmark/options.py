@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--only", metavar="TARGETS", help="such as ours,smg: names, or patterns of them")
     what.add_argument("--loads", metavar="NAMES", help="such as sizes,open-4kB,streams-*: names, groups, or patterns")
     what.add_argument("--against", metavar="REVISION", default="", help="beside this package as it was at a revision")
-    what.add_argument("--memory", action="store_true", help="resident memory over 300,000 distinct prompts instead")
+    what.add_argument("--memory", action="store_true", help="resident memory over a million distinct prompts instead")
     what.add_argument("--list", action="store_true", dest="listing", help="name all targets and loads, and end")
     how = made.add_argument_group("how long")
     how.add_argument("--rounds", type=int, help="of which medians are shown (default: 5)")

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleets import Bench, facts
+from sglang_router.routing.candidates import candidates_of
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.policies.base import Choice
 from sglang_router.routing.policies.cache_aware import CacheAware
@@ -287,7 +288,7 @@ def test_without_text_the_least_loaded_in_turn_and_nothing_is_learnt() -> None:
     b.load(1, 0, 0)
     seen = [at(b, b.choose()) for _ in range(4)]
     assert sorted(seen[:2]) == sorted(seen[2:]) == [(1, "no_text"), (2, "no_text")]
-    assert b.policy.choose(facts(b"[{", scaffold=2), tuple(b.workers), 0.0).branch == "no_text"
+    assert b.policy.choose(facts(b"[{", scaffold=2), candidates_of(b.workers), 0.0).branch == "no_text"
     assert [tree_size(b, worker) for worker in b.workers] == [0, 0, 0]
 
 
@@ -364,7 +365,7 @@ def test_candidates_are_looked_at_anew_when_they_change() -> None:
     place(b, POEM, 0)
     place(b, CLERK, 1)
     for _ in range(3):
-        b.policy.emptied(b.workers[0])
+        b.fleet.emptied(b.workers[0])
         assert b.serve(CLERK).worker is b.workers[1]
         place(b, POEM, 0)
         assert b.serve(POEM).worker is b.workers[0]

@@ -264,8 +264,9 @@ def test_one_that_starts_beside_one_that_is_held_off_is_not_all_starting() -> No
 
 def test_candidates_are_the_same_object_until_something_changes() -> None:
     fleet, _, (one, other) = a_fleet(2)
-    first = fleet.candidates(0.0)
+    (pool,) = fleet.pools
+    first = pool.candidates(0.0)
     end(fleet, one, Outcome.SERVED, Outcome.FAILED, Outcome.GONE)
-    assert fleet.candidates(1000.0) is first
+    assert pool.candidates(1000.0) is first
     fleet.set_draining(other, True)
     assert fleet.candidates(1000.0) == (one,)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fleets import Bench, facts, spec
 from sglang_router.config import OPTIONS, POLICY_NAMES
+from sglang_router.routing.candidates import Candidates, candidates_of
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.policies import POLICIES
 from sglang_router.routing.policies.base import Choice, Policy
@@ -64,7 +65,7 @@ def test_choosing_changes_nothing(policy: str, mode: str, data: st.DataObject) -
     for now in range(data.draw(st.integers(1, 8))):
         among = sorted(data.draw(st.sets(st.integers(0, 3), min_size=1)))
         text, key = data.draw(st.binary(max_size=40)), data.draw(st.sampled_from([b"", b"a", b"b"]))
-        asked, workers = facts(text, key=key), tuple(b.workers[n] for n in among)
+        asked, workers = facts(text, key=key), candidates_of(b.workers[n] for n in among)
         before = printed(b.policy)
         first, again = (b.policy.choose(asked, workers, float(now)) for _ in range(2))
         assert said(first) == said(again)
@@ -78,7 +79,7 @@ def test_who_asks_in_the_shadow_does_not_change_what_follows(policy: str) -> Non
     alone, asked = Bench(3, policy), Bench(3, policy)
     for n in range(100):
         text, key = b"prompt %d, and more of it" % (n % 17), b"%d" % (n % 5)
-        asked.policy.choose(facts(b"%d" % n, key=key), asked.fleet.candidates(0.0), 0.0)
+        asked.policy.choose(facts(b"%d" % n, key=key), asked.pool.candidates(0.0), 0.0)
         one, other = alone.serve(text, key=key), asked.serve(text, key=key)
         assert (alone.number(one.worker), one.branch) == (asked.number(other.worker), other.branch)
 
@@ -100,9 +101,10 @@ def test_a_policy_of_ones_own_is_a_few_lines() -> None:
     class Cheapest(Policy):
         name = "cheapest"
 
-        def choose(self, facts: Facts, candidates: tuple[Worker, ...], now: float) -> Choice:
+        def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
             cost = min([worker.spec.cost for worker in candidates])
-            return self.least_loaded([w for w in candidates if w.spec.cost == cost], "cheapest")
+            cheapest = candidates.set_of(w for w in candidates if w.spec.cost == cost)
+            return self.least_loaded(candidates, "cheapest", cheapest)
 
     b = Bench(0, Cheapest)
     for n, cost in enumerate((2.0, 1.0, 1.0)):
@@ -334,7 +336,7 @@ def test_without_text_the_least_loaded_is_taken() -> None:
     b.load(1, 1, 0)
     choice = b.choose()
     assert (b.number(choice.worker), choice.branch) == (2, "no_text")
-    scaffold_only = b.policy.choose(facts(b"[{", scaffold=2), tuple(b.workers), 0.0)
+    scaffold_only = b.policy.choose(facts(b"[{", scaffold=2), candidates_of(b.workers), 0.0)
     assert scaffold_only.branch == "no_text"
 
 

@@ -69,7 +69,7 @@ def test_candidates_policies_and_trees_are_apart() -> None:
     a, other_a, b = s.add("a", "A"), s.add("a2", "A"), s.add("b", "B")
     one, two = s.pools
     assert (one.key, two.key) == (PoolKey(b'"A"'), PoolKey(b'"B"'))
-    assert (one.candidates(0.0), two.candidates(0.0)) == ((a, other_a), (b,))
+    assert (tuple(one.candidates(0.0)), tuple(two.candidates(0.0))) == ((a, other_a), (b,))
     assert one.policy is not two.policy
     home, branch = s.serve("A")
     assert (home in (a, other_a), branch) == (True, "miss")
@@ -85,10 +85,10 @@ def test_a_state_change_is_seen_by_the_pool_of_the_worker() -> None:
     one, two = s.pools
     kept = two.candidates(0.0)
     s.fleet.lease(a).close(Outcome.REFUSED, 0.0)
-    assert (one.candidates(1.0), two.candidates(1.0)) == ((), (b,))
+    assert (tuple(one.candidates(1.0)), tuple(two.candidates(1.0))) == ((), (b,))
     assert two.candidates(1.0) is kept, "nothing changed there"
     assert (one.reopen_at, one.unavailable(4.0).retry_after) == (10.0, 6.0)
-    assert one.candidates(10.0) == (a,), "its time is up"
+    assert tuple(one.candidates(10.0)) == (a,), "its time is up"
     assert s.fleet.candidates(10.0) == (a, b)
 
 
@@ -124,7 +124,7 @@ def test_outliers_are_judged_within_their_pool() -> None:
         s.fleet.lease(bad).close(Outcome.FAILED, 106.0)
     s.fleet.judge(107.0)
     assert [worker.url for worker in s.fleet if worker.ejected] == ["http://bad:1"]
-    assert s.pools.of(bad).candidates(107.0) == tuple(quick)
+    assert tuple(s.pools.of(bad).candidates(107.0)) == tuple(quick)
 
 
 # -- one pool ----------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_workers_of_one_model_are_in_one_pool() -> None:
     assert fleet.pools.only is pool
     assert fleet.pools.find(b'"model a"') is pool
     assert fleet.pools.of(workers[0]) is pool
-    assert fleet.candidates(0.0) is pool.candidates(0.0)
+    assert fleet.candidates(0.0) == tuple(pool.candidates(0.0))
     assert pool.workers == workers
 
 
@@ -189,7 +189,7 @@ def test_workers_are_in_order_of_registration_whenever_they_came_to_the_pool() -
     s = Several(Noted)
     first, second = s.add("a"), s.add("b", "A")
     s.fleet.reported(first, EngineReport(model="A"))
-    assert s.pools.of(second).candidates(0.0) == (first, second)
+    assert tuple(s.pools.of(second).candidates(0.0)) == (first, second)
 
 
 def test_an_open_breaker_moves_along() -> None:
@@ -197,8 +197,8 @@ def test_an_open_breaker_moves_along() -> None:
     worker = s.add("a")
     s.fleet.lease(worker).close(Outcome.REFUSED, 0.0)
     s.fleet.reported(worker, EngineReport(model="A"))
-    assert s.pools.of(worker).candidates(9.0) == ()
-    assert s.pools.of(worker).candidates(10.0) == (worker,)
+    assert tuple(s.pools.of(worker).candidates(9.0)) == ()
+    assert tuple(s.pools.of(worker).candidates(10.0)) == (worker,)
 
 
 def test_a_removed_worker_is_placed_no_more() -> None:
@@ -241,7 +241,7 @@ def test_a_pool_is_found_by_model_and_role_else_the_one_for_any_model() -> None:
     assert find(b"") is of(rest)
     for model, role in ((b'"A"', "decode"), (b'"B"', "prefill")):
         nobody = find(model, role)
-        assert (nobody.candidates(0.0), type(nobody.unavailable(0.0))) == ((), NoWorkers)
+        assert (tuple(nobody.candidates(0.0)), type(nobody.unavailable(0.0))) == ((), NoWorkers)
     assert list(s.pools) == [of(rest), of(a), of(prefill)], "a question makes no pool"
 
 

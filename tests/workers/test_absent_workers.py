@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import selectors
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -141,8 +142,9 @@ def test_f33_checks_of_workers_that_are_gone_for_good_back_off_with_jitter() -> 
         await asyncio.sleep(890.0)
         late = [gap for url in urls for gap in bench.gaps(url, begun + 300.0)]
         assert min(late) >= 10.0
-        assert max(late) <= 15.0
-        assert len({round(gap, 3) for gap in late}) > len(late) / 2, "not all at the same moment"
+        assert max(late) <= 15.0 + 10.0 / 40, "a pause ends with a step of the interval"
+        moments = Counter(round(moment, 3) for moment, *_ in bench.pool.asked if moment >= begun + 300.0)
+        assert max(moments.values()) <= len(urls) / 4, "not all at the same moment"
         assert len(bench.pool.asked) / len(urls) < 110
 
     play(scene)
@@ -200,8 +202,8 @@ def test_case_7_a_check_is_made_on_a_new_connection_now_and_then_and_while_check
 
     async def scene(bench: Bench) -> None:
         bench.add(E, 200)
-        await asyncio.sleep(65.0)
-        assert [fresh for *_, fresh in bench.pool.asked] == [True, False, False, True, False, False, True]
+        await asyncio.sleep(70.0)  # the first pause is shorter than the others
+        assert [fresh for *_, fresh in bench.pool.asked] == [True, False, False, False, True, False, False, True]
         bench.pool.asked.clear()
         bench.pool.script[E] = CLOSED
         await asyncio.sleep(20.0)

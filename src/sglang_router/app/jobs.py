@@ -1,7 +1,8 @@
 """The periodic jobs of a router: one table, one timer for each job.
 
     job         every                                what
-    sweep       0.25 s                               check deadlines and the queue; close old idle connections
+    sweep       0.25 s                               check deadlines and the queue
+    trim        1 s                                  close old idle connections to workers
     keepalive   0.25 s                               fill the silence of streams, with --sse-keepalive-secs
     judge       1 s (5 s with 200 workers or more)   eject outliers, and let them return
     renew       2 s                                  load certificates and keys that were renewed
@@ -28,6 +29,7 @@ from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.routing.router import Router
 
 _SWEEP_EVERY = 0.25
+_TRIM_EVERY = 1.0
 _JUDGE_EVERY = 1.0
 _LARGE_FLEET = 200
 _RENEW_EVERY = 2.0
@@ -105,9 +107,12 @@ def table(
     def sweep() -> float:
         for each in clients:
             each.sweep()
-        connections.trim()
         router.look(clock())
         return _SWEEP_EVERY
+
+    def trim() -> float:
+        connections.trim()
+        return _TRIM_EVERY
 
     def judge() -> float:
         fleet.judge(clock())
@@ -128,5 +133,5 @@ def table(
         gc.collect()
         return tidy_every
 
-    names = {"sweep": sweep, "judge": judge, "renew": renew, "collect": collect, "tidy": tidy}
+    names = {"sweep": sweep, "trim": trim, "judge": judge, "renew": renew, "collect": collect, "tidy": tidy}
     return tuple(Job(name, run) for name, run in names.items())

@@ -60,6 +60,7 @@ class Fleet:
         self._listener = listener
         self._new_id = new_id
         self._workers: dict[str, Worker] = {}  # by URL, in order of registration
+        self._engines: dict[str, list[Worker]] = {}  # by base URL: an engine, or its ranks
         self._added = 0
         self._leases = 0  # the number of the last lease
         self._restored: set[Worker] = set()  # not checked yet; the cache may still be warm
@@ -85,7 +86,7 @@ class Fleet:
 
     def entries(self, url: str) -> list[Worker]:
         """Return all workers of the engine with this base URL: itself, or its ranks."""
-        return [worker for worker in self if worker.spec.url == url]
+        return list(self._engines.get(url, ()))
 
     def add(self, spec: WorkerSpec, now: float, *, restored: str = "") -> Worker:
         """Register a worker. It takes requests once a health check has passed.
@@ -100,6 +101,7 @@ class Fleet:
             raise Conflict(f"Worker {worker.url} already exists", param="url")
         self._added += 1
         self._workers[worker.url] = worker
+        self._engines.setdefault(spec.url, []).append(worker)
         if restored and spec.health.enabled:
             self._restored.add(worker)
         self.pools.place(worker)
@@ -111,6 +113,9 @@ class Fleet:
         if not worker.removed:
             worker.removed = True
             del self._workers[worker.url]
+            self._engines[worker.spec.url].remove(worker)
+            if not self._engines[worker.spec.url]:
+                del self._engines[worker.spec.url]
             self._restored.discard(worker)
             self.pools.remove(worker)
             self._changed(worker, "removed", worker.health.value, "")
@@ -123,6 +128,8 @@ class Fleet:
 
     def reported(self, worker: Worker, report: EngineReport) -> None:
         """Store what an engine reported about itself."""
+        if report == worker.report:
+            return
         worker.report = report
         if not worker.removed:
             self.pools.place(worker)
@@ -136,7 +143,7 @@ class Fleet:
     def emptied(self, worker: Worker) -> None:
         """Forget the prefixes of a worker: its cache was flushed, or is useless."""
         if not worker.removed:
-            self.pools.of(worker).policy.emptied(worker)
+            self.pools.of(worker).emptied(worker)
 
     def set_draining(self, worker: Worker, draining: bool, *, returning: bool = False) -> None:
         """Stop (or resume) sending requests to a worker that stays registered and keeps its cached prefixes.
@@ -153,9 +160,6 @@ class Fleet:
 
     def candidates(self, now: float) -> tuple[Worker, ...]:
         """Return the candidates of all pools."""
-        only = self.pools.only
-        if only is not None:
-            return only.candidates(now)
         return tuple(worker for pool in self.pools for worker in pool.candidates(now))
 
     def able(self, now: float) -> tuple[Worker, ...]:
@@ -187,7 +191,10 @@ class Fleet:
 
         probe  the request may be the probe of a half-open breaker
         """
-        worker.load += 1
+        load = worker.load
+        worker.load = load + 1
+        if worker.bit:
+            worker.roster.raised(worker.bit, load)
         self._leases = number = self._leases + 1
         if worker.circuit.state is _HALF_OPEN and probe and not worker.probing:
             worker.probing = number  # the circuit lets no other request pass until this one ends
@@ -196,7 +203,10 @@ class Fleet:
 
     def _close(self, lease: Lease, outcome: Outcome, now: float, held: bool) -> None:
         worker = lease.worker
-        worker.load -= 1
+        load = worker.load
+        worker.load = load - 1
+        if worker.bit:
+            worker.roster.lowered(worker.bit, load)
         if outcome is _SERVED or outcome is _REJECTED:
             worker.processed += 1
             if lease.silent and worker.gone_silent and not worker.removed:

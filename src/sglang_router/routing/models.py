@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from sglang_router.errors import ModelNotFound, ModelRequired, RouterError, Unavailable, WorkersStarting
+from sglang_router.routing.candidates import Candidates, candidates_of
 from sglang_router.routing.model_names import Names, text_of
 from sglang_router.routing.policies.base import Policy
 from sglang_router.routing.standing import standing
@@ -54,10 +55,10 @@ class Serving(Protocol):
 
     def __hash__(self) -> int: ...
 
-    def candidates(self, now: float) -> tuple[Worker, ...]:
+    def candidates(self, now: float) -> Candidates:
         """Return the workers that may take a request now."""
 
-    def able(self, now: float) -> tuple[Worker, ...]:
+    def able(self, now: float) -> Candidates:
         """Return the candidates and the workers left out only for their load."""
 
     def unavailable(self, now: float) -> Unavailable:
@@ -83,16 +84,15 @@ class Section:
     That at most half of them are judged out holds for a section too: others of the pool are no help to its requests.
     """
 
-    __slots__ = ("_candidates", "_mine", "_pool", "_refreshed", "_spared", "workers")
+    __slots__ = ("_mine", "_pool", "_refreshed", "_set", "_spared", "workers")
 
     def __init__(self, pool: Whole, workers: list[Worker]) -> None:
         self._pool = pool
         self.workers = sorted(workers, key=lambda worker: worker.order)
-        self._refreshed = -1  # `pool.refreshed` for which `_spared` was found
+        self._refreshed = -1  # `pool.refreshed` for which the next two were found
+        self._set = 0  # the able workers of the section
         self._spared: list[Worker] = []  # judged out in the pool, but not in the section
-        # The candidates of the pool seen last, and which of them are of this section: the same tuple until they change.
-        self._candidates: tuple[Worker, ...] = ()
-        self._mine: tuple[Worker, ...] = ()
+        self._mine: Candidates | None = None  # those seen last; the same object until they change
 
     def __repr__(self) -> str:
         return f"<Section {len(self.workers)} workers of {self._pool!r}>"
@@ -102,29 +102,34 @@ class Section:
         """The policy of the pool."""
         return self._pool.policy
 
-    def candidates(self, now: float) -> tuple[Worker, ...]:
+    def candidates(self, now: float) -> Candidates:
         """Return those of the pool's candidates that serve the name."""
         found = self._pool.candidates(now)
-        if found is not self._candidates:
-            self._candidates, self._mine = found, self._of(found)
-        spared = [worker for worker in self._spare(now) if self._pool.has_room(worker)]
-        return self._in_order(self._mine, spared) if spared else self._mine
+        spared = self._spare(now)
+        return self._those(found, [*filter(self._pool.has_room, spared)] if spared else spared)
 
-    def able(self, now: float) -> tuple[Worker, ...]:
+    def able(self, now: float) -> Candidates:
         """Return those of the pool's able workers that serve the name."""
-        able = self._of(self._pool.able(now))
-        return self._in_order(able, self._spare(now))
+        return self._those(self._pool.able(now), self._spare(now))
 
     def _spare(self, now: float) -> list[Worker]:
         """Return the workers that are judged out in the pool, but not in the section. Call it after the pool."""
         if self._refreshed != self._pool.refreshed:
             able = self._pool.able(now)
             self._refreshed = self._pool.refreshed
+            self._mine = None
+            self._set = able.set_of(self.workers)
             self._spared = [w for w in standing(self.workers, Health.HEALTHY) if w not in able]
         return self._spared
 
-    def _in_order(self, some: tuple[Worker, ...], others: list[Worker]) -> tuple[Worker, ...]:
-        return tuple(sorted((*some, *others), key=lambda worker: worker.order)) if others else some
+    def _those(self, found: Candidates, spared: list[Worker]) -> Candidates:
+        """Return those of the pool that are of this section, and the others of the section. Call it after `_spare`."""
+        if spared:
+            return candidates_of([*found.those(self._set), *spared])
+        mine = self._mine
+        if mine is None or mine.mask != found.mask & self._set:
+            self._mine = mine = found.those(self._set)
+        return mine
 
     def unavailable(self, now: float) -> Unavailable:
         """Return the pool's reason, unless that is the reason of other workers."""
@@ -135,10 +140,6 @@ class Section:
         if self.able(now) or not self._pool.able(now):
             return self._pool.unavailable(now)
         return Unavailable(retry_after=_RETRY_AFTER)
-
-    def _of(self, workers: tuple[Worker, ...]) -> tuple[Worker, ...]:
-        mine = set(self.workers)
-        return tuple(worker for worker in workers if worker in mine)
 
 
 class ServedModels:

@@ -9,8 +9,8 @@ Which pool a worker belongs to follows from the names of models that the fleet's
 is said by `assign`, a function given at construction. Pools are made when a worker needs one and closed when their last
 worker has left.
 
-*Candidates* are worked out when something changed, not per request: the fleet marks the pool stale at a state change,
-and the passing of time matters only at `reopen_at`, the next moment when an open breaker may let a probe pass.
+*Candidates* are worked out when the state of a worker changed, not per request, and when time has come to `reopen_at`:
+the next moment when an open breaker may let a probe pass.
 
     in rotation, healthy, there, not judged out              -> candidates
     else: in rotation, unhealthy, there, not judged out      -> candidates (panic: when all checks fail, the workers are
@@ -25,27 +25,32 @@ Requests can cause that, and when most workers fail, the cause is seldom the wor
 that are there are judged out, and never the last one. Of more than that, those are let in again that are only ejected,
 and then those whose breakers have opened for the shortest time. Their breakers stay as they are: a probe closes them.
 
-*Slow start.* A worker with an empty cache has the shortest queue and the smallest tree, so that every policy would send
-it all that no other worker wants. For `slow_start` seconds its load may be at most a share, growing to all, of the mean
-load of the others; above that it is no candidate for the moment.
+*Slow start.* A worker with an empty cache that has its share of the load (`routing.slow_start`) is no candidate.
 
 *Full workers.* A worker with `most_load` requests in flight is no candidate; when all have that many, requests wait.
+
+*Seats.* A pool numbers its workers, so that sets of them are bit masks (`routing.roster`): in order of registration, or
+as its policy's memory numbers them (`Worker.slot`): then the sets of both mean the same.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import NamedTuple
 
 from sglang_router.errors import NoWorkers, RouterError, Unavailable, WorkersFull, WorkersStarting
+from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.model_names import base_of
 from sglang_router.routing.models import Section, ServedModels, Serving
 from sglang_router.routing.outliers import Outliers
 from sglang_router.routing.policies.base import Policy
 from sglang_router.routing.rules import FleetRules
-from sglang_router.routing.standing import standing
+from sglang_router.routing.seating import Seating
+from sglang_router.routing.slow_start import SlowStart
 from sglang_router.routing.states import Breaker, Health
 from sglang_router.routing.worker import Worker
 
@@ -82,9 +87,9 @@ class Pool:
         "_most_load",
         "_room",
         "_rules",
-        "_stale",
+        "_seating",
+        "_slow_start",
         "_time_up",
-        "_warming",
         "key",
         "outliers",
         "policy",
@@ -103,10 +108,9 @@ class Pool:
         self._rules = rules
         self._most_load = rules.most_load
         self._time_up = time_up
-        self._stale = False
-        self._able: tuple[Worker, ...] = ()
-        self._warming: list[Worker] = []  # those of them whose slow start is not over
-        self._room: tuple[Worker, ...] = ()  # those of them that had room the last time
+        self._seating = Seating(self.workers)
+        self._able = self._room = self._seating.able  # and those of them that had room the last time
+        self._slow_start = SlowStart(rules.slow_start)
 
     def __repr__(self) -> str:
         model = self.key.model.decode(errors="replace") or "any model"
@@ -116,38 +120,59 @@ class Pool:
 
     def add(self, worker: Worker) -> None:
         """Add a worker."""
-        self.workers.append(worker)
+        insort(self.workers, worker, key=attrgetter("order"))
         worker.outliers = self.outliers
-        self.workers.sort(key=lambda w: w.order)
         if worker.breaker is Breaker.OPEN:
             self.reopen_at = min(self.reopen_at, worker.circuit.reopen_at)
-        self._stale = True
         self.policy.added(worker)
+        self._seat(worker)
 
     def remove(self, worker: Worker) -> None:
         """Remove a worker."""
-        self.workers.remove(worker)
-        self._stale = True
+        self._seating.displace(worker)
+        place = self.workers.index(worker)
+        del self.workers[place]
         self.policy.removed(worker)
+        self._number(place)
 
-    def changed(self) -> None:
-        """Mark the candidates as stale: the state of a worker changed. They are computed again at the next call."""
-        self._stale = True
+    def emptied(self, worker: Worker) -> None:
+        """Let the policy forget what it remembers of a worker, whose seat may be another one now."""
+        self._seating.displace(worker)
+        self.policy.emptied(worker)
+        self._seat(worker)
+
+    def _seat(self, worker: Worker) -> None:
+        """Give a worker its seat."""
+        if self.policy.memory is not None:
+            self._seating.place(worker, worker.slot)
+        else:
+            self._number(self.workers.index(worker))
+
+    def _number(self, place: int) -> None:
+        """Number the workers from this place on, unless the policy's memory does it."""
+        if self.policy.memory is None:
+            following = self.workers[place:]
+            for worker in following:
+                if worker.seat >= 0:
+                    self._seating.displace(worker)
+            for seat, worker in enumerate(following, place):
+                self._seating.place(worker, seat)
+
+    def changed(self, worker: Worker) -> None:
+        """Take note that the state of a worker changed."""
+        self._seating.changed(worker)
 
     # -- who may take a request --------------------------------------------------------------------------------------
 
-    def candidates(self, now: float) -> tuple[Worker, ...]:
-        """Return the workers that may take a request now, in order of registration.
-
-        It is the same tuple until something changes.
-        """
+    def candidates(self, now: float) -> Candidates:
+        """Return the workers that may take a request now. It is the same object until something changes."""
         if now >= self.reopen_at:
             self._time_up(self, now)
-        if self._stale:
+        if self._seating.unsettled:
             self._refresh(now)
-        return self._with_room(now) if self._warming or self._most_load else self._able
+        return self._with_room(now) if self._slow_start.running or self._most_load else self._able
 
-    def able(self, now: float) -> tuple[Worker, ...]:
+    def able(self, now: float) -> Candidates:
         """Return the candidates and the workers left out only for their load: for a retry, which is not queued."""
         self.candidates(now)
         return self._able
@@ -157,34 +182,28 @@ class Pool:
         return [w for w in self.workers if w.health is Health.HEALTHY and w.in_rotation and w.lets_pass]
 
     def _refresh(self, now: float) -> None:
-        self._stale = False
         self.refreshed += 1
-        able = standing(self.workers, Health.HEALTHY) or standing(self.workers, Health.UNHEALTHY)
-        self._able = tuple(able)
-        self._warming = [w for w in able if now < w.warm_at]
+        changed = self._seating.settle()
+        self._able = self._seating.able
+        self._slow_start.changed(changed, self._able, now)
 
     def has_room(self, worker: Worker) -> bool:
         """Return whether a worker is below the most load that one may have."""
         return not self._most_load or worker.load < self._most_load
 
-    def _with_room(self, now: float) -> tuple[Worker, ...]:
+    def _with_room(self, now: float) -> Candidates:
         """Return the able workers without the full ones, and without those in slow start that have their share."""
-        full = {w for w in self._able if w.load >= self._most_load} if self._most_load else set()
-        self._warming = warming = [w for w in self._warming if now < w.warm_at]
-        others = [w.load for w in self._able if w not in warming]
-        if others and warming:
-            mean = sum(others) / len(others)
-            full |= {w for w in warming if w.load >= self._share(w, mean, now)}
-        if not full:
+        roster = self._able.roster
+        mask = roster.all
+        if self._most_load and roster.high >= self._most_load:
+            mask &= ~roster.at_least(self._most_load)
+        if self._slow_start.running:
+            mask &= ~self._slow_start.with_their_share(self._able, now)
+        if mask == roster.all:
             return self._able
-        room = tuple(w for w in self._able if w not in full)
-        if room != self._room:  # otherwise return the same object: policies cache what they derive from it
-            self._room = room
+        if mask != self._room.mask:
+            self._room = self._able.those(mask)
         return self._room
-
-    def _share(self, worker: Worker, mean: float, now: float) -> float:
-        """Return the load that a worker in slow start may have."""
-        return max(1.0, mean * (1.0 - (worker.warm_at - now) / self._rules.slow_start))
 
     # -- when there are none -----------------------------------------------------------------------------------------
 
@@ -315,19 +334,21 @@ class Pools:
     def place(self, worker: Worker) -> None:
         """Put a worker into its pool: a new one, or one of which something else is known now."""
         others = self.models.note(worker) and self._by_model
-        for each in list(self.models) if others else [worker]:
-            self._put(each)
-        self._count(others)
+        moved = [self._put(each) for each in (list(self.models) if others else [worker])]
+        if others or any(moved):
+            self._count(others)
 
-    def _put(self, worker: Worker) -> None:
+    def _put(self, worker: Worker) -> bool:
+        """Put a worker into its pool; return whether it was not there."""
         key, old = self._assign(worker), self._of.get(worker)
         if old is not None:
             if old.key == key:
-                return
+                return False
             self._take_out(worker)
         pool = self._pools.get(key) or self._open(key)
         self._of[worker] = pool
         pool.add(worker)
+        return True
 
     def remove(self, worker: Worker) -> None:
         """Remove a worker from its pool, and the pool with its last worker unless it is the default."""
@@ -351,7 +372,7 @@ class Pools:
         """Tell the worker's pool that its state changed; do nothing for a removed one."""
         pool = self._of.get(worker)
         if pool is not None:
-            pool.changed()
+            pool.changed(worker)
 
     def tidy(self, now: float, budget: int) -> bool:
         """Do up to `budget` steps of cleaning the policies' memories; return whether there is more to do."""

@@ -24,6 +24,7 @@ import random
 from collections.abc import Callable, Hashable
 
 from sglang_router.errors import QueueTimeout, RouterError, WorkersFull, WorkersStarting
+from sglang_router.routing.candidates import Candidates, candidates_of
 from sglang_router.routing.decider import Deliver
 from sglang_router.routing.events import Listener, Retried, Routed, WorkerChanged
 from sglang_router.routing.facts import Facts
@@ -37,7 +38,6 @@ from sglang_router.routing.quarantine import Quarantine
 from sglang_router.routing.queue import PLACE, ROOM, START, Queue
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.rules import RetryRules
-from sglang_router.routing.states import Breaker
 from sglang_router.routing.trail import HOLD, Trail
 from sglang_router.routing.worker import Worker
 
@@ -56,6 +56,7 @@ class _Asked:
 
 
 _SERVED = Outcome.SERVED
+_NOBODY = candidates_of(())
 _SILENT_BREAKS = (Outcome.BROKEN, Outcome.LOST)
 
 
@@ -116,7 +117,7 @@ class Router(Listener):
             self.quarantine.check(facts, now)
         if self.queue.idle:
             candidates = pool.candidates(now)
-            if candidates:
+            if candidates.mask:
                 self.budget.request(now)
                 return self._plan(tag, facts, pool, candidates, now)
         return self._ask_queue(tag, facts, pool, now)
@@ -130,7 +131,7 @@ class Router(Listener):
         if refusal is not None:
             raise refusal
         queue = self.queue
-        candidates: tuple[Worker, ...] = ()
+        candidates = _NOBODY
         why = queue.why_wait(pool)
         if why != PLACE:
             queue.take_token(now)
@@ -145,7 +146,7 @@ class Router(Listener):
             return Wait(queued.until, why)
         return self._begin(tag, facts, pool, candidates, now)
 
-    def _begin(self, tag: RequestTag, facts: Facts, pool: Serving, candidates: tuple[Worker, ...], now: float) -> Plan:
+    def _begin(self, tag: RequestTag, facts: Facts, pool: Serving, candidates: Candidates, now: float) -> Plan:
         """Let a request take its place, and plan it."""
         self.queue.begin(tag.number, now)
         self.budget.request(now)
@@ -171,7 +172,7 @@ class Router(Listener):
         tag: RequestTag,
         facts: Facts,
         pool: Serving,
-        candidates: tuple[Worker, ...],
+        candidates: Candidates,
         now: float,
         trail: Trail | None = None,
         delay: float = 0.0,
@@ -245,9 +246,7 @@ class Router(Listener):
             trail.returns += 1
         return self._plan(tag, facts, pool, fresh or again, now, trail, delay)
 
-    def _retry_candidates(
-        self, pool: Serving, trail: Trail, busy: bool, now: float
-    ) -> tuple[tuple[Worker, ...], tuple[Worker, ...]]:
+    def _retry_candidates(self, pool: Serving, trail: Trail, busy: bool, now: float) -> tuple[Candidates, Candidates]:
         """Return the workers that have not failed the request, and those that have but may be tried again.
 
         The first are those with room, or all of them when none has room: a retry is not queued. Another rank of an
@@ -255,14 +254,15 @@ class Router(Listener):
         be at fault goes to a worker with a half-open breaker only if there is no other.
         """
         able, tries = pool.able(now), trail.tries
-        fresh = tuple(w for w in pool.candidates(now) if w not in tries) or tuple(w for w in able if w not in tries)
-        engines = {w.spec.url for w in tries}
-        fresh = tuple(w for w in fresh if w.spec.url not in engines) or fresh
+        tried = able.set_of(tries)
+        mask = pool.candidates(now).mask & ~tried or able.mask & ~tried
+        siblings = able.set_of([other for worker in tries for other in self.fleet.entries(worker.spec.url)])
+        mask = mask & ~siblings or mask
         if trail.failures:
-            fresh = tuple(w for w in fresh if w.breaker is not Breaker.HALF_OPEN) or fresh
-        if fresh or busy:
-            return fresh, ()
-        return fresh, tuple(w for w in able if tries[w] < self._retries.per_worker)
+            mask = mask & ~able.roster.on_trial or mask
+        if mask or busy:
+            return able.those(mask), _NOBODY
+        return _NOBODY, able.those(able.set_of([w for w in tries if tries[w] < self._retries.per_worker]))
 
     def _backoff(self, returns: int) -> float:
         """Return the pause before a retry at a worker that has failed, in seconds."""

@@ -16,6 +16,19 @@ from collections.abc import Iterable
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
 
+THERE, OUT, STANDS = 1, 2, 4
+"""What a worker is; it is there, or out and there, or stands."""
+
+
+def alone(worker: Worker) -> int:
+    """Return what a worker is as long as at most half are out: the sum of THERE, OUT and STANDS."""
+    if not worker.in_rotation:
+        return 0
+    passes = worker.lets_pass
+    if worker.unreached:
+        return STANDS if passes else 0
+    return THERE | OUT if worker.ejected or not passes else THERE | STANDS
+
 
 def standing(workers: Iterable[Worker], health: Health) -> list[Worker]:
     """Return the workers of this health that stand."""

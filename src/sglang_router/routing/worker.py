@@ -13,8 +13,14 @@ from sglang_router.routing.model_names import NO_NAMES, Names
 from sglang_router.routing.outcome import Hears
 from sglang_router.routing.outliers import Outliers
 from sglang_router.routing.plan import Target
+from sglang_router.routing.roster import Roster
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.states import Breaker, Health
+
+_SPREAD = 0.6180339887
+"""Golden ratio: its multiples, less their whole parts, are far from each other however many there are."""
+_NOWHERE = Roster()
+"""Of workers without a pool; it stays empty."""
 
 
 class Worker:
@@ -26,6 +32,9 @@ class Worker:
     splice     members that each JSON body sent to it gets at its end: its rank; b"" for none
     order      rises with each registration: the order of rotation
     slot       its number in the prefix memory of its pool; -1: none
+    seat       its number in its pool, see `routing.roster`; -1: none
+    bit        the set of that seat while it is in `roster`; 0: it is not
+    roster     the able workers of its pool by load
     since      when it was registered or its process lost, seconds of the caller's clock
     warm_at    when its slow start is over, seconds of the same clock
     report     what its engine said of itself last
@@ -44,6 +53,7 @@ class Worker:
 
     __slots__ = (
         "announced",
+        "bit",
         "circuit",
         "decisions",
         "dp_rank",
@@ -67,6 +77,8 @@ class Worker:
         "removed",
         "report",
         "returning",
+        "roster",
+        "seat",
         "since",
         "slot",
         "spec",
@@ -89,8 +101,11 @@ class Worker:
         self.describe(spec)
         self.report: EngineReport = NOTHING
         self.slot = -1
-        # load
+        # load, and where its pool keeps it
         self.load = 0
+        self.seat = -1
+        self.bit = 0
+        self.roster = _NOWHERE
         self.waiting = 0
         self.processed = 0
         self.decisions = Decisions()
@@ -139,6 +154,11 @@ class Worker:
     def model(self) -> str | None:
         """The name of its model: what an operator calls it, else what its engine does; None when nobody says."""
         return self.names.bases[0] if self.names.bases else None
+
+    @property
+    def phase(self) -> float:
+        """A share, from 0 to 1, of each interval after which its turn comes: all workers' turns are far apart."""
+        return self.order * _SPREAD % 1.0
 
     @property
     def breaker(self) -> Breaker:

@@ -7,8 +7,9 @@
 
 Engines have different endpoints, so each topic has a list of questions, and the first answer that says something
 counts (`workers.engine_answers` reads it). An endpoint that answers 404 is not asked again before the next
-introduction, because another process may have it. One question at a time is in flight per worker, and the workers are
-asked at different moments of the interval.
+introduction, because another process may have it; one that has no endpoint for the load is asked for its names only.
+One question at a time is in flight per worker, and the workers are asked at different moments of the interval
+(`workers.rhythm`).
 
 A missing answer is no fault: the report has a hole then. Only the health checks decide about health.
 """
@@ -32,6 +33,7 @@ from sglang_router.routing.worker import Worker
 from sglang_router.workers import engine_answers, ranks
 from sglang_router.workers.engine_answers import Reader, ReportFields, Sample
 from sglang_router.workers.fetch import Fetched, FetchError, fetch
+from sglang_router.workers.rhythm import pause_to_step
 
 _MAX_METRICS = 8 << 20
 """Bytes of one engine's metrics; vLLM's have some 200 kB."""
@@ -41,8 +43,6 @@ _NOT_THERE = frozenset((404, 405, 501))
 """Statuses of an endpoint that the engine does not have, or does not serve by its options."""
 _NAMES_EVERY = 30.0
 """Least seconds between two questions for the names of a worker."""
-_SPREAD = 0.6180339887
-"""Golden ratio: its multiples, less their whole parts, are far from each other however many there are."""
 
 
 class Question(NamedTuple):
@@ -195,7 +195,7 @@ class EngineSurvey:
             self._fleet.announced(worker, names)
 
     async def _run(self, worker: Worker) -> None:
-        await asyncio.sleep(worker.order * _SPREAD % 1.0 * self._interval)
+        await asyncio.sleep(worker.phase * self._interval)
         while worker in self._tasks and not worker.removed:
             if worker.health is not Health.HEALTHY:
                 self._fleet.reported(worker, worker.report.without_load())
@@ -206,7 +206,13 @@ class EngineSurvey:
                     await self._ask_load(worker, interview)
                     if self._clock() - interview.names_at >= _NAMES_EVERY:
                         await self._ask_names(worker, interview)
-            await asyncio.sleep(self._interval)
+            await asyncio.sleep(pause_to_step(self._loop.time(), self._pause(worker), self._interval))
+
+    def _pause(self, worker: Worker) -> float:
+        """Return the seconds until a worker is asked again: less often if it has nothing to tell of its load."""
+        interview = self._interviews.get(worker)
+        asked = interview is None or any(question.path not in interview.not_there for question in LOAD)
+        return self._interval if asked else max(self._interval, _NAMES_EVERY)
 
     async def _ask_load(self, worker: Worker, interview: _Interview) -> None:
         found = await self._ask(worker, LOAD, interview)

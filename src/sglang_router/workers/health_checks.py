@@ -15,6 +15,9 @@ number that is gone for good costs next to nothing. Only a replica that starts i
 The first failed check is logged with its reason, then once a minute while it lasts, and soon when the reason changes.
 Some reasons do not heal by waiting (`_STRANGE`, `_ABSENT`): no request is queued for such a worker to start.
 
+Workers that were found well at the same time, such as at the start, are not checked at the same time again: the first
+pause of each is another part of the interval (`workers.rhythm`).
+
 A check uses a kept connection, but now and then a new one, and always after a failed check: so it finds an engine that
 serves old connections and takes no new ones, and an address that is gone.
 
@@ -43,6 +46,7 @@ from sglang_router.routing.source import Source
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
 from sglang_router.workers.fetch import Fetched, FetchError, ask_once, fetch, head_of
+from sglang_router.workers.rhythm import Alarm, pause_to_step
 
 log = logging.getLogger("sglang_router.health")
 
@@ -62,6 +66,8 @@ _LONGEST_PAUSE = 12.5
 _MOST_CHECKS = 20.0
 """Checks a second of all workers together that fail for long: the longest pause grows with their number."""
 _JITTER = 0.2
+_LONG = 0.5
+"""Share of the interval from which on a pause ends together with those of other workers."""
 _FRESH_EVERY = 30.0
 """Seconds after which a check is made on a new connection."""
 _TOLD_EVERY = 60.0
@@ -93,18 +99,32 @@ class _Watch:
     ended       no more checks
     failing     since when the checks fail; None: the last one passed
     fresh_at    when the next check is made on a new connection
+    in_turn     since a worker was found well, its checks are as far apart from those of others as they can be
     told        when each reason was logged; empty since the worker is healthy again
     told_at     when one was logged last
     """
 
-    __slots__ = ("due", "ended", "failing", "fresh_at", "introduced", "settled", "strange", "task", "told", "told_at")
+    __slots__ = (
+        "due",
+        "ended",
+        "failing",
+        "fresh_at",
+        "in_turn",
+        "introduced",
+        "settled",
+        "strange",
+        "task",
+        "told",
+        "told_at",
+    )
 
     task: asyncio.Task[None]
 
-    def __init__(self) -> None:
-        self.due = asyncio.Event()
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.due = Alarm(loop)
         self.settled = asyncio.Event()
         self.introduced = False
+        self.in_turn = False
         self.ended = False
         self.failing: float | None = None
         self.fresh_at = 0.0
@@ -161,7 +181,7 @@ class HealthChecks:
         present = self._watches.get(worker)
         if present is not None and not present.ended:
             return
-        watch = self._watches[worker] = _Watch()
+        watch = self._watches[worker] = _Watch(self._loop)
         watch.task = self._loop.create_task(self._run(worker, watch))
         watch.task.add_done_callback(lambda _: self._ended(worker, watch))
 
@@ -231,20 +251,22 @@ class HealthChecks:
         """Wait until the next check is due, or is asked for."""
         since = self._loop.time()
         pause = self._interval(worker, watch, well)
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(watch.due.wait(), pause)
+        await watch.due.wait(pause)
+        if watch.due.ringing:
             await asyncio.sleep(max(0.0, since + min(_MIN_PAUSE, pause) - self._loop.time()))
 
     def _interval(self, worker: Worker, watch: _Watch, well: bool) -> float:
         """Return the seconds until the next check."""
         interval = worker.spec.health.interval
         if well and worker.health is Health.HEALTHY:
-            return interval
+            pause, watch.in_turn = interval if watch.in_turn else interval * worker.phase, True
+            return pause_to_step(self._loop.time(), pause, interval)
         shortest = min(interval, self._unhealthy_interval)
         if watch.failing is None or _is_being_launched(worker):
             return shortest
         grown = pause_of(self._clock() - watch.failing, len(self._failing))
-        return max(shortest, grown * self._rng.uniform(1.0 - _JITTER, 1.0 + _JITTER))
+        pause = max(shortest, grown * self._rng.uniform(1.0 - _JITTER, 1.0 + _JITTER))
+        return pause if pause < _LONG * interval else pause_to_step(self._loop.time(), pause, interval)
 
     async def _check(self, worker: Worker, watch: _Watch) -> bool:
         """Make one check and report it to the fleet; whether the worker is well."""
@@ -307,6 +329,7 @@ class HealthChecks:
         """Note a failed check, and warn: the first time, when the reason changes, and once a minute."""
         if watch.failing is None:
             watch.failing = now
+            watch.in_turn = False
             self._failing.add(watch)
         if watch.strange == _ENOUGH:
             watch.settled.set()

@@ -25,10 +25,10 @@ from __future__ import annotations
 
 import random
 
+from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.policies.base import Choice, Policy
 from sglang_router.routing.prefix_tree.memory import TreeMemory
-from sglang_router.routing.prefix_tree.slot import Slot
 from sglang_router.routing.prefix_tree.tree import Match
 from sglang_router.routing.rules import PolicySettings
 from sglang_router.routing.worker import Worker
@@ -50,15 +50,11 @@ class CacheAware(Policy):
         self._abs = settings.balance_abs_threshold
         self._rel = settings.balance_rel_threshold
         self._by_slot: dict[int, Worker] = {}
-        # Derived from the candidates seen last, which are the same tuple until the pool changes: no state of its own.
-        self._known: tuple[Worker, ...] = ()
-        self._mask = 0
-        self._books: list[Slot] = []
 
     def __repr__(self) -> str:
         return f"<CacheAware turn {self._turn}, {self.tree!r}>"
 
-    def choose(self, facts: Facts, candidates: tuple[Worker, ...], now: float) -> Choice:
+    def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
         """Choose the worker with the longest matching prefix, unless load or a short match speak against it."""
         text, scaffold = facts.text, facts.scaffold
         if len(text) > self._longest_text:
@@ -67,21 +63,24 @@ class CacheAware(Policy):
         if total <= 0:
             return self.least_loaded(candidates, "no_text")
         match = self.tree.match(facts.namespace, text)
-        loads = [worker.load for worker in candidates]
-        # While the highest load is below the threshold, no difference can be above it.
-        if (high := max(loads)) > self._abs and self._imbalanced(low := min(loads), high):
-            choice = self._longest([worker for worker in candidates if worker.load == low], match)
-            matched = match.length(choice.worker.slot) - scaffold
+        mask = candidates.mask  # the seats are the slots of the tree
+        if candidates.roster.high > self._abs and self._imbalanced(candidates):
+            choice, length = self._longest(candidates, match)
+            matched = length - scaffold
         else:
-            if candidates is not self._known:
-                self._get_to_know(candidates)
-            length, owners = match.best(self._mask)
+            length, owners = match.best(mask)
             matched = length - scaffold
             if matched > self._threshold * total and (matched >= _WORTH or matched == total):
-                several = owners & (owners - 1)
-                choice = self._owner(owners) if several else Choice(self._by_slot[owners.bit_length() - 1], "hit")
+                if owners & (owners - 1):
+                    choice = self.least_loaded(candidates, "hit", owners)
+                else:
+                    choice = Choice(candidates.at(owners.bit_length() - 1), "hit")
             else:
-                choice = self._smallest(candidates)
+                smallest = self.tree.smallest(mask)
+                if smallest & (smallest - 1):
+                    choice = self.least_loaded(candidates, "miss", smallest)
+                else:
+                    choice = Choice(candidates.at(smallest.bit_length() - 1), "miss")
                 matched = match.length(choice.worker.slot) - scaffold if matched > 0 else 0
         choice.matched = matched if matched > 0 else 0
         choice.total = total
@@ -100,54 +99,33 @@ class CacheAware(Policy):
 
     def unread(self, choice: Choice, facts: Facts) -> None:
         """Take what the request added out of the tree, as far as no other request has used it."""
-        if choice.learned and choice.worker.slot in self._by_slot:
+        if choice.learned and self._by_slot.get(choice.worker.slot) is choice.worker:
             self.tree.forget(facts.namespace, facts.text, choice.worker.slot, choice.learned, choice.learned_at)
 
-    def _imbalanced(self, low: int, high: int) -> bool:
+    def _imbalanced(self, candidates: Candidates) -> bool:
         """Return whether the loads differ by so much that the cache no longer matters."""
+        roster, mask = candidates.roster, candidates.mask
+        high = roster.most(mask)
+        if high <= self._abs:
+            return False
+        low = roster.least(mask)
         return high - low > self._abs and high > self._rel * low
 
-    def _get_to_know(self, candidates: tuple[Worker, ...]) -> None:
-        self._known = candidates
-        self._mask = sum(1 << worker.slot for worker in candidates)
-        self._books = [self.tree.books(worker.slot) for worker in candidates]
-
-    def _owner(self, owners: int) -> Choice:
-        """Choose the least loaded of several owners; the mask has the bits of candidates only."""
-        several = []
-        while owners:
-            low = owners & -owners
-            several.append(self._by_slot[low.bit_length() - 1])
-            owners ^= low
-        return self.least_loaded(several, "hit")
-
-    def _longest(self, shortest: list[Worker], match: Match) -> Choice:
-        """Choose, of workers with equally short queues, the one with the longest prefix."""
-        if len(shortest) == 1:
-            return Choice(shortest[0], "imbalance")
-        lengths = [match.length(worker.slot) for worker in shortest]
-        most = max(lengths)
-        return self.in_turn([w for w, length in zip(shortest, lengths, strict=True) if length == most], "imbalance")
-
-    def _smallest(self, candidates: tuple[Worker, ...]) -> Choice:
-        """Choose the candidate with the smallest tree."""
-        sizes = [books.size for books in self._books]
-        low = min(sizes)
-        if sizes.count(low) == 1:
-            return Choice(candidates[sizes.index(low)], "miss")
-        return self.least_loaded([w for w, s in zip(candidates, sizes, strict=True) if s == low], "miss")
+    def _longest(self, candidates: Candidates, match: Match) -> tuple[Choice, int]:
+        """Choose, of the workers with equally short queues, the one with the longest prefix; return its length too."""
+        shortest = candidates.roster.least_loaded(candidates.mask)
+        length, owners = match.best(shortest)
+        return self.in_turn(candidates, owners or shortest, "imbalance"), length
 
     # -- notices -----------------------------------------------------------------------------------------------------
 
     def added(self, worker: Worker) -> None:
         """Give a worker a slot in the tree."""
         self._by_slot[self._memory.add(worker)] = worker
-        self._known = ()
 
     def removed(self, worker: Worker) -> None:
         """Free the worker's slot, and with it its prefixes."""
         del self._by_slot[self._memory.remove(worker)]
-        self._known = ()
 
     def emptied(self, worker: Worker) -> None:
         """Forget the worker's prefixes: it gets a new slot."""

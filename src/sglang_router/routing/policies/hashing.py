@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from hashlib import blake2b
 
+from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.policies.base import Choice, Policy
 from sglang_router.routing.rules import PolicySettings
@@ -90,12 +91,11 @@ class ConsistentHashing(_OnRing):
 
     name = "consistent_hashing"
 
-    def choose(self, facts: Facts, candidates: tuple[Worker, ...], now: float) -> Choice:
+    def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
         """Choose the first candidate on the ring after the routing key; without a key the least loaded one."""
         if not facts.routing_key:
             return self.least_loaded(candidates, "no_key")
-        among = set(candidates)
-        return Choice(next(w for w in self._ring.walk(facts.routing_key) if w in among), "key")
+        return Choice(next(w for w in self._ring.walk(facts.routing_key) if w in candidates), "key")
 
 
 class PrefixHash(_OnRing):
@@ -106,17 +106,16 @@ class PrefixHash(_OnRing):
 
     name = "prefix_hash"
 
-    def choose(self, facts: Facts, candidates: tuple[Worker, ...], now: float) -> Choice:
+    def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
         """Choose the first candidate with room on the ring after the hash of the text's beginning."""
         if len(facts.text) <= facts.scaffold:
             return self.least_loaded(candidates, "no_text")
-        running = sum([worker.load for worker in candidates]) + 1
+        running = candidates.roster.running(candidates.mask) + 1
         room = math.ceil(self.settings.hash_load_factor * running / len(candidates))
         key = facts.namespace + b"\0" + facts.text[: self.settings.prefix_hash_bytes]
-        among = set(candidates)
         branch = "prefix"
         for worker in self._ring.walk(key):
-            if worker in among:
+            if worker in candidates:
                 if worker.load < room:
                     return Choice(worker, branch)
                 branch = "overflow"

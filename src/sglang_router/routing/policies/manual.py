@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections import Counter, OrderedDict
 
+from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.keys import bounded
 from sglang_router.routing.policies.base import Choice, Policy
@@ -54,7 +55,7 @@ class Manual(Policy):
         keys = {worker.url: count for worker, count in self._keys.items()}
         return f"<Manual {len(self._homes)} keys of {self._held} bytes {keys}, turn {self._turn}, lot {self._lot:.6f}>"
 
-    def choose(self, facts: Facts, candidates: tuple[Worker, ...], now: float) -> Choice:
+    def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
         """Choose the worker to which the routing key is assigned, if it is a candidate; else assign one."""
         key = facts.routing_key
         if not key:
@@ -93,12 +94,13 @@ class Manual(Policy):
             self._keys[worker] += 1
             known.at = worker
 
-    def _random(self, candidates: tuple[Worker, ...], branch: str) -> Choice:
+    def _random(self, candidates: Candidates, branch: str) -> Choice:
         return Choice(candidates[int(self._lot * len(candidates))], branch)
 
-    def _fewest_keys(self, candidates: tuple[Worker, ...], branch: str) -> Choice:
+    def _fewest_keys(self, candidates: Candidates, branch: str) -> Choice:
         low = min(self._keys[worker] for worker in candidates)
-        return self.in_turn([worker for worker in candidates if self._keys[worker] == low], branch)
+        fewest = candidates.set_of(worker for worker in candidates if self._keys[worker] == low)
+        return self.in_turn(candidates, fewest, branch)
 
     def _forget_oldest(self) -> None:
         key, known = self._homes.popitem(last=False)

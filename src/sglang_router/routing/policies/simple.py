@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from bisect import bisect_right
+from bisect import bisect_right, insort
 
+from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.policies.base import Choice, Policy
 from sglang_router.routing.rules import PolicySettings
@@ -31,7 +32,7 @@ class Random(_Drawing):
 
     name = "random"
 
-    def choose(self, facts: Facts, candidates: tuple[Worker, ...], now: float) -> Choice:
+    def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
         """Choose any candidate."""
         return Choice(candidates[int(self._lot * len(candidates))], "random")
 
@@ -41,7 +42,7 @@ class PowerOfTwo(_Drawing):
 
     name = "power_of_two"
 
-    def choose(self, facts: Facts, candidates: tuple[Worker, ...], now: float) -> Choice:
+    def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
         """Choose the less loaded of two random candidates."""
         count = len(candidates)
         if count == 1:
@@ -64,22 +65,28 @@ class RoundRobin(Policy):
     def __init__(self, settings: PolicySettings, rng: random.Random) -> None:
         super().__init__(settings, rng)
         self._last = 0  # the order of the worker served last
+        self._orders: list[int] = []  # of the workers of the pool; their places in it are the seats
 
     def __repr__(self) -> str:
         return f"<RoundRobin after worker {self._last}>"
 
-    def choose(self, facts: Facts, candidates: tuple[Worker, ...], now: float) -> Choice:
+    def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
         """Choose the candidate after the last chosen one, in order of registration."""
-        following = bisect_right(candidates, self._last, key=_order)
-        return Choice(candidates[following] if following < len(candidates) else candidates[0], "turn")
+        seat, mask = bisect_right(self._orders, self._last), candidates.mask
+        following = mask >> seat << seat or mask
+        return Choice(candidates.at((following & -following).bit_length() - 1), "turn")
 
     def chosen(self, choice: Choice, facts: Facts, now: float) -> None:
         """Remember the chosen worker."""
         self._last = choice.worker.order
 
+    def added(self, worker: Worker) -> None:
+        """Take note of the worker's order."""
+        insort(self._orders, worker.order)
 
-def _order(worker: Worker) -> int:
-    return worker.order
+    def removed(self, worker: Worker) -> None:
+        """Forget the worker's order."""
+        self._orders.remove(worker.order)
 
 
 class LeastLoad(Policy):
@@ -87,6 +94,6 @@ class LeastLoad(Policy):
 
     name = "least_load"
 
-    def choose(self, facts: Facts, candidates: tuple[Worker, ...], now: float) -> Choice:
+    def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
         """Choose the candidate with the fewest requests in flight."""
         return self.least_loaded(candidates, "least")

@@ -271,6 +271,7 @@ class Builder:
             books = tree.books(slot)
             while books.size > tree.max_size or books.entries > tree.max_entries:
                 tree._evict_oldest(books)
+            tree._resized.add(slot)
 
     def give_up(self) -> None:
         """Leave the tree empty, without a cycle of references. Not after `finish`."""

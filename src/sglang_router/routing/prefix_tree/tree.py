@@ -50,11 +50,14 @@ from collections import deque
 from collections.abc import Iterator
 
 from sglang_router.routing.prefix_tree.node import Node, Use
+from sglang_router.routing.prefix_tree.sizes import Sizes
 from sglang_router.routing.prefix_tree.slot import Slot, attach, common_prefix, detach, find_use, owned_below
 
 BYTES_PER_ENTRY = 128  # default of max_entries: as many uses as would fill max_size with leaves this small
 MAX_EDGE = 1 << 16  # default of max_edge: copying so much takes some microseconds
 RECLAIM_PER_INSERT = 4
+_FEW_SLOTS = 8
+"""Slots of which the smallest is found more quickly by looking at each."""
 
 
 class Match:
@@ -139,6 +142,10 @@ class Tree:
         self._slots: list[Slot] = []
         self._retired: deque[Slot] = deque()
         self._free: list[int] = []  # a heap: low numbers first keep the masks short
+        self._sizes = Sizes()  # of the live slots, but for those that changed since `smallest` was asked
+        self._resized: set[int] = set()
+        self._looked_at = 0  # a mask, and its slots
+        self._looked: list[Slot] = []
 
     def __repr__(self) -> str:
         return (
@@ -157,6 +164,7 @@ class Tree:
             slot = Slot(len(self._slots))
             self._slots.append(slot)
         self.alive |= slot.bit
+        self._resized.add(slot.number)
         return slot.number
 
     def retire(self, slot: int) -> None:
@@ -164,6 +172,8 @@ class Tree:
         books = self.books(slot)
         self.alive ^= books.bit
         self.version += 1
+        self._resized.discard(slot)
+        self._sizes.drop(slot)
         if books.entries:
             self.retired_size += books.size
             self._retired.append(books)
@@ -173,6 +183,32 @@ class Tree:
     def size(self, slot: int) -> int:
         """Return the bytes of text that a live slot holds."""
         return self.books(slot).size
+
+    def smallest(self, mask: int) -> int:
+        """Return those live slots of a mask, of at least one, that hold the fewest bytes."""
+        if mask.bit_count() <= _FEW_SLOTS:
+            return self._smallest_of(mask)
+        if self._resized:
+            for number in self._resized:
+                self._sizes.put(number, self._slots[number].size)
+            self._resized.clear()
+        return self._sizes.smallest(mask) or self._smallest_of(mask)
+
+    def _smallest_of(self, mask: int) -> int:
+        """Return the smallest slots of a mask by looking at each; the last mask is usually the next one too."""
+        if mask != self._looked_at:
+            self._looked_at = mask
+            self._looked = []
+            rest = mask
+            while rest:
+                lowest = rest & -rest
+                self._looked.append(self._slots[lowest.bit_length() - 1])
+                rest ^= lowest
+        sizes = [slot.size for slot in self._looked]
+        least = min(sizes)
+        if sizes.count(least) == 1:
+            return self._looked[sizes.index(least)].bit
+        return sum([slot.bit for slot in self._looked if slot.size == least])
 
     @property
     def sizes(self) -> dict[int, int]:
@@ -248,6 +284,7 @@ class Tree:
         if leaf is not known and (known.use is not None or known.uses is not None):
             books.forget(known)
         books.touch(leaf, now)
+        self._resized.add(slot)
         grown = books.size - before
         if books.size > self.max_size or books.entries > self.max_entries:
             grown -= self._make_room(books, grown)
@@ -334,6 +371,7 @@ class Tree:
         if use is None or use.time != time:
             return 0
         self.version += 1
+        self._resized.add(slot)
         left = added
         while left > 0 and find_use(use.node, slot) is use and not owned_below(use.node, books.bit):
             if left < len(use.node.edge):
@@ -351,6 +389,7 @@ class Tree:
         for slot in self._living():
             while done < budget and slot.ring.newer.time < before:
                 self._evict_oldest(slot)
+                self._resized.add(slot.number)
                 done += 1
         self.version += done
         return done
@@ -374,6 +413,7 @@ class Tree:
         for slot in self._living():
             while done < budget and slot.size > self.max_size:
                 self._evict_oldest(slot)
+                self._resized.add(slot.number)
                 done += 1
         self.version += done
         return done
