@@ -117,7 +117,7 @@ def replaced(field: Field, seconds: float) -> None:
     router.ask("DELETE", worker_path(url))
     router.until(engine.at_rest)
     engine.end()
-    engine.start("--model", "another")
+    engine.start()
     router.post("/workers", {"url": url})
     router.until_healthy(url)
     if router.worker(url)["id"] == old:
