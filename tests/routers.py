@@ -301,6 +301,7 @@ def start_router(
     key: str = "",
     tls: ssl.SSLContext | None = None,
     variables: Mapping[str, str] | None = None,
+    command: Sequence[str] = COMMAND,
 ) -> RouterProcess:
     """Start a router process that answers GET /health; its workers may still be starting."""
     for _ in range(5):
@@ -314,7 +315,7 @@ def start_router(
             words += ["--worker-urls", *urls]
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                [*COMMAND, *words],
+                [*command, *words],
                 env=environment() | dict(variables or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,

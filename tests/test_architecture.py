@@ -49,7 +49,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "observe": {"errors", "routing"},
     "autoscale": BELOW_ADMIN,
     "restart": {"errors", "words", "config", "routing", "workers"},
-    "admin": BELOW_ADMIN | {"autoscale"},
+    "admin": BELOW_ADMIN | {"version", "autoscale"},
     "app": BELOW_APP,
     "engine": {"errors", "version", "config", "process"},
     "router_args": {"config"},
@@ -88,6 +88,7 @@ PURE = (
     "restart.snapshot",
     "restart.version_1",
     "observe.tallies",
+    "observe.live_sources",
     "observe.counts",
     "observe.readings",
 )

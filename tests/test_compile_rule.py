@@ -1,15 +1,18 @@
-"""mypyc takes the modules of `compile_rule.ROOMS` as they are. What it would refuse, or compile into something slower
-or different, is refused here: that takes no compiler and no minute. `sh scripts/compile` does compile them."""
+"""mypyc takes the modules of `compile_rule` as they are. What it would refuse, or compile into something slower
+or different, is refused here: that takes no compiler and no minute. `sh scripts/wheel` does compile them."""
 
 from __future__ import annotations
 
 import ast
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+from scripts.compile import CompileError, check_compiler
+from scripts.compile_rule import ALSO, Module, bases, classes, kind_of, modules
 
 import sglang_router
-from compile_rule import Module, bases, classes, kind_of, modules
 
 PACKAGE = Path(sglang_router.__file__).parent
 ALL = {module.name: module for module in modules(PACKAGE)}
@@ -125,3 +128,19 @@ def work(): ...
     ]
     extended = {node.name: may_be_extended(node) for node in classes(module.tree)}
     assert [name for name, open_ in extended.items() if open_] == ["Open"]
+
+
+def test_without_a_compiler_or_headers_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler -O2")
+    with pytest.raises(CompileError, match=r"^no C compiler \(no-such-compiler\); on Debian .*: apt-get install"):
+        check_compiler()
+    monkeypatch.setenv("CC", sys.executable)  # any command
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nowhere")
+    with pytest.raises(CompileError, match=r"^no headers of Python \(/nowhere/Python.h\); on Debian .*: apt-get"):
+        check_compiler()
+
+
+def test_each_module_is_named_once() -> None:
+    """A module that is renamed must not fall out of the wheel in silence: `modules` reads each."""
+    assert len({module.path for module in modules(PACKAGE)}) == len(ALL)
+    assert set(ALSO) <= COMPILED.keys()

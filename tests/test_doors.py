@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_router import __version__, router_args
+from sglang_router import router_args
 from sglang_router.config import RouterArgs
 from sglang_router.errors import ConfigError
 from sglang_router.launch_router import (
@@ -21,6 +21,7 @@ from sglang_router.launch_router import (
     main,
     parse_router_args,
 )
+from sglang_router.version import version_line
 
 LAUNCH = [sys.executable, "-m", "sglang_router.launch_router"]
 CONSOLE = [str(Path(sysconfig.get_path("scripts")) / "sglang-router")]
@@ -89,8 +90,8 @@ def test_console(door: list[str]) -> None:
     assert (bare.returncode, asked.returncode) == (1, 0)
     assert bare.stdout == asked.stdout
     assert "launch" in bare.stdout
-    assert run(door, "-V").stdout == run(door, "--version").stdout == f"sglang-router {__version__}\n"
-    assert run(door, "--version-verbose").stdout.startswith(f"sglang-router {__version__}\nPython 3.")
+    assert run(door, "-V").stdout == run(door, "--version").stdout == f"{version_line()}\n"
+    assert run(door, "--version-verbose").stdout.startswith(f"{version_line()}\nPython 3.")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from scripts.reporting import ROOT
 
 OURS, COMPILED, BEFORE = "ours", "compiled", "before"
 REFERENCE, HAPROXY, DIRECT = "reference", "haproxy", "direct"
-_COMPILED = ROOT / ".compiled" / "src"
+_COMPILED = ROOT / ".compiled" / "env"
 SYSTEM_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin"
 AT_ONCE = {"SGLANG_ROUTER_SHUTDOWN_DRAIN_SECS": "0"}
 QUIET = ("--log-level", "error")
@@ -115,10 +115,11 @@ def checkout(options: Options, folder: Path) -> Path | None:
 
 
 def compiled(options: Options, folder: Path) -> Path | None:
-    """Return the compiled sources; None if there are none, or if they are not of this checkout's state."""
+    """Return where the compiled wheel is installed; None if it is not, or if it is not of this checkout's state."""
+    place = next(_COMPILED.glob("lib/python*/site-packages"), _COMPILED)
     files = [path.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("*.py")]
-    same = all((_COMPILED / path).exists() and filecmp.cmp(ROOT / "src" / path, _COMPILED / path) for path in files)
-    return _COMPILED if same and any(_COMPILED.rglob(f"*{EXTENSION_SUFFIXES[0]}")) else None
+    same = all((place / path).exists() and filecmp.cmp(ROOT / "src" / path, place / path) for path in files)
+    return place if same and any((place / "sglang_router").rglob(f"*{EXTENSION_SUFFIXES[0]}")) else None
 
 
 def revision(options: Options, folder: Path) -> Path | None:
@@ -198,7 +199,7 @@ def find(target: Target, options: Options, folder: Path) -> Found | str:
     if target.source:
         source = target.source(options, folder)
         if source is None:
-            return "not built from these sources (sh scripts/compile --no-tests)"
+            return "not built from these sources (sh scripts/wheel)"
         told = options.against if target.name == BEFORE else version("sglang-router")
         more = {"PYTHONPATH": str(source), **AT_ONCE}
         return Found(target, sys.executable, told, options.flags, more)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from sglang_router import launch_router, launch_server
 from sglang_router.config.option import did_you_mean
 from sglang_router.errors import ConfigError
-from sglang_router.version import __version__
+from sglang_router.version import version_line
 
 _HELP = """\
 usage: sglang-router COMMAND [options]
@@ -31,7 +31,7 @@ commands:
 
 options:
   -h, --help         show this text
-  -V, --version      show the version
+  -V, --version      show the version, and whether it runs compiled
   --version-verbose  show the versions of Python and the platform as well
 """
 
@@ -76,7 +76,7 @@ def _show(text: str) -> Callable[[list[str]], int]:
     return show
 
 
-_VERSION = f"sglang-router {__version__}\n"
+_VERSION = f"{version_line()}\n"
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "launch": _launch,

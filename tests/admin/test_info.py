@@ -6,6 +6,7 @@ import pytest
 
 from engines import engine_processes
 from fake_worker import CLOSE, HANG, answer
+from sglang_router import version
 from sglang_router.routing.outcome import Outcome
 from stack import Reply, stack
 
@@ -40,6 +41,13 @@ def test_real_engines_answer_through_the_router() -> None:
 
 
 # -- the router alone ------------------------------------------------------------------------------------
+
+
+def test_version_says_which_router_this_is_and_how_it_runs() -> None:
+    with stack() as router:
+        told = router.get("/version").json()
+    assert told == {"version": version.__version__, "build": version.build()}
+    assert told["build"] in ("interpreted", "compiled by mypyc")
 
 
 def test_without_workers_the_router_is_up_but_not_ready() -> None:

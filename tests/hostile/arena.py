@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from routers import RouterProcess, router_process
@@ -61,6 +61,8 @@ class Asked(NamedTuple):
     size: int
     connection: int
     """The number of the connection; a number that occurs twice is a connection that was used again."""
+    head: str
+    """Request line and fields."""
 
 
 class Leg:
@@ -118,6 +120,7 @@ class LyingWorker:
         self.port = 0
         self._connections = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._lying: set[asyncio.Task[None]] = set()
 
     @property
     def url(self) -> str:
@@ -129,6 +132,13 @@ class LyingWorker:
         for asked in list(self.asked):
             found[asked.target].append(asked.body)
         return dict(found)
+
+    def until_honest(self) -> None:
+        """Wait until every lie is told, and the connections that one closes are closed; poll, as for a process."""
+        deadline = time.monotonic() + PATIENCE
+        while self._lying:
+            assert time.monotonic() < deadline, "a lie does not end"
+            time.sleep(0.001)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -148,6 +158,7 @@ class LyingWorker:
         finally:
             writer.transport.abort()
             self._tasks.discard(task)
+            self._lying.discard(task)
 
     async def _exchange(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
@@ -166,9 +177,15 @@ class LyingWorker:
             await lie(leg)
             return False
         body = await self._body(reader, size)
-        self.asked.append(Asked(target, body, size, number))
+        self.asked.append(Asked(target, body, size, number, head))
+        task = asyncio.current_task()
+        assert task is not None
+        if lie is not None:
+            self._lying.add(task)
         if callable(lie):
             await lie(leg)
+            if not writer.is_closing():
+                self._lying.discard(task)
             return True
         await leg.send(SERVED if lie is None else lie)
         return lie is None
@@ -222,17 +239,39 @@ class Answer(NamedTuple):
         return self.headers.get("x-smg-error-code", "")
 
 
-class Client:
-    """A connection to the router, written and read by hand."""
+class Kept:
+    """A file that keeps what is read from it."""
 
-    def __init__(self, port: int, *, receive_buffer: int = 0) -> None:
+    def __init__(self, file: BinaryIO) -> None:
+        self.got = b""
+        self._file = file
+
+    def readline(self) -> bytes:
+        return self._keep(self._file.readline())
+
+    def read(self, size: int = -1) -> bytes:
+        return self._keep(self._file.read(size))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _keep(self, data: bytes) -> bytes:
+        self.got += data
+        return data
+
+
+class Client:
+    """A connection to the router, written and read by hand. `kept`: all that came, with `keep`."""
+
+    def __init__(self, port: int, *, receive_buffer: int = 0, keep: bool = False) -> None:
         self.sock = socket.socket()
         if receive_buffer:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.sock.settimeout(PATIENCE)
         self.sock.connect(("127.0.0.1", port))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._file = self.sock.makefile("rb")
+        self.kept = Kept(file := self.sock.makefile("rb"))
+        self._file: BinaryIO | Kept = self.kept if keep else file
 
     def __enter__(self) -> Client:
         return self

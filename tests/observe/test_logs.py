@@ -21,6 +21,7 @@ import pytest
 
 from sglang_router.errors import ConfigError
 from sglang_router.observe import logs
+from sglang_router.observe.line_parts import Stamp
 from sglang_router.observe.log_files import DailyFile
 from sglang_router.observe.writer import LineBuffer, OpenFile
 
@@ -229,7 +230,7 @@ def configured(tmp_path: Path, level: str = "info", form: str = "text") -> Itera
 
 
 def test_stamps_are_utc_with_milliseconds() -> None:
-    stamp = logs.Stamp()
+    stamp = Stamp()
     times = [0.0, 1.9999, 1761393600.25, 1761393600.251, 1761393600.2514, 1761393601.0]
     assert [stamp(now) for now in times] == [
         "1970-01-01T00:00:00.000Z",

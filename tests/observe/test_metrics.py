@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from event_makers import finished, leg, tag, target
 from fleets import any_policy
 from sglang_router.observe.catalogue import METRICS, markdown
-from sglang_router.observe.counts import LiveSources
 from sglang_router.observe.exposition import wanted
+from sglang_router.observe.live_sources import LiveSources
 from sglang_router.observe.metrics import DURATION_BUCKETS, Metrics
 from sglang_router.observe.tallies import Labels
 from sglang_router.routing.engine_report import EngineReport
@@ -574,7 +574,7 @@ def test_the_docs_page_is_what_the_code_says() -> None:
 
 
 def test_the_page_is_printed_by_the_module() -> None:
-    command = [sys.executable, "-m", "sglang_router.observe.metrics"]
+    command = [sys.executable, "-m", "sglang_router.observe.catalogue"]
     done = subprocess.run([*command, "--markdown"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, markdown())
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

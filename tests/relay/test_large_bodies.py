@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import random
 import sys
 from collections.abc import Callable, Coroutine
 from itertools import pairwise
@@ -14,18 +16,27 @@ import pytest
 
 from played import Play, post, run
 from sglang_router.errors import NotFound, RouterError
+from sglang_router.relay.answers import Answers
 from sglang_router.relay.batch import Batch
+from sglang_router.relay.body import no_handler
 from sglang_router.relay.bulk import Bulk
 from sglang_router.relay.client import ClientConnection
+from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.relay.full_read import FEW, FULL
 from sglang_router.relay.memory import Discarded
 from sglang_router.relay.outgoing import SLICE, Outgoing
 from sglang_router.relay.reading import read_and_ask
+from sglang_router.relay.relay import Relay, RelayRules
+from sglang_router.relay.rules import Timeouts
 from sglang_router.relay.states import LINGERING, NEW
 from sglang_router.relay.upstream import UpstreamConnection
+from sglang_router.routing.events import Listeners
 from sglang_router.routing.facts import ENDPOINTS, LARGE, MOST_TEXT, QUICK, TINY, Facts, read
 from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.plan import RequestTag, Route, Wait
+from sglang_router.wire.headers import ForwardRules
 from sglang_router.wire.request import Request
+from sglang_router.wire.request_id import RequestIds
 from sglang_router.wire.splice import Spliced, splice_at
 
 CHAT = "/v1/chat/completions"
@@ -53,6 +64,12 @@ class Turns:
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         self._next.append(callback)
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
+        """Forget it: no time passes here."""
+
+    def time(self) -> float:
+        return 0.0
 
     def turn(self) -> bool:
         """Call what is due; return whether there was anything."""
@@ -351,24 +368,38 @@ async def test_f10_what_a_refused_client_still_sends_is_read_once_a_turn() -> No
         connection.connection_lost(None)
 
 
+class Notebook:
+    """A decider that notes what it is asked, and lets everybody wait."""
+
+    def __init__(self) -> None:
+        self.asked: list[Facts] = []
+
+    def ask(self, tag: RequestTag, facts: Facts, now: float) -> Wait:
+        self.asked.append(facts)
+        return Wait(math.inf, "room")
+
+
+def relay_on(turns: Turns, decider: Notebook) -> Relay:
+    """Return a relay that opens no connection."""
+    loop = cast("asyncio.AbstractEventLoop", turns)
+    connections = ConnectionPool(loop, Batch(loop), connect_timeout=1.0, idle_timeout=1.0, max_idle=1, tls=None)
+    answers = Answers(RequestIds(random.Random(1).getrandbits), None)
+    rules = RelayRules(Timeouts(), ForwardRules(trusted=True), no_handler, MOST_TEXT)
+    return Relay(loop, lambda: 0.0, cast("Any", decider), connections, answers, Listeners(), rules)
+
+
 class Asked:
-    """An exchange that is new; the decider is its relay's, and only notes what it is asked."""
+    """An exchange that is new."""
 
-    def __init__(self, body: bytes, bulk: Bulk, asked: list[Facts]) -> None:
+    def __init__(self, body: bytes, relay: Relay) -> None:
         self.state = NEW
-        self.request = SimpleNamespace(body=body)
-        self.tag = SimpleNamespace()
+        self.request = Request(b"POST", CHAT.encode(), CHAT.encode(), [])
+        self.request.body = body
+        self.tag = RequestTag(1, b"r", 0.0, Route("POST", CHAT, "chat"))
         self.refused: list[RouterError] = []
-        self.relay = SimpleNamespace(
-            batch=SimpleNamespace(bulk=bulk),
-            clock=lambda: 0.0,
-            decider=SimpleNamespace(ask=lambda tag, facts, now: asked.append(facts)),
-            forward=SimpleNamespace(trusted=True),
-            handlers=lambda endpoint, body, facts: None,
-            most_text=MOST_TEXT,
-        )
+        self.relay = relay
 
-    def queue(self, wait: object) -> None:
+    def queue(self, wait: Wait) -> None:
         """The decider's answer is nothing here."""
 
     def refuse(self, error: RouterError) -> None:
@@ -377,16 +408,16 @@ class Asked:
 
 def test_f10_bodies_that_are_complete_together_are_decoded_one_a_turn() -> None:
     """F10: forty bodies of 500 kB that became complete in the same turn of the loop were all decoded in it: 120 ms."""
-    turns = Turns()
-    bulk, asked = Bulk(turns.call_soon), list[Facts]()
+    turns, decider = Turns(), Notebook()
+    relay, asked = relay_on(turns, decider), decider.asked
     for _ in range(5):
-        read_and_ask(cast("Any", Asked(chat(b"x" * QUICK), bulk, asked)), ENDPOINTS[CHAT.encode()], b"", 0.0)
+        read_and_ask(cast("Any", Asked(chat(b"x" * QUICK), relay)), ENDPOINTS[CHAT.encode()], b"", 0.0)
     assert not asked
     for count in range(1, 6):
         assert turns.turn()
         assert len(asked) == count
     assert not turns.turn()
-    read_and_ask(cast("Any", Asked(chat(b"x" * 1000), bulk, asked)), ENDPOINTS[CHAT.encode()], b"", 0.0)
+    read_and_ask(cast("Any", Asked(chat(b"x" * 1000), relay)), ENDPOINTS[CHAT.encode()], b"", 0.0)
     assert len(asked) == 6, "a small one is decoded at once"
 
 
@@ -403,19 +434,18 @@ def test_f10_bodies_that_are_complete_together_are_decoded_one_a_turn() -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 def test_f10_a_body_that_the_fast_decoder_refuses_is_read_in_steps(rest: bytes, encoding: str) -> None:
     """F10: NaN, half a surrogate pair or a reserved field made a body of 500 kB take up to 190 ms in one turn."""
-    turns = Turns()
-    bulk, asked = Bulk(turns.call_soon), list[Facts]()
+    turns, decider = Turns(), Notebook()
     many = b",".join(b'"%d":[[],{"a":1}]' % number for number in range(9000))
     body = b'{"model":"m","messages":[{"role":"user","content":"hi"}],"x":{%b}%b}' % (many, rest)
     body = body.decode("utf-8", "surrogatepass").encode(encoding, "surrogatepass")
     assert TINY < len(body) <= LARGE
-    exchange = Asked(body, bulk, asked)
+    exchange = Asked(body, relay_on(turns, decider))
     read_and_ask(cast("Any", exchange), ENDPOINTS[CHAT.encode()], b"", 0.0)
     steps = 0
     while turns.turn():
         steps += 1
     assert steps > 5
-    (facts,) = asked
+    (facts,) = decider.asked
     whole = read(ENDPOINTS[CHAT.encode()], body)
     for name in ("text", "scaffold", "model", "namespace", "streaming", "reserved", "body"):
         assert getattr(facts, name) == getattr(whole, name), name
@@ -424,7 +454,7 @@ def test_f10_a_body_that_the_fast_decoder_refuses_is_read_in_steps(rest: bytes, 
 
 def test_text_in_another_encoding_that_is_none_is_refused() -> None:
     turns = Turns()
-    exchange = Asked('{"text":"'.encode("utf-16") + b"\x00\xdc" * TINY + b"\x00", Bulk(turns.call_soon), [])
+    exchange = Asked('{"text":"'.encode("utf-16") + b"\x00\xdc" * TINY + b"\x00", relay_on(turns, Notebook()))
     read_and_ask(cast("Any", exchange), ENDPOINTS[b"/generate"], b"", 0.0)
     while turns.turn():
         pass

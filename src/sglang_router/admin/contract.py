@@ -117,6 +117,7 @@ CONTRACTS: dict[Handler, Contract] = {
     info.model: Contract((DeclaredAnswer("The model, as its engine describes it."),), (NotFound, *NO_WORKER)),
     info.from_a_worker: _PASSED_ON,
     info.loads: Contract((DeclaredAnswer("All workers.", shape=shapes.Loads),)),
+    info.version: Contract((DeclaredAnswer("The version.", shape=shapes.Version),)),
     info.metrics: Contract((DeclaredAnswer("The exposition, in the format that Accept prefers.", media=_PROMETHEUS),)),
     engine_metrics.merged: Contract(
         (DeclaredAnswer("The exposition.", media=_TEXT),), (WorkerUnreachable, NoWorkers, WorkersStarting)

@@ -20,6 +20,7 @@ from sglang_router.errors import NotFound, Unavailable, WorkerUnreachable
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
+from sglang_router.version import __version__, build
 from sglang_router.workers import engine_survey
 from sglang_router.workers.fetch import Fetched, Sent
 
@@ -102,6 +103,14 @@ async def _generate(context: Context, worker: Worker, sent: Sent) -> Reply:
     finally:  # also when the client leaves: that cancels this coroutine
         lease.close(Outcome.GONE, context.clock())  # health is decided by the checks alone
     return reply
+
+
+# -- the router itself --------------------------------------------------------------------------------
+
+
+async def version(context: Context, request: Request) -> Response:
+    """Answer the version, and whether the router runs compiled."""
+    return JSON({"version": __version__, "build": build()})
 
 
 # -- what one worker answers ------------------------------------------------------------------------

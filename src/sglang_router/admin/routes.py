@@ -67,6 +67,7 @@ ROUTES: dict[str, tuple[Row, ...]] = {
         ),
         Row("GET /server_info", info.from_a_worker, "The same, under its newer name.", CLIENTS),
         Row("GET /get_loads", info.loads, "The load of each worker: tokens if the engine reports them, else requests."),
+        Row("GET /version", info.version, "The version of the router, and whether it runs compiled."),
         Row("GET /metrics", info.metrics, "The metrics of the router, for Prometheus."),
         Row("GET /engine_metrics", engine_metrics.merged, "The metrics of all engines; label `worker_addr`: the URL."),
         Row(f"GET {openapi.PATH}", openapi_document, "The OpenAPI 3.1 document of all endpoints."),

@@ -52,6 +52,13 @@ class Readiness(Shape):
 # -- information -------------------------------------------------------------------------------------------------------
 
 
+class Version(Shape):
+    """Which router this is. `build`: whether its hot path runs compiled."""
+
+    version: str
+    build: Literal["compiled by mypyc", "interpreted"]
+
+
 class Models(Shape):
     """The models of all healthy workers; each as the first engine that has it describes it."""
 

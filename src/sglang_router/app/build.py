@@ -39,8 +39,8 @@ from sglang_router.app.scrapes import Scrapes
 from sglang_router.autoscale.autoscaler import Autoscaler, autoscaler
 from sglang_router.config import RouterArgs
 from sglang_router.observe.access import AccessLog, WorkerLog
-from sglang_router.observe.counts import LiveSources
 from sglang_router.observe.deferred import Deferred
+from sglang_router.observe.live_sources import LiveSources
 from sglang_router.observe.logs import LogWriter
 from sglang_router.observe.metrics import Metrics
 from sglang_router.relay.addresses import Addresses, LookUp, system_look_up

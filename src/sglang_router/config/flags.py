@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from sglang_router.config.option import ENVIRONMENT_PREFIX, Alias, Option, did_you_mean
 from sglang_router.config.table import ROUTER, OptionTable
 from sglang_router.errors import ConfigError
-from sglang_router.version import __version__
+from sglang_router.version import version_line
 
 GIVEN = ROUTER.given
 PREFIX = "router"
@@ -109,7 +109,7 @@ def new_parser(prog: str) -> OptionParser:
 
 def add_version(parser: argparse.ArgumentParser) -> None:
     """Add `--version`."""
-    parser.add_argument("--version", action="version", version=f"sglang-router {__version__}", help="show the version")
+    parser.add_argument("--version", action="version", version=version_line(), help="show the version")
 
 
 def add_flags(

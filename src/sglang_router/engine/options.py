@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang_router.engine.kv import KVCache
 from sglang_router.engine.scheduler import BatchLimits, CostModel, EngineScheduler
-from sglang_router.version import __version__
+from sglang_router.version import version_line
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:  # typed as the field it declares
@@ -64,7 +64,7 @@ def parse_options(argv: list[str]) -> EngineOptions:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="--backend llamacpp --model-path FILE.gguf … starts a real llama.cpp server instead.",
     )
-    parser.add_argument("--version", action="version", version=f"sglang-router {__version__}")
+    parser.add_argument("--version", action="version", version=version_line())
     for option in fields(EngineOptions):
         flag = "--" + option.name.replace("_", "-")
         if isinstance(option.default, bool):

@@ -26,8 +26,9 @@ from typing import NamedTuple, Protocol
 from sglang_router.errors import ConfigError
 from sglang_router.launch.replica import EngineCommand, EngineReplica, ReplicaState
 from sglang_router.launch.screen import Screen
+from sglang_router.observe.line_parts import Stamp, escaped
 from sglang_router.observe.log_files import PathFile
-from sglang_router.observe.logs import LogWriter, Stamp, escaped
+from sglang_router.observe.logs import LogWriter
 from sglang_router.observe.writer import CLOSE_TIMEOUT, LineBuffer
 from sglang_router.words import are, counted
 

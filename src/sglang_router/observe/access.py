@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from sglang_router.observe.logs import LogWriter, Stamp, cut, plain, value
+from sglang_router.observe.access_line import AccessLine
+from sglang_router.observe.line_parts import Stamp, cut, plain, value
+from sglang_router.observe.logs import LogWriter
 from sglang_router.routing.events import Finished, Listener, Quarantined, WorkerChanged
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag
@@ -32,40 +34,6 @@ _encode = msgspec.json.Encoder().encode
 
 PROBES = frozenset(("/health", "/health_generate", "/liveness", "/readiness", "/metrics", "/engine_metrics"))
 """Paths that load balancers, kubelets and Prometheus ask every few seconds."""
-
-
-class AccessLine(msgspec.Struct, gc=False):
-    """The line in JSON.
-
-    matched        percent; null when the request has no routing text
-    first_byte_ms  null when no byte was answered
-    in, out        bytes of the bodies, with the chunked coding of a stream
-    client         name of the client's key; only with access keys
-    resumed        only when another worker continued the stream
-    """
-
-    time: str
-    level: str
-    logger: str
-    message: str
-    id: str
-    peer: str
-    method: str
-    path: str
-    status: int
-    code: str
-    outcome: str | None
-    worker: str | None
-    branch: str
-    matched: int | None
-    retries: int
-    duration_ms: float
-    first_byte_ms: float | None
-    received: int = msgspec.field(name="in")
-    sent: int = msgspec.field(name="out")
-    stream: bool = False
-    client: str | msgspec.UnsetType = msgspec.UNSET
-    resumed: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class AccessLog(Listener):

@@ -7,6 +7,9 @@ families that only this router has are called sgl_router_*.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+
 import msgspec
 
 from sglang_router.observe import readings as read
@@ -369,7 +372,7 @@ _INTRO = """\
 
 Served on `/metrics` of the router's port and on `--prometheus-host`:`--prometheus-port` (default port 29000), in
 Prometheus' text format, or as OpenMetrics where the Accept header asks for it. This page is made by
-`python -m sglang_router.observe.metrics --markdown`; a test holds it equal to the code.
+`python -m sglang_router.observe.catalogue --markdown`; a test holds it equal to the code.
 
 The metrics are made at most once in `--metrics-interval-secs` (1 s): whoever asks meanwhile gets the same bytes. They
 are made in slices of a millisecond between the work for clients, so two families may differ by the requests of some
@@ -408,3 +411,16 @@ def markdown() -> str:
 
 def _names(labels: Values) -> str:
     return ", ".join(f"`{label}`" for label in labels) or "-"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print docs/metrics.md."""
+    if list(argv) != ["--markdown"]:
+        sys.stderr.write("usage: python -m sglang_router.observe.catalogue --markdown\n")
+        return 2
+    sys.stdout.write(markdown())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

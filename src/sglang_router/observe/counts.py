@@ -10,16 +10,13 @@ Owner: `observe.metrics.Metrics`, on the event loop's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-import msgspec
-
+from sglang_router.observe.live_sources import LiveSources
 from sglang_router.observe.tallies import Histogram, Series, SeriesKind, Tally
 from sglang_router.routing.decisions import Decisions
 from sglang_router.routing.worker import Worker
-
-Number = Callable[[], int]
 
 
 class RememberedPrefixes(Protocol):
@@ -48,29 +45,6 @@ class RememberedPrefixes(Protocol):
 
     def evicted_bytes(self, worker: Worker) -> int:
         """Bytes of those nodes."""
-
-
-class LiveSources(msgspec.Struct, kw_only=True):
-    """Numbers that other parts of the router own; each is read at the scrape.
-
-    None: the number is not known, and its family has no samples. A source may be set later.
-
-    connections           open client connections
-    active                requests in flight, of every kind
-    upstream_connections  open connections to workers
-    lost_lines            log lines that could not be written
-    waiting               queued inference requests
-    desired_workers       how many workers there should be (autoscaling)
-    replicas              URL, number of restarts, and whether it is up, of each replica that the router runs itself
-    """
-
-    connections: Number | None = None
-    active: Number | None = None
-    upstream_connections: Number | None = None
-    lost_lines: Number | None = None
-    waiting: Number | None = None
-    desired_workers: Number | None = None
-    replicas: Callable[[], Iterable[tuple[str, int, bool]]] | None = None
 
 
 class MetricCounts:

@@ -10,10 +10,19 @@ order of events is kept, and those of one kind that nearly all are, Finished, ar
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang_router.routing.events import Finished, FirstByte, Listeners, Retried, Routed, WorkerChanged
+from sglang_router.routing.events import (
+    Finished,
+    FirstByte,
+    Listener,
+    Listeners,
+    Quarantined,
+    Retried,
+    Routed,
+    WorkerChanged,
+)
 
 Event = Routed | Retried | FirstByte | Finished | WorkerChanged
 
@@ -28,12 +37,52 @@ class Deferred(Listeners):
         super().__init__()
         self._later = later
         self._events: list[Event] = []
+        self._listeners = listeners = Listeners()
         self._hear: dict[type, Callable[[Any], None]] = {
-            Routed: super().routed,
-            Retried: super().retried,
-            FirstByte: super().first_byte,
-            WorkerChanged: super().worker_changed,
+            Routed: listeners.routed,
+            Retried: listeners.retried,
+            FirstByte: listeners.first_byte,
+            WorkerChanged: listeners.worker_changed,
         }
+
+    def add(self, listener: Listener) -> None:
+        """Add a listener, which hears later."""
+        self._listeners.add(listener)
+        self.hears_first_byte = self._listeners.hears_first_byte
+
+    @property
+    def hears_routed(self) -> bool:
+        """Whether a listener needs Routed."""
+        return self._listeners.hears_routed
+
+    def routed(self, event: Routed) -> None:
+        """Keep the event."""
+        self._keep(event)
+
+    def retried(self, event: Retried) -> None:
+        """Keep the event."""
+        self._keep(event)
+
+    def quarantined(self, event: Quarantined) -> None:
+        """Pass the event on now: it is rare."""
+        self._listeners.quarantined(event)
+
+    def first_byte(self, event: FirstByte) -> None:
+        """Keep the event."""
+        self._keep(event)
+
+    def finished(self, event: Finished) -> None:
+        """Keep the event."""
+        self._keep(event)
+
+    def finished_all(self, events: Sequence[Finished]) -> None:
+        """Keep the events."""
+        for event in events:
+            self._keep(event)
+
+    def worker_changed(self, event: WorkerChanged) -> None:
+        """Keep the event."""
+        self._keep(event)
 
     def _keep(self, event: Event) -> None:
         events = self._events
@@ -43,19 +92,17 @@ class Deferred(Listeners):
         if len(events) >= _MOST:
             self.flush()
 
-    routed = retried = first_byte = finished = worker_changed = _keep
-
     def flush(self) -> None:
         """Let the listeners hear the kept events now."""
         events, self._events = self._events, []
-        hear, finished = self._hear, list[Finished]()
+        listeners, finished = self._listeners, list[Finished]()
         for event in events:
             if isinstance(event, Finished):
                 finished.append(event)
                 continue
             if finished:
-                self.finished_all(finished)
+                listeners.finished_all(finished)
                 finished = []
-            hear[type(event)](event)
+            self._hear[type(event)](event)
         if finished:
-            self.finished_all(finished)
+            listeners.finished_all(finished)

@@ -19,63 +19,14 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sglang_router.observe.line_parts import LONGEST_MESSAGE, Stamp, cut, escaped, value
 from sglang_router.observe.log_files import KEEP_ALL, DailyFile, KeepRules
 from sglang_router.observe.writer import CAPACITY, CLOSE_TIMEOUT, Destination, LineBuffer, OpenFile
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
 _NAMES = {logging.DEBUG: "DEBUG", logging.INFO: "INFO", logging.WARNING: "WARN", logging.ERROR: "ERROR"}
 _OWN = "sglang_router"
-_LONGEST_MESSAGE = 16384  # characters
-_LONGEST_VALUE = 1024  # characters
 _STDERR = 2
-
-
-class Stamp:
-    """UTC time in ISO 8601 with milliseconds. The last text is kept: under load many lines share its millisecond."""
-
-    __slots__ = ("_from", "_second", "_second_text", "_text", "_until")
-
-    def __init__(self) -> None:
-        self._from = self._until = -1.0  # when _text is right, seconds since 1970
-        self._text = ""
-        self._second = -1
-        self._second_text = ""
-
-    def __call__(self, now: float) -> str:
-        """Return the text of a moment; `now` is in seconds since 1970."""
-        if not self._from <= now < self._until:
-            self._renew(int(now * 1000))
-        return self._text
-
-    def _renew(self, millisecond: int) -> None:
-        second, rest = divmod(millisecond, 1000)
-        if second != self._second:
-            self._second = second
-            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        self._from, self._until = millisecond / 1000, (millisecond + 1) / 1000
-        self._text = f"{self._second_text}.{rest:03d}Z"
-
-
-def escaped(text: str) -> str:
-    """Return a message on one line: characters that do not print become escapes as in JSON."""
-    text = cut(text, _LONGEST_MESSAGE)
-    return text if text.isprintable() else json.dumps(text)[1:-1].replace('\\"', '"')
-
-
-def plain(text: str) -> bool:
-    """Whether a text needs no quotes after `key=`: it cannot be read as more than one value."""
-    return text.isprintable() and " " not in text and '"' not in text and 0 < len(text) <= _LONGEST_VALUE
-
-
-def value(item: object) -> str:
-    """Return a value for `key=value`, quoted as JSON where it must be."""
-    text = str(item)
-    return text if plain(text) else json.dumps(cut(text))
-
-
-def cut(text: str, longest: int = _LONGEST_VALUE) -> str:
-    """Return a text of bounded length."""
-    return text if len(text) <= longest else text[:longest] + "..."
 
 
 def text_line(stamp: str, level: int, logger: str, message: str, fields: Mapping[str, object], trace: str) -> str:
@@ -88,7 +39,7 @@ def text_line(stamp: str, level: int, logger: str, message: str, fields: Mapping
 def json_line(stamp: str, level: int, logger: str, message: str, fields: Mapping[str, object], trace: str) -> str:
     """Format one record as a JSON object, with the newline."""
     record: dict[str, object] = {"time": stamp, "level": _name(level).lower(), "logger": logger}
-    record["message"] = cut(message, _LONGEST_MESSAGE)
+    record["message"] = cut(message, LONGEST_MESSAGE)
     record |= {key: item for key, item in fields.items() if key not in record}
     if trace:
         record["trace"] = trace

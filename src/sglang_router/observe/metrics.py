@@ -7,13 +7,10 @@
 prometheus_client's own counters take a lock and look labels up for each increment, which would cost more than the
 routing decision; here prometheus_client only tells of the process. What has a state of its own (load, health, breakers,
 decisions, prefix memory) is not counted but read at the scrape. Everything runs on the event loop's thread.
-
-`python -m sglang_router.observe.metrics --markdown` prints docs/metrics.md.
 """
 
 from __future__ import annotations
 
-import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -22,8 +19,9 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
 from sglang_router.observe import exposition
-from sglang_router.observe.catalogue import METRICS, markdown
-from sglang_router.observe.counts import LiveSources, MetricCounts, RememberedPrefixes
+from sglang_router.observe.catalogue import METRICS
+from sglang_router.observe.counts import MetricCounts, RememberedPrefixes
+from sglang_router.observe.live_sources import LiveSources
 from sglang_router.observe.tallies import OTHER, Labels, Series, SeriesKind
 from sglang_router.routing.events import Answered, Finished, Listener, Retried, WorkerChanged
 from sglang_router.routing.facts import ENDPOINTS
@@ -169,16 +167,3 @@ class Metrics(Listener):
         openmetrics = exposition.wanted(accept)
         content_type = exposition.OPENMETRICS_TYPE if openmetrics else exposition.TEXT_TYPE
         return "".join(self.pieces(openmetrics)).encode(), content_type
-
-
-def main(argv: Sequence[str]) -> int:
-    """Print docs/metrics.md."""
-    if list(argv) != ["--markdown"]:
-        sys.stderr.write("usage: python -m sglang_router.observe.metrics --markdown\n")
-        return 2
-    sys.stdout.write(markdown())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

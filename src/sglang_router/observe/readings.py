@@ -19,7 +19,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from sglang_router.observe.counts import LiveSources, MetricCounts, Number, RememberedPrefixes
+from sglang_router.observe.counts import MetricCounts, RememberedPrefixes
+from sglang_router.observe.live_sources import LiveSources, Number
 from sglang_router.observe.tallies import Histogram, Series, Tally
 from sglang_router.routing.engine_report import EngineReport
 from sglang_router.routing.outcome import Hears, Outcome

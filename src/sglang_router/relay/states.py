@@ -1,7 +1,7 @@
 """The states of client connections, exchanges and holds. `relay.moves` has the moves between them, as tables.
 
 Members of an enumeration are named here as constants: looking one up on its class takes as long as a call. Enums have a
-module of their own, because mypyc does not compile them (`scripts/compile`).
+module of their own, because mypyc does not compile them (`scripts/compile_rule.py`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ So reserved fields are looked for in these, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import msgspec
 
@@ -62,14 +62,13 @@ def _first_held(name: str, raw: bytes) -> str:
     """Return the name of the first reserved field in a holder. `raw` may be longer than what is searched."""
     if len(raw) > LONGEST_HELD:
         return name
-    fields: Mapping[str, msgspec.Raw | bytes]
     try:
         fields = _HOLDER.decode(raw)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         if len(raw) > _LONGEST_ODD:
             return name
         try:
-            fields = members(raw)
+            fields = {inner: msgspec.Raw(held) for inner, held in members(raw).items()}
         except (ValueError, RecursionError):
             return ""  # no object: engines cannot unpack it
     found = next((inner for inner, value in fields.items() if inner in RESERVED and bytes(value) not in _NOTHING), "")

@@ -1,7 +1,7 @@
 """The states of a worker: its health, and its breaker with the events that the breaker hears.
 
 `routing.breaker` holds the table of the breaker, `routing.fleet` changes the health of workers. Enums have a module of
-their own, because mypyc does not compile them (`scripts/compile`).
+their own, because mypyc does not compile them (`scripts/compile_rule.py`).
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-"""The rule that says which modules mypyc compiles: all of `ROOMS`, except those that hold records and enums.
+"""The rule that says which modules mypyc compiles: those of `ROOMS` and `ALSO`, except what holds records and enums.
+
+`ROOMS` are the way of a request. `ALSO` are the modules elsewhere that work for every request: the profile of a
+compiled router showed what was left (docs/decisions/0009-compiled-wheels.md).
 
 mypyc ignores what `msgspec.Struct` is told by class keywords, does not compile an enum with an `__init__`, and keeps of
 annotations only a rough form, so that msgspec cannot decode into a compiled NamedTuple. So a module that defines a
 Struct or an enum stays interpreted, and it holds nothing but records and enums. A module with a stub (.pyi) stays
 interpreted as well, because mypyc reads the stub in its place.
 
-Read by scripts/compile and by tests/test_compile_rule.py. The sources are parsed, not imported.
+Read by scripts/compile.py and by tests/test_compile_rule.py. The sources are parsed, not imported.
 """
 
 from __future__ import annotations
@@ -15,12 +18,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOMS = ("routing", "wire", "relay")
+ALSO = (
+    "app.admission",
+    "observe.access",
+    "observe.counts",
+    "observe.deferred",
+    "observe.line_parts",
+    "observe.metrics",
+    "observe.tallies",
+)
 KINDS = {"Struct": "Struct", "Enum": "enum", "IntEnum": "enum", "Flag": "enum", "IntFlag": "enum"}
 """What a class is that has this base."""
 
 
 class Module(NamedTuple):
-    """One module of the rooms. `interpreted`: why it is not compiled; "" for one that is."""
+    """One module. `interpreted`: why it is not compiled; "" for one that is."""
 
     name: str
     path: Path
@@ -29,14 +41,15 @@ class Module(NamedTuple):
 
 
 def modules(package: Path) -> list[Module]:
-    """All modules of the rooms, by name ("relay.client"), in order."""
+    """All modules of the rooms, by name ("relay.client"), in order; then the others."""
+    paths = [path for room in ROOMS for path in sorted((package / room).rglob("*.py"))]
+    paths += [package / f"{name.replace('.', '/')}.py" for name in ALSO]
     found = []
-    for room in ROOMS:
-        for path in sorted((package / room).rglob("*.py")):
-            parts = path.relative_to(package).with_suffix("").parts
-            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            tree = ast.parse(path.read_text("utf-8"))
-            found.append(Module(name, path, tree, _why_interpreted(path, tree)))
+    for path in paths:
+        parts = path.relative_to(package).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        tree = ast.parse(path.read_text("utf-8"))
+        found.append(Module(name, path, tree, _why_interpreted(path, tree)))
     return found
 
 

@@ -1,0 +1,39 @@
+"""The access log's line in JSON: a record, apart from `observe.access`, which mypyc compiles."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class AccessLine(msgspec.Struct, gc=False):
+    """One request; `observe.access` fills it.
+
+    matched        percent; null when the request has no routing text
+    first_byte_ms  null when no byte was answered
+    in, out        bytes of the bodies, with the chunked coding of a stream
+    client         name of the client's key; only with access keys
+    resumed        only when another worker continued the stream
+    """
+
+    time: str
+    level: str
+    logger: str
+    message: str
+    id: str
+    peer: str
+    method: str
+    path: str
+    status: int
+    code: str
+    outcome: str | None
+    worker: str | None
+    branch: str
+    matched: int | None
+    retries: int
+    duration_ms: float
+    first_byte_ms: float | None
+    received: int = msgspec.field(name="in")
+    sent: int = msgspec.field(name="out")
+    stream: bool = False
+    client: str | msgspec.UnsetType = msgspec.UNSET
+    resumed: int | msgspec.UnsetType = msgspec.UNSET
