@@ -10,6 +10,7 @@
     observe  autoscale  restart
     admin                      the control plane
     app                        assembly and life cycle
+    processes                  one router in several processes
     launch_router  launch  launch_server  cli                      doors;   engine stands alone
 
 The sources are parsed, not imported: an import inside a function counts as well, and so does one for types. There is no
@@ -51,14 +52,15 @@ MAY_KNOW: dict[str, set[str]] = {
     "restart": {"errors", "words", "config", "routing", "workers"},
     "admin": BELOW_ADMIN | {"version", "autoscale"},
     "app": BELOW_APP,
+    "processes": BELOW_APP | {"app"},
     "engine": {"errors", "version", "config", "process"},
     "router_args": {"config"},
     "sglang_router_rs": set(),
     "router": {"launch_router", "router_args", "sglang_router_rs"},
     "mini_lb": {"router", "router_args"},
-    "launch_router": {"errors", "config", "process", "app"},
+    "launch_router": {"errors", "config", "process", "processes"},
     "launch": BELOW_APP | {"app", "engine"},
-    "launch_server": {"config", "process", "launch", "launch_router", "app"},
+    "launch_server": {"config", "process", "launch", "launch_router", "processes"},
     "cli": {"errors", "version", "config", "launch_router", "launch_server", "engine"},
     "__main__": {"cli"},
     "__init__": {"version"},
@@ -91,6 +93,10 @@ PURE = (
     "observe.live_sources",
     "observe.counts",
     "observe.readings",
+    "processes.facing",
+    "processes.failures",
+    "processes.message",
+    "processes.messages",
 )
 """Rooms and modules without I/O, clock, chance or log of their own: what they need of these is an argument."""
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import msgspec
 
-from sglang_router.app.lifecycle import Host, serve
+from sglang_router.app.lifecycle import Host
 from sglang_router.config import parse
 from sglang_router.launch_router import exit_status, launch_router
+from sglang_router.processes.serve import serve
 from sglang_router.routing.policies.cache_aware import CacheAware
 from sglang_router.routing.prefix_tree.tree import Tree
 

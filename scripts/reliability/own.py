@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import socket
@@ -31,6 +32,9 @@ DESCRIPTORS = 256
 SMALL = 64 << 10
 """Size of the log in bytes at which the disk is full."""
 DEADLY = b"a prompt that ends engines"
+SEVERAL = ("--relay-processes", "2")
+KILLS = 3
+"""Processes of the router that one fault kills."""
 SOON = 0.25
 """Requests sent within these seconds before SIGTERM may be unread when the signal comes."""
 
@@ -216,6 +220,33 @@ def launched(field: Field, seconds: float) -> Seen:
     return Seen(load, wrong, used)
 
 
+def relay_killed(field: Field, seconds: float) -> Seen:
+    """Kill a relay process, again and again: only its connections may break."""
+    return _own(field, lambda router, _: _kill(router, r"relay 1 is process (\d+)", seconds), *SEVERAL)
+
+
+def decider_killed(field: Field, seconds: float) -> Seen:
+    """Kill the process that decides, again and again: nothing may fail."""
+    return _own(field, lambda router, _: _kill(router, r"process (\d+) decides", seconds), *SEVERAL)
+
+
+def _kill(router: Router, named: str, seconds: float) -> list[str]:
+    """Kill a process of the router, and each that is started in its place, as its log names them."""
+    killed: list[str] = []
+
+    def next_one() -> str:
+        return str(["", *re.findall(named, router.log())][-1])
+
+    for _ in range(KILLS):
+        time.sleep(seconds / (KILLS + 1))
+        router.until(lambda: next_one() not in (*killed, ""))
+        killed.append(next_one())
+        os.kill(int(killed[-1]), signal.SIGKILL)
+    router.until(lambda: next_one() not in killed)
+    time.sleep(seconds / (KILLS + 1))
+    return []
+
+
 def _text(path: Path) -> str:
     return path.read_text(errors="replace")
 
@@ -226,5 +257,7 @@ OWN_FAULTS = (
     OwnFault("full disk for logs", full_disk),
     OwnFault("256 descriptors", few_descriptors, ("lost on a new connection", "failed too_many_connections")),
     OwnFault("SIGTERM under load", sigterm, ("refused", "lost", "failed shutting_down")),
+    OwnFault("kill -9 of a relay process", relay_killed, ("lost", "cut")),
+    OwnFault("kill -9 of the decider", decider_killed),
     OwnFault("launch_server: kill -9, restart", launched, CUT),
 )

@@ -324,6 +324,13 @@ class TooManyConnections(Unavailable):
     close = True
 
 
+class DeciderGone(Unavailable):
+    """With --relay-processes: the process that decides is being restarted, or does not answer."""
+
+    code = "decider_gone"
+    message = "The process of the router that decides does not answer. It is restarted when it has ended. Try again."
+
+
 class ShuttingDown(Unavailable):
     code = "shutting_down"
     message = "The router is shutting down."

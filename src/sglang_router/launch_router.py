@@ -52,7 +52,7 @@ def launch_router(args: object, *, serve: Callable[[RouterArgs], int] | None = N
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if serve is None:
-        from sglang_router.app.lifecycle import serve as run  # imported here: --help and mistakes do not need it
+        from sglang_router.processes.serve import serve as run  # imported here: --help and mistakes do not need it
 
         serve = run
     return serve(checked)

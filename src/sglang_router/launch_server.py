@@ -36,9 +36,9 @@ def launch_server(argv: Sequence[str], environ: Mapping[str, str] = os.environ, 
 
 
 def _serve(line: CommandLine, args: RouterArgs) -> int:
-    from sglang_router.app.lifecycle import serve
     from sglang_router.launch.crew import Start  # imported here: --help and mistakes need neither server nor engines
     from sglang_router.launch.machine import LocalMachine
+    from sglang_router.processes.serve import serve
 
     with _signals_end_process():
         start = Start(line, args, LocalMachine.here())

@@ -2,6 +2,7 @@
 
     open_standard_descriptors()   every door calls it before anything else
     ignore_harmless_signals()     a process that is a router, and nothing else, calls it
+    die_with_parent(parent)       a process that was forked to be a part of its parent's program calls it
     has_terminal()                whether there is a controlling terminal; False once that was closed
 
 A process may be started without descriptors 0, 1 or 2 (`2>&-`, some supervisors). The next file or socket that is
@@ -11,6 +12,7 @@ opened then gets that number, log lines go into it, and libuv aborts the process
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -23,6 +25,7 @@ HARMLESS = tuple(
 )
 """Signals that end a process that does not handle them, and that nobody sends to end one."""
 
+_PR_SET_PDEATHSIG = 1
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
@@ -52,6 +55,14 @@ def ignore_harmless_signals() -> None:
         for number in HARMLESS if has_terminal() else (*HARMLESS, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited
+
+
+def die_with_parent(parent: int) -> None:
+    """Let the kernel kill this process when its parent ends (Linux). parent: its id, when this process was forked."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it has ended before that took effect
+        os._exit(1)
 
 
 def has_terminal() -> bool:

@@ -10,8 +10,9 @@ from fleets import Attempt, Bench, facts
 from sglang_router.errors import RequestBreaksWorkers
 from sglang_router.routing.events import Listener, Quarantined
 from sglang_router.routing.facts import ENDPOINTS, Facts
+from sglang_router.routing.imprint import Imprint
 from sglang_router.routing.outcome import Outcome
-from sglang_router.routing.quarantine import LATER, MOST, SOON, Quarantine
+from sglang_router.routing.quarantine import LATER, MOST, SOON, Quarantine, fingerprint
 from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules, RetryRules
 from sglang_router.routing.spec import WorkerSpec
 
@@ -160,3 +161,28 @@ def test_bodies_of_every_endpoint_and_size_are_told_apart(path: bytes) -> None:
             quarantine.check(first, 1.0)
         for each in rest:
             quarantine.check(each, 1.0)
+
+
+def test_a_request_of_another_process_is_recognised_by_its_fingerprint() -> None:
+    """A relay process holds the body; the decider has its size, and the fingerprint once it needs one."""
+    b, key = Bench(2), b"k" * 32
+    quarantine = b.router.quarantine
+    quarantine.use(key)
+    here = facts(b"a prompt that ends engines")
+    there = facts(b"")
+    there.body = Imprint(len(here.body))
+    assert quarantine.broke(there, b.workers[0], 0, 0.0) == 0, "not known yet: it cannot be remembered"
+    assert not quarantine.broken
+    there.body.digest = fingerprint(key, here)
+    assert [quarantine.broke(there, worker, 0, 0.0) for worker in b.workers] == [1, 2]
+    with pytest.raises(RequestBreaksWorkers):
+        quarantine.check(here, 1.0)
+    again = facts(b"")
+    again.body = Imprint(len(here.body))
+    quarantine.check(again, 1.0)
+    again.body = Imprint(len(here.body), fingerprint(key, here))
+    with pytest.raises(RequestBreaksWorkers):
+        quarantine.check(again, 1.0)
+    quarantine.served(again)
+    assert not quarantine.broken
+    assert repr(again.body) == f"<Imprint of {len(here.body)} bytes>"

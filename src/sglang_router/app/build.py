@@ -15,8 +15,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import math
 import random
 import time
 import uuid
@@ -31,10 +29,10 @@ from sglang_router.admin.context import Context, Render
 from sglang_router.admin.exchange import ASGIApp, ControlPlane
 from sglang_router.admin.routes import ROUTES
 from sglang_router.admin.shared import Shared
-from sglang_router.app import settings
+from sglang_router.app import front, settings
 from sglang_router.app.admission import admission
 from sglang_router.app.memories import memories_of
-from sglang_router.app.parts import App
+from sglang_router.app.parts import App, Elsewhere
 from sglang_router.app.scrapes import Scrapes
 from sglang_router.autoscale.autoscaler import Autoscaler, autoscaler
 from sglang_router.config import RouterArgs
@@ -43,20 +41,13 @@ from sglang_router.observe.deferred import Deferred
 from sglang_router.observe.live_sources import LiveSources
 from sglang_router.observe.logs import LogWriter
 from sglang_router.observe.metrics import Metrics
-from sglang_router.relay.addresses import Addresses, LookUp, system_look_up
-from sglang_router.relay.answers import Answers
-from sglang_router.relay.batch import Batch
-from sglang_router.relay.body import no_handler
-from sglang_router.relay.budget import ByteBudget
+from sglang_router.relay.addresses import LookUp, system_look_up
 from sglang_router.relay.clients import Clients
 from sglang_router.relay.connection_pool import ConnectionPool
-from sglang_router.relay.exchange import Exchange
 from sglang_router.relay.frontend import Frontend
-from sglang_router.relay.relay import Relay, RelayRules
+from sglang_router.relay.relay import Relay
 from sglang_router.relay.routes import Routes
-from sglang_router.relay.silences import KeepAlives
 from sglang_router.relay.vanished import take_back
-from sglang_router.resume.handler import handlers_of
 from sglang_router.routing.decider import Decider
 from sglang_router.routing.events import Listeners
 from sglang_router.routing.facts import ENDPOINTS, Endpoint
@@ -66,22 +57,16 @@ from sglang_router.routing.policies.base import Policy
 from sglang_router.routing.queue import Queue
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.router import Router, Soon
-from sglang_router.wire.cors import Cors
 from sglang_router.wire.headers import ForwardRules
 from sglang_router.wire.limits import Limits
-from sglang_router.wire.request_id import REQUEST_ID_HEADERS, RequestIds
 from sglang_router.workers.engine_survey import EngineSurvey
 from sglang_router.workers.health_checks import HealthChecks
 from sglang_router.workers.membership import Membership
 
 _SCRAPE = 4096
 """Most bytes of a request's body on the metrics port; a scrape has no body."""
-_MAX_IDLE = 512
-"""Most idle connections kept for one worker."""
 _SCRAPED_WITHIN = 30.0
 """Seconds for a whole scrape on the metrics port."""
-_NO_LIMIT = 1 << 62
-"""A number of bytes that is never reached."""
 
 
 def _itself(router: Router) -> Decider:
@@ -116,13 +101,15 @@ def build(
     loop: asyncio.AbstractEventLoop,
     writer: LogWriter | None = None,
     seams: Seams | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> App:
     """Make all parts of a router and connect them; nothing runs yet.
 
-    args    validated options
-    loop    the event loop that will run the router
-    writer  writes access log lines; None: no access log
-    seams   what is replaced; None: nothing
+    args       validated options
+    loop       the event loop that will run the router
+    writer     writes access log lines; None: no access log
+    seams      what is replaced; None: nothing
+    elsewhere  the clients that other processes serve; None: there are none
 
     Raises: ConfigError, when files that the options name cannot be used.
     """
@@ -130,24 +117,27 @@ def build(
     rng, clock = seams.rng or random.Random(), seams.clock
     listeners, deferred = Listeners(), Deferred(loop.call_later)
     tls, worker_tls = settings.server_tls(args), settings.worker_tls(args)
-    mark = b"sglang-router-" + uuid.uuid4().hex[:16].encode()
-    (access, key_files), answers = settings.access_rules(args), _answers(args, rng, mark)
+    elsewhere = elsewhere or Elsewhere()
+    mark = elsewhere.mark or new_mark()
+    (access, key_files), answers = settings.access_rules(args), front.answers_of(args, rng, mark)
     forward = settings.forward_rules(args, access, mark)
     workers = _workers(args, loop, seams, listeners, rng, worker_tls)
     fleet, connections = workers.fleet, workers.connections
     connections.mark = mark
     router = _router(args, fleet, listeners, rng, workers.checks, partial(_soon, loop, clock))
-    clients, scrapers = _clients(args, clock, connections)
-    workers.checks.vanished = partial(take_back, clients.exchanges)
-    relay = _relay(args, loop, seams, connections, answers, listeners, router, forward)
-    scaler = autoscaler(args, loop, fleet, clients.unanswered, clock)
-    metrics = _metrics(args, fleet, clients, connections, router, scaler, writer)
+    clients, scrapers = front.clients_of(args, clock, connections)
+    workers.checks.vanished = partial(_take_back, clients, elsewhere)
+    rules = front.relay_rules(args, forward)
+    relay = Relay(loop, clock, seams.decider(router), connections, answers, listeners, rules)
+    scaler = autoscaler(args, loop, fleet, lambda: clients.unanswered().with_others(elsewhere.unanswered()), clock)
+    sources = _sources(clients, elsewhere, connections, router, scaler, writer)
+    metrics = _metrics(args, fleet, sources)
     render = Scrapes(metrics, deferred, clock, args.metrics_interval_secs)
     control = _control(args, workers, clock, render, access, forward, scaler)
     serve = partial(ControlPlane, loop=loop, clock=clock, answers=answers, timeout=args.request_timeout_secs)
     plane = serve(seams.app or create_app(control), listener=listeners)
     scrape = serve(create_metrics_app(render), listener=Listeners(), timeout=_SCRAPED_WITHIN)
-    routes = _routes(plane, relay, seams.endpoints)
+    routes = front.routes_of(plane, relay, seams.endpoints)
     ports = partial(Frontend, batch=connections.batch, answers=answers)
     app = App(
         args=args,
@@ -158,8 +148,9 @@ def build(
         router=router,
         clients=clients,
         scrapers=scrapers,
+        elsewhere=elsewhere,
         relay=relay,
-        keepalives=_keepalives(args, clients),
+        keepalives=front.keepalives_of(args, clients),
         frontend=ports(
             routes,
             clients,
@@ -184,10 +175,16 @@ def build(
         **workers._asdict(),
     )
     _listen(app, writer)
+    elsewhere.attach(app)
     return app
 
 
 # -- the parts --------------------------------------------------------------------------------------------------------
+
+
+def new_mark() -> bytes:
+    """Make what one router writes into the Via field of its requests."""
+    return b"sglang-router-" + uuid.uuid4().hex[:16].encode()
 
 
 def _new_id() -> str:
@@ -222,16 +219,7 @@ def _workers(
     rng: random.Random,
     tls: TLSFiles | None,
 ) -> _Workers:
-    connections = ConnectionPool(
-        loop,
-        Batch(loop),
-        connect_timeout=args.connect_timeout_secs,
-        idle_timeout=args.upstream_idle_timeout_secs,
-        max_idle=_MAX_IDLE,
-        tls=tls,
-        max_age=args.upstream_max_age_secs or math.inf,
-        addresses=Addresses(loop, seams.look_up, rng),
-    )
+    connections = front.connections_of(args, loop, seams.look_up, rng, tls)
     fleet = Fleet(listeners, _new_id, partial(_policy, args, rng), settings.fleet_rules(args))
     survey = seams.survey(loop, fleet, connections, seams.clock, args.engine_report_interval_secs)
     checks = seams.checks(
@@ -285,61 +273,31 @@ def _router(
     )
 
 
-def _answers(args: RouterArgs, rng: random.Random, mark: bytes) -> Answers:
-    ids = RequestIds(rng.getrandbits, args.request_id_headers or REQUEST_ID_HEADERS, mark)
-    return Answers(ids, Cors(args.cors_allowed_origins) if args.cors_allowed_origins else None)
+def _take_back(clients: Clients, elsewhere: Elsewhere, name: str) -> None:
+    """Retry the requests at a worker, whose host does not answer."""
+    take_back(clients.exchanges, name)
+    elsewhere.take_back(name)
 
 
-def _clients(args: RouterArgs, clock: Callable[[], float], connections: ConnectionPool) -> tuple[Clients, Clients]:
-    """Make the registries of the main port's and of the metrics port's connections."""
-    numbers = itertools.count(1)
-    budget = ByteBudget(args.max_buffered_request_bytes, args.body_min_bytes_per_second)
-    most, scrapers = settings.most_connections()
-    clients = Clients(clock, budget, most, lambda: connections.open, numbers)
-    return clients, Clients(clock, ByteBudget(_NO_LIMIT), scrapers, lambda: 0, numbers)
-
-
-def _relay(
-    args: RouterArgs,
-    loop: asyncio.AbstractEventLoop,
-    seams: Seams,
-    connections: ConnectionPool,
-    answers: Answers,
-    listeners: Listeners,
-    router: Router,
-    forward: ForwardRules,
-) -> Relay:
-    rules = RelayRules(
-        settings.timeouts(args),
-        forward,
-        handlers_of(settings.resume_rules(args)) if args.resume_streams else no_handler,
-        settings.most_routing_text(args),
-    )
-    return Relay(loop, seams.clock, seams.decider(router), connections, answers, listeners, rules)
-
-
-def _keepalives(args: RouterArgs, clients: Clients) -> KeepAlives | None:
-    seconds = args.sse_keepalive_secs
-    return KeepAlives(clients.exchanges, clients.clock, seconds) if seconds else None
-
-
-def _metrics(
-    args: RouterArgs,
-    fleet: Fleet,
+def _sources(
     clients: Clients,
+    elsewhere: Elsewhere,
     connections: ConnectionPool,
     router: Router,
     scaler: Autoscaler | None,
     writer: LogWriter | None,
-) -> Metrics:
-    sources = LiveSources(
-        connections=lambda: len(clients.connections),
-        active=lambda: clients.active,
-        upstream_connections=lambda: connections.open,
+) -> LiveSources:
+    return LiveSources(
+        connections=lambda: len(clients.connections) + elsewhere.connections,
+        active=lambda: clients.active + elsewhere.active,
+        upstream_connections=lambda: connections.open + elsewhere.upstream,
         lost_lines=None if writer is None else lambda: writer.lost,
         waiting=lambda: len(router.queue),
         desired_workers=None if scaler is None else lambda: scaler.desired,
     )
+
+
+def _metrics(args: RouterArgs, fleet: Fleet, sources: LiveSources) -> Metrics:
     return Metrics(
         fleet,
         args.policy,
@@ -349,15 +307,6 @@ def _metrics(
         paths=[row.path for rows in ROUTES.values() for row in rows],
         models=fleet.pools.models.known,
     )
-
-
-def _routes(plane: ControlPlane, relay: Relay, endpoints: Mapping[bytes, Endpoint]) -> Routes:
-    """Make the routes of the main port: the relayed endpoints; everything else goes to the control plane."""
-    routes = Routes(plane.exchange)
-    for endpoint in endpoints.values():
-        for method in endpoint.methods:
-            routes.add(method, endpoint.path, partial(Exchange, relay, endpoint))
-    return routes
 
 
 def _listen(app: App, writer: LogWriter | None) -> None:

@@ -88,35 +88,29 @@ class Jobs:
             gc.unfreeze()
 
 
-def table(
+def relaying(
     clock: Callable[[], float],
     clients: Sequence[Clients],
     connections: ConnectionPool,
-    router: Router,
+    look: Callable[[float], None],
     watched: Sequence[TLSFiles | WatchedFiles],
-    tidy_every: float,
 ) -> tuple[Job, ...]:
-    """Return the jobs of a router.
+    """Return the jobs of all that serve clients.
 
-    clients     the registries whose deadlines are checked
-    watched     files that are loaded again when they change
-    tidy_every  seconds between two clean-ups of the policies' memories
+    clients  the registries whose deadlines are checked
+    look     called with the time at each sweep
+    watched  files that are loaded again when they change
     """
-    fleet = router.fleet
 
     def sweep() -> float:
         for each in clients:
             each.sweep()
-        router.look(clock())
+        look(clock())
         return _SWEEP_EVERY
 
     def trim() -> float:
         connections.trim()
         return _TRIM_EVERY
-
-    def judge() -> float:
-        fleet.judge(clock())
-        return _JUDGE_EVERY if len(fleet) < _LARGE_FLEET else 5 * _JUDGE_EVERY
 
     def renew() -> float:
         for files in watched:
@@ -127,11 +121,32 @@ def table(
         gc.collect(0)  # cycles left by the requests of the last second; there should be none
         return _COLLECT_EVERY
 
+    return Job("sweep", sweep), Job("trim", trim), Job("renew", renew), Job("collect", collect)
+
+
+def table(
+    clock: Callable[[], float],
+    clients: Sequence[Clients],
+    connections: ConnectionPool,
+    router: Router,
+    watched: Sequence[TLSFiles | WatchedFiles],
+    tidy_every: float,
+) -> tuple[Job, ...]:
+    """Return the jobs of a router: those of `relaying`, and of what decides.
+
+    tidy_every  seconds between two clean-ups of the policies' memories
+    """
+    fleet = router.fleet
+
+    def judge() -> float:
+        fleet.judge(clock())
+        return _JUDGE_EVERY if len(fleet) < _LARGE_FLEET else 5 * _JUDGE_EVERY
+
     def tidy() -> float:
         if fleet.pools.tidy(clock(), _TIDY_STEPS):
             return _TIDY_PAUSE
         gc.collect()
         return tidy_every
 
-    names = {"sweep": sweep, "trim": trim, "judge": judge, "renew": renew, "collect": collect, "tidy": tidy}
-    return tuple(Job(name, run) for name, run in names.items())
+    common = relaying(clock, clients, connections, router.look, watched)
+    return (*common, Job("judge", judge), Job("tidy", tidy))

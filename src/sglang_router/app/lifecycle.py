@@ -17,12 +17,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
-
-import uvloop
 
 from sglang_router import process
 from sglang_router.app import settings
@@ -30,7 +26,8 @@ from sglang_router.app.advice import advice
 from sglang_router.app.build import build
 from sglang_router.app.jobs import Jobs, keepalive, table
 from sglang_router.app.listening import Listening, address_errors, open_all, port_of
-from sglang_router.app.parts import App, Attachment
+from sglang_router.app.looping import on_loop
+from sglang_router.app.parts import App, Attachment, Elsewhere
 from sglang_router.app.reload import Reload
 from sglang_router.app.signals import Signals, first_of
 from sglang_router.autoscale.scaler import ScalingRules
@@ -38,7 +35,7 @@ from sglang_router.config import OPTIONS, RouterArgs, as_flag
 from sglang_router.errors import ConfigError, ShuttingDown
 from sglang_router.observe import logs
 from sglang_router.observe.log_files import KeepRules
-from sglang_router.relay.memory import keep_apart
+from sglang_router.relay.clients import Clients
 from sglang_router.restart.state_file import StateFile
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.states import Health
@@ -100,13 +97,15 @@ class Life:
         args = app.args
         self._configured = settings.configured_workers(args)
         self._listening = Listening(app.loop)
-        self._clients = (app.clients, app.scrapers)
+        ports = (app.clients, app.scrapers)
+        self._clients: tuple[Clients | Elsewhere, ...] = (*ports, app.elsewhere)
         self._metrics_url = ""  # of the metrics port, if there is one
-        jobs = table(app.clock, self._clients, app.connections, app.router, app.watched, args.eviction_interval_secs)
+        jobs = table(app.clock, ports, app.connections, app.router, app.watched, args.eviction_interval_secs)
         if app.keepalives is not None:
             jobs += (keepalive(app.keepalives.look),)
         self._jobs = Jobs(app.loop, jobs)
-        self._state = None if args.state_file is None else self._state_file(args.state_file)
+        path = args.state_file or app.elsewhere.state_file
+        self._state = None if path is None else self._state_file(path)
 
     def _state_file(self, path: str) -> StateFile:
         app = self.app
@@ -130,9 +129,13 @@ class Life:
             app.fleet,
             app.checks,
             None if app.scaler is None else app.scaler.rules,
-            lambda: app.clients.active,
+            self._active,
             app.attach,
         )
+
+    def _active(self) -> int:
+        """Return the number of exchanges in flight on the main port."""
+        return self.app.clients.active + self.app.elsewhere.active
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -147,8 +150,7 @@ class Life:
         """
         app, args, listening = self.app, self.app.args, self._listening
         with address_errors(args.host, args.port, "--port"):
-            follows = args.reuse_port and await listening.take_over(args.host, args.port)
-            servers = await listening.bind(app.frontend, args.host, args.port, app.tls)
+            follows, servers = await self._bind()
         await self._listen_for_metrics()
         self._register()
         if follows:
@@ -156,10 +158,12 @@ class Life:
             await self._checked()
         with address_errors(args.host, args.port, "--port"):
             await open_all(servers)
+            await app.elsewhere.open()
         if args.reuse_port:
             listening.offer(self._save)
         if self._state is not None:
             self._state.start(args.state_interval_secs)
+            app.elsewhere.keep(self._state.save)
         if app.scaler is not None:
             app.scaler.start()
         self._jobs.start()
@@ -168,6 +172,14 @@ class Life:
         log.info("listening on %s, policy %s, %s", self.url, args.policy, counted(len(app.fleet), "worker"))
         if self._metrics_url:
             log.info("metrics are served on %s", self._metrics_url)
+
+    async def _bind(self) -> tuple[bool, list[asyncio.Server]]:
+        """Bind the main port; return whether another router has handed it over, and what this process serves of it."""
+        args, listening, given = self.app.args, self._listening, self.app.elsewhere.given
+        if given is not None:
+            return listening.adopt(args.host, args.port, given), []
+        follows = args.reuse_port and await listening.take_over(args.host, args.port)
+        return follows, await listening.bind(self.app.frontend, args.host, args.port, self.app.tls)
 
     def say_how_to_add_workers(self) -> None:
         """Warn when there is no worker, and nothing that will start one."""
@@ -200,9 +212,11 @@ class Life:
             log.warning("%s; metrics are served on %s/metrics only", exc, self.url)
 
     def _register(self) -> None:
-        """Register the workers of the state file, and those of the options."""
-        if self._state is not None:
-            self._state.load()
+        """Register the workers of the state file, and those of the options; the latter may have been removed since, if
+        the router has only been restarted in part."""
+        loaded = 0 if self._state is None else self._state.load()
+        if loaded and self.app.elsewhere.restarted:
+            return
         fleet = self.app.fleet
         for spec in self._configured.specs:
             if not fleet.entries(spec.url):
@@ -235,6 +249,7 @@ class Life:
         if seconds and not self._listening.succeeded:
             log.info("ending: /readiness fails; requests are served for another %g s", seconds)
             app.clients.drain(seconds)
+            app.elsewhere.drain(seconds)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(urgent.wait(), seconds)
 
@@ -245,6 +260,7 @@ class Life:
         if app.scaler is not None:
             await app.scaler.close()  # it must not scale down because the load drains
         succeeded = await self._listening.stop()
+        app.elsewhere.stop_accepting()
         if succeeded and app.tls is not None:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(urgent.wait(), _HANDSHAKES)
@@ -252,14 +268,14 @@ class Life:
             clients.drain(_LAST_REQUEST if succeeded else 0.0)
         app.router.refuse_stranded(ShuttingDown(), app.clock())
         app.checks.release()
-        if app.clients.active:
-            log.info("finishing %s", counted(app.clients.active, "running request"))
+        if self._active():
+            log.info("finishing %s", counted(self._active(), "running request"))
         waits = [app.loop.create_task(work) for work in (self._wind_up(succeeded), urgent.wait())]
         await asyncio.wait(waits, timeout=app.args.shutdown_grace_period_secs, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
-        if app.clients.active and not urgent.is_set():
-            log.warning("the grace period is over: cutting %s", counted(app.clients.active, "request"))
+        if self._active() and not urgent.is_set():
+            log.warning("the grace period is over: cutting %s", counted(self._active(), "request"))
 
     async def _wind_up(self, succeeded: bool) -> None:
         """Write the state file, unless another router has taken over, and wait for the last request."""
@@ -280,6 +296,7 @@ class Life:
             clients.cut()
         self._jobs.close()
         await self._drained()  # the aborted requests are logged and counted too
+        await app.elsewhere.close()
         if self._state is not None:
             await self._state.close()
         await self._listening.close()
@@ -291,25 +308,25 @@ class Life:
         app.deferred.flush()
 
 
-def serve(args: RouterArgs, crew: Callable[[Host], Crew] | None = None) -> int:
+def serve(
+    args: RouterArgs,
+    crew: Callable[[Host], Crew] | None = None,
+    elsewhere: Callable[[asyncio.AbstractEventLoop], Elsewhere] | None = None,
+) -> int:
     """Run a router until a signal tells it to stop; return the exit status. In a thread of another program it runs
     until that program ends.
 
-    crew  makes what runs engines for the router; None: the router has no engines of its own
+    crew       makes what runs engines for the router; None: the router has no engines of its own
+    elsewhere  makes the clients that other processes serve; None: there are none
 
     Raises: ConfigError, when the router cannot start with these options.
     """
     process.open_standard_descriptors()
     keep = KeepRules(args.log_keep_files, args.log_keep_days, args.log_max_bytes)
     writer = logs.configure(args.log_level, args.log_format, args.log_dir, keep=keep)
-    _raise_descriptor_limit()
-    keep_apart()
     try:
-        with contextlib.closing(uvloop.new_event_loop()) as loop, _handshakes_cut_quietly(loop):
-            asyncio.set_event_loop(loop)
-            return int(loop.run_until_complete(_run(args, loop, writer, crew)))
+        return on_loop(lambda loop: _run(args, loop, writer, crew, elsewhere(loop) if elsewhere else None))
     finally:
-        asyncio.set_event_loop(None)
         writer.close()
 
 
@@ -318,9 +335,10 @@ async def _run(
     loop: asyncio.AbstractEventLoop,
     writer: logs.LogWriter,
     crew_of: Callable[[Host], Crew] | None,
+    elsewhere: Elsewhere | None,
 ) -> int:
     signals = Signals(loop)
-    app = build(args, loop, writer)
+    app = build(args, loop, writer, elsewhere=elsewhere)
     life = Life(app, writer)
     signals.reload = Reload(app, writer).run
     # Each write finds by itself that its file was moved away; this line makes the new one.
@@ -359,29 +377,3 @@ def _remark(args: RouterArgs) -> None:
 
 def _url(scheme: str, host: str, port: int) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-@contextlib.contextmanager
-def _handshakes_cut_quietly(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """Close the loop at the end, without warnings about TLS handshakes in progress.
-
-    Only uvloop knows a client in the middle of a handshake. It closes the connection here, and warns; where warnings
-    are errors, it would not close it.
-    """
-    try:
-        yield
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)
-            loop.close()
-
-
-def _raise_descriptor_limit() -> None:
-    """Raise the soft limit on file descriptors to the hard one.
-
-    A request may need two descriptors, and the soft limit is often 1,024 while the hard one is far higher.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

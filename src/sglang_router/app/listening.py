@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, cast
 
 from sglang_router.access.tls import TLSFiles, listening_context
+from sglang_router.app.parts import GivenPort
 from sglang_router.errors import ConfigError
 from sglang_router.relay.client import ClientConnection
 from sglang_router.relay.frontend import Frontend
@@ -31,22 +32,22 @@ _SHUTDOWN = 2.0
 
 
 class Listening:
-    """All listening sockets of one router, including those taken over from the previous router."""
+    """All listening sockets of one router, including those taken over from the previous router.
+
+    port  the number of the port that was bound first
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self.port = 0
         self._servers: list[asyncio.Server] = []
-        self._by_address: dict[tuple[str, int], list[asyncio.Server]] = {}
+        self._by_address: dict[tuple[str, int], list[socket.socket]] = {}
+        self._given: Sequence[socket.socket] = ()
         self._inherited: InheritedSockets | None = None
         self._offered: SocketOffer | None = None
 
     def __repr__(self) -> str:
         return f"<Listening on {', '.join(f'{host}:{port}' for host, port in self._by_address)}>"
-
-    @property
-    def port(self) -> int:
-        """The port number of the address that was bound first."""
-        return port_of(self._servers)
 
     @property
     def succeeded(self) -> bool:
@@ -61,6 +62,13 @@ class Listening:
         self._inherited = await take_over(self._loop, host, port)
         return self._inherited is not None
 
+    def adopt(self, host: str, port: int, given: GivenPort) -> bool:
+        """Take note of an address that other processes serve; return whether another router gave its sockets."""
+        self._inherited, self._given = given.inherited, given.sockets
+        self._by_address[host, port] = list(given.sockets)
+        self.port = int(given.sockets[0].getsockname()[1])
+        return given.inherited is not None
+
     def leave_rest(self) -> None:
         """Close the sockets that were taken over and are not used."""
         if self._inherited is not None:
@@ -74,36 +82,20 @@ class Listening:
 
         Raises: OSError, when the address cannot be bound.
         """
-        times: dict[str, Any] = {"ssl_handshake_timeout": _HANDSHAKE, "ssl_shutdown_timeout": _SHUTDOWN}
         taken = self._inherited.take(host, port) if self._inherited is not None else []
         if not taken and host.strip("[]") == "::":
             taken = every_address(port)
         places: list[dict[str, Any]] = [{"sock": sock} for sock in taken]
-        servers: list[asyncio.Server] = [
-            await self._loop.create_server(
-                lambda: cast("asyncio.Protocol", ClientConnection(frontend)),
-                backlog=_BACKLOG,
-                start_serving=False,
-                ssl=listening_context(tls) if tls is not None else None,
-                **(times if tls is not None else {}),  # uvloop supports them on all versions of Python
-                **place,
-            )
-            for place in places or [{"host": host.strip("[]"), "port": port, "reuse_address": True}]
-        ]
-        for server in servers:
-            for sock in server.sockets:
-                probe_clients(sock)
+        alone = {"host": host.strip("[]"), "port": port, "reuse_address": True}
+        servers = await servers_on(self._loop, frontend, tls, places or [alone])
         self._servers += servers
-        self._by_address[host, port] = servers
+        self._by_address[host, port] = [sock for server in servers for sock in server.sockets]
+        self.port = self.port or port_of(servers)
         return servers
 
     def offer(self, ready: Callable[[], Awaitable[object]]) -> None:
         """Let the next router take over all addresses with a fixed port. ready: awaited before that."""
-        fds = {
-            place: [sock.fileno() for server in servers for sock in server.sockets]
-            for place, servers in self._by_address.items()
-            if place[1]
-        }
+        fds = {place: [sock.fileno() for sock in sockets] for place, sockets in self._by_address.items() if place[1]}
         self._offered = SocketOffer(self._loop, fds, ready)
         self._offered.offer()
 
@@ -117,6 +109,8 @@ class Listening:
         """Stop accepting clients; may be called again."""
         for server in self._servers:
             server.close()
+        for sock in self._given:
+            sock.close()
 
     async def close(self) -> None:
         """Close all sockets."""
@@ -125,6 +119,31 @@ class Listening:
             await self._offered.close()
         if self._inherited is not None:
             self._inherited.close()
+
+
+async def servers_on(
+    loop: asyncio.AbstractEventLoop, frontend: Frontend, tls: TLSFiles | None, places: Sequence[dict[str, Any]]
+) -> list[asyncio.Server]:
+    """Return servers that do not accept clients yet, one for each place: arguments of `create_server` that say where.
+
+    Raises: OSError, when an address cannot be bound.
+    """
+    times: dict[str, Any] = {"ssl_handshake_timeout": _HANDSHAKE, "ssl_shutdown_timeout": _SHUTDOWN}
+    servers: list[asyncio.Server] = [
+        await loop.create_server(
+            lambda: cast("asyncio.Protocol", ClientConnection(frontend)),
+            backlog=_BACKLOG,
+            start_serving=False,
+            ssl=listening_context(tls) if tls is not None else None,
+            **(times if tls is not None else {}),  # uvloop supports them on all versions of Python
+            **place,
+        )
+        for place in places
+    ]
+    for server in servers:
+        for sock in server.sockets:
+            probe_clients(sock)
+    return servers
 
 
 def every_address(port: int) -> list[socket.socket]:

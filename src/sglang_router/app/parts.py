@@ -1,9 +1,13 @@
-"""The parts of one router, and what a crew that runs engines adds to them. `app.build` makes and connects the parts."""
+"""The parts of one router, what a crew that runs engines adds to them, and the clients that other processes serve.
+
+`app.build` makes and connects the parts.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,11 +20,12 @@ from sglang_router.autoscale.autoscaler import Autoscaler
 from sglang_router.config import RouterArgs
 from sglang_router.observe.deferred import Deferred
 from sglang_router.observe.metrics import Metrics
-from sglang_router.relay.clients import Clients
+from sglang_router.relay.clients import Clients, Unanswered
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.relay.frontend import Frontend
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.silences import KeepAlives
+from sglang_router.restart.handover import InheritedSockets
 from sglang_router.routing.events import Listener, Listeners
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.router import Router
@@ -46,11 +51,93 @@ class Attachment(NamedTuple):
     actuators: Sequence[Actuator] = ()
 
 
+class GivenPort(NamedTuple):
+    """The main port, which other processes serve.
+
+    sockets    bound already
+    inherited  what another router handed over; None: nothing
+    """
+
+    sockets: Sequence[socket.socket]
+    inherited: InheritedSockets | None
+
+
+class Elsewhere:
+    """The clients that other processes of this router serve: none, when everything is in one process.
+
+    They are counted, drained and closed beside this process's own. `processes.relays` has the ones of
+    `--relay-processes`.
+
+    mark        what this router writes into Via; b"": a new one
+    given       the main port; None: this process serves it
+    state_file  where the state is kept when no option says so; None: nowhere
+    restarted   this process is the next one of a router that runs: what it was started with may have been changed
+    drained     set when the last connection is closed while draining
+    """
+
+    mark = b""
+    given: GivenPort | None = None
+    state_file: str | None = None
+    restarted = False
+
+    def __init__(self) -> None:
+        self.drained = asyncio.Event()
+
+    @property
+    def connections(self) -> int:
+        """Open client connections."""
+        return 0
+
+    @property
+    def active(self) -> int:
+        """Requests in flight."""
+        return 0
+
+    @property
+    def upstream(self) -> int:
+        """Open connections to workers."""
+        return 0
+
+    def unanswered(self) -> Unanswered:
+        """Sum up the requests without a first byte."""
+        return Unanswered(0, 0, 0, 0.0)
+
+    def attach(self, app: App) -> None:
+        """Take the parts of the router, which is built."""
+
+    def keep(self, save: Callable[[], Awaitable[object]]) -> None:
+        """Take what writes the state: a process that decides may end at any time."""
+
+    async def open(self) -> None:
+        """Let the other processes accept clients."""
+
+    def take_back(self, name: str) -> None:
+        """Retry the requests at a worker, whose host does not answer."""
+
+    def reload(self) -> None:
+        """Let the other processes read keys and certificates again."""
+
+    def stop_accepting(self) -> None:
+        """Let the other processes accept no further clients."""
+
+    def drain(self, last_request_timeout: float = 0.0) -> None:
+        """Close each connection after the answer in flight; see `relay.clients.Clients.drain`."""
+        self.drained.set()
+
+    def cut(self) -> None:
+        """Close all connections now."""
+        self.drained.set()
+
+    async def close(self) -> None:
+        """End the other processes."""
+
+
 @dataclass
 class App:
     """The parts of one router. `build` makes it; `app.lifecycle` starts and stops it.
 
     clients           the connections of the main port; scrapers: those of the metrics port
+    elsewhere         the clients that other processes of this router serve
     frontend          the main port; metrics_frontend: the metrics port
     control           what the endpoints of the control plane use; plane: serves the control plane
     scaler            None: the number of workers is fixed
@@ -72,6 +159,7 @@ class App:
     membership: Membership
     clients: Clients
     scrapers: Clients
+    elsewhere: Elsewhere
     relay: Relay
     keepalives: KeepAlives | None
     frontend: Frontend

@@ -41,6 +41,7 @@ class Reload:
             files.refresh(anyway=True)
         if self._args.config:
             self._read_config()
+        self._app.elsewhere.reload()
 
     def _read_config(self) -> None:
         old = self._args

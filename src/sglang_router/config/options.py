@@ -149,6 +149,14 @@ class HTTPOptions:
         " loses no request. Both routers need this option.",
         LISTENING,
     )
+    relay_processes: int = option(
+        0,
+        "Processes that relay requests, so that the router uses several cores; one more process decides for all of them"
+        " (docs/architecture.md). Each has connections of its own to workers, and an equal part of"
+        " --max-buffered-request-bytes. 0: one process does everything.",
+        LISTENING,
+        check=between(0, 64),
+    )
     state_file: str | None = option(
         None,
         "File that keeps the workers, their drain marks and, with cache_aware, the prefixes across a restart. Only its"

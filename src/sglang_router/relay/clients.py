@@ -36,6 +36,15 @@ class Unanswered(NamedTuple):
     size: int
     oldest: float
 
+    def with_others(self, others: Unanswered) -> Unanswered:
+        """Return these and others together."""
+        return Unanswered(
+            self.requests + others.requests,
+            self.held + others.held,
+            self.size + others.size,
+            max(self.oldest, others.oldest),
+        )
+
 
 class Watched(Protocol):
     """What has a deadline."""

@@ -28,6 +28,7 @@ from typing import Any
 import msgspec
 
 from sglang_router.errors import InvalidJSON
+from sglang_router.routing.imprint import Imprint
 from sglang_router.routing.keys import LONGEST, bounded
 from sglang_router.routing.model_names import LONGEST_TEXT, spelled
 from sglang_router.routing.multipart import model_of
@@ -206,7 +207,8 @@ class Facts:
     streaming    the client asked for a stream
     model        the model's name as JSON text, in one spelling and of bounded length (`routing.model_names`), or b""
     routing_key  header x-smg-routing-key, or b""
-    body         the whole body, as the relay holds it: only a request that broke workers is recognised by it
+    body         the whole body, as the relay holds it; in another process what stands for it. Only a request that broke
+                 workers is recognised by it
     place        of a large body: where its closing brace is, and what separates another member from those before
     reserved     name of a field that only a router may set (`routing.reserved`) and that the body has, or ""
     """
@@ -233,7 +235,7 @@ class Facts:
         streaming: bool = False,
         model: bytes = b"",
         routing_key: bytes = b"",
-        body: Content = b"",
+        body: Content | Imprint = b"",
     ) -> None:
         self.endpoint = endpoint
         self.namespace = namespace

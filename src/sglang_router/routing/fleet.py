@@ -186,6 +186,10 @@ class Fleet:
 
     # -- leases ------------------------------------------------------------------------------------------------------
 
+    def number_leases(self, after: int) -> None:
+        """Give the next lease a number above this one: other numbers may stand for leases of an earlier process."""
+        self._leases = after
+
     def lease(self, worker: Worker, probe: bool = True) -> Lease:
         """Take one unit of load on a worker. The load counts from now on, whatever the policy.
 

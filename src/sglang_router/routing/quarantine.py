@@ -26,6 +26,7 @@ from hashlib import blake2b
 
 from sglang_router.errors import RequestBreaksWorkers
 from sglang_router.routing.facts import Facts
+from sglang_router.routing.imprint import Imprint
 from sglang_router.routing.states import Health
 from sglang_router.routing.trail import MOST_BREAKS
 from sglang_router.routing.worker import Worker
@@ -35,6 +36,17 @@ SOON = 10.0
 LATER = 300.0
 MOST = 256
 _PART = 32768
+
+
+def fingerprint(key: bytes, facts: Facts) -> bytes:
+    """Return the keyed hash by which a request is recognised; b"" while it is not known."""
+    body, size = facts.body, len(facts.body)
+    if isinstance(body, Imprint):
+        return body.digest
+    digest = blake2b(b"%b\0%d\0" % (facts.endpoint.path, size), digest_size=16, key=key)
+    digest.update(body[:_PART])
+    digest.update(body[max(_PART, size - _PART) :])
+    return digest.digest()
 
 
 class _Broken:
@@ -73,9 +85,16 @@ class Quarantine:
     def __repr__(self) -> str:
         return f"<Quarantine of {len(self.broken)} requests>"
 
+    def use(self, key: bytes) -> None:
+        """Use this key of the hash: other processes compute fingerprints with it."""
+        self._key = key
+
     def broke(self, facts: Facts, worker: Worker, life: int, now: float) -> int:
-        """Remember that a request broke a worker; return how many it has broken, 0 if this one was known already."""
+        """Remember that a request broke a worker; return how many it has broken, 0 if this one was known already, or
+        if the request is not known by its fingerprint."""
         name, shape = self._hash(facts), _shape(facts)
+        if not name:
+            return 0
         broken = self.broken.pop(name, None)
         if broken is None:
             broken = _Broken(shape)
@@ -116,11 +135,7 @@ class Quarantine:
 
     def _hash(self, facts: Facts) -> bytes:
         self._key = self._key or self._rng.randbytes(32)
-        body, size = facts.body, len(facts.body)
-        digest = blake2b(b"%b\0%d\0" % (facts.endpoint.path, size), digest_size=16, key=self._key)
-        digest.update(body[:_PART])
-        digest.update(body[max(_PART, size - _PART) :])
-        return digest.digest()
+        return fingerprint(self._key, facts)
 
 
 def _shape(facts: Facts) -> tuple[bytes, int]:

@@ -299,6 +299,12 @@ class Router(Listener):
             self.queue.leave(tag.number, now)
             self._freed()
 
+    def adopt(self, tag: RequestTag, leg: PlannedLeg, lease: Lease, now: float) -> None:
+        """Take a leg that a decider before this one has planned: `retry`, `began` and `ended` apply to it."""
+        lease.number, lease.request = leg.lease, tag.number
+        self._leases[leg.lease] = lease
+        self.queue.begin(tag.number, now)
+
     def suspect(self, leg: PlannedLeg) -> None:
         """Check the leg's worker now: its connection broke."""
         worker = self.fleet.by_url(leg.target.name)

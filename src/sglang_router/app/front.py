@@ -1,0 +1,99 @@
+"""Make the parts that serve clients: a router in one process has them, and so has each relay process.
+
+connections    to workers
+clients        the registries of the main port's and of the metrics port's connections
+answers        what the router itself says
+relay          what the exchanges share
+routes         which exchange handles a request
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import random
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from sglang_router.access.tls import TLSFiles
+from sglang_router.admin.exchange import ControlPlane
+from sglang_router.app import settings
+from sglang_router.config import RouterArgs
+from sglang_router.relay.addresses import Addresses, LookUp
+from sglang_router.relay.answers import Answers
+from sglang_router.relay.batch import Batch
+from sglang_router.relay.body import no_handler
+from sglang_router.relay.budget import ByteBudget
+from sglang_router.relay.clients import Clients
+from sglang_router.relay.connection_pool import ConnectionPool
+from sglang_router.relay.exchange import Exchange
+from sglang_router.relay.relay import Relay, RelayRules
+from sglang_router.relay.routes import Routes
+from sglang_router.relay.silences import KeepAlives
+from sglang_router.resume.handler import handlers_of
+from sglang_router.routing.facts import Endpoint
+from sglang_router.wire.cors import Cors
+from sglang_router.wire.headers import ForwardRules
+from sglang_router.wire.request_id import REQUEST_ID_HEADERS, RequestIds
+
+_MAX_IDLE = 512
+"""Most idle connections kept for one worker."""
+_NO_LIMIT = 1 << 62
+"""A number of bytes that is never reached."""
+
+
+def connections_of(
+    args: RouterArgs, loop: asyncio.AbstractEventLoop, look_up: LookUp, rng: random.Random, tls: TLSFiles | None
+) -> ConnectionPool:
+    """Make the connections to workers."""
+    return ConnectionPool(
+        loop,
+        Batch(loop),
+        connect_timeout=args.connect_timeout_secs,
+        idle_timeout=args.upstream_idle_timeout_secs,
+        max_idle=_MAX_IDLE,
+        tls=tls,
+        max_age=args.upstream_max_age_secs or math.inf,
+        addresses=Addresses(loop, look_up, rng),
+    )
+
+
+def answers_of(args: RouterArgs, rng: random.Random, mark: bytes) -> Answers:
+    """Make what writes the router's own answers. mark: this router in Via."""
+    ids = RequestIds(rng.getrandbits, args.request_id_headers or REQUEST_ID_HEADERS, mark)
+    return Answers(ids, Cors(args.cors_allowed_origins) if args.cors_allowed_origins else None)
+
+
+def clients_of(args: RouterArgs, clock: Callable[[], float], connections: ConnectionPool) -> tuple[Clients, Clients]:
+    """Make the registries of the main port's and of the metrics port's connections."""
+    numbers = itertools.count(1)
+    budget = ByteBudget(args.max_buffered_request_bytes, args.body_min_bytes_per_second)
+    most, scrapers = settings.most_connections()
+    clients = Clients(clock, budget, most, lambda: connections.open, numbers)
+    return clients, Clients(clock, ByteBudget(_NO_LIMIT), scrapers, lambda: 0, numbers)
+
+
+def relay_rules(args: RouterArgs, forward: ForwardRules) -> RelayRules:
+    """Return the options of the relay."""
+    return RelayRules(
+        settings.timeouts(args),
+        forward,
+        handlers_of(settings.resume_rules(args)) if args.resume_streams else no_handler,
+        settings.most_routing_text(args),
+    )
+
+
+def keepalives_of(args: RouterArgs, clients: Clients) -> KeepAlives | None:
+    """Make what fills the silence of streams, if the options ask for it."""
+    seconds = args.sse_keepalive_secs
+    return KeepAlives(clients.exchanges, clients.clock, seconds) if seconds else None
+
+
+def routes_of(plane: ControlPlane, relay: Relay, endpoints: Mapping[bytes, Endpoint]) -> Routes:
+    """Make the routes of the main port: the relayed endpoints; everything else goes to the control plane."""
+    routes = Routes(plane.exchange)
+    for endpoint in endpoints.values():
+        for method in endpoint.methods:
+            routes.add(method, endpoint.path, partial(Exchange, relay, endpoint))
+    return routes

@@ -1,0 +1,1 @@
+"""Several processes that are one router: a supervisor, one that decides, and those that relay."""

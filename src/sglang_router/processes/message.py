@@ -1,0 +1,97 @@
+"""What all messages are, and those about the control plane: see `processes.messages` for the others.
+
+relay --> decider                decider --> relay
+AppAsk, AppBody    a request     AppHead, AppData      the answer
+AppTaken           go on         AppFailed, AppDone    its end
+AppGone            the client left
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Message(msgspec.Struct, array_like=True, gc=False):
+    """What all messages have in common: they cross as arrays, the first member of which says what they are."""
+
+
+class ErrorSent(Message, tag=35):
+    """An error of `errors`: its class, and what one of them may have of its own."""
+
+    name: str
+    message: str
+    param: str | None
+    retry_after: float | None
+    fields: list[tuple[str, str]]
+
+
+class AppAsk(Message, tag=17):
+    """A request for the control plane: an ASGI scope.
+
+    more     parts of the body follow
+    refusal  what whoever wants the body gets instead of it: it was not read
+    """
+
+    number: int
+    http: str
+    method: str
+    scheme: str
+    path: str
+    raw_path: bytes
+    query: bytes
+    headers: list[tuple[bytes, bytes]]
+    client: tuple[str, int] | None
+    server: tuple[str, int] | None
+    peer: list[str | int] | None
+    body: bytes
+    more: bool
+    refusal: ErrorSent | None
+
+
+class AppBody(Message, tag=18):
+    """A further part of the body."""
+
+    number: int
+    data: bytes
+    more: bool
+
+
+class AppTaken(Message, tag=19):
+    """A part of the answer was taken: the next one may come."""
+
+    number: int
+
+
+class AppGone(Message, tag=20):
+    """The client left."""
+
+    number: int
+
+
+class AppHead(Message, tag=48):
+    """The head of the control plane's answer."""
+
+    number: int
+    status: int
+    headers: list[tuple[bytes, bytes]]
+
+
+class AppData(Message, tag=49):
+    """A part of its body."""
+
+    number: int
+    data: bytes
+    more: bool
+
+
+class AppFailed(Message, tag=50):
+    """It raised an error."""
+
+    number: int
+    error: ErrorSent
+
+
+class AppDone(Message, tag=51):
+    """It returned."""
+
+    number: int
