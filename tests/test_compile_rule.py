@@ -144,3 +144,26 @@ def test_each_module_is_named_once() -> None:
     """A module that is renamed must not fall out of the wheel in silence: `modules` reads each."""
     assert len({module.path for module in modules(PACKAGE)}) == len(ALL)
     assert set(ALSO) <= COMPILED.keys()
+
+
+def looked_up(module: Module) -> list[str]:
+    """Constants of a module that compiled code would look up by name each time, because they are not Final."""
+    found = []
+    for node in module.tree.body:
+        if isinstance(node, ast.Assign) and not (
+            isinstance(node.value, ast.Call) and "TypeVar" in ast.unparse(node.value)
+        ):
+            found += [target.id for target in node.targets if isinstance(target, ast.Name) and target.id.isupper()]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id.isupper():
+            found += [node.target.id] * ("Final" not in ast.unparse(node.annotation))
+    return found
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_constants_are_final(name: str) -> None:
+    assert looked_up(COMPILED[name]) == []
+
+
+def test_a_constant_that_is_not_final_is_found() -> None:
+    source = "A: Final = 1\n_B = 2\nC: int = 3\nT = TypeVar('T')\nSome = list[int]\nD, E = range(2)"
+    assert looked_up(of(source)) == ["_B", "C"]

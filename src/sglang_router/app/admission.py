@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Final
 
 from sglang_router.access.permissions import Access, AccessKind, credentials_of
 from sglang_router.admin.routes import ROUTES
@@ -23,7 +24,7 @@ from sglang_router.relay.budget import SMALL
 from sglang_router.relay.routes import Routes
 from sglang_router.wire.request import Request
 
-_PARAMETER = re.compile(r"\{[^}]*\}")
+_PARAMETER: Final = re.compile(r"\{[^}]*\}")
 
 
 def admission(access: Access, routes: Routes) -> Callable[[Request, bool], int | None]:
@@ -58,7 +59,7 @@ def _takers() -> re.Pattern[bytes]:
     return re.compile("|".join(lines).encode())
 
 
-_TAKERS = _takers()
+_TAKERS: Final = _takers()
 
 
 def _length(request: Request) -> int:

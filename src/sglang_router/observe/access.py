@@ -14,6 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import msgspec
 
@@ -24,15 +25,15 @@ from sglang_router.routing.events import Finished, Listener, Quarantined, Worker
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag
 
-_LOGGER = "sglang_router.access"
-_SERVED = Outcome.SERVED  # a global is quicker than a member of an enumeration
-_INFO = logging.INFO
-_MOST_HEADS = 1000
-_LONGEST_HEAD = 256  # characters
+_LOGGER: Final = "sglang_router.access"
+_SERVED: Final = Outcome.SERVED  # a global is quicker than a member of an enumeration
+_INFO: Final = logging.INFO
+_MOST_HEADS: Final = 1000
+_LONGEST_HEAD: Final = 256  # characters
 _encode = msgspec.json.Encoder().encode
 
 
-PROBES = frozenset(("/health", "/health_generate", "/liveness", "/readiness", "/metrics", "/engine_metrics"))
+PROBES: Final = frozenset(("/health", "/health_generate", "/liveness", "/readiness", "/metrics", "/engine_metrics"))
 """Paths that load balancers, kubelets and Prometheus ask every few seconds."""
 
 
@@ -147,7 +148,7 @@ def _end(event: Finished) -> str:
 
 _workers = logging.getLogger("sglang_router.workers")
 
-_CHANGES = {
+_CHANGES: Final = {
     ("added", ""): (logging.INFO, "worker added"),
     ("removed", ""): (logging.INFO, "worker removed"),
     ("restarted", ""): (logging.WARNING, "worker is a new process: its remembered prefixes are dropped"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from sglang_router.routing.events import (
     Finished,
@@ -26,8 +26,8 @@ from sglang_router.routing.events import (
 
 Event = Routed | Retried | FirstByte | Finished | WorkerChanged
 
-_MOST = 32
-_LONGEST = 0.1  # seconds
+_MOST: Final = 32
+_LONGEST: Final = 0.1  # seconds
 
 
 class Deferred(Listeners):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Final
 
-LONGEST_MESSAGE = 16384  # characters
-_LONGEST_VALUE = 1024  # characters
+LONGEST_MESSAGE: Final = 16384  # characters
+_LONGEST_VALUE: Final = 1024  # characters
 
 
 class Stamp:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import Final
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
@@ -28,17 +29,17 @@ from sglang_router.routing.facts import ENDPOINTS
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.worker import Worker
 
-DURATION_BUCKETS = (
+DURATION_BUCKETS: Final = (
     *(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
     *(10.0, 15.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 240.0),
 )
 """Upper bounds in seconds; those of the Rust router."""
 
-_PROCESS: dict[bool, Callable[[CollectorRegistry], bytes]] = {False: generate_latest, True: generate_openmetrics}
+_PROCESS: Final[dict[bool, Callable[[CollectorRegistry], bytes]]] = {False: generate_latest, True: generate_openmetrics}
 """Writes what is told of the process, by whether in OpenMetrics."""
-_MOST_KINDS = 20_000
-_SERVED = Outcome.SERVED  # a global is quicker than a member of an enumeration
-_GONE = Outcome.GONE
+_MOST_KINDS: Final = 20_000
+_SERVED: Final = Outcome.SERVED  # a global is quicker than a member of an enumeration
+_GONE: Final = Outcome.GONE
 
 
 class Metrics(Listener):

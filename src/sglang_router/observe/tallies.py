@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 from sglang_router.routing.decisions import Decisions
 
-OTHER = "other"
-MOST_MODELS = 100
-METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+OTHER: Final = "other"
+MOST_MODELS: Final = 100
+METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
 SeriesKind = tuple[str, str, str, bool, int, str]

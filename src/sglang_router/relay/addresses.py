@@ -26,20 +26,21 @@ import random
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from typing import Final
 
 LookUp = Callable[[str], Sequence[str]]
 """Returns the addresses of a name; blocks. Raises: OSError, UnicodeError."""
 
-_MOST_THREADS = 128
+_MOST_THREADS: Final = 128
 """Look-ups at the same time."""
-_FRESH = 20.0
+_FRESH: Final = 20.0
 """Seconds after which a name in use is looked up again."""
-_FIRST_PAUSE = 0.5
+_FIRST_PAUSE: Final = 0.5
 """Seconds between a look-up that failed, or gave addresses that take no connection, and the next; doubled each time."""
-_LONGEST_PAUSE = 30.0
-_SLOW = 2.0
+_LONGEST_PAUSE: Final = 30.0
+_SLOW: Final = 2.0
 """Seconds from which on a look-up counts as one that hung."""
-_KEPT = 600.0
+_KEPT: Final = 600.0
 """Seconds that a name which nobody asks for is remembered."""
 
 

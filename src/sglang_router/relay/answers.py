@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from http import HTTPStatus
+from typing import Final
 
 from sglang_router.errors import RouterError
 from sglang_router.wire.cors import Cors
@@ -23,12 +24,12 @@ from sglang_router.wire.request import Headers, Request
 from sglang_router.wire.request_id import RequestIds
 from sglang_router.wire.response import ResponseHead
 
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 """The interim answer for a client that waits for it before it sends its body."""
 
-_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
-_CORS = b"access-control-"
-_DROPPED = HOP_BY_HOP | {b"content-length", b"x-request-id"}
+_REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
+_CORS: Final = b"access-control-"
+_DROPPED: Final = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 
 
 def connection_field(keep_alive: bool, http10: bool) -> bytes:

@@ -18,14 +18,14 @@ transport. `app.build` makes one batch per event loop and gives it to both sides
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from typing import Final, Protocol
 
 from sglang_router.relay.bulk import Bulk
 
 Writable = bytes | bytearray | memoryview
-_MOST_WRITES = 32
+_MOST_WRITES: Final = 32
 """Most writes that are gathered: with more, the first would wait too long for the last."""
-_LARGE = 131072
+_LARGE: Final = 131072
 """Bytes from which data is written at once, because only a write shows that the client reads too slowly: uvloop reads
 up to 32 times 256 kB from a worker in one iteration, and without a pause the router would have to hold all of it."""
 

@@ -42,18 +42,18 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from typing import Protocol
+from typing import Final, Protocol
 
 from sglang_router.relay.moves import HOLD_MOVES, IllegalMove
 from sglang_router.relay.states import ADMITTED, HELD, IN_LINE, PAUSED, PLAIN, SMALL_BODY, HoldState
 
-SMALL = 65536
+SMALL: Final = 65536
 """Bytes of a body up to which it never waits."""
-GRACE = 5.0
+GRACE: Final = 5.0
 """Seconds of slowness that a body may have while others wait for the budget."""
-_STEP = 262144
+_STEP: Final = 262144
 """Most bytes that a growing body reserves beyond what has arrived, while it is small."""
-_SHARES = (0, 0, 2, 1, 1, 1)
+_SHARES: Final = (0, 0, 2, 1, 1, 1)
 """By state of a hold: whether its bytes count as small (0), large (1) or in line (2)."""
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from sglang_router.relay.budget import ByteBudget
 from sglang_router.relay.deadlines import Deadline
 
-_STOPPED = 1.25
+_STOPPED: Final = 1.25
 """Seconds between two sweeps from which the process was stopped, or busy with something else, meanwhile."""
-_MOST_HURRIED = 100
+_MOST_HURRIED: Final = 100
 """Most slow clients that one sweep refuses: each takes a moment."""
 
 
@@ -100,7 +100,7 @@ class Connected(Watched, Protocol):
         """Close now."""
 
 
-_TOLD = 16
+_TOLD: Final = 16
 """Connections over the limit that are told so and may still be open; further ones are closed without a word."""
 
 

@@ -23,7 +23,7 @@ import errno
 import math
 import ssl
 from collections import deque
-from typing import cast
+from typing import Final, cast
 
 from sglang_router.access.tls import TLSFiles, worker_files
 from sglang_router.relay.addresses import Addresses
@@ -36,8 +36,8 @@ from sglang_router.routing.plan import Target
 from sglang_router.wire.request import Body
 from sglang_router.wire.splice import Spliced
 
-_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
-_ADDRESS_TIMEOUT = 2.0
+_NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
+_ADDRESS_TIMEOUT: Final = 2.0
 """Most seconds for one address of a name while there are others to try."""
 
 

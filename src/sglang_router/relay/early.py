@@ -10,7 +10,7 @@ until the first event, and what comes of them is told in the stream:
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
@@ -20,11 +20,11 @@ from sglang_router.routing.outcome import Outcome
 from sglang_router.wire.framing import LAST_CHUNK, Chunked, Framing, UntilClose, chunk
 from sglang_router.wire.response import ResponseHead, framing_of, parse_head
 
-_HEAD = (
+_HEAD: Final = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
     b"transfer-encoding: chunked\r\n\r\n"
 )
-_MOST = 1 << 20
+_MOST: Final = 1 << 20
 """Most bytes of an answer that is sent as one event."""
 
 

@@ -9,15 +9,15 @@ have: each costs as much as kilobytes of a body.
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from typing import Final, Protocol
 
-FULL = 131072
+FULL: Final = 131072
 """Bytes of a read that may have left more in the socket: uvloop reads 256,000 bytes at most, asyncio 262,144."""
-FEW = 8192
+FEW: Final = 8192
 """Bytes that are parsed at once whatever they are: of tiny chunks or pipelined requests that takes a millisecond."""
-_PARSED = 65536
+_PARSED: Final = 65536
 """Bytes that are parsed in one piece when they have few lines."""
-_FEW_LINES = 1000
+_FEW_LINES: Final = 1000
 """Lines of a piece up to which only its bytes count."""
 
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from typing import Final
 
-AT_ONCE = 0.1
+AT_ONCE: Final = 0.1
 """Seconds after a request within which its client may end its sending side."""
-PROBE_AFTER = 1.0
+PROBE_AFTER: Final = 1.0
 """Seconds until the router finds out whether such a client still reads."""
 
 

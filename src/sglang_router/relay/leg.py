@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from sglang_router.errors import RouterError, StreamBroken
 from sglang_router.relay.batch import Batch
@@ -35,11 +35,11 @@ from sglang_router.wire.request import Body, Request
 from sglang_router.wire.response import ResponseHead
 from sglang_router.wire.splice import Spliced, splice, splice_at
 
-LOOKS = 4
+LOOKS: Final = 4
 """Checks of an answer's progress per `timeouts.chunk`: a silent answer ends after 1 to 1.25 times that timeout."""
 
 
-_NOT_SENT = (Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.UNCONNECTED)
+_NOT_SENT: Final = (Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.UNCONNECTED)
 """After a kept connection broke, these say that it was the worker's end, and not the end of an idle connection."""
 
 

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from typing import Final
 
-_APART = 1 << 20
-_KEPT = 1 << 23
+_APART: Final = 1 << 20
+_KEPT: Final = 1 << 23
 """Free bytes at the end of the heap above which glibc gives them back."""
-_SLICE = 1 << 22
+_SLICE: Final = 1 << 22
 """Bytes that are given back in one piece of work, which takes about 0.5 ms."""
-_TURNS = 100
+_TURNS: Final = 100
 """Turns of the loop to wait while somebody still looks at the body, such as a connection that is being aborted."""
 
-_SYSTEM = ctypes.CDLL(None)
-_DONT_NEED = getattr(mmap, "MADV_DONTNEED", -1)
+_SYSTEM: Final = ctypes.CDLL(None)
+_DONT_NEED: Final = getattr(mmap, "MADV_DONTNEED", -1)
 _madvise = getattr(_SYSTEM, "madvise", None) if _DONT_NEED >= 0 else None
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 

@@ -23,6 +23,8 @@ The table of holds, which count bytes of requests, is drawn in `relay.budget`.
 
 from __future__ import annotations
 
+from typing import Final
+
 from sglang_router.relay.states import (
     ADMITTED,
     ANSWERING,
@@ -51,7 +53,7 @@ def may(*states: int) -> int:
     return sum(1 << state for state in states)
 
 
-CLIENT_MOVES = (
+CLIENT_MOVES: Final = (
     may(READING, BUSY, LINGERING, CLOSING),  # IDLE: the first bytes, a whole request, a refusal, the idle timeout
     may(READING, BUSY, LINGERING, CLOSING),  # READING: more bytes
     may(IDLE, LINGERING, CLOSING),  # BUSY: the answer is written; the next request begins in IDLE
@@ -59,7 +61,7 @@ CLIENT_MOVES = (
     may(CLOSING),  # CLOSING
 )
 
-EXCHANGE_MOVES = (
+EXCHANGE_MOVES: Final = (
     may(QUEUED, ROUTED, DONE),  # NEW
     may(QUEUED, ROUTED, DONE),  # QUEUED: another reason to wait, a plan, or the end
     may(ROUTED, ANSWERING, DONE),  # ROUTED: a retry, the head, or the end
@@ -67,7 +69,7 @@ EXCHANGE_MOVES = (
     may(),  # DONE
 )
 
-HOLD_MOVES = (
+HOLD_MOVES: Final = (
     may(SMALL_BODY, IN_LINE, ADMITTED),  # PLAIN: a part of a small body; a large body waits, or is admitted
     may(PLAIN, IN_LINE, ADMITTED),  # SMALL_BODY: complete, or a chunked body has become large
     may(PLAIN, ADMITTED),  # IN_LINE: given up, or admitted

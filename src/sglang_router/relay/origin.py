@@ -9,13 +9,14 @@ The starts are cached, because a router sends the same few again and again.
 from __future__ import annotations
 
 import re
+from typing import Final
 from urllib.parse import urlsplit
 
-_ADDRESS = re.compile(r"[0-9.]+|[0-9a-f.]*:[0-9a-f:.]*")
-_THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}
-_MAX_STARTS = 256
+_ADDRESS: Final = re.compile(r"[0-9.]+|[0-9a-f.]*:[0-9a-f:.]*")
+_THIS_MACHINE: Final = {"localhost", "127.0.0.1", "::1"}
+_MAX_STARTS: Final = 256
 """Most starts cached per origin. Clients choose the paths, so there must be a limit."""
-_LONGEST_KEY = 256
+_LONGEST_KEY: Final = 256
 """Bytes of method and path up to which a start is cached."""
 
 

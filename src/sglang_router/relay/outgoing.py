@@ -9,10 +9,12 @@ take at once stands in the transport's buffer.
 
 from __future__ import annotations
 
+from typing import Final
+
 from sglang_router.wire.request import Body
 from sglang_router.wire.splice import Spliced
 
-SLICE = 262144
+SLICE: Final = 262144
 """Bytes of a slice: takes the system about 0.1 ms."""
 
 

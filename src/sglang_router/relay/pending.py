@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from sglang_router.errors import (
     ConnectTimeout,
     InternalError,
@@ -18,7 +20,7 @@ from sglang_router.relay.leg import Leg
 from sglang_router.routing.outcome import Outcome
 from sglang_router.wire.response import ResponseHead
 
-ERRORS: dict[Outcome, type[RouterError]] = {
+ERRORS: Final[dict[Outcome, type[RouterError]]] = {
     Outcome.REFUSED: WorkerUnreachable,
     Outcome.UNREACHABLE: WorkerUnreachable,
     Outcome.UNCONNECTED: ConnectTimeout,

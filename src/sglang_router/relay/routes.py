@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from sglang_router.relay.clients import AnyExchange
 from sglang_router.wire.request import Request
@@ -21,7 +21,7 @@ from sglang_router.wire.request import Request
 Factory = Callable[[Any, Request], AnyExchange]
 """Makes the exchange of a request; the first argument is its `relay.client.ClientConnection`."""
 
-_PARAMETER = re.compile(rb"\{[a-z_]+\}")
+_PARAMETER: Final = re.compile(rb"\{[a-z_]+\}")
 
 
 class Routes:

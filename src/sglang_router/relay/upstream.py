@@ -26,7 +26,7 @@ import asyncio
 import errno
 import math
 import ssl
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 from sglang_router.access.tls import MAY_WANT_CERTIFICATE, explain
 from sglang_router.errors import WorkerInvalid
@@ -40,13 +40,13 @@ from sglang_router.wire.request import Body
 from sglang_router.wire.response import ResponseHead, framing_of, parse_head
 from sglang_router.wire.splice import Spliced
 
-_JOIN_BELOW = 65536
+_JOIN_BELOW: Final = 65536
 """Bytes of a body below which joining it with the head is cheaper than a second write."""
-_VANISHED = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+_VANISHED: Final = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 """Errors of a connection whose other end is gone without a word (`relay.keepalive`); it was not closed for idling."""
-STALE_WITHIN = 1.0
+STALE_WITHIN: Final = 1.0
 """Seconds after a request within which the end of an idle connection, which crossed it, arrives."""
-_MAX_INTERIM = 8
+_MAX_INTERIM: Final = 8
 """Interim responses (1xx) that a worker may send before its answer."""
 
 

@@ -11,20 +11,20 @@ front is part of that, for a chunk that holds nothing but a newline ends alike (
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 from sglang_router.errors import WorkerInvalid
 from sglang_router.routing.outcome import Outcome
 from sglang_router.wire.framing import LAST_CHUNK, Chunked, Framing, UntilClose, chunk
 from sglang_router.wire.sse import EventSplitter
 
-ANY_END: tuple[bytes, ...] = (b"",)
+ANY_END: Final[tuple[bytes, ...]] = (b"",)
 """Ends of reads of an answer that is no stream of events: any."""
-CHUNKED_ENDS = (b"}\n\n\r\n", b"]\n\n\r\n", b"}\r\n\r\n\r\n", b"]\r\n\r\n\r\n")
+CHUNKED_ENDS: Final = (b"}\n\n\r\n", b"]\n\n\r\n", b"}\r\n\r\n\r\n", b"]\r\n\r\n\r\n")
 """Usual ends of reads of a chunked stream; others are looked at more closely."""
-PLAIN_ENDS = (b"\n\n", b"\n\r\n", b"\r\r")
+PLAIN_ENDS: Final = (b"\n\n", b"\n\r\n", b"\r\r")
 """Ends of reads of a stream without chunks."""
-USUAL_ENDS = (*CHUNKED_ENDS, b"}\n\n", b"}\r\n\r\n")
+USUAL_ENDS: Final = (*CHUNKED_ENDS, b"}\n\n", b"}\r\n\r\n")
 """Usual ends of the first read of a stream, chunked or not."""
 
 

@@ -30,6 +30,7 @@ Pure: rules and time are arguments. The fleet owns all circuits and is the only 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from sglang_router.routing.outcome import Hears
 from sglang_router.routing.rules import BreakerRules
@@ -135,7 +136,7 @@ def close(circuit: Circuit, rules: BreakerRules, now: float, kind: Hears) -> Non
     circuit.close()
 
 
-TABLE: dict[tuple[Breaker, BreakerEvent], Action] = {
+TABLE: Final[dict[tuple[Breaker, BreakerEvent], Action]] = {
     (Breaker.CLOSED, BreakerEvent.SUCCESS): clear,
     (Breaker.CLOSED, BreakerEvent.FAILURE): count,
     (Breaker.CLOSED, BreakerEvent.CHECK_PASSED): keep,

@@ -13,13 +13,14 @@ Each event about a request contains its RequestTag. No event contains any part o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from sglang_router.routing.native import mypyc_attr
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg, RequestTag
 from sglang_router.routing.worker import Worker
 
-CHANGES = ("added", "removed", "restarted", "health", "breaker", "outlier", "draining")
+CHANGES: Final = ("added", "removed", "restarted", "health", "breaker", "outlier", "draining")
 """What can change: the values of WorkerChanged.what."""
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -37,26 +37,26 @@ from sglang_router.routing.reserved import HOLDERS, LONGEST_HELD, RESERVED, firs
 from sglang_router.routing.skim import Content, Skim, Spans
 from sglang_router.routing.tolerant import in_utf8, members
 
-LARGE = 1 << 19
+LARGE: Final = 1 << 19
 """Bytes of a body up to which it is decoded at once, which takes 3 ms at most."""
-QUICK = 1 << 15
+QUICK: Final = 1 << 15
 """Bytes of a body up to which that is so quick that many are decoded in one turn of the event loop."""
-TINY = 1 << 12
+TINY: Final = 1 << 12
 """Bytes of a body up to which it is read at once whatever is in it: 2 ms at most."""
-MOST_TEXT = 1 << 20
+MOST_TEXT: Final = 1 << 20
 """Bytes of the routing text that count: more of it takes the tree more than 2 ms."""
-_MOST_NAMESPACE = 1 << 16
+_MOST_NAMESPACE: Final = 1 << 16
 """Bytes of each field of the namespace of a large body that count: all names and salts are far shorter."""
-_CLOSERS = b']"'
-_TRUE = msgspec.Raw(b"true")
-_SCAFFOLD = re.compile(
+_CLOSERS: Final = b']"'
+_TRUE: Final = msgspec.Raw(b"true")
+_SCAFFOLD: Final = re.compile(
     rb'\s*\[\s*\{\s*(?:"(?:role|type)"\s*:\s*"[a-z_]{1,16}"\s*,\s*)*"(?:content|text)"\s*:\s*'
     rb'(?:\[\s*\{\s*"type"\s*:\s*"[a-z_]{1,16}"\s*,\s*"text"\s*:\s*)?'
 )
 """The constant beginning of a list of messages, up to the first content."""
 
 
-NAMESPACE = ("model", "lora_path", "lora_id", "cache_salt")
+NAMESPACE: Final = ("model", "lora_path", "lora_id", "cache_salt")
 """Fields that divide the engines' caches: a prefix cached for one value is useless for another."""
 
 
@@ -174,7 +174,7 @@ class Endpoint:
         return self.reader is not None
 
 
-_ROWS = (
+_ROWS: Final = (
     Endpoint(b"/generate", "generate", ("text", "input_ids", "image_data"), id=b"gnt-"),
     Endpoint(b"/v1/chat/completions", "chat", ("tools", "messages"), id=b"chatcmpl-"),
     Endpoint(b"/v1/completions", "completions", ("prompt",), id=b"cmpl-"),
@@ -190,10 +190,10 @@ _ROWS = (
     Endpoint(b"/v1/audio/transcriptions", "transcriptions", json=False),
 )
 
-ENDPOINTS: dict[bytes, Endpoint] = {row.path: row for row in _ROWS}
+ENDPOINTS: Final[dict[bytes, Endpoint]] = {row.path: row for row in _ROWS}
 """The relayed endpoints, by path."""
 
-_NOTHING = frozenset((b"", b"null", b"[]", b'""'))
+_NOTHING: Final = frozenset((b"", b"null", b"[]", b'""'))
 """Values that mean the same as a missing field: some clients send every field they know."""
 
 

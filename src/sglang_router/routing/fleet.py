@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Final
 
 import msgspec
 
@@ -35,7 +36,7 @@ from sglang_router.routing.worker import Worker
 # Members of an enumeration are looked up slowly before Python 3.12.
 _NOTHING, _SUCCESS = Hears.NOTHING, Hears.SUCCESS
 _SERVED, _REJECTED, _REFUSED, _LOST = Outcome.SERVED, Outcome.REJECTED, Outcome.REFUSED, Outcome.LOST
-_HALF_OPEN = Breaker.HALF_OPEN
+_HALF_OPEN: Final = Breaker.HALF_OPEN
 
 
 class Fleet:
@@ -353,7 +354,7 @@ class Fleet:
         self._listener.worker_changed(WorkerChanged(worker, what, old, new))
 
 
-_EVENTS = {
+_EVENTS: Final = {
     (True, False): BreakerEvent.SUCCESS,
     (False, False): BreakerEvent.FAILURE,
     (True, True): BreakerEvent.PROBE_SUCCESS,

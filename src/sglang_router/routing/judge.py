@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from sglang_router.routing.events import Listener, Quarantined
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.lease import Lease
@@ -17,7 +19,7 @@ from sglang_router.routing.plan import RequestTag
 from sglang_router.routing.quarantine import Quarantine
 from sglang_router.routing.trail import MOST_BREAKS, Failure, Trail
 
-_UNREAD = frozenset(
+_UNREAD: Final = frozenset(
     (
         *(Outcome.REJECTED, Outcome.BUSY, Outcome.FAILED),
         *(Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.UNCONNECTED, Outcome.STARVED),

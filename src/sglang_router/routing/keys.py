@@ -7,8 +7,9 @@ them after the request therefore keeps `bounded(key)`: the key itself up to 64 b
 from __future__ import annotations
 
 from hashlib import blake2b
+from typing import Final
 
-LONGEST = 64
+LONGEST: Final = 64
 """Bytes of a key that is kept as it came."""
 
 

@@ -7,15 +7,15 @@ for one, writes "org\\/model".
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
-MOST_NAMES = 64
+MOST_NAMES: Final = 64
 """Names that are believed of one worker; it may announce more."""
-LONGEST_NAME = 256
+LONGEST_NAME: Final = 256
 """Characters of a name; what is longer, or does not print, is no name."""
-LONGEST_TEXT = 4 * LONGEST_NAME + 2
+LONGEST_TEXT: Final = 4 * LONGEST_NAME + 2
 """Bytes of a name as JSON text."""
 
 
@@ -30,7 +30,7 @@ class Names(NamedTuple):
     adapters: tuple[str, ...] = ()
 
 
-NO_NAMES = Names()
+NO_NAMES: Final = Names()
 """What a worker announces that announces nothing: it may serve any model."""
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Final, Protocol
 
 from sglang_router.errors import ModelNotFound, ModelRequired, RouterError, Unavailable, WorkersStarting
 from sglang_router.routing.candidates import Candidates, candidates_of
@@ -34,10 +34,10 @@ from sglang_router.routing.standing import standing
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
 
-_SHOWN_NAMES = 10
-_SHOWN_CHARACTERS = 100
-_MAIN = b""
-_RETRY_AFTER = 5.0
+_SHOWN_NAMES: Final = 10
+_SHOWN_CHARACTERS: Final = 100
+_MAIN: Final = b""
+_RETRY_AFTER: Final = 5.0
 """Retry-After in seconds: nothing better is known."""
 
 

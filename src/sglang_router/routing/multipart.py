@@ -14,16 +14,17 @@ fields `model` the last one counts, as for engines.
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from sglang_router.routing.model_names import is_name, text_of
 
-_WALKED = 1 << 19
+_WALKED: Final = 1 << 19
 """Bytes that are walked at each end: no step of the event loop may grow with a body."""
-_MOST_PARTS = 256
+_MOST_PARTS: Final = 256
 """Parts that are looked at, at each end."""
-_FIRST_LINE = re.compile(rb"(?:\r\n)?(--[^\r\n]{1,200}?)[ \t]*\r\n")
-_DISPOSITION = re.compile(rb"content-disposition[ \t]*:[ \t]*form-data[ \t]*(;[^\r\n]*)", re.IGNORECASE)
-_PARAMETER = re.compile(rb';[ \t]*([^=;"\s]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^;"\s]*))')
+_FIRST_LINE: Final = re.compile(rb"(?:\r\n)?(--[^\r\n]{1,200}?)[ \t]*\r\n")
+_DISPOSITION: Final = re.compile(rb"content-disposition[ \t]*:[ \t]*form-data[ \t]*(;[^\r\n]*)", re.IGNORECASE)
+_PARAMETER: Final = re.compile(rb';[ \t]*([^=;"\s]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^;"\s]*))')
 
 
 def model_of(body: bytes | bytearray) -> bytes:

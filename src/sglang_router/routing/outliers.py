@@ -46,19 +46,19 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Collection, Hashable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from sglang_router.routing.rules import OutlierRules
 
 T = TypeVar("T", bound=Hashable)
 
-_SLOTS = 6
-_FEW = 5
+_SLOTS: Final = 6
+_FEW: Final = 5
 """Answers of the others that a comparison needs."""
-_MOST_WAITING = 15
-_ERRORS = 2.0
+_MOST_WAITING: Final = 15
+_ERRORS: Final = 2.0
 """Standard errors by which a worker must exceed the allowed value."""
-_LEAST = 1e-4
+_LEAST: Final = 1e-4
 """Seconds; a faster first byte counts as this one."""
 
 

@@ -11,11 +11,11 @@ No value refers to a live worker, a connection or a bound method.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from sglang_router.errors import RouterError
 
-_NAMELESS = (b"", b"", b"", None)
+_NAMELESS: Final = (b"", b"", b"", None)
 
 
 class Target(NamedTuple):

@@ -40,7 +40,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from sglang_router.errors import NoWorkers, RouterError, Unavailable, WorkersFull, WorkersStarting
 from sglang_router.routing.candidates import Candidates
@@ -54,11 +54,11 @@ from sglang_router.routing.slow_start import SlowStart
 from sglang_router.routing.states import Breaker, Health
 from sglang_router.routing.worker import Worker
 
-_RETRY_AFTER = 5.0
+_RETRY_AFTER: Final = 5.0
 """Retry-After in seconds, when nothing better is known."""
-_MOST_REASONS = 3
+_MOST_REASONS: Final = 3
 """Most reasons that an error names."""
-_PROBED_AFTER = 1.0
+_PROBED_AFTER: Final = 1.0
 """Seconds in which the one request of a half-open breaker may be back."""
 
 

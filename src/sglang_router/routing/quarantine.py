@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import random
 from hashlib import blake2b
+from typing import Final
 
 from sglang_router.errors import RequestBreaksWorkers
 from sglang_router.routing.facts import Facts
@@ -31,11 +32,11 @@ from sglang_router.routing.states import Health
 from sglang_router.routing.trail import MOST_BREAKS
 from sglang_router.routing.worker import Worker
 
-SOON = 10.0
+SOON: Final = 10.0
 """Seconds until a health check has told whether the workers are gone."""
-LATER = 300.0
-MOST = 256
-_PART = 32768
+LATER: Final = 300.0
+MOST: Final = 256
+_PART: Final = 32768
 
 
 def fingerprint(key: bytes, facts: Facts) -> bytes:

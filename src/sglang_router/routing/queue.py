@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from sglang_router.errors import QueueFull, RateLimited, TooManyWaiting
 from sglang_router.routing.rules import QueueRules
@@ -37,11 +37,11 @@ T = TypeVar("T")
 PLACE, ROOM, START = "place", "room", "start"
 """What a queued request waits for."""
 
-_WEIGHT = 1 / 16
+_WEIGHT: Final = 1 / 16
 """Weight of the latest pause between two ends in the mean pause."""
-_LONGEST = 60.0
+_LONGEST: Final = 60.0
 """Longest Retry-After, in seconds: an estimate further ahead is not reliable."""
-_ROUNDING = 1e-6
+_ROUNDING: Final = 1e-6
 """Tolerance for rounding errors, in seconds, so that requests at exactly the rate limit pass."""
 
 

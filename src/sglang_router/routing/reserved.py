@@ -12,12 +12,13 @@ So reserved fields are looked for in these, too.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 import msgspec
 
 from sglang_router.routing.tolerant import members
 
-RESERVED = (
+RESERVED: Final = (
     "kv_transfer_params",
     "ec_transfer_params",
     "bootstrap_host",
@@ -34,13 +35,13 @@ RESERVED = (
     "decode_dp_rank",
     "dp_rank",
 )
-HOLDERS = ("vllm_xargs", "extra_args", "extra_body")
-LONGEST_HELD = 1 << 16
+HOLDERS: Final = ("vllm_xargs", "extra_args", "extra_body")
+LONGEST_HELD: Final = 1 << 16
 """Bytes of a holder that are searched; a longer one is refused."""
-_LONGEST_ODD = 1 << 13
+_LONGEST_ODD: Final = 1 << 13
 """The same for one that the fast decoder refuses: the other one takes milliseconds for more."""
-_HOLDER = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_NOTHING = (b"", b"null")
+_HOLDER: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_NOTHING: Final = (b"", b"null")
 
 
 def first_reserved(fields: Iterable[tuple[str, bytes]]) -> str:

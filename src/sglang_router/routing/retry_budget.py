@@ -20,11 +20,12 @@ The floor lets a quiet router retry, whose few requests would allow no retry.
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from sglang_router.routing.rules import RetryBudgetRules
 
-_SLOTS = 10
-_ROUNDING = 1e-9
+_SLOTS: Final = 10
+_ROUNDING: Final = 1e-9
 """Retries; tolerance for float errors, so that 20 % of 10 requests are 2."""
 
 

@@ -19,7 +19,9 @@ them without looking at each worker.
 
 from __future__ import annotations
 
-_NARROW = 32
+from typing import Final
+
+_NARROW: Final = 32
 """Bits of a mask in which a bit is sought one by one."""
 
 

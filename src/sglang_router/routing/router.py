@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Hashable
+from typing import Final
 
 from sglang_router.errors import QueueTimeout, RouterError, WorkersFull, WorkersStarting
 from sglang_router.routing.candidates import Candidates, candidates_of
@@ -55,9 +56,9 @@ class _Asked:
         self.facts = facts
 
 
-_SERVED = Outcome.SERVED
-_NOBODY = candidates_of(())
-_SILENT_BREAKS = (Outcome.BROKEN, Outcome.LOST)
+_SERVED: Final = Outcome.SERVED
+_NOBODY: Final = candidates_of(())
+_SILENT_BREAKS: Final = (Outcome.BROKEN, Outcome.LOST)
 
 
 class Router(Listener):

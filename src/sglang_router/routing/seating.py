@@ -12,6 +12,7 @@ that a change of one concerns nobody else. When more are, all are compared again
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.roster import Roster
@@ -19,7 +20,7 @@ from sglang_router.routing.standing import OUT, STANDS, THERE, alone, standing
 from sglang_router.routing.states import Breaker, Health
 from sglang_router.routing.worker import Worker
 
-_HALF_OPEN = Breaker.HALF_OPEN
+_HALF_OPEN: Final = Breaker.HALF_OPEN
 
 
 class _Side:

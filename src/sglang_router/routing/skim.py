@@ -28,6 +28,7 @@ import re
 from collections.abc import Container
 from itertools import accumulate
 from operator import add
+from typing import Final
 
 import msgspec
 
@@ -37,35 +38,47 @@ Content = bytes | bytearray
 """The body of a request; a large one is a bytearray, which nobody changes once it is whole."""
 Spans = dict[bytes, tuple[int, int]]
 """Where values begin and end, by the names of their members."""
-WORK = 500_000
+WORK: Final = 500_000
 """Work of one step, about in nanoseconds; its last window may exceed that by a few hundred thousand."""
-WINDOWS = (256, 16384)
+WINDOWS: Final = (256, 16384)
 """Bytes of the smallest and the largest window. They grow while a value goes on, so that a short value costs little."""
 _PER_TOKEN, _PER_QUOTE, _PER_PAIR, _PER_BRACKET = 1000, 40, 20, 30
 """What they cost, about in nanoseconds; a byte costs one or two."""
-_MOST_MEMBERS = 10_000
+_MOST_MEMBERS: Final = 10_000
 """Members of the outermost object above which it is refused: each costs microseconds, and no engine knows as many."""
-_DEEPEST = 1024
+_DEEPEST: Final = 1024
 """Depth of a value from about which on it is refused, as decoding does: readers that recurse give up there."""
-_INNERMOST = 3
+_INNERMOST: Final = 3
 """How often the innermost pairs of brackets are taken out, before the depth is followed: mostly few remain."""
-_LONGEST_NAME = 256
+_LONGEST_NAME: Final = 256
 """Bytes above which a name is not that of a wanted member, even if each of its letters is escaped."""
 
-_SPACE = re.compile(rb"[ \t\r\n]*")
-_SCALAR = re.compile(rb"[-+.0-9A-Za-z]*")  # NaN and Infinity as well: some readers know them
-_TOKEN = re.compile(rb'"[^"]*"?|[\[{]|([\]}])')
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some readers skip it
-_OTHER_ENCODINGS = b"\0\xfe\xff"  # how they begin; Python engines read them
+_SPACE: Final = re.compile(rb"[ \t\r\n]*")
+_SCALAR: Final = re.compile(rb"[-+.0-9A-Za-z]*")  # NaN and Infinity as well: some readers know them
+_TOKEN: Final = re.compile(rb'"[^"]*"?|[\[{]|([\]}])')
+_BYTE_ORDER_MARK: Final[bytes] = b"\xef\xbb\xbf"  # some readers skip it
+_OTHER_ENCODINGS: Final = b"\0\xfe\xff"  # how they begin; Python engines read them
 _QUOTE, _OPENS_OBJECT, _CLOSES_OBJECT, _COMMA, _COLON = b'"{},:'
-_OPENS = b"[{"
-_FOLD = bytes.maketrans(b"[{]}", b"0011")
-_TURNED = bytes.maketrans(b"01", b"10")
-_NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+_OPENS: Final = b"[{"
+_FOLD: Final = bytes.maketrans(b"[{]}", b"0011")
+_TURNED: Final = bytes.maketrans(b"01", b"10")
+_NOT_BRACKETS: Final = bytes(byte for byte in range(256) if byte not in b"[]{}")
 
 BEGIN, NAME, FIRST_NAME, COLON, VALUE, STRING, NESTED, SCALAR, AFTER, REST, DONE = range(11)
 """What comes next: an object; the name of a member, or of the first one or the end; ...; white space; nothing."""
-_STATES = ("BEGIN", "NAME", "FIRST_NAME", "COLON", "VALUE", "STRING", "NESTED", "SCALAR", "AFTER", "REST", "DONE")
+_STATES: Final = (
+    "BEGIN",
+    "NAME",
+    "FIRST_NAME",
+    "COLON",
+    "VALUE",
+    "STRING",
+    "NESTED",
+    "SCALAR",
+    "AFTER",
+    "REST",
+    "DONE",
+)
 
 
 class Skim:
@@ -323,8 +336,8 @@ def _depths(byte: int) -> list[int]:
     return list(accumulate(1 - 2 * int(bit) for bit in f"{byte:08b}"))
 
 
-_NET = tuple(_depths(byte)[-1] for byte in range(256))
-_LOWEST = tuple(min(_depths(byte)) for byte in range(256))
+_NET: Final = tuple(_depths(byte)[-1] for byte in range(256))
+_LOWEST: Final = tuple(min(_depths(byte)) for byte in range(256))
 
 
 def _lowest(brackets: bytes) -> int:

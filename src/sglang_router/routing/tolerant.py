@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Final
 
-_SPACE = re.compile(r"[ \t\n\r]*")
-_DECODER = json.JSONDecoder()
+_SPACE: Final = re.compile(r"[ \t\n\r]*")
+_DECODER: Final = json.JSONDecoder()
 
 
 def members(body: bytes) -> dict[str, bytes]:

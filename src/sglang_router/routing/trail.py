@@ -21,16 +21,18 @@ Pure: time is an argument. The router owns the trails and passes their verdicts 
 
 from __future__ import annotations
 
+from typing import Final
+
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.lease import Lease
 from sglang_router.routing.outcome import BREAKS, Hears, Outcome
 from sglang_router.routing.worker import Worker
 
-HOLD = 2.0
+HOLD: Final = 2.0
 """Seconds for which a failure is held against nobody while another worker is asked."""
-MOST_BREAKS = 2
+MOST_BREAKS: Final = 2
 """Workers that one request may break."""
-_NOT_READY = 503
+_NOT_READY: Final = 503
 
 
 class Failure:

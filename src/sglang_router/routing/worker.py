@@ -6,6 +6,8 @@ request: is it in rotation, is it healthy, does its circuit let a request pass. 
 
 from __future__ import annotations
 
+from typing import Final
+
 from sglang_router.routing.breaker import Circuit
 from sglang_router.routing.decisions import Decisions
 from sglang_router.routing.engine_report import NOTHING, EngineReport
@@ -17,9 +19,9 @@ from sglang_router.routing.roster import Roster
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.states import Breaker, Health
 
-_SPREAD = 0.6180339887
+_SPREAD: Final = 0.6180339887
 """Golden ratio: its multiples, less their whole parts, are far from each other however many there are."""
-_NOWHERE = Roster()
+_NOWHERE: Final = Roster()
 """Of workers without a pool; it stays empty."""
 
 

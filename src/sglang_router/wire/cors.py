@@ -13,13 +13,14 @@ Without --cors-allowed-origins there is no `Cors`, and the CORS fields of the wo
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from sglang_router.wire.request import Headers, Request
 
-_METHODS = b"GET, POST, OPTIONS"
-_FIELDS = b"authorization, content-type"
+_METHODS: Final = b"GET, POST, OPTIONS"
+_FIELDS: Final = b"authorization, content-type"
 """Request header fields that are allowed when the preflight names none."""
-_HOLDS_FOR = b"3600"
+_HOLDS_FOR: Final = b"3600"
 """Seconds for which a browser may cache the answer to a preflight."""
 
 

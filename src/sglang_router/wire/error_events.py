@@ -14,11 +14,13 @@ The status is the code, where that is a number; else what the code or the type s
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from sglang_router.wire.sse import payloads
 
-_NAMES = {
+_NAMES: Final = {
     "rate_limit_error": 429,
     "rate_limit_exceeded": 429,
     "too_many_requests": 429,
@@ -37,7 +39,7 @@ _NAMES = {
     "timeout_error": 504,
 }
 """What the names of codes and types stand for, in lower case."""
-_OLD = b"error: "
+_OLD: Final = b"error: "
 
 
 class FirstEvent:

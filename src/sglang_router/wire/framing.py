@@ -15,22 +15,23 @@ The grammar is strict (no bare LF, no folding). Anything else raises WorkerInval
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from sglang_router.errors import WorkerInvalid
 from sglang_router.wire.tokens import TOKEN, VALUE
 
-MAX_TRAILERS = 65536
+MAX_TRAILERS: Final = 65536
 """Most bytes of all trailer fields of one body; an answer with more is invalid."""
-_MAX_LINE = 4096
+_MAX_LINE: Final = 4096
 """Most bytes of a chunk's size line with its extensions, and of one trailer field."""
-_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e]*)?\r\n")
-_SIZE_LINE_CUT = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:;[\t\x20-\x7e]*)?\r?)?")
-_SIZES = {b"%x" % size: size for size in range(1, 2048)}
+_SIZE_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e]*)?\r\n")
+_SIZE_LINE_CUT: Final = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:;[\t\x20-\x7e]*)?\r?)?")
+_SIZES: Final = {b"%x" % size: size for size in range(1, 2048)}
 """The size lines of usual chunks."""
-_TRAILER = re.compile(TOKEN + rb":" + VALUE + rb"\r\n")
-_TRAILER_CUT = re.compile(rb"\r|(?:" + TOKEN + rb"(?::" + VALUE + rb"\r?)?)?")
+_TRAILER: Final = re.compile(TOKEN + rb":" + VALUE + rb"\r\n")
+_TRAILER_CUT: Final = re.compile(rb"\r|(?:" + TOKEN + rb"(?::" + VALUE + rb"\r?)?)?")
 
-LAST_CHUNK = b"0\r\n\r\n"
+LAST_CHUNK: Final = b"0\r\n\r\n"
 """Ends a body in the chunked coding."""
 
 

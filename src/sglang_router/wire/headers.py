@@ -10,10 +10,11 @@ request that brings it back goes in a circle: see `wire.request_id`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from sglang_router.wire.request import Headers, Request
 
-HOP_BY_HOP = frozenset(
+HOP_BY_HOP: Final = frozenset(
     (
         b"connection",
         b"http2-settings",
@@ -29,10 +30,10 @@ HOP_BY_HOP = frozenset(
 )
 """Fields that concern one connection only."""
 
-_REBUILT = frozenset((b"host", b"content-length", b"expect", b"x-request-id", b"authorization"))
+_REBUILT: Final = frozenset((b"host", b"content-length", b"expect", b"x-request-id", b"authorization"))
 """Request fields that the router writes itself or handles one by one."""
 
-WHITELIST = frozenset(
+WHITELIST: Final = frozenset(
     (
         b"accept",
         b"content-type",
@@ -47,7 +48,7 @@ WHITELIST = frozenset(
 )
 """Request fields that are forwarded by default, besides authorization, x-request-id and x-request-id-*."""
 
-ROUTING = frozenset(
+ROUTING: Final = frozenset(
     (
         b"x-data-parallel-host-port",
         b"x-data-parallel-rank",
@@ -58,13 +59,13 @@ ROUTING = frozenset(
 )
 """Fields that choose an engine or a rank, as x-override-* do: only routers may set them (see `routing.reserved`)."""
 
-_OVERRIDE = b"x-override-"
+_OVERRIDE: Final = b"x-override-"
 
-_PLAIN = frozenset((b"close", b"keep-alive"))
+_PLAIN: Final = frozenset((b"close", b"keep-alive"))
 """Values of Connection that name no other field."""
 
-_NEVER_SENT = HOP_BY_HOP | _REBUILT
-_LOOKED_AT = WHITELIST | {b"authorization", b"connection"}
+_NEVER_SENT: Final = HOP_BY_HOP | _REBUILT
+_LOOKED_AT: Final = WHITELIST | {b"authorization", b"connection"}
 
 
 class ForwardRules:

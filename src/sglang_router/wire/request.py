@@ -17,6 +17,7 @@ answer in order. After an error the parser stops, because it is not known where 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import httptools
 
@@ -33,14 +34,14 @@ from sglang_router.wire.limits import Limits
 from sglang_router.wire.request_line import RequestLines
 from sglang_router.wire.rewriting import origin_form, without_upgrade
 
-_FRAMING_PER_BYTE = 16
+_FRAMING_PER_BYTE: Final = 16
 """Bytes allowed for each byte of a chunked body's content, chunk framing included; a chunk of one byte takes six."""
 
-_LINE = "The request line must be METHOD TARGET HTTP/1.1, with one space between them and nothing before it."
-_LINE_ENDS = frozenset((b"\r", b"\n"))
-_WATCHED = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
+_LINE: Final = "The request line must be METHOD TARGET HTTP/1.1, with one space between them and nothing before it."
+_LINE_ENDS: Final = frozenset((b"\r", b"\n"))
+_WATCHED: Final = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
-_JOIN_BELOW = 65536
+_JOIN_BELOW: Final = 65536
 """Bytes up to which a body that came in several pieces is made bytes: copying it costs less than a second type."""
 
 Headers = list[tuple[bytes, bytes]]

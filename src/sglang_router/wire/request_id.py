@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from binascii import hexlify
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from sglang_router.errors import LoopDetected, RouterError, UnsupportedMediaType
 from sglang_router.wire.request import Headers
 
-REQUEST_ID_HEADERS = ("x-request-id", "x-correlation-id", "x-trace-id", "request-id")
+REQUEST_ID_HEADERS: Final = ("x-request-id", "x-correlation-id", "x-trace-id", "request-id")
 """Headers that may hold the id, in order of preference."""
-MAX_ID = 256
+MAX_ID: Final = 256
 """Most bytes of a client's id; a longer id is replaced by a new one."""
 
-_ROUTING_KEY = -1
-_CONTENT_ENCODING = -2
-_TRACE = -3
-_VIA = -4
+_ROUTING_KEY: Final = -1
+_CONTENT_ENCODING: Final = -2
+_TRACE: Final = -3
+_VIA: Final = -4
 
 
 Named = tuple[bytes, bytes, bytes, RouterError | None]

@@ -8,10 +8,11 @@ of a read that is its first byte. Behind another message it is found by counting
 from __future__ import annotations
 
 import re
+from typing import Final
 
-_EMPTY_LINES = re.compile(rb"(?:\r\n)*")
-_END_OF_HEAD = b"\r\n\r\n"
-_GAP = 64
+_EMPTY_LINES: Final = re.compile(rb"(?:\r\n)*")
+_END_OF_HEAD: Final = b"\r\n\r\n"
+_GAP: Final = 64
 """Bytes before a line that was searched for, in which bare CR and LF are looked for."""
 
 

@@ -10,30 +10,31 @@ not guess what a worker meant.
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from sglang_router.errors import WorkerInvalid
 from sglang_router.wire.framing import Chunked, Framing, Sized, UntilClose
 from sglang_router.wire.request import Headers
 from sglang_router.wire.tokens import TOKEN, VALUE
 
-MAX_HEAD = 65536
+MAX_HEAD: Final = 65536
 """Most bytes of a response head; a longer one is invalid."""
-_SHORT = 4096
+_SHORT: Final = 4096
 """Bytes up to which the whole head is matched without first looking for its end."""
-_HEAD = re.compile(
+_HEAD: Final = re.compile(
     rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: (" + VALUE + rb"))?"
     rb"((?:\r\n" + TOKEN + rb":" + VALUE + rb")*)\r\n\r\n"
 )
-_FIELD = re.compile(rb"\n(" + TOKEN + rb"):[ \t]*([^\r\n]*)")
+_FIELD: Final = re.compile(rb"\n(" + TOKEN + rb"):[ \t]*([^\r\n]*)")
 # Matched against the fields in lower case: those that set the framing, and those that are not passed on.
-_NOTABLE = re.compile(
+_NOTABLE: Final = re.compile(
     rb"\n(content-length|connection|transfer-encoding|keep-alive|proxy-[a-z-]+|te|trailer|upgrade|x-request-id)"
     rb":[ \t]*([^\r\n]*)"
 )
-_BODYLESS = frozenset((204, 304))
-_EVENTS = b"text/event-stream"
-_MOST_DIGITS = 18
-_DIGITS = re.compile(rb"[0-9]{1,%d}" % _MOST_DIGITS)
+_BODYLESS: Final = frozenset((204, 304))
+_EVENTS: Final = b"text/event-stream"
+_MOST_DIGITS: Final = 18
+_DIGITS: Final = re.compile(rb"[0-9]{1,%d}" % _MOST_DIGITS)
 
 
 class ResponseHead:
@@ -107,12 +108,12 @@ def json_head(status: int, length: int) -> ResponseHead:
     return ResponseHead(status, b"", fields, True, True, False, length, 0)
 
 
-_MOST_KNOWN = 256
-_LONGEST_KNOWN = 512
+_MOST_KNOWN: Final = 256
+_LONGEST_KNOWN: Final = 512
 _known: dict[bytes, ResponseHead] = {}
 """Short heads that were parsed lately, by their bytes without the value of Content-Length: an engine sends the same one
 many times a second. A head that differs in that value only is made of the known one, at a third of the cost."""
-_LENGTHS = (b"\r\ncontent-length: ", b"\r\nContent-Length: ")
+_LENGTHS: Final = (b"\r\ncontent-length: ", b"\r\nContent-Length: ")
 
 
 def parse_head(data: bytes, seen: int = 0) -> ResponseHead | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from sglang_router.wire.request import Body
 
-_COPIED = 65536
+_COPIED: Final = 65536
 """Bytes of a body up to which a copy is made."""
 
 
@@ -27,7 +29,7 @@ class Spliced:
         return self.end + len(self.tail)
 
 
-_LOOK_BACK = 64
+_LOOK_BACK: Final = 64
 """Bytes before the end in which the last member usually ends; white space makes it more."""
 
 

@@ -11,13 +11,14 @@ whole events on and keeps the beginning of the next one. Lines end with LF, CRLF
 from __future__ import annotations
 
 import re
+from typing import Final
 
 import msgspec
 
 from sglang_router.errors import RouterError, speaks_anthropic
 from sglang_router.wire.framing import Chunked, Framing, chunk, fill
 
-_MAX_PADDING = 65536
+_MAX_PADDING: Final = 65536
 """Most bytes written to complete a chunk that the worker left open; for a larger gap, no error event is sent."""
 
 
@@ -53,9 +54,9 @@ def keep_alive_event(path: bytes) -> bytes:
     return b'event: ping\ndata: {"type": "ping"}\n\n' if speaks_anthropic(path) else b": keep-alive\n\n"
 
 
-_END = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
-_LINE_END = re.compile(rb"\r\n|\n|\r")
-MOST_HELD = 1 << 20
+_END: Final = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
+_LINE_END: Final = re.compile(rb"\r\n|\n|\r")
+MOST_HELD: Final = 1 << 20
 """Most bytes kept of one incomplete event; more are passed on."""
 
 

@@ -2,5 +2,7 @@
 
 from __future__ import annotations
 
-TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-VALUE = rb"[\t\x20-\x7e\x80-\xff]*"
+from typing import Final
+
+TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+VALUE: Final = rb"[\t\x20-\x7e\x80-\xff]*"

@@ -24,6 +24,7 @@ The rule for unknown prompts (smallest tree) fills the caches evenly when reques
 from __future__ import annotations
 
 import random
+from typing import Final
 
 from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.facts import Facts
@@ -33,7 +34,7 @@ from sglang_router.routing.prefix_tree.tree import Match
 from sglang_router.routing.rules import PolicySettings
 from sglang_router.routing.worker import Worker
 
-_WORTH = 16
+_WORTH: Final = 16
 
 
 class CacheAware(Policy):

@@ -13,6 +13,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Iterator
 from hashlib import blake2b
+from typing import Final
 
 from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.facts import Facts
@@ -20,7 +21,7 @@ from sglang_router.routing.policies.base import Choice, Policy
 from sglang_router.routing.rules import PolicySettings
 from sglang_router.routing.worker import Worker
 
-_POINTS = 150
+_POINTS: Final = 150
 
 
 def _digest(data: bytes) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict
+from typing import Final
 
 from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.facts import Facts
@@ -18,10 +19,10 @@ from sglang_router.routing.policies.base import Choice, Policy
 from sglang_router.routing.rules import PolicySettings
 from sglang_router.routing.worker import Worker
 
-_MOST_BYTES = 256 << 20
-_OVERHEAD = 350
+_MOST_BYTES: Final = 256 << 20
+_OVERHEAD: Final = 350
 """Bytes that a key costs beside its own: measured, with Python 3.11."""
-_HOMES = 2
+_HOMES: Final = 2
 
 
 class _Home:

@@ -24,13 +24,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from sglang_router.routing.prefix_tree.node import Node, Record
 from sglang_router.routing.prefix_tree.slot import common_prefix
 from sglang_router.routing.prefix_tree.tree import Tree
 
-NAMESPACE = -1
+NAMESPACE: Final = -1
 
 
 # -- out -----------------------------------------------------------------------------------------------------------

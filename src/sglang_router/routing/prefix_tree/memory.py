@@ -10,13 +10,14 @@ A worker has one slot for as long as its cache is believed to be the same; `Work
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 from sglang_router.routing.prefix_tree.image import Builder, Walk
 from sglang_router.routing.prefix_tree.slot import Slot
 from sglang_router.routing.prefix_tree.tree import Tree
 from sglang_router.routing.worker import Worker
 
-TEXT_SHARE = 8
+TEXT_SHARE: Final = 8
 """One text may take at most this part of what is remembered of a worker: so no prompt pushes out all others."""
 
 

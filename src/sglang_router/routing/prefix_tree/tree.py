@@ -48,15 +48,16 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterator
+from typing import Final
 
 from sglang_router.routing.prefix_tree.node import Node, Use
 from sglang_router.routing.prefix_tree.sizes import Sizes
 from sglang_router.routing.prefix_tree.slot import Slot, attach, common_prefix, detach, find_use, owned_below
 
-BYTES_PER_ENTRY = 128  # default of max_entries: as many uses as would fill max_size with leaves this small
-MAX_EDGE = 1 << 16  # default of max_edge: copying so much takes some microseconds
-RECLAIM_PER_INSERT = 4
-_FEW_SLOTS = 8
+BYTES_PER_ENTRY: Final = 128  # default of max_entries: as many uses as would fill max_size with leaves this small
+MAX_EDGE: Final = 1 << 16  # default of max_edge: copying so much takes some microseconds
+RECLAIM_PER_INSERT: Final = 4
+_FEW_SLOTS: Final = 8
 """Slots of which the smallest is found more quickly by looking at each."""
 
 
