@@ -8,7 +8,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -187,6 +190,73 @@ def test_sigterm_lets_a_stream_finish(urls: list[str]) -> None:
         assert "finishing 1 running request" in router.log()
 
 
+def test_sigterm_to_all_processes_is_one_signal() -> None:
+    """systemd sends it to each process of a unit, `pkill` to each of that name; the second one must cut no stream."""
+    with engine_processes(1, "--speed", "0.1") as slow, router_process(slow, *TWO) as router:
+        router.until_healthy(*slow)
+        with stream(router, 12) as answer:
+            own = (decider(router), *relays(router).values())
+            router.send_signal(signal.SIGTERM)
+            router.until(lambda: "finishing 1 running request" in router.log())
+            for pid in own:
+                os.kill(pid, signal.SIGTERM)
+            assert answer.read().endswith(b"data: [DONE]\n\n")
+        assert router.exit_status() == 0
+        assert "second signal" not in router.log()
+
+
+@contextlib.contextmanager
+def killed_at_last(process: subprocess.Popen[bytes], supervisor: int) -> Iterator[None]:
+    """Kill the processes at the end, if they still run, so that a failure is not a wait."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            os.kill(supervisor, signal.SIGKILL)
+            process.kill()
+
+
+def test_nohup_outlives_its_terminal() -> None:
+    """The process that decides must know that the supervisor was started by nohup: it closes no terminal itself."""
+    program = (
+        "import os, pty, signal, sys\n"
+        "pid, terminal = pty.fork()\n"
+        "if pid == 0:\n"
+        "    signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "    log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)\n"
+        "    os.dup2(log, 1), os.dup2(log, 2)\n"
+        "    os.execv(sys.argv[2], sys.argv[2:])\n"
+        "print(pid, flush=True)\n"
+        "sys.stdin.read(1)\n"
+        "os.close(terminal)\n"
+        "os.waitpid(pid, 0)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        port = free_port()
+        words = [*COMMAND, "--port", str(port), "--prometheus-port", str(free_port()), *TWO]
+        with subprocess.Popen(
+            [sys.executable, "-c", program, str(log), *words],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            supervisor = int(process.stdout.readline())
+            router = RouterProcess(process, f"http://127.0.0.1:{port}", "", log)
+            with killed_at_last(process, supervisor):
+                router.until(lambda: log.exists() and "listening on" in router.log())
+                process.stdin.write(b".")
+                process.stdin.flush()
+                os.kill(supervisor, signal.SIGHUP)  # as of the kernel, which may not have sent its own one yet
+                router.until(lambda: "SIGHUP: reading keys" in router.log())
+                assert router.get("/workers").status == 200
+                os.kill(supervisor, signal.SIGTERM)
+                assert router.exit_status() == 0
+        assert "the terminal was closed" not in router.log()
+
+
 # -- deaths ------------------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +309,37 @@ def test_a_decider_that_is_killed_is_back_with_its_state(urls: list[str], tmp_pa
         at_rest(router)
 
 
+def test_a_log_that_nobody_reads_hurts_nobody(urls: list[str]) -> None:
+    """What a new relay logs goes to standard error: there is no decider yet. A closed pipe ended it, each time."""
+    read, write = os.pipe()
+    port = free_port()
+    words = [*COMMAND, "--port", str(port), "--prometheus-port", str(free_port()), "--worker-urls", *urls, *TWO]
+    with subprocess.Popen(words, env=environment(), stdin=subprocess.DEVNULL, stdout=write, stderr=write) as process:
+        os.close(write)
+        with os.fdopen(read) as log:
+            written = ""
+            while "listening on" not in written:
+                written += log.readline()
+        with killed_at_last(process, process.pid):
+            killed = int(re.findall(r"relay 1 is process (\d+)", written)[-1])
+            parent = process.pid
+            others = children(parent) - {killed}
+            os.kill(killed, signal.SIGKILL)
+            router = RouterProcess(process, f"http://127.0.0.1:{port}", "", Path(os.devnull))
+            router.until(lambda: len(children(parent) - {killed}) == len(others) + 1)
+            first = children(parent)
+            assert {router.post("/generate", {"text": "x"}).status for _ in range(20)} == {200}
+            assert children(parent) == first, "the new relay lives"
+            process.terminate()
+            assert router.exit_status() == 0
+
+
+def children(pid: int) -> set[int]:
+    """Return the processes that a process has started and that run."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {child for child in map(int, found) if is_alive(child)}
+
+
 def saved(state: Path, url: str) -> bool:
     """Return whether the state file knows a worker."""
     return state.exists() and url.encode() in state.read_bytes()
@@ -277,6 +378,28 @@ def test_hand_over_loses_no_request(before: str, after: str, tmp_path: Path) -> 
                 for each in clients:
                     each.end()
         assert set(total(clients)) == {"200"}
+
+
+def test_a_decider_that_dies_after_a_hand_over_serves_at_once(tmp_path: Path) -> None:
+    """The first one waited for the checks of its workers: the router before it served. Nobody serves for the second."""
+    with (
+        plain_worker({"/generate": (200, {"content-type": "application/json"}, b"{}")}) as worker,
+        socket.create_server(("127.0.0.1", 0)) as hanging,
+    ):
+        port, state = free_port(), tmp_path / "state"
+        words = ["--port", str(port), "--prometheus-port", str(free_port()), "--worker-urls", worker.url, *TWO]
+        words += ["--reuse-port", "--state-file", str(state)]
+        words += ["--startup-wait-secs", "600", "--health-check-timeout-secs", "600"]
+        with started(tmp_path / "old", port, *words) as old, started(tmp_path / "new", port, *words) as new:
+            old.send_signal(signal.SIGTERM)
+            assert old.exit_status(WITHIN) == 0
+            added = f"http://127.0.0.1:{hanging.getsockname()[1]}"
+            assert new.post("/workers", {"url": added}).status == 202
+            new.until(lambda: saved(state, added))
+            killed = decider(new)
+            os.kill(killed, signal.SIGKILL)
+            assert new.post("/generate", {"text": "x"}).status == 200
+            new.until(lambda: decider(new) != killed)
 
 
 @contextlib.contextmanager

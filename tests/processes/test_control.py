@@ -84,10 +84,15 @@ class Joined:
 
 
 class _Pipe:
+    """Stands for a transport. sent: bytes in all; longest: of one frame."""
+
     def __init__(self, other: Link) -> None:
         self._other = other
+        self.sent = self.longest = 0
 
     def write(self, data: bytearray) -> None:
+        self.sent += len(data)
+        self.longest = max(self.longest, len(data))
         asyncio.get_running_loop().call_soon(self._other.data_received, bytes(data))
 
     def is_closing(self) -> bool:
@@ -112,7 +117,7 @@ async def echo(scope: MutableMapping[str, Any], receive: Receive, send: Send) ->
     await send({"type": "http.response.body", "body": body})
 
 
-@pytest.mark.parametrize(("size", "parts"), [(0, 1), (10, 1), (1 << 20, 1), ((1 << 20) + 1, 2), (5 << 20, 5)])
+@pytest.mark.parametrize(("size", "parts"), [(0, 1), (10, 1), (1 << 18, 1), ((1 << 18) + 1, 2), (5 << 18, 5)])
 def test_bodies_of_any_size_go_there_and_back(size: int, parts: int) -> None:
     async def main() -> None:
         joined = Joined(echo)
@@ -178,5 +183,54 @@ def test_a_decider_that_ends_is_an_error_and_a_relay_that_ends_cancels() -> None
             await asked
         joined.desk.leave(joined.port)
         await cancelled.wait()
+
+    run(main())
+
+
+def test_a_body_is_sent_as_far_as_the_app_wants_it() -> None:
+    """Otherwise one client could fill the decider, and the longest frame, with what is refused after some bytes."""
+
+    async def main() -> None:
+        got = list[int]()
+
+        async def refuses(scope: Any, receive: Receive, send: Send) -> None:
+            while sum(got) <= 1 << 18:
+                got.append(len((await receive())["body"]))
+            raise PayloadTooLarge
+
+        joined = Joined(refuses)
+        with pytest.raises(PayloadTooLarge):
+            await joined.ask(bytes(400 << 20))
+        assert got == [1 << 18, 1 << 18]
+        assert joined.near.transport.sent < 1 << 20  # type: ignore[attr-defined]
+
+    run(main())
+
+
+def test_a_request_waits_for_a_decider_that_reads() -> None:
+    async def main() -> None:
+        joined = Joined(echo)
+        joined.near.pause_writing()
+        asked = asyncio.ensure_future(joined.ask(b"body"))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert joined.near.transport.sent == 0  # type: ignore[attr-defined]
+        joined.near.resume_writing()
+        joined.proxy.reads_again()
+        assert await asked == (201, b"body", 1)
+
+    run(main())
+
+
+def test_parts_of_many_answers_are_as_many_frames() -> None:
+    """A frame of all that a turn has to send could be longer than a frame may be."""
+
+    async def main() -> None:
+        joined = Joined(echo)
+        bodies = [bytes(1 << 18)] * 20
+        answers = await asyncio.gather(*map(joined.ask, bodies))
+        assert [body for _, body, _ in answers] == bodies
+        assert joined.far.transport.longest < 1 << 19  # type: ignore[attr-defined]
+        assert joined.near.transport.longest < 1 << 19  # type: ignore[attr-defined]
 
     run(main())

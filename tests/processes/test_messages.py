@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import typing
 from typing import Any, cast
 
@@ -21,8 +22,9 @@ from sglang_router.errors import (
 )
 from sglang_router.processes import facing, failures
 from sglang_router.processes.link import Link, decode_from_decider, decode_from_relay, frame
+from sglang_router.processes.logs import RelayLog
 from sglang_router.processes.message import Message
-from sglang_router.processes.messages import FromDecider, FromRelay, Withdraw
+from sglang_router.processes.messages import FromDecider, FromRelay, Said, Withdraw
 from sglang_router.routing.facts import ENDPOINTS, Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag, Route, Target
@@ -181,3 +183,31 @@ def test_outcomes_and_workers_keep_their_identity() -> None:
     assert facing.code_of(None) == -1
     target = Target("http://w:1", 3, b"key", "http://w:1@3", "an id", "prefill")
     assert facing.target_of(facing.known_of(5, target)) == target
+
+
+HALF = "/keys/\udcff"
+"""A file's name that is not UTF-8, as Python has it. It cannot cross: the whole frame was lost with it."""
+
+
+def test_half_of_a_surrogate_pair_crosses_as_an_escape() -> None:
+    failure = failures.failure_of(InternalError(HALF))
+    assert failures.error_of(failure).args == (r"/keys/\udcff",)
+    frame([failure])
+
+
+def test_a_log_record_with_half_of_a_surrogate_pair_crosses() -> None:
+    put: list[Any] = []
+
+    class Kept(Link):
+        def put(self, message: Message) -> None:
+            put.append(message)
+
+    handler = RelayLog("info", "text", 0)
+    handler.link = Kept(cast("Any", None), decode_from_decider, lambda _: None)
+    record = logging.LogRecord("sglang_router", logging.INFO, "", 0, "read %s", (HALF,), None)
+    record.fields = {"file": HALF}
+    handler.emit(record)
+    (said,) = put
+    assert (said.message, said.fields) == (r"read /keys/\udcff", {"file": r"/keys/\udcff"})
+    assert decode_from_relay(memoryview(frame([said]))[4:]) == [said]
+    assert isinstance(said, Said)

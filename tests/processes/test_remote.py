@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any, cast
 
 import pytest
@@ -22,13 +23,20 @@ TARGET = Target("http://w:1", name="http://w:1", worker_id="id")
 
 
 class Sent:
-    """Stands for a transport."""
+    """Stands for a transport. reads: bytes after which the other side does not read; longest: of one frame."""
 
-    def __init__(self) -> None:
+    def __init__(self, reads: float = math.inf) -> None:
         self.messages: list[Any] = []
+        self.link: Link
+        self.reads = reads
+        self.written = self.longest = 0
 
     def write(self, data: bytearray) -> None:
         self.messages += decode_from_relay(memoryview(data)[4:])
+        self.longest = max(self.longest, len(data))
+        self.written += len(data)
+        if self.written > self.reads:
+            self.link.pause_writing()
 
     def is_closing(self) -> bool:
         return False
@@ -57,9 +65,9 @@ class Relay:
     def _deliver(self, number: int, answer: Delivered) -> None:
         self.delivered.append((number, answer))
 
-    def connect(self) -> None:
-        self.wire = Sent()
-        self.link = Link(Nobody(), decode_from_decider, lambda _: None)
+    def connect(self, reads: float = math.inf) -> None:
+        self.wire = Sent(reads)
+        self.wire.link = self.link = Link(Nobody(), decode_from_decider, lambda _: None)
         self.link.transport = cast("asyncio.Transport", self.wire)
         self.remote.connected(self.link)
         self.remote.targets[1] = TARGET
@@ -115,6 +123,52 @@ def test_a_decider_that_does_not_read_gets_nothing_until_it_reads() -> None:
     assert relay.sent() == [], "the earlier ones first"
     relay.remote.read_again()
     assert [ask.number for ask in relay.sent()] == [1, 2, 3]
+
+
+def test_what_was_kept_goes_as_far_as_the_decider_reads() -> None:
+    """All of it in one frame, as it was, could be longer than a frame may be; no decider would ever take it."""
+    relay = Relay(connected=False)
+    numbers = list(range(300))
+    for number in numbers:
+        relay.ask(number, bytes(SHARED))
+    relay.connect(reads=3 * SHARED)
+    assert relay.wire.longest < 3 * SHARED
+    asked = [each.number for each in relay.sent() if type(each) is messages.Ask]
+    assert asked == numbers[: len(asked)]
+    assert len(asked) < 10
+    while len(asked) < len(numbers):
+        relay.wire.written = 0
+        relay.link.resume_writing()
+        relay.remote.read_again()
+        asked += [each.number for each in relay.sent()]
+    assert asked == numbers
+
+
+def test_ends_that_a_decider_does_not_read_are_kept_in_bounds() -> None:
+    relay = Relay()
+    relay.sent()
+    relay.link.pause_writing()
+    tags = [relay.ask(number) for number in range(3)]
+    for tag in tags:
+        relay.remote.withdraw(tag)
+        relay.reporter.finished(Finished(tag, None, Answered(503)))
+    assert relay.sent() == []
+    relay.link.resume_writing()
+    relay.remote.read_again()
+    assert kinds(relay.sent()) == ["Unasked"] * 3
+
+
+def test_a_retry_waits_for_a_decider_that_reads() -> None:
+    relay = Relay()
+    tag = relay.ask(1)
+    leg = relay.plan(1, 7)
+    relay.sent()
+    relay.link.pause_writing()
+    assert isinstance(relay.remote.retry(tag, leg, facts(b"text"), Outcome.UNREACHABLE, 0.0), Wait)
+    assert relay.sent() == []
+    relay.link.resume_writing()
+    relay.remote.read_again()
+    assert kinds(relay.sent()) == ["Retry"]
 
 
 def test_what_waited_too_long_is_503_and_its_late_plan_reaches_nobody() -> None:

@@ -9,7 +9,7 @@ import textwrap
 PRELUDE = """
 import os, signal, socket, sys, tempfile, time
 from sglang_router.errors import ConfigError
-from sglang_router.processes.given import BUILT, ENDING, READY, Given
+from sglang_router.processes.given import BUILT, ENDING, PASSED, READY, Given
 from sglang_router.processes.supervisor import RestartPatience, ProcessSupervisor
 
 hears, tells = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -23,9 +23,9 @@ def say(*words):
 def serve_until_told():
     tells.send(BUILT)
     tells.send(READY)
-    number = signal.sigwait([signal.SIGTERM, signal.SIGINT])
+    number = signal.sigwait([PASSED[signal.SIGTERM], PASSED[signal.SIGINT]])
     tells.send(ENDING)
-    return number
+    return next(each for each, passed in PASSED.items() if passed == number)
 """
 END = """
 status = ProcessSupervisor(2, given, hears, run, RestartPatience(0.001, 5.0, 0.05)).supervise()
@@ -92,7 +92,7 @@ def test_a_decider_that_dies_after_the_signal_is_told_again() -> None:
             tells.send(BUILT)
             tells.send(READY)
             os.kill(os.getppid(), signal.SIGTERM)
-            signal.sigwait([signal.SIGTERM])
+            signal.sigwait([PASSED[signal.SIGTERM]])
             os.kill(os.getpid(), signal.SIGKILL)
         """
     )

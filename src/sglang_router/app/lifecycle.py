@@ -155,6 +155,7 @@ class Life:
         self._register()
         if follows:
             listening.leave_rest()
+        if follows and not app.elsewhere.restarted:  # else nobody serves meanwhile
             await self._checked()
         with address_errors(args.host, args.port, "--port"):
             await open_all(servers)
@@ -337,7 +338,7 @@ async def _run(
     crew_of: Callable[[Host], Crew] | None,
     elsewhere: Elsewhere | None,
 ) -> int:
-    signals = Signals(loop)
+    signals = Signals(loop, {} if elsewhere is None else elsewhere.passed)
     app = build(args, loop, writer, elsewhere=elsewhere)
     life = Life(app, writer)
     signals.reload = Reload(app, writer).run

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,6 +73,7 @@ class Elsewhere:
     given       the main port; None: this process serves it
     state_file  where the state is kept when no option says so; None: nowhere
     restarted   this process is the next one of a router that runs: what it was started with may have been changed
+    passed      signals that another process gets for this one, and by which it passes each on
     drained     set when the last connection is closed while draining
     """
 
@@ -79,6 +81,7 @@ class Elsewhere:
     given: GivenPort | None = None
     state_file: str | None = None
     restarted = False
+    passed: Mapping[signal.Signals, int] = {}
 
     def __init__(self) -> None:
         self.drained = asyncio.Event()

@@ -7,6 +7,8 @@
     another of the first three, once the router stops: leave at once
     SIGUSR2, SIGALRM ... nothing
 
+Where another process gets the first five for this one, they arrive as other signals, and do nothing as themselves.
+
 A router that runs in a thread of another program handles no signals: only the main thread can, and it is not ours.
 """
 
@@ -16,7 +18,7 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from sglang_router import process
 
@@ -37,7 +39,7 @@ class Signals:
     reload    what SIGHUP does; reopen: what SIGUSR1 does
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, passed: Mapping[signal.Signals, int]) -> None:
         self.stop = asyncio.Event()
         self.urgent = asyncio.Event()
         self.patient = False
@@ -46,17 +48,17 @@ class Signals:
         self.reopen: Callable[[], None] = _nothing
         self._ends_with_terminal = False
         if threading.current_thread() is threading.main_thread():
-            self._listen(loop)
+            self._listen(loop, passed)
 
-    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _listen(self, loop: asyncio.AbstractEventLoop, passed: Mapping[signal.Signals, int]) -> None:
         # `nohup` lets SIGHUP be ignored: the process is then meant to outlive its terminal.
         self._ends_with_terminal = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and process.has_terminal()
-        for number in process.HARMLESS:
+        for number in (*process.HARMLESS, *passed):
             loop.add_signal_handler(number, _nothing)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-            loop.add_signal_handler(number, self._hear, number)
-        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
-        loop.add_signal_handler(signal.SIGUSR1, lambda: self.reopen())
+            loop.add_signal_handler(passed.get(number, number), self._hear, number)
+        loop.add_signal_handler(passed.get(signal.SIGHUP, signal.SIGHUP), self._hang_up)
+        loop.add_signal_handler(passed.get(signal.SIGUSR1, signal.SIGUSR1), lambda: self.reopen())
 
     def _hear(self, number: int) -> None:
         if self.stop.is_set():

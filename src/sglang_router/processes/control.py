@@ -1,8 +1,13 @@
 """The control plane across processes: a relay has the client, the decider has the app.
 
-    relay:    ControlProxy, an ASGI app      AppAsk, AppBody ... -->   decider: ControlDesk runs the real app
+    relay:    ControlProxy, an ASGI app      AppAsk -->                decider: ControlDesk runs the real app
+                                             <-- AppWants              a part of the body at a time
+                                             AppBody -->
                                              <-- AppHead, AppData ..., AppDone or AppFailed
                                              AppTaken -->              a part of the answer at a time
+
+What nobody reads is not sent: a request waits for a decider that reads, the body for an app that wants it, and the
+answer for its client.
 
 So everything about the client stays as in one process: keep-alive, CORS, limits, errors; and the app sees the client's
 own address. A client that leaves cancels the app (AppGone).
@@ -29,6 +34,7 @@ from sglang_router.processes.message import (
     AppGone,
     AppHead,
     AppTaken,
+    AppWants,
     ErrorSent,
     Message,
 )
@@ -36,15 +42,15 @@ from sglang_router.processes.ports import RelayPort
 
 log = logging.getLogger("sglang_router.admin")
 
-_PART = 1 << 20
+_PART = 1 << 18
 """Bytes of a body in one message."""
 _PATIENCE = 10.0
-"""Seconds that a request waits for a decider that is away."""
+"""Seconds that a request waits for a decider that is away, or does not read."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-FromApp = AppHead | AppData | AppFailed | AppDone
+FromApp = AppWants | AppHead | AppData | AppFailed | AppDone
 
 
 class ControlProxy:
@@ -52,7 +58,7 @@ class ControlProxy:
 
     def __init__(self) -> None:
         self._link: Link | None = None
-        self._linked = asyncio.Event()
+        self._reads = asyncio.Event()  # set when the decider may read
         self._numbers = itertools.count(1)
         self._calls: dict[int, asyncio.Queue[FromApp | None]] = {}
 
@@ -62,12 +68,15 @@ class ControlProxy:
     def connected(self, link: Link) -> None:
         """Ask this decider from now on."""
         self._link = link
-        self._linked.set()
+        self._reads.set()
+
+    def reads_again(self) -> None:
+        """Ask again: the decider reads."""
+        self._reads.set()
 
     def lost(self) -> None:
         """Fail what is asked; further requests wait."""
         self._link = None
-        self._linked.clear()
         for call in self._calls.values():
             call.put_nowait(None)
 
@@ -80,21 +89,22 @@ class ControlProxy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises: RouterError, the app's own, or DeciderGone."""
         try:
-            await asyncio.wait_for(self._linked.wait(), _PATIENCE)
+            link = await asyncio.wait_for(self._link_that_reads(), _PATIENCE)
         except asyncio.TimeoutError:
             raise DeciderGone(retry_after=1.0) from None
-        link, number = self._link, next(self._numbers)
-        if link is None:
-            raise DeciderGone(retry_after=1.0)
+        number = next(self._numbers)
         body, refusal = b"", None
         try:
             body = (await receive())["body"]
         except RouterError as error:
             refusal = failures.failure_of(error)
+        if self._link is not link:  # it was lost meanwhile
+            raise DeciderGone(retry_after=1.0)
         call = self._calls[number] = asyncio.Queue[FromApp | None]()
         ended = False
         try:
             _put_request(link, number, scope, body, refusal)
+            sent = _PART
             while (message := await call.get()) is not None:
                 if isinstance(message, AppDone):
                     ended = True
@@ -102,17 +112,27 @@ class ControlProxy:
                 if isinstance(message, AppFailed):
                     ended = True
                     raise failures.error_of(message.error)
-                await _pass_on(message, link, send)
+                if isinstance(message, AppWants):
+                    link.put_large(AppBody(number, bytes(body[sent : sent + _PART]), len(body) > sent + _PART))
+                    sent += _PART
+                else:
+                    await _pass_on(message, link, send)
             raise DeciderGone(retry_after=1.0)
         finally:
             del self._calls[number]
             if not ended and self._link is link:
                 link.put(AppGone(number))
 
+    async def _link_that_reads(self) -> Link:
+        while (link := self._link) is None or link.stuck:
+            self._reads.clear()
+            await self._reads.wait()
+        return link
+
 
 def _put_request(link: Link, number: int, scope: Scope, body: bytes, refusal: ErrorSent | None) -> None:
     peer = scope["state"]["peername"]
-    link.put(
+    link.put_large(
         AppAsk(
             number,
             scope["http_version"],
@@ -130,8 +150,6 @@ def _put_request(link: Link, number: int, scope: Scope, body: bytes, refusal: Er
             refusal,
         )
     )
-    for at in range(_PART, len(body), _PART):
-        link.put(AppBody(number, bytes(body[at : at + _PART]), at + _PART < len(body)))
 
 
 async def _pass_on(message: AppHead | AppData, link: Link, send: Send) -> None:
@@ -146,7 +164,7 @@ async def _pass_on(message: AppHead | AppData, link: Link, send: Send) -> None:
 class _Call:
     """One request at the decider."""
 
-    __slots__ = ("ask", "parts", "port", "taken", "task")
+    __slots__ = ("ask", "more", "parts", "port", "taken", "task")
 
     task: asyncio.Task[None]
 
@@ -155,14 +173,17 @@ class _Call:
         self.ask = ask
         self.parts: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue()
         self.parts.put_nowait((ask.body, ask.more))
+        self.more = False  # there is a next part, which nobody has asked for
         self.taken = asyncio.Event()
 
     async def receive(self) -> MutableMapping[str, Any]:
         """Return the next part of the body; after the last, wait until the client leaves, which cancels this."""
         if self.ask.refusal is not None:
             raise failures.error_of(self.ask.refusal)
-        data, more = await self.parts.get()
-        return {"type": "http.request", "body": data, "more_body": more}
+        if self.more:
+            self.port.put(AppWants(self.ask.number))
+        data, self.more = await self.parts.get()
+        return {"type": "http.request", "body": data, "more_body": self.more}
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         """Send a part of the answer, and wait until it is taken."""
@@ -175,7 +196,7 @@ class _Call:
         for at in range(0, max(len(body), 1), _PART):
             last = at + _PART >= len(body) and not more
             self.taken.clear()
-            self.port.put(AppData(number, body[at : at + _PART], not last))
+            self.port.link.put_large(AppData(number, body[at : at + _PART], not last))
             if not last:
                 await self.taken.wait()
 

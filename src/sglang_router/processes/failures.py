@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sglang_router.errors import InternalError, RouterError
-from sglang_router.processes.message import ErrorSent
+from sglang_router.processes.message import ErrorSent, as_text
 
 
 def failure_of(error: RouterError) -> ErrorSent:
     """Return an error as a message."""
-    return ErrorSent(type(error).__name__, str(error), error.param, error.retry_after, list(error.fields))
+    return ErrorSent(type(error).__name__, as_text(str(error)), error.param, error.retry_after, list(error.fields))
 
 
 def error_of(failure: ErrorSent) -> RouterError:

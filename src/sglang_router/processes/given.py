@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import socket
 from collections.abc import Sequence
 
@@ -69,6 +70,11 @@ class Launch(msgspec.Struct, frozen=True):
     cause: str
 
 
+LEADING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that the supervisor passes on to the decider."""
+PASSED = {number: signal.SIGRTMIN + place for place, number in enumerate(LEADING)}
+"""By which signal each of them reaches the decider. It ignores LEADING: whoever sends SIGTERM to all processes of a
+group, as systemd does, would end it twice, and the second one means at once."""
 BUILT, READY, ENDING, REFUSED = b"built", b"ready", b"ending", b"refused "
 """What the decider tells: the options can be used; clients are served; it ends, and is not to be restarted; it cannot
 start, and why."""

@@ -72,6 +72,11 @@ class Link:
             self._armed = True
             self._later(self)
 
+    def put_large(self, message: Message) -> None:
+        """Send a message with much in it now: frames stay small, and `stuck` is right before the next one is put."""
+        self._out.append(message)
+        self.send()
+
     def put_quietly(self, message: Message) -> None:
         """Send a message with the next one: it is not worth a write, and a wake-up of the other process, of its own."""
         self._out.append(message)
@@ -104,21 +109,25 @@ class Link:
         rest = self._rest
         if rest:
             rest += data
-            if len(rest) < 4 or len(rest) < 4 + _HEAD.unpack_from(rest)[0]:
+            if len(rest) < 4 or len(rest) < 4 + self._size(rest, 0):
                 return
             data, self._rest = bytes(rest), bytearray()
         view, at, size = memoryview(data), 0, len(data)
         while at + 4 <= size:
-            end = at + 4 + _HEAD.unpack_from(data, at)[0]
-            if end - at > _MOST:
-                self.transport.abort()
-                return
+            end = at + 4 + self._size(data, at)
             if end > size:
                 break
             self._owner.heard(self, self._decode(view[at + 4 : end]))
             at = end
         if at < size:
             self._rest += view[at:]
+
+    def _size(self, data: bytes | bytearray, at: int) -> int:
+        """Return the length of the frame that begins there; one that is none ends the link."""
+        size: int = _HEAD.unpack_from(data, at)[0]
+        if size > _MOST:
+            self.transport.abort()
+        return size
 
     def eof_received(self) -> bool:
         """Close: the other side has ended."""

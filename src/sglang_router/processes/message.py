@@ -1,9 +1,9 @@
 """What all messages are, and those about the control plane: see `processes.messages` for the others.
 
 relay --> decider                decider --> relay
-AppAsk, AppBody    a request     AppHead, AppData      the answer
-AppTaken           go on         AppFailed, AppDone    its end
-AppGone            the client left
+AppAsk, AppBody    a request     AppWants              the next part of the body
+AppTaken           go on         AppHead, AppData      the answer
+AppGone            the client left    AppFailed, AppDone    its end
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ import msgspec
 
 class Message(msgspec.Struct, array_like=True, gc=False):
     """What all messages have in common: they cross as arrays, the first member of which says what they are."""
+
+
+def as_text(text: str) -> str:
+    """Return a text that can cross: half of a surrogate pair, as in a file's name that is not UTF-8, is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class ErrorSent(Message, tag=35):
@@ -28,7 +33,8 @@ class ErrorSent(Message, tag=35):
 class AppAsk(Message, tag=17):
     """A request for the control plane: an ASGI scope.
 
-    more     parts of the body follow
+    body     its first part
+    more     further parts follow, each when it is asked for
     refusal  what whoever wants the body gets instead of it: it was not read
     """
 
@@ -49,7 +55,7 @@ class AppAsk(Message, tag=17):
 
 
 class AppBody(Message, tag=18):
-    """A further part of the body."""
+    """A further part of the body, which was asked for."""
 
     number: int
     data: bytes
@@ -64,6 +70,12 @@ class AppTaken(Message, tag=19):
 
 class AppGone(Message, tag=20):
     """The client left."""
+
+    number: int
+
+
+class AppWants(Message, tag=52):
+    """The app wants the next part of the body."""
 
     number: int
 

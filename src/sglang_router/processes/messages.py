@@ -8,7 +8,7 @@
     Stats, Accepts    what is open                          Wanted      whether asks need a fingerprint
     Said       a log line                                   Accept, Drain, StopAccepting, Cut, ReadAgain
     Drained    its last client connection is closed
-    AppAsk, AppBody, AppTaken, AppGone                      AppHead, AppData, AppFailed, AppDone     the control plane
+    AppAsk, AppBody, AppTaken, AppGone (control plane)      AppWants, AppHead, AppData, AppFailed, AppDone
 
 `number` is a request's number in its relay, `lease` the number of a leg's lease, `worker` the decider's number of a
 worker, `outcome` an index of `facing.OUTCOMES`. Times are seconds of CLOCK_MONOTONIC, which all processes of a machine
@@ -26,6 +26,7 @@ from sglang_router.processes.message import (
     AppGone,
     AppHead,
     AppTaken,
+    AppWants,
     ErrorSent,
     Message,
 )
@@ -373,6 +374,7 @@ FromDecider = (
     | StopAccepting
     | Cut
     | ReadAgain
+    | AppWants
     | AppHead
     | AppData
     | AppFailed

@@ -31,10 +31,9 @@ from sglang_router.config import RouterArgs
 from sglang_router.processes import message, messages, sockets
 from sglang_router.processes.control import ControlProxy
 from sglang_router.processes.facing import target_of
-from sglang_router.processes.given import Given, Launch
+from sglang_router.processes.given import LEADING, PASSED, Given, Launch
 from sglang_router.processes.link import Link, decode_from_decider
 from sglang_router.processes.logs import RelayLog
-from sglang_router.processes.relays import LEADING
 from sglang_router.processes.remote import GRACE, RemoteDecider, Reporter
 from sglang_router.processes.texts import TextRing
 from sglang_router.relay.addresses import system_look_up
@@ -57,7 +56,7 @@ def relay_for(args: RouterArgs, given: Given, index: int, start: Launch) -> int:
         given.inherited.close()
     for number in LEADING:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEADING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*LEADING, *PASSED.values()))
     mine = copy.copy(args)
     mine.max_buffered_request_bytes = max(args.max_buffered_request_bytes // args.relay_processes, 65536)
     return on_loop(lambda loop: RelayProcess(mine, loop, given, index, start).run())
@@ -135,6 +134,7 @@ class RelayProcess:
             messages.StopAccepting: lambda _: self._stop_accepting(),
             messages.Cut: self._cut,
             messages.ReadAgain: self._reload,
+            message.AppWants: control.heard,
             message.AppHead: control.heard,
             message.AppData: control.heard,
             message.AppFailed: control.heard,
@@ -184,8 +184,9 @@ class RelayProcess:
             hear[type(each)](each)
 
     def reads_again(self) -> None:
-        """Ask what was kept while the decider did not read."""
+        """Tell and ask what was kept while the decider did not read."""
         self._remote.read_again()
+        self._control.reads_again()
 
     def link_lost(self, link: Link) -> None:
         """Go on without a decider until there is one again."""
@@ -284,7 +285,7 @@ class RelayProcess:
         """Report what is open."""
         self._remote.look(now)
         link, clients = self._remote.link, self._clients
-        if link is not None:
+        if link is not None and not link.stuck:
             unanswered = clients.unanswered()
             link.put(messages.Stats(len(clients.connections), clients.active, self._connections.open, *unanswered))
 

@@ -23,7 +23,7 @@ from sglang_router.processes import message, messages
 from sglang_router.processes.control import ControlDesk
 from sglang_router.processes.desk import Desk
 from sglang_router.processes.facing import known_of
-from sglang_router.processes.given import BUILT, ENDING, READY, Given, Launch
+from sglang_router.processes.given import BUILT, ENDING, LEADING, PASSED, READY, Given, Launch
 from sglang_router.processes.link import Link, decode_from_relay
 from sglang_router.processes.message import Message
 from sglang_router.processes.ports import RelayPort
@@ -34,8 +34,6 @@ from sglang_router.words import counted
 
 log = logging.getLogger("sglang_router.processes")
 
-LEADING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1)
-"""Signals that the supervisor passes on to the decider."""
 _ACCEPT_WITHIN = 10.0
 """Seconds that relays have to accept clients; the router goes on with those that do."""
 _CUT_WITHIN = 5.0
@@ -65,6 +63,7 @@ class Relays(Elsewhere, Listener):
         self.mark = given.mark
         self.state_file = given.state_file
         self.restarted = bool(start.cause)
+        self.passed = PASSED
         self._all_accept = asyncio.Event()
         self.given = GivenPort([sock for sockets in given.sockets for sock in sockets], given.inherited)
         self._ports: dict[int, RelayPort] = {}  # by index
@@ -191,7 +190,7 @@ class Relays(Elsewhere, Listener):
         await self._accepted()
         self._given.tells.send(READY)
         self._loop.call_soon(self._control.open)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, LEADING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*LEADING, *PASSED.values()))
         if self._start.cause:
             log.warning("the process that decides is started again: the one before %s", self._start.cause)
         log.info("process %d decides for %s", os.getpid(), counted(len(self._given.memories), "relay"))

@@ -6,7 +6,8 @@
     lost             the link is closed: questions are kept, at most MOST, and streams go on
     look             periodically: ends the wait for retries that nobody decides
 
-While the decider does not read, questions are kept here, where they cost nothing more than their request.
+While the decider does not read, questions are kept here, where they cost nothing more than their request; and ends of
+requests of which it never heard, as many as while it is away. Later they go a few at a time, while it reads.
 
 `Reporter` passes the relay's own events on, so that metrics and access log are made in one place.
 
@@ -16,6 +17,7 @@ the decider is gone, or does not answer.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable
@@ -39,6 +41,8 @@ MOST = 4096
 """Questions without a first answer; further requests are refused."""
 _MOST_UNTOLD = 10_000
 """Ended requests that are kept for a decider that is away."""
+_PORTION = 64
+"""Questions that are kept, in one frame."""
 _NOTHING, _TAG, _ALL = 0, 1, 2
 _SERVED = Outcome.SERVED
 
@@ -135,7 +139,8 @@ class RemoteDecider:
                 self._shared.append(number)
                 text, length = None, len(facts.text)
         digest = fingerprint(self._key, facts) if self.wanted else b""
-        link.put(ask_of(asked.tag, facts, now, TextForm(text, at, length, digest)))
+        put = link.put if text is None or len(text) < SHARED else link.put_large
+        put(ask_of(asked.tag, facts, now, TextForm(text, at, length, digest)))
 
     def retry(
         self,
@@ -153,8 +158,11 @@ class RemoteDecider:
             return None
         asked.failed, asked.waits = _Failed(leg, facts, outcome, now, continued, status), True
         self._unheard[tag.number] = asked
-        if self.link is not None:
-            self._put_retry(self.link, asked, asked.failed, now)
+        link = self.link
+        if link is None or link.stuck or self._kept:
+            self._kept[tag.number] = asked
+        else:
+            self._put_retry(link, asked, asked.failed, now)
         return Wait(now + self._patience, "decider")
 
     def _put_retry(self, link: Link, asked: _Asked, failed: _Failed, now: float) -> None:
@@ -163,7 +171,8 @@ class RemoteDecider:
             facts = ask_of(asked.tag, failed.facts, now, TextForm(failed.facts.text))
         digest, code = fingerprint(self._key, asked.facts), code_of(failed.outcome)
         lease = failed.leg.lease
-        link.put(Retry(asked.tag.number, lease, code, now, failed.continued, failed.status, digest, facts))
+        put = link.put if facts is None else link.put_large
+        put(Retry(asked.tag.number, lease, code, now, failed.continued, failed.status, digest, facts))
 
     def began(self, leg: PlannedLeg, now: float) -> None:
         """Take note that the first byte of a stream's answer arrived."""
@@ -258,12 +267,12 @@ class RemoteDecider:
         number, link = event.tag.number, self.link
         asked = self._requests.pop(number, None)
         self._heard_of(number)
-        if link is None:
-            self._untold.append(unasked_of(event))
-        elif asked is None or not asked.held:
-            link.put(unasked_of(event))
-        else:
+        if link is not None and asked is not None and asked.held:
             _put_done(link, event)
+        elif link is None or link.stuck:
+            self._untold.append(unasked_of(event))
+        else:
+            link.put(unasked_of(event))
 
     def shown(self, event: FirstByte) -> None:
         """Tell that an answer began."""
@@ -281,9 +290,6 @@ class RemoteDecider:
         for asked in self._requests.values():
             asked.held = _TAG if asked.legs or asked.failed is not None else _NOTHING
         link.put(Hello(self._index, os.getpid(), [self._open(each) for each in self._requests.values() if each.held]))
-        for told in self._untold:
-            link.put(told)
-        self._untold.clear()
         self._kept = {number: asked for number, asked in self._requests.items() if asked.waits}
         self._unheard = dict(self._kept)
         self.read_again()
@@ -294,16 +300,22 @@ class RemoteDecider:
         return OpenRequest(ask_of(asked.tag, asked.facts, 0.0, TextForm(b"")), legs)
 
     def read_again(self) -> None:
-        """Ask what was kept: the decider reads again."""
-        kept, self._kept = self._kept, {}
-        link, now = self.link, self._clock()
-        if link is None:
-            return
-        for asked in kept.values():
-            if asked.failed is not None:
-                self._put_retry(link, asked, asked.failed, now)
-            else:
-                self._put_ask(link, asked, now)
+        """Tell and ask what was kept, as long as the decider reads."""
+        link, now, kept = self.link, self._clock(), self._kept
+        while link is not None and (kept or self._untold):
+            for _ in range(min(_PORTION, len(self._untold))):
+                link.put(self._untold.popleft())
+            for number in list(itertools.islice(kept, _PORTION)):
+                if link.stuck:
+                    break
+                asked = kept.pop(number)
+                if asked.failed is not None:
+                    self._put_retry(link, asked, asked.failed, now)
+                else:
+                    self._put_ask(link, asked, now)
+            link.send()
+            if link.stuck:
+                return
 
     def lost(self) -> None:
         """Keep everything until a decider is there again."""

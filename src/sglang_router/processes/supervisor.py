@@ -5,7 +5,7 @@
     a relay ends        restarted: its sockets are here, so clients in its queue wait for the next one
     the decider ends    restarted, with its state from the state file; relays go on meanwhile
                         ... unless it has said that the router ends: then its status is the router's
-    SIGTERM ...         passed on to the decider, which leads
+    SIGTERM ...         passed on to the decider, which leads, as another signal (see `given.PASSED`)
     killed              the kernel kills all others (PR_SET_PDEATHSIG)
 
 It runs no event loop, no thread and no log, so that a child can be forked from it at any time. Children leave its
@@ -31,8 +31,7 @@ from typing import NamedTuple
 
 from sglang_router import process
 from sglang_router.errors import ConfigError
-from sglang_router.processes.given import BUILT, ENDING, READY, REFUSED, Given, Launch
-from sglang_router.processes.relays import LEADING
+from sglang_router.processes.given import BUILT, ENDING, LEADING, PASSED, READY, REFUSED, Given, Launch
 
 _SHORT_LIFE = 10.0
 """Seconds: a process that ended earlier has failed."""
@@ -89,11 +88,12 @@ class ProcessSupervisor:
         self._children = {place: _Child() for place in range(_DECIDER, relays)}
         self._patience = patience or RestartPatience()
         self._count = 0
-        self._leave: int | None = None  # the signal by which the decider was told to end the router
+        self._leave: signal.Signals | None = None  # the signal by which the decider was told to end the router
         self._built = False  # the options can be used: relays are started
         self._ready = False  # the decider has served once
         self._ending = False
         self._refusal = ""
+        self._outlives_terminal = False
         self._woken, self._wakes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def __repr__(self) -> str:
@@ -113,6 +113,7 @@ class ProcessSupervisor:
         return status
 
     def _listen(self) -> None:
+        self._outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup
         for number in (*LEADING, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._wakes, warn_on_full_buffer=False)
@@ -150,15 +151,16 @@ class ProcessSupervisor:
     def _fork(self, place: int, child: _Child, now: float) -> None:
         self._count += 1
         start = Launch(self._count, child.cause)
-        signal.pthread_sigmask(signal.SIG_BLOCK, LEADING)  # until the child handles them
+        until_handled = (*LEADING, *PASSED.values())
+        signal.pthread_sigmask(signal.SIG_BLOCK, until_handled)  # by the child
         supervisor = os.getpid()
         child.pid = os.fork()
         if child.pid == 0:
             self._be_child(place, start, supervisor)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, LEADING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, until_handled)
         child.since = now
         if place == _DECIDER and self._leave is not None:
-            os.kill(child.pid, self._leave)  # it waits until the child handles signals
+            os.kill(child.pid, PASSED[self._leave])  # it waits until the child handles signals
 
     def _be_child(self, place: int, start: Launch, supervisor: int) -> None:
         """Run a child in this process, which was just forked. It never returns."""
@@ -168,6 +170,8 @@ class ProcessSupervisor:
             os.setpgid(0, 0)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if self._outlives_terminal:
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
             os.close(self._woken)
             os.close(self._wakes)
             self._hears.close()
@@ -177,7 +181,7 @@ class ProcessSupervisor:
         except ConfigError as error:
             status = 2
             if place == _DECIDER:
-                self._given.tells.send(REFUSED + str(error).encode())
+                self._given.tells.send(REFUSED + str(error).encode("utf-8", "surrogateescape"))
             else:
                 _complain(f"relay {place + 1}: {error}")
         except BaseException:
@@ -235,7 +239,7 @@ class ProcessSupervisor:
                     self._ending = True
                     self._given.close_ports()
                 elif told.startswith(REFUSED):
-                    self._refusal = told[len(REFUSED) :].decode()
+                    self._refusal = told[len(REFUSED) :].decode("utf-8", "surrogateescape")
 
     def _pass_signals_on(self) -> None:
         """Pass signals on to the decider. One that means the end is for the next decider, too, if this one dies."""
@@ -245,9 +249,9 @@ class ProcessSupervisor:
                 if number not in LEADING:
                     continue
                 if number in _ENDS:
-                    self._leave = self._leave or number
+                    self._leave = self._leave or signal.Signals(number)
                 if decider.pid:
-                    os.kill(decider.pid, number)
+                    os.kill(decider.pid, PASSED[signal.Signals(number)])
 
     def _end(self) -> None:
         """End all processes that still run: relays leave by themselves when the decider has ended in order."""
