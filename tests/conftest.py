@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -35,8 +36,20 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Escape half of a surrogate pair in what a test logged: reports travel between processes as UTF-8."""
-    report = yield
-    report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
-    return report
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Escape half of a surrogate pair in a report: reports travel between processes as UTF-8.
+
+    One that cannot travel ends the whole run, and nobody learns which test failed.
+    """
+    return _utf8((yield))
+
+
+def _utf8(data: Any) -> Any:
+    """Return what a report consists of, with all text fit for UTF-8."""
+    if isinstance(data, str):
+        return data.encode("utf-8", "backslashreplace").decode()
+    if isinstance(data, dict):
+        return {_utf8(key): _utf8(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return type(data)(map(_utf8, data))
+    return data

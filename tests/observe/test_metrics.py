@@ -324,6 +324,29 @@ def test_the_series_of_a_removed_worker_disappear_and_totals_stay() -> None:
     assert rig.get("sgl_router_cache_hits_total") == 3
 
 
+def test_a_worker_that_is_removed_during_a_scrape_is_counted_once() -> None:
+    """A scrape is made in pieces; whatever comes between two of them, a total must not be too high: the next scrape
+    would show less, which Prometheus takes for a restart."""
+    totals = {"sgl_router_cache_hits_total": 7.0, "smg_worker_errors_total": 5.0}
+    last = len(list(Rig().metrics.pieces(False)))
+    for moment in range(last + 1):
+        rig = Rig()
+        two = rig.worker(W2)
+        for url, hits, errors in ((W1, 3, 2), (W2, 4, 3)):
+            for _ in range(hits):
+                rig.worker(url).decisions.count("cache_aware", "hit", 10, 20)
+            for _ in range(errors):
+                rig.metrics.finished(finished(rig.leg(url), outcome=Outcome.FAILED))
+        rig.fleet.remove(rig.worker(W1))
+        text = ""
+        for number, piece in enumerate(rig.metrics.pieces(False)):
+            if number == moment:
+                rig.fleet.remove(two)
+            text += piece
+        found = {sample.name: sample.value for family in parse_text(text) for sample in family.samples}
+        assert {name: found[name] for name in totals} == totals, f"removed before piece {moment}"
+
+
 def test_a_leg_on_a_removed_worker_counts_for_its_role() -> None:
     rig = Rig()
     for role in ("prefill", "decode", "decode"):

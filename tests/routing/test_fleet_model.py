@@ -248,6 +248,16 @@ class FleetBesideModel(RuleBasedStateMachine):
         if not well and not ill:
             self.check_refusal()
 
+    @invariant()
+    def the_roster_has_the_load_of_each_candidate(self) -> None:
+        able = self.fleet.pools.default.able(self.now)
+        loads = [len([lease for lease in self.running if lease.worker is worker]) for worker in able]
+        assert [worker.load for worker in able] == loads
+        levels = {load: sum(worker.bit for worker in able if worker.load == load) for load in loads}
+        assert able.roster.levels == levels
+        half_open = [worker for worker, model in self.models.items() if model.breaker == "half_open"]
+        assert able.roster.on_trial == sum(1 << worker.seat for worker in half_open if not worker.removed)
+
     def standing(self, health: str) -> list[Worker]:
         """Those that are there; of them at most half are out for their breakers, those that opened for longest."""
         those = {worker: model for worker, model in self.models.items() if model.is_in_rotation(health)}

@@ -146,6 +146,22 @@ def test_case_1_a_full_worker_of_an_adapter_that_is_judged_out_is_waited_for() -
     assert second.attempt.worker is lora
 
 
+def test_an_adapter_stays_with_its_worker_when_others_take_its_seat() -> None:
+    s = Several("cache_aware")
+    lora, plain = s.add("lora", "A", adapters=("sql",)), s.add("plain", "A")
+    first = lora.seat
+    for worker in (lora, plain):
+        assert s.serve("sql", 1) == {"lora"}
+        s.fleet.emptied(worker)
+        assert s.serve("sql", 1) == {"lora"}
+        while s.pools.tidy(0.0, 100):
+            pass
+    assert (plain.seat == first, lora.seat != first) == (True, True)
+    busy = [s.fleet.lease(lora) for _ in range(40)]  # whatever is chosen by load is chosen elsewhere
+    assert s.serve("sql") == {"lora"}
+    assert lora.load == len(busy)
+
+
 def test_workers_whose_models_overlap_share_a_pool() -> None:
     s = Several()
     s.add("ab", "A", "B")

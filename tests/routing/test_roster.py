@@ -57,6 +57,19 @@ def test_the_roster_says_what_looking_at_all_would_say(data: st.DataObject) -> N
             assert (roster.least(mask), roster.most(mask)) == (least, max(loads[seat] for seat in some))
 
 
+def test_how_far_apart_the_loads_are_does_not_matter() -> None:
+    """One worker may have thousands of requests more than another: all with one routing key, or it hangs."""
+    roster = Roster()
+    for bit, load in ((1, 0), (2, 3), (4, 100_000)):
+        roster.add(bit, load)
+    roster.raised(4, 100_000)
+    roster.lowered(2, 3)
+    assert roster.levels == {0: 1, 2: 2, 100_001: 4}
+    assert (roster.low, roster.high, roster.running(0b111)) == (0, 100_001, 100_003)
+    assert (roster.least(0b110), roster.most(0b011)) == (2, 2)
+    assert (roster.least_loaded(0b110), roster.least_loaded(0b1000), roster.at_least(3)) == (0b10, 0, 0b100)
+
+
 def test_candidates_are_a_sequence_of_workers() -> None:
     b = Bench(4)
     some = candidates_of([b.workers[1], b.workers[3]])
@@ -83,3 +96,12 @@ def test_a_removed_worker_is_no_candidate_while_its_requests_end() -> None:
     leases[0].close(Outcome.SERVED, 0.0)
     found = b.pool.candidates(0.0)
     assert (list(found), found.roster.least(found.mask)) == ([b.workers[1]], 1)
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "cache_aware"])
+def test_a_worker_that_changes_and_leaves_before_anyone_asks_leaves_nothing(policy: str) -> None:
+    b = Bench(3, policy)
+    b.fleet.set_draining(b.workers[0], True)
+    b.fleet.remove(b.workers[0])
+    assert list(b.pool.candidates(0.0)) == b.workers[1:]
+    assert b.pool.candidates(0.0).roster.all.bit_count() == 2

@@ -126,6 +126,18 @@ def test_slots_are_renumbered_and_strangers_left_out() -> None:
     assert shape(again) == [(b"ab", 0b11), (b"abc", 0b01), (b"abd", 0b10)]
 
 
+def test_the_smallest_slot_is_right_although_it_was_asked_for_before() -> None:
+    tree = tree_of([(slot, b"m", b"%02d" % slot + b"x" * slot) for slot in range(12)], slots=12)
+    again = Tree(BIG)
+    builder = Builder(again, {slot: again.add_slot() for slot in range(12)})
+    assert again.smallest(again.alive) == again.alive
+    for record in told(tree):
+        builder.add(record)
+    builder.finish()
+    assert again.smallest(again.alive) == 0b1
+    assert again.smallest(again.alive ^ 0b11) == 0b100
+
+
 def test_times_are_shifted_but_never_into_the_future() -> None:
     again = Tree(BIG)
     builder = Builder(again, {0: again.add_slot()}, shift=-100.0, now=-92.0)

@@ -10,7 +10,7 @@ Owner: `observe.metrics.Metrics`, on the event loop's thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Protocol
 
 from sglang_router.observe.live_sources import LiveSources
@@ -107,8 +107,3 @@ class MetricCounts:
         tally = self.tallies.pop(worker.id, None)
         if tally is not None:
             self.of_removed(tally.role).add(tally)
-
-    def all_tallies(self) -> Iterator[Tally]:
-        """Yield the tallies of all present and removed workers."""
-        yield from self.tallies.values()
-        yield from self.removed.values()

@@ -32,7 +32,7 @@ Sample = tuple[Values, Any]  # the labels' values; an int, a float or a Histogra
 Reader = Callable[[MetricCounts], Iterable[Sample | None]]
 
 _STEP = 100
-"""Series that are summed up between two places to pause."""
+"""Series, or tallies, that are summed up between two places to pause."""
 ROUTER = ("http",)
 """router_type: requests are relayed as HTTP."""
 BACKEND = ("regular", "http")
@@ -145,14 +145,28 @@ def totals(items: Callable[[Tally], Iterable[Sample]]) -> Reader:
 
     def read(counts: MetricCounts) -> Iterator[Sample | None]:
         sums: dict[Values, int] = {}
-        for number, tally in enumerate(list(counts.all_tallies())):
-            if not number % _STEP:
+        for tally in _all_tallies(counts):
+            if tally is None:
                 yield None
+                continue
             for values, count in items(tally):
                 sums[values] = sums.get(values, 0) + count
         yield from sums.items()
 
     return read
+
+
+def _all_tallies(counts: MetricCounts) -> Iterator[Tally | None]:
+    """Yield the tallies of all present and removed workers, and None where the reader may pause.
+
+    Those of the removed come before the first pause, so that a worker that is removed in one is not counted twice.
+    """
+    present = list(counts.tallies.values())
+    yield from list(counts.removed.values())
+    for number, tally in enumerate(present, 1):
+        yield tally
+        if not number % _STEP:
+            yield None
 
 
 def branches_of(policy: str) -> Reader:
@@ -167,10 +181,11 @@ def cache_branch(wanted: str) -> Reader:
 
     def read(counts: MetricCounts) -> Iterator[Sample | None]:
         found = 0
-        for number, tally in enumerate(list(counts.all_tallies())):
-            if not number % _STEP:
+        for tally in _all_tallies(counts):
+            if tally is None:
                 yield None
-            found += sum(n for (_, branch), n in tally.decisions.legs.items() if branch == wanted)
+            else:
+                found += sum(n for (_, branch), n in tally.decisions.legs.items() if branch == wanted)
         yield (), found
 
     return read
