@@ -28,10 +28,10 @@ COMPILERS = ["mypy>=2.4,<2.5", "setuptools>=65"]
 
 
 def wanted() -> bool:
-    """Return whether the variable asks for a compiled wheel. Raises: ValueError for a value that is neither."""
+    """Return whether the variable asks for a compiled wheel. Ends the build for a value that is neither."""
     asked = os.environ.get(VARIABLE, "")
     if asked not in ("", "0", "1"):
-        raise ValueError(f"{VARIABLE}={asked}: it must be 1, for a compiled wheel, or 0")
+        sys.exit(f"error: {VARIABLE}={asked}: it must be 1, for a compiled wheel, or 0")
     return asked == "1"
 
 
@@ -43,12 +43,16 @@ class CompiledWheel(BuildHookInterface[Any]):
         return [*COMPILERS, *self.metadata.core.dependencies, "types-pyyaml"] if wanted() else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile, before the wheel is packed."""
+        """Compile, before the wheel is packed. If that fails, the build ends with what the compiler said last."""
         if version == "editable" or not wanted():
             return
         self.folder = tempfile.TemporaryDirectory(prefix="sglang-router-wheel-")
         made = Path(self.folder.name)
-        subprocess.run([sys.executable, "-m", "scripts.compile", str(made)], cwd=self.root, check=True)  # noqa: S603
+        # It must find `scripts` in the folder it runs in, which this variable takes from Python's path.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+        command = [sys.executable, "-m", "scripts.compile", str(made)]
+        if subprocess.run(command, cwd=self.root, env=environment, check=False).returncode:  # noqa: S603
+            sys.exit(1)
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
         build_data["force_include"].update({str(path): str(path.relative_to(made)) for path in made.rglob("*.*")})

@@ -142,9 +142,9 @@ def main(folder: Path) -> int:
     began = time.monotonic()
     found = modules(SOURCES / "sglang_router")
     wanted = [module for module in found if not module.interpreted]
-    print(table(found), flush=True)
     try:
         check_compiler()
+        print(table(found), flush=True)
         with tempfile.TemporaryDirectory(prefix="sglang-router-compile-") as work:
             build(wanted, Path(work), folder.resolve())
     except CompileError as error:

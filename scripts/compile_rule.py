@@ -26,6 +26,12 @@ ALSO = (
     "observe.line_parts",
     "observe.metrics",
     "observe.tallies",
+    "processes.desk",
+    "processes.facing",
+    "processes.link",
+    "processes.ports",
+    "processes.remote",
+    "processes.texts",
 )
 KINDS = {"Struct": "Struct", "Enum": "enum", "IntEnum": "enum", "Flag": "enum", "IntFlag": "enum"}
 """What a class is that has this base."""

@@ -20,7 +20,8 @@ from scripts.wheel import ENVIRONMENT
 
 TESTS = (
     *("tests/routing", "tests/wire", "tests/relay", "tests/observe", "tests/resume", "tests/restart"),
-    *("tests/hostile", "tests/chaos", "tests/blackbox", "tests/access", "tests/app", "tests/test_same.py"),
+    *("tests/hostile", "tests/chaos", "tests/blackbox", "tests/access", "tests/app", "tests/processes"),
+    "tests/test_same.py",
 )
 ALWAYS = "tests/test_compiled.py"
 

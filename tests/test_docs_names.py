@@ -71,6 +71,27 @@ def test_a_document_names_what_exists(document: Path) -> None:
     assert missing(document.read_text("utf-8")) == []
 
 
+TEXTS = [
+    path
+    for place in ("*.md", "*.toml", "docs/**/*.md", "docs/**/*.svg", "scripts/**/*", "tests/**/*.txt")
+    for path in sorted(ROOT.glob(place))
+    if path.is_file() and path.suffix != ".pyc"
+]
+"""Files that no program reads so that it would notice what a merge has left behind."""
+CONFLICT = re.compile(r"^(<{7}|>{7}|\|{7}|={7}$)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_merge_has_left_nothing_behind(text: Path) -> None:
+    assert CONFLICT.search(text.read_text("utf-8")) is None
+
+
+def test_what_a_merge_leaves_behind_is_found() -> None:
+    lines = [sign * 7 for sign in "<|=>"]
+    assert [bool(CONFLICT.search(f"text\n{line}\ntext")) for line in lines] == [True] * 4
+    assert not CONFLICT.search("a\n========\nTitle ======= here\n")
+
+
 def test_what_does_not_exist_is_found() -> None:
     text = "`relay/leg.py: Leg.send` `relay/leg.py: Leg.fly` `relay/none.py` `Leg.abort` `Leg.sing` `--flag`"
     assert missing(text) == ["relay/leg.py: Leg.fly", "relay/none.py", "Leg.sing"]

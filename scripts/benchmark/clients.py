@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Natives:
         """Compile all of them; return itself. Raises: BenchError if that is not possible."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in NAMES:
-            command = [os.environ.get("CC", "cc"), "-std=gnu11", "-O2", "-Wall", "-Wextra"]
+            command = [*(shlex.split(os.environ.get("CC", "")) or ["cc"]), "-std=gnu11", "-O2", "-Wall", "-Wextra"]
             command += ["-o", str(self.folder / name), str(SOURCES / f"{name}.c"), "-lm"]
             try:
                 subprocess.run(command, check=True, timeout=60)

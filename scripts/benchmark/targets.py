@@ -28,6 +28,8 @@ from scripts.benchmark.options import Options
 from scripts.benchmark.processes import BenchError, Processes, Server, free_ports
 from scripts.reporting import ROOT
 
+from sglang_router.words import counted
+
 OURS, COMPILED, BEFORE = "ours", "compiled", "before"
 REFERENCE, HAPROXY, DIRECT = "reference", "haproxy", "direct"
 _COMPILED = ROOT / ".compiled" / "env"
@@ -94,7 +96,12 @@ def litellm(place: Place) -> list[object]:
 
 @dataclass(frozen=True)
 class Target:
-    """One row. `title`: how tables call it; its version follows. `takes`: patterns of loads; without any, all."""
+    """One row.
+
+    title   how tables call it; its version follows
+    takes   patterns of loads; without any, all
+    apart   measured only when --only names it: it answers a question of its own
+    """
 
     name: str
     title: str
@@ -103,6 +110,7 @@ class Target:
     program: str = ""
     source: Callable[[Options, Path], Path | None] | None = None
     takes: tuple[str, ...] = ()
+    apart: bool = False
     ready: str = "/readiness"
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -136,15 +144,26 @@ def revision(options: Options, folder: Path) -> Path | None:
     return place / "src"
 
 
-LAUNCH = module("sglang_router.launch_router")
+def with_relays(name: str, title: str, source: Callable[[Options, Path], Path | None]) -> list[Target]:
+    """Return the rows of one of our routers with one relay process and with two."""
+    rows = []
+    for count in (1, 2):
+        launch = module(LAUNCHER, "--relay-processes", str(count))
+        rows.append(
+            Target(f"{name}-relays-{count}", f"{title}, {counted(count, 'relay')}", launch, source=source, apart=True)
+        )
+    return rows
+
+
+LAUNCHER = "sglang_router.launch_router"
 TARGETS = (
-    Target(OURS, "this router", LAUNCH, source=checkout),
-    Target(COMPILED, "this router, compiled", LAUNCH, source=compiled),
-    Target(BEFORE, "before", LAUNCH, source=revision),
+    Target(OURS, "this router", module(LAUNCHER), source=checkout),
+    Target(COMPILED, "this router, compiled", module(LAUNCHER), source=compiled),
+    Target(BEFORE, "before", module(LAUNCHER), source=revision),
     Target(
         REFERENCE,
         "sglang-router",
-        module("sglang_router.launch_router", "--policy", "cache_aware", *QUIET),
+        module(LAUNCHER, "--policy", "cache_aware", *QUIET),
         package="sglang-router==0.3.2",
     ),
     Target("smg", "smg", module("smg.launch_router", "--policy", "cache_aware", *QUIET), package="smg==1.13.0"),
@@ -165,6 +184,8 @@ TARGETS = (
         ready="/health/readiness",
         environment={"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
     ),
+    *with_relays(OURS, "this router", checkout),
+    *with_relays(COMPILED, "this router, compiled", compiled),
 )
 
 
@@ -223,4 +244,5 @@ def program_version(program: str) -> str:
 
 def wanted(options: Options) -> list[Target]:
     """Return the targets of --only, in the order of the table. `before` exists with --against only."""
-    return [each for each in TARGETS if matches(options.only, each.name) and (each.name != BEFORE or options.against)]
+    named = [each for each in TARGETS if matches(options.only, each.name) and (options.only or not each.apart)]
+    return [each for each in named if each.name != BEFORE or options.against]

@@ -16,6 +16,8 @@ from scripts.benchmark.targets import BEFORE, COMPILED, DIRECT, HAPROXY, OURS, R
 from sglang_router.words import counted
 
 OWN = tuple(target.name for target in TARGETS if target.source and target.name != BEFORE)
+JUDGED = (OURS, COMPILED)
+"""Goals are of a router in one process."""
 METRICS: dict[str, Callable[[Sample], float]] = {
     "CPU": lambda sample: sample.cpu,
     "p99": lambda sample: sample.p99,
@@ -122,13 +124,13 @@ def goals_head(results: Results) -> list[str]:
         "of",
         "peer's",
         "pure / compiled",
-        *(results.targets[name] for name in own(results)),
+        *(results.targets[name] for name in judged(results)),
         "reached",
     ]
 
 
-def own(results: Results) -> list[str]:
-    return [name for name in OWN if name in results.targets]
+def judged(results: Results) -> list[str]:
+    return [name for name in JUDGED if name in results.targets]
 
 
 def goals_rows(results: Results) -> list[list[str]]:
@@ -140,13 +142,13 @@ def goals_rows(results: Results) -> list[list[str]]:
     for goal in GOALS:
         load, read = BY_NAME[goal.load], METRICS[goal.metric]
         peer = results.median(goal.load, goal.peer)
-        measured = [name for name in own(results) if name in results.samples.get(goal.load, {})]
+        measured = [name for name in judged(results) if name in results.samples.get(goal.load, {})]
         if not measured or not peer or not read(peer):
             continue
-        ratios = {name: read(got) / read(peer) for name in own(results) if (got := results.median(goal.load, name))}
+        ratios = {name: read(got) / read(peer) for name in judged(results) if (got := results.median(goal.load, name))}
         unit = f"us/{load.unit.removesuffix('s')}" if goal.metric == "CPU" else "ms"
         figure = read(peer) if goal.metric == "CPU" else read(peer) / 1e3
-        cells = [f"{ratios[name]:.2f}" if name in ratios else "-" for name in own(results)]
+        cells = [f"{ratios[name]:.2f}" if name in ratios else "-" for name in judged(results)]
         reached = [name for name, ratio in ratios.items() if ratio <= goal.most(name)]
         says = "yes" if len(reached) == len(measured) else ", ".join(reached) or "NO"
         peers = [results.targets[goal.peer], f"{figure:.2f}", goal.bounds]

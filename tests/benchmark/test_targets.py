@@ -48,6 +48,30 @@ def test_the_targets_of_the_core_are_in_the_table() -> None:
     assert {target.name for target in wanted(parse(["--against", "HEAD"]))} == {"ours", "before"}
 
 
+RELAYS = ["ours-relays-1", "ours-relays-2", "compiled-relays-1", "compiled-relays-2"]
+
+
+@pytest.mark.parametrize("words", [[], ["--core"], ["--quick"], ["--against", "HEAD"]])
+def test_relay_processes_are_measured_only_when_they_are_named(words: list[str]) -> None:
+    assert not {target.name for target in wanted(parse(words))} & set(RELAYS)
+
+
+def test_relay_processes_are_named_by_their_names_or_by_patterns() -> None:
+    def names(only: str, *more: str) -> list[str]:
+        return [target.name for target in wanted(parse([*more, "--only", only]))]
+
+    assert names("*-relays-*") == RELAYS
+    assert names("ours,compiled-relays-2", "--core") == ["ours", "compiled-relays-2"]
+    assert names("ours,compiled") == ["ours", "compiled"]
+
+
+def test_a_router_with_relays_is_started_with_so_many_and_the_flags_come_after(tmp_path: Path) -> None:
+    for name in RELAYS:
+        command = words(BY_TARGET[name].command(place(tmp_path, "--policy", "random")))
+        assert f" --relay-processes {name[-1]} --policy random --worker-urls " in command
+        assert BY_TARGET[name].source is BY_TARGET[name.partition("-")[0]].source
+
+
 def test_without_a_revision_there_is_nothing_before() -> None:
     assert "before" not in {target.name for target in wanted(parse([]))}
 

@@ -12,6 +12,7 @@ from scripts.benchmark.verdicts import (
     losses,
     losses_rows,
     losses_summary,
+    rivals,
 )
 
 from bench_samples import results, sample
@@ -88,6 +89,13 @@ def test_a_goal_that_is_missed_says_no_or_who_of_us_reaches_it() -> None:
     made.targets["compiled"] = "this router, compiled 1"
     made.add("streams-500", "compiled", sample(p99=800))
     assert [row[-3:] for row in goals_rows(made) if row[1] == "p99 ms"] == [["1.30", "0.80", "compiled"]]
+
+
+def test_goals_are_of_one_process_and_relays_are_no_rival() -> None:
+    made = results(_200B={"ours-relays-1": [sample(cpu=1)], "haproxy": [sample(cpu=15)]})
+    made.targets["ours-relays-1"] = "this router, 1 relay 1"
+    assert goals_rows(made) == []
+    assert "ours-relays-1" not in [*rivals(made), *goals_head(made)]
 
 
 def test_who_fails_requests_reaches_no_goal() -> None:

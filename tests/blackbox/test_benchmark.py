@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 WITHIN = 60.0
 
-pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler")
+pytestmark = pytest.mark.skipif(
+    shutil.which((os.environ.get("CC", "").split() or ["cc"])[0]) is None, reason="needs a C compiler"
+)
 
 
 def bench(*words: str) -> subprocess.CompletedProcess[str]:

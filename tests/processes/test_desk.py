@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import mmap
 
+import pytest
+
 from desks import Decider, DeskEnd, Ends
 from fleets import ROUTE, facts
-from sglang_router.errors import QueueTimeout
+from sglang_router.errors import InternalError, QueueTimeout
 from sglang_router.processes import failures, messages
 from sglang_router.processes.facing import OUTCOMES, TextForm, ask_of, code_of
 from sglang_router.processes.link import decode_from_decider
+from sglang_router.routing.candidates import Candidates
+from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag
+from sglang_router.routing.policies.base import Choice, Policy
 
 
 class Desks:
@@ -77,6 +82,25 @@ def test_requests_of_all_relays_begin_in_the_order_of_their_arrival() -> None:
     desks.decider.bench.settle(2.0)
     assert planned(desks.heard(1)).number == 500
     assert desks.heard(0) == []
+
+
+def test_a_policy_that_fails_is_answered_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Policy):
+        def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
+            raise RuntimeError("this policy is broken")
+
+    desks = Desks()
+    first = planned(desks.ask(0, 1))
+    pool = desks.decider.bench.pool
+    monkeypatch.setattr(pool, "policy", Broken(pool.policy.settings, pool.policy.rng))
+    with pytest.raises(RuntimeError):
+        desks.ask(0, 2)
+    (refused,) = desks.heard(0)
+    assert isinstance(refused, messages.Refused)
+    assert isinstance(failures.error_of(refused.error), InternalError)
+    with pytest.raises(RuntimeError):
+        desks.tell(0, messages.Retry(1, first.legs[0].lease, code_of(Outcome.REFUSED), 2.0, False, 0, b"", None))
+    assert [type(each) for each in desks.heard(0)] == [messages.NoRetry]
 
 
 def test_a_relay_that_is_gone_frees_everything_and_blames_nobody() -> None:

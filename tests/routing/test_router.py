@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from event_makers import leg, routed
 from fleets import Asked, Attempt, Bench, Log, by_model, facts, spec
 from sglang_router.errors import (
+    InternalError,
     NoWorkers,
     QueueFull,
     QueueTimeout,
@@ -22,10 +23,14 @@ from sglang_router.errors import (
     Unavailable,
     WorkersStarting,
 )
+from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.engine_report import EngineReport
 from sglang_router.routing.events import Listener, Listeners, Routed, WorkerChanged
+from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import BREAKS, Hears, Outcome
 from sglang_router.routing.plan import Plan
+from sglang_router.routing.policies.base import Choice
+from sglang_router.routing.policies.simple import RoundRobin
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules, QueueRules, RetryBudgetRules, RetryRules
 from sglang_router.routing.spec import WorkerSpec
@@ -38,6 +43,28 @@ FINAL = [outcome for outcome in Outcome if not outcome.retryable]
 
 def bench(count: int, policy: str = "round_robin", breaker: BreakerRules = NEVER, **rules: Any) -> Bench:
     return Bench(count, policy, rules=FleetRules(breaker=breaker), retries=RetryRules(**rules))
+
+
+class Fragile(RoundRobin):
+    """Fails at the requests whose text says so."""
+
+    def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
+        if facts.text == b"broken":
+            raise RuntimeError("this policy is broken")
+        return super().choose(facts, candidates, now)
+
+
+def test_a_policy_that_fails_takes_no_place_and_holds_up_no_queue() -> None:
+    bench = Bench(1, Fragile, queue=QueueRules(max_concurrent=1, queue_size=9))
+    with pytest.raises(RuntimeError):
+        bench.ask(facts(b"broken"))
+    first, broken, last = bench.ask(facts(b"a")), bench.ask(facts(b"broken")), bench.ask(facts(b"b"))
+    first.attempt.end(Outcome.SERVED)
+    with pytest.raises(RuntimeError):
+        bench.settle()
+    bench.settle()
+    assert isinstance(broken.answers[-1], InternalError)
+    assert last.attempt.worker is bench.workers[0]
 
 
 def legs(bench: Bench, *outcomes: Outcome) -> list[Attempt]:

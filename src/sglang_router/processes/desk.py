@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Final
 
-from sglang_router.errors import RouterError
+from sglang_router.errors import InternalError, RouterError
 from sglang_router.processes import messages
 from sglang_router.processes.facing import OUTCOMES, answered_of, facts_of, tag_of, tag_unasked
 from sglang_router.processes.failures import failure_of
@@ -33,7 +34,7 @@ from sglang_router.routing.policies.base import Choice
 from sglang_router.routing.router import Router
 from sglang_router.routing.worker import Worker
 
-_ADOPTED = "adopted"
+_ADOPTED: Final = "adopted"
 """Reason in the choice of a leg that an earlier decider has planned."""
 
 
@@ -109,6 +110,9 @@ class Desk:
         except RouterError as error:
             port.put(messages.Refused(ask.number, failure_of(error)))
             return
+        except Exception:  # a policy failed
+            port.put(messages.Refused(ask.number, failure_of(InternalError())))
+            raise
         self._answer(each, answer)
 
     def _enter(self, port: RelayPort, ask: messages.Ask, facts: Facts) -> OpenedRequest:
@@ -131,7 +135,11 @@ class Desk:
         self._learn(each, retry.digest)
         each.answer = ()
         outcome, now = OUTCOMES[retry.outcome], self._at(retry.now)
-        plan = self._router.retry(each.tag, leg, facts, outcome, now, retry.continued, retry.status)
+        try:
+            plan = self._router.retry(each.tag, leg, facts, outcome, now, retry.continued, retry.status)
+        except Exception:  # a policy failed
+            port.put(messages.NoRetry(retry.number))
+            raise
         if plan is None:
             port.put(messages.NoRetry(retry.number))
         else:

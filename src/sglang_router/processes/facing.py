@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from sglang_router.processes.messages import Answer, Ask, Known, OpenLeg, Unasked
 from sglang_router.routing.events import Answered, Finished
@@ -12,11 +12,11 @@ from sglang_router.routing.imprint import Imprint
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg, RequestTag, Route, Target
 
-ROWS: Sequence[Endpoint] = tuple(ENDPOINTS.values())
-PLACES = {id(endpoint): place for place, endpoint in enumerate(ROWS)}
+ROWS: Final[Sequence[Endpoint]] = tuple(ENDPOINTS.values())
+PLACES: Final = {id(endpoint): place for place, endpoint in enumerate(ROWS)}
 """The place of each endpoint in ROWS."""
-OUTCOMES = tuple(Outcome)
-_CODES = {outcome: code for code, outcome in enumerate(OUTCOMES)}
+OUTCOMES: Final = tuple(Outcome)
+_CODES: Final = {outcome: code for code, outcome in enumerate(OUTCOMES)}
 
 
 def code_of(outcome: Outcome | None) -> int:

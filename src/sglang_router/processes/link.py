@@ -14,15 +14,16 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 
 from sglang_router.processes.message import Message
 from sglang_router.processes.messages import FromDecider, FromRelay
+from sglang_router.routing.native import mypyc_attr
 
-_HEAD = struct.Struct("<I")
-_MOST = 1 << 28
+_HEAD: Final = struct.Struct("<I")
+_MOST: Final = 1 << 28
 """Most bytes of a frame; a longer one is no frame."""
 
 
@@ -36,6 +37,7 @@ class LinkOwner(Protocol):
         """The connection is closed."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Link:
     """See the module. It has the methods of an asyncio protocol.
 

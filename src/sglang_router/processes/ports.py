@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import mmap
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from sglang_router.processes.link import Link
 from sglang_router.processes.message import Message
 from sglang_router.processes.messages import Stats
 
-_NOTHING = Stats(0, 0, 0, 0, 0, 0, 0.0)
+_NOTHING: Final = Stats(0, 0, 0, 0, 0, 0, 0.0)
 
 
 class Waiting(Protocol):

@@ -214,13 +214,16 @@ class Relays(Elsewhere, Listener):
         self._loop.call_soon(link.send)
 
     def heard(self, link: Link, heard: list[Any]) -> None:
-        """Take the messages of one frame; answer in one."""
+        """Take the messages of one frame; answer in one. A fault at one of them is logged; the others are heard."""
         port = self._port_of.get(link)
         if port is None:
             port = self._welcome(link, heard.pop(0))
         hear = self._hear
         for each in heard:
-            hear[type(each)](port, each)
+            try:
+                hear[type(each)](port, each)
+            except Exception:
+                log.exception("%r failed at a %s", self, type(each).__name__)
         link.send()
         if bool(self._app.router.quarantine.broken) is not self._wanted:
             self._want()

@@ -21,6 +21,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from sglang_router.errors import DeciderGone, RouterError
 from sglang_router.processes import failures, messages
@@ -35,16 +36,18 @@ from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Target, Wait
 from sglang_router.routing.quarantine import fingerprint
 
-GRACE = 5.0
+GRACE: Final = 5.0
 """Seconds that a relay waits longer than the decider said."""
-MOST = 4096
+MOST: Final = 4096
 """Questions without a first answer; further requests are refused."""
-_MOST_UNTOLD = 10_000
+_MOST_UNTOLD: Final = 10_000
 """Ended requests that are kept for a decider that is away."""
-_PORTION = 64
+_PORTION: Final = 64
 """Questions that are kept, in one frame."""
-_NOTHING, _TAG, _ALL = 0, 1, 2
-_SERVED = Outcome.SERVED
+_NOTHING: Final = 0
+_TAG: Final = 1
+_ALL: Final = 2
+_SERVED: Final = Outcome.SERVED
 
 
 class _Failed:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import mmap
 from collections import deque
+from typing import Final
 
-SHARED = 1 << 14
+SHARED: Final = 1 << 14
 """Bytes of a text from which it crosses in shared memory: from here on that costs less CPU than a place in a frame."""
-SIZE = 1 << 24
+SIZE: Final = 1 << 24
 """Bytes of the memory of one relay; the system provides what is used."""
 
 

@@ -96,12 +96,23 @@ class Batch:
         self._call_soon(self._run)
 
     def _run(self) -> None:
-        """Do the stages: requests, legs, writes."""
+        """Do the stages: requests, legs, writes. A fault in one of them goes to the log; the others come after it."""
         self._armed = False
         requests, self._requests = self._requests, []
-        for connection in requests:
-            connection.proceed()
-        legs, self._legs = self._legs, []
-        for leg in legs:
-            leg.send()
+        legs: list[Sender] = []
+        started = sent = 0
+        try:
+            for connection in requests:
+                started += 1
+                connection.proceed()
+            legs, self._legs = self._legs, []
+            for leg in legs:
+                sent += 1
+                leg.send()
+        except Exception:
+            self._requests[:0] = requests[started:]
+            self._legs[:0] = legs[sent:]
+            if not self._armed:
+                self._arm()
+            raise
         self.flush()

@@ -132,6 +132,9 @@ class Exchange:
             read_and_ask(self, endpoint, named[1], now)
         except RouterError as error:
             self.refuse(error)
+        except Exception:  # a fault, of a policy for instance: the event loop logs it
+            self.refuse(InternalError())
+            raise
 
     def gone(self) -> None:
         """Give up the legs and end: the client closed its connection."""

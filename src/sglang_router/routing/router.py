@@ -24,7 +24,7 @@ import random
 from collections.abc import Callable, Hashable
 from typing import Final
 
-from sglang_router.errors import QueueTimeout, RouterError, WorkersFull, WorkersStarting
+from sglang_router.errors import InternalError, QueueTimeout, RouterError, WorkersFull, WorkersStarting
 from sglang_router.routing.candidates import Candidates, candidates_of
 from sglang_router.routing.decider import Deliver
 from sglang_router.routing.events import Listener, Retried, Routed, WorkerChanged
@@ -148,10 +148,11 @@ class Router(Listener):
         return self._begin(tag, facts, pool, candidates, now)
 
     def _begin(self, tag: RequestTag, facts: Facts, pool: Serving, candidates: Candidates, now: float) -> Plan:
-        """Let a request take its place, and plan it."""
-        self.queue.begin(tag.number, now)
+        """Plan a request, and let it take its place: in this order, so that a policy that fails takes none."""
         self.budget.request(now)
-        return self._plan(tag, facts, pool, candidates, now)
+        plan = self._plan(tag, facts, pool, candidates, now)
+        self.queue.begin(tag.number, now)
+        return plan
 
     def _unavailable(self, pool: Serving, facts: Facts, now: float) -> RouterError:
         return self._pools.refusal(pool, facts.model) or pool.unavailable(now)
@@ -318,8 +319,7 @@ class Router(Listener):
         """Remove a request that waited too long from the queue; return the error that answers it."""
         queued = self.queue.remove(tag.number)
         if queued is not None and queued.why != PLACE:
-            facts = queued.item.facts
-            error = self._unavailable(self._pool(facts), facts, now)
+            error = self._unavailable(self._pool(queued.item.facts), queued.item.facts, now)
             if not isinstance(error, WorkersFull):
                 return error
         return QueueTimeout(retry_after=self.queue.retry_after(now))
@@ -360,11 +360,15 @@ class Router(Listener):
 
     def _let_in(self, now: float) -> None:
         """Start the queued requests that can begin now, first come, first served; refuse those that wait in vain."""
-        self._scheduled = False
+        self._scheduled, passed_over = False, set[Hashable]()
         self._regroup()
-        passed_over: set[Hashable] = set()
         while self.queue.has_place and (queued := self.queue.first(passed_over)) is not None:
-            answer = self._answer(queued.item, now)
+            try:
+                answer = self._answer(queued.item, now)
+            except Exception:  # a policy failed: the event loop logs it, and the others are let in after it
+                self._freed()
+                self.deliver(queued.number, InternalError())
+                raise
             if isinstance(answer, str):
                 passed_over.add(queued.line)
                 self._still_waits(queued.line, answer)
@@ -374,9 +378,8 @@ class Router(Listener):
     def _answer(self, asked: _Asked, now: float) -> Plan | RouterError | str:
         """Return the answer to a queued request and remove it from the queue; or return what it still waits for."""
         number, pool = asked.tag.number, self._pool(asked.facts)
-        candidates = pool.candidates(now)
         try:
-            if not candidates:
+            if not (candidates := pool.candidates(now)):
                 return self._awaited(pool, asked.facts, now)
         except RouterError as error:
             self.queue.remove(number)
