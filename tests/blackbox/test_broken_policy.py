@@ -10,7 +10,7 @@ import pytest
 
 from engines import engine_processes
 from hostile.arena import Client, post
-from routers import start_router
+from routers import plain_worker, start_router
 
 PROGRAM = """
 import sys
@@ -19,7 +19,7 @@ from sglang_router.routing.policies.base import Policy
 class Broken(Policy):
     name = "random"
     def choose(self, facts, candidates, now):
-        if b"broken" in facts.text:
+        if b"broken" in facts.text or (b"later" in facts.text and len(candidates) == 1):
             raise RuntimeError("this policy is broken")
         return self.in_turn(candidates, candidates.mask, "turn")
 POLICIES["random"] = Broken
@@ -48,6 +48,28 @@ def test_a_policy_that_fails_fails_its_own_request_only(relays: str, queue: tupl
                 assert answers == [500 if prompt == "broken" else 200 for prompt in prompts]
             assert router.samples().total("sgl_router_active_requests") == 1, "that of the samples"
             assert router.log().count("RuntimeError: this policy is broken") == len(ORDERS) * 3
+        finally:
+            router.process.terminate()
+            assert router.exit_status() == 0
+
+
+@pytest.mark.parametrize("relays", ["0", "1"])
+def test_a_policy_that_fails_at_a_retry_ends_the_request_with_the_answer_that_it_has(
+    relays: str, tmp_path: Path
+) -> None:
+    busy = {"/v1/completions": (503, {}, b"busy"), "/health": (200, {}, b"")}
+    with plain_worker(busy) as one, plain_worker(busy) as two:
+        urls, flags = (one.url, two.url), ("--policy", "random", "--relay-processes", relays)
+        router = start_router(urls, *flags, log=tmp_path / "log", command=(sys.executable, "-c", PROGRAM))
+        try:
+            router.until_healthy(*urls)
+            client = Client(int(router.url.rpartition(":")[2]))
+            client.send(post("/v1/completions", b'{"prompt": "later", "max_tokens": 1}'))
+            answer = client.answer()
+            client.close()
+            assert answer is not None
+            assert (answer.status, answer.body) == (503, b"busy")
+            assert router.log().count("RuntimeError: this policy is broken") == 1
         finally:
             router.process.terminate()
             assert router.exit_status() == 0

@@ -9,7 +9,8 @@ decided(exchange, pending, answer)                          the same for the dec
 
 from __future__ import annotations
 
-from typing import Protocol
+import logging
+from typing import Final, Protocol
 
 from sglang_router.errors import RouterError
 from sglang_router.relay.handled import Handled
@@ -21,6 +22,8 @@ from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import BREAKS, Outcome
 from sglang_router.routing.plan import Plan, RequestTag, Wait
 from sglang_router.wire.response import ResponseHead
+
+log: Final = logging.getLogger("sglang_router.relay")
 
 
 class Failing(Protocol):
@@ -80,9 +83,13 @@ def retry(exchange: Failing, pending: Pending, facts: Facts | None = None) -> bo
     relay, leg = exchange.relay, pending.leg
     known = facts or exchange.facts
     assert known is not None
-    answer = relay.decider.retry(
-        exchange.tag, leg.planned, known, pending.outcome, relay.clock(), facts is not None, pending.status
-    )
+    try:
+        answer = relay.decider.retry(
+            exchange.tag, leg.planned, known, pending.outcome, relay.clock(), facts is not None, pending.status
+        )
+    except Exception:  # a fault, of a policy for instance: the failed leg's own answer is final
+        log.exception("a retry of %s could not be decided", exchange.tag.id)
+        answer = None
     if isinstance(answer, Plan):
         _follow(exchange, pending, answer)
         return True
