@@ -167,3 +167,38 @@ def test_constants_are_final(name: str) -> None:
 def test_a_constant_that_is_not_final_is_found() -> None:
     source = "A: Final = 1\n_B = 2\nC: int = 3\nT = TypeVar('T')\nSome = list[int]\nD, E = range(2)"
     assert looked_up(of(source)) == ["_B", "C"]
+
+
+def literals(module: Module) -> set[str]:
+    """Constants of a module that are Final literals: compiled code may hold several objects of one."""
+    found = set()
+    for node in module.tree.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            parts = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            if "Final" in ast.unparse(node.annotation) and all(isinstance(part, ast.Constant) for part in parts):
+                found.add(node.target.id)
+    return found
+
+
+SHARED = {name for module in COMPILED.values() for name in literals(module) if not name.startswith("_")}
+"""Those that other modules may import."""
+
+
+def identities(module: Module, of_literals: set[str]) -> list[str]:
+    """Comparisons by `is` with one of these constants."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Compare) and any(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
+        if any(isinstance(part, ast.Name) and part.id in of_literals for part in (node.left, *node.comparators))
+    ]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_literal_is_not_compared_by_identity(name: str) -> None:
+    assert identities(COMPILED[name], SHARED | literals(COMPILED[name])) == []
+
+
+def test_a_comparison_by_identity_is_found() -> None:
+    sample = of("A: Final = (b'',)\nB: Final = f()\na is A\nb is not B\nc == A")
+    assert identities(sample, literals(sample)) == ["a is A"]

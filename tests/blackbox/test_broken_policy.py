@@ -57,7 +57,10 @@ def test_a_policy_that_fails_fails_its_own_request_only(relays: str, queue: tupl
 def test_a_policy_that_fails_at_a_retry_ends_the_request_with_the_answer_that_it_has(
     relays: str, tmp_path: Path
 ) -> None:
-    busy = {"/v1/completions": (503, {}, b"busy"), "/health": (200, {}, b"")}
+    busy: dict[str, tuple[int, dict[str, str], bytes]] = {
+        "/v1/completions": (503, {}, b"busy"),
+        "/health": (200, {}, b""),
+    }
     with plain_worker(busy) as one, plain_worker(busy) as two:
         urls, flags = (one.url, two.url), ("--policy", "random", "--relay-processes", relays)
         router = start_router(urls, *flags, log=tmp_path / "log", command=(sys.executable, "-c", PROGRAM))

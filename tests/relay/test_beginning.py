@@ -446,7 +446,7 @@ def test_case_17_content_that_looks_like_the_end_of_a_chunk_is_never_garbled() -
     leg.read(raw[cut : cut + 9])
     leg.read(raw[cut + 9 :])
     leg.read(b"0\r\n\r\n")
-    assert leg.ends is ANY_END
+    assert leg.ends == ANY_END
     assert decoded(leg.sent, True) == content
 
 

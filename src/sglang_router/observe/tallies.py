@@ -131,7 +131,7 @@ class Labels:
         label = self._models.get(model)
         if label is None:
             label = self._announced.get(model, OTHER)
-            if label is OTHER or len(self._models) > MOST_MODELS:
+            if label == OTHER or len(self._models) > MOST_MODELS:
                 return OTHER
             self._models[model] = label
         return label

@@ -72,7 +72,7 @@ def _torn(exchange: Exchange, shown: Leg) -> bool:
         return exchange.handled.handler.torn
     if isinstance(shown.handled, WholeEvents):
         return shown.handled.torn
-    return shown.ends is ANY_END
+    return shown.ends == ANY_END
 
 
 def fill(exchange: Exchange) -> None:
