@@ -439,5 +439,5 @@ def test_a_file_of_keys_that_others_may_read_is_told(worker: PlainWorker, tmp_pa
     path = Path(written(tmp_path, ALICE))
     path.chmod(0o644)
     with router_process([worker.url], "--api-key-file", str(path), key=ALICE, healthy=False) as router:
-        assert str(path) in router.log()
+        router.until(lambda: str(path) in router.log())
         assert ALICE not in router.log()

@@ -47,7 +47,7 @@ def test_a_policy_that_fails_fails_its_own_request_only(relays: str, queue: tupl
                     client.close()
                 assert answers == [500 if prompt == "broken" else 200 for prompt in prompts]
             assert router.samples().total("sgl_router_active_requests") == 1, "that of the samples"
-            assert router.log().count("RuntimeError: this policy is broken") == len(ORDERS) * 3
+            router.until(lambda: router.log().count("RuntimeError: this policy is broken") == len(ORDERS) * 3)
         finally:
             router.process.terminate()
             assert router.exit_status() == 0
@@ -72,7 +72,7 @@ def test_a_policy_that_fails_at_a_retry_ends_the_request_with_the_answer_that_it
             client.close()
             assert answer is not None
             assert (answer.status, answer.body) == (503, b"busy")
-            assert router.log().count("RuntimeError: this policy is broken") == 1
+            router.until(lambda: router.log().count("RuntimeError: this policy is broken") == 1)
         finally:
             router.process.terminate()
             assert router.exit_status() == 0

@@ -247,6 +247,7 @@ def test_case_14_a_request_hears_at_once_why_no_worker_is_there() -> None:
 def test_case_13_no_workers_is_one_line_that_says_how_to_add_one(urls: list[str]) -> None:
     """A router without workers said nothing of it. The command that it names works."""
     with router_process([]) as router:
+        router.until(lambda: "no workers yet" in router.log())
         (line,) = [line for line in router.log().splitlines() if "no workers yet" in line]
         assert "--worker-urls" in line
         assert f"curl -X POST '{router.url}/add_worker?url=http://HOST:PORT'" in line
@@ -256,7 +257,8 @@ def test_case_13_no_workers_is_one_line_that_says_how_to_add_one(urls: list[str]
 def test_case_13_the_command_has_a_key_where_one_is_needed() -> None:
     """With keys, the command that the router names was answered with 401."""
     with router_process([], "--api-key", "k", key="k") as router:
-        assert f"curl -X POST -H 'Authorization: Bearer KEY' '{router.url}/add_worker?url=http" in router.log()
+        said = f"curl -X POST -H 'Authorization: Bearer KEY' '{router.url}/add_worker?url=http"
+        router.until(lambda: said in router.log())
 
 
 def test_case_6_a_look_up_that_hangs_does_not_hold_up_the_end(tmp_path: Path) -> None:
@@ -409,7 +411,7 @@ def test_ipv6_on_both_sides() -> None:
         with router_process([url], host="::1") as router:
             answer = router.post("/generate", {"text": "x"})
             assert answer.status == 200
-            assert router.url in router.log()  # the URL in the log works
+            router.until(lambda: router.url in router.log())  # the URL in the log works
             assert ask(router.url, "GET", "/list_workers").json() == {"urls": [url]}
             assert router.samples(router.metrics_url).by("sgl_router_processed_requests_total", "worker") == {url: 1}
     finally:
