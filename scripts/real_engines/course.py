@@ -209,6 +209,10 @@ class Course:
         load = self._load(run, "tiny")
         run.until(lambda: any(worker["load"] for worker in run.workers()), 30, "the load does not reach the router")
         load.stop()
+        # A connection that the router has not taken yet when it stops to listen is refused: that is no lost request.
+        run.until(
+            lambda: sum(worker["load"] for worker in run.workers()) == load.in_flight, 30, "a request does not arrive"
+        )
         began = time.monotonic()
         run.interrupt()
         self._finish(load, cuts=False)

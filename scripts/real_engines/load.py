@@ -41,6 +41,7 @@ class Load:
         self._lengths = lengths
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self.in_flight = 0
         self.fates: Counter[Fate] = Counter()
         self.reasons: Counter[str] = Counter()
         self._threads = [threading.Thread(target=self._work, args=(n,), daemon=True) for n in range(threads)]
@@ -48,8 +49,16 @@ class Load:
             thread.start()
 
     def stop(self) -> None:
-        """Send no more requests; those in flight continue."""
-        self._stop.set()
+        """Begin no more requests; those in flight, which are counted from before they connect, continue."""
+        with self._lock:
+            self._stop.set()
+
+    def _begins(self) -> bool:
+        """Count a request as in flight, unless the load has stopped."""
+        with self._lock:
+            going_on = not self._stop.is_set()
+            self.in_flight += going_on
+        return going_on
 
     def join(self) -> Counter[Fate]:
         """Wait for the requests in flight."""
@@ -60,7 +69,7 @@ class Load:
 
     def _work(self, n: int) -> None:
         lot = random.Random(n)
-        while not self._stop.is_set():
+        while self._begins():
             group = lot.randrange(PREFIXES)
             body = {
                 "model": self._model,
@@ -71,6 +80,7 @@ class Load:
             }
             fate, reason = send(self._address, "/v1/completions", body)
             with self._lock:
+                self.in_flight -= 1
                 self.fates[fate] += 1
                 if reason:
                     self.reasons[f"{fate.value}: {reason}"] += 1
