@@ -29,8 +29,7 @@ from sglang_router.routing.events import Listener, Listeners, Routed, WorkerChan
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import BREAKS, Hears, Outcome
 from sglang_router.routing.plan import Plan
-from sglang_router.routing.policies.base import Choice
-from sglang_router.routing.policies.simple import RoundRobin
+from sglang_router.routing.policies.base import Choice, Policy
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules, QueueRules, RetryBudgetRules, RetryRules
 from sglang_router.routing.spec import WorkerSpec
@@ -45,13 +44,15 @@ def bench(count: int, policy: str = "round_robin", breaker: BreakerRules = NEVER
     return Bench(count, policy, rules=FleetRules(breaker=breaker), retries=RetryRules(**rules))
 
 
-class Fragile(RoundRobin):
+class Fragile(Policy):
     """Fails at the requests whose text says so."""
+
+    name = "fragile"
 
     def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
         if facts.text == b"broken":
             raise RuntimeError("this policy is broken")
-        return super().choose(facts, candidates, now)
+        return self.in_turn(candidates, candidates.mask, "turn")
 
 
 def test_a_policy_that_fails_takes_no_place_and_holds_up_no_queue() -> None:

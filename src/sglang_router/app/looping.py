@@ -21,9 +21,20 @@ def on_loop(main: Callable[[asyncio.AbstractEventLoop], Coroutine[Any, Any, int]
     try:
         with contextlib.closing(uvloop.new_event_loop()) as loop, _handshakes_cut_quietly(loop):
             asyncio.set_event_loop(loop)
-            return int(loop.run_until_complete(main(loop)))
+            try:
+                return int(loop.run_until_complete(main(loop)))
+            finally:
+                loop.run_until_complete(_end_tasks())
     finally:
         asyncio.set_event_loop(None)
+
+
+async def _end_tasks() -> None:
+    """End what is left of the tasks: one that is cancelled twice leaves the task behind for which it waits."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
 
 
 @contextlib.contextmanager
