@@ -18,7 +18,7 @@ from typing import Protocol
 
 from sglang_router.routing.facts import Endpoint, Facts
 from sglang_router.wire.framing import Framing
-from sglang_router.wire.request import Body
+from sglang_router.wire.gathering import Body
 from sglang_router.wire.response import ResponseHead
 
 

@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import Callable
 
 from sglang_router.relay.memory import Discarded
-from sglang_router.wire.request import Body, Request
+from sglang_router.wire.gathering import Body
+from sglang_router.wire.request import Request
 
 Piece = Callable[[], bool]
 

@@ -33,7 +33,7 @@ from sglang_router.relay.origin import Origin, origin_of
 from sglang_router.relay.upstream import Opening, Sink, UpstreamConnection, unreachable
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Target
-from sglang_router.wire.request import Body
+from sglang_router.wire.gathering import Body
 from sglang_router.wire.splice import Spliced
 
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)

@@ -30,8 +30,9 @@ from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag
 from sglang_router.wire.framing import Framing
+from sglang_router.wire.gathering import Body
 from sglang_router.wire.headers import request_head
-from sglang_router.wire.request import Body, Request
+from sglang_router.wire.request import Request
 from sglang_router.wire.response import ResponseHead
 from sglang_router.wire.splice import Spliced, splice, splice_at
 

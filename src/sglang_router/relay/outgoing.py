@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sglang_router.wire.request import Body
+from sglang_router.wire.gathering import Body
 from sglang_router.wire.splice import Spliced
 
 SLICE: Final = 262144

@@ -36,7 +36,7 @@ from sglang_router.relay.outgoing import SLICE, Outgoing
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Target
 from sglang_router.wire.framing import Framing
-from sglang_router.wire.request import Body
+from sglang_router.wire.gathering import Body
 from sglang_router.wire.response import ResponseHead, framing_of, parse_head
 from sglang_router.wire.splice import Spliced
 

@@ -22,7 +22,7 @@ from sglang_router.resume.cumulative import Snapshots
 from sglang_router.resume.generation import ABSENT, Fields, Generation, encode, fields_of
 from sglang_router.routing.facts import Endpoint
 from sglang_router.routing.trail import MOST_BREAKS
-from sglang_router.wire.request import Body
+from sglang_router.wire.gathering import Body
 
 GENERATIONS: dict[str, type[Generation]] = {"generate": Snapshots, "chat": ChatChunks, "completions": Chunks}
 """How a stream is read, by the name of its endpoint; streams of other endpoints are not continued."""

@@ -20,7 +20,7 @@ from sglang_router.resume.continuation import GENERATIONS, ResumeRules, go_on, r
 from sglang_router.resume.generation import DONE
 from sglang_router.routing.facts import LARGE, Endpoint, Facts, read
 from sglang_router.wire.framing import LAST_CHUNK, Chunked, Framing, Sized, UntilClose, chunk
-from sglang_router.wire.request import Body
+from sglang_router.wire.gathering import Body
 from sglang_router.wire.response import ResponseHead
 from sglang_router.wire.sse import EventSplitter, payloads
 

@@ -30,6 +30,7 @@ from sglang_router.errors import (
     URITooLong,
     VersionNotSupported,
 )
+from sglang_router.wire.gathering import Body, gather, whole
 from sglang_router.wire.limits import Limits
 from sglang_router.wire.request_line import RequestLines
 from sglang_router.wire.rewriting import origin_form, without_upgrade
@@ -41,15 +42,8 @@ _LINE: Final = "The request line must be METHOD TARGET HTTP/1.1, with one space 
 _LINE_ENDS: Final = frozenset((b"\r", b"\n"))
 _WATCHED: Final = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
-_JOIN_BELOW: Final = 65536
-"""Bytes up to which a body that came in several pieces is made bytes: copying it costs less than a second type."""
-
 Headers = list[tuple[bytes, bytes]]
 """Fields in the order they came; names in lower case."""
-
-Body = bytes | bytearray
-"""A body. A large one that came in several pieces is the buffer they were gathered in: it is never joined or copied.
-Nobody changes it."""
 
 
 class Request:
@@ -119,6 +113,7 @@ class RequestParser:
         "_most_headers",
         "_offer",
         "_parser",
+        "_pieces",
         "_ready",
         "_request",
         "_url",
@@ -151,6 +146,7 @@ class RequestParser:
         self.http10 = False
         self._lines = RequestLines()
         self._chunked = False
+        self._pieces: list[bytes] = []  # see `wire.gathering`
         self._offer = b""  # a head that offers an upgrade, without that
         self.mid_head = False
         """A part of a head has arrived."""
@@ -221,6 +217,7 @@ class RequestParser:
         self._lines.raw = b""
         self.mid_head = self.mid_body = False
         body, self._body = self._body, b""
+        self._pieces = []
         return body
 
     def _without_upgrade(self, data: bytes, at: int) -> None:
@@ -350,12 +347,9 @@ class RequestParser:
 
     def on_body(self, piece: bytes) -> None:
         """Add a part of the body, without its transfer coding. The first part is kept as it is: usually it is all."""
-        body = self._body
-        if isinstance(body, bytearray):
-            body += piece
-        elif body:
-            self._body = bytearray(body)
-            self._body += piece
+        if self._body:
+            last = self.received + len(piece) == self.length
+            self._body = gather(self._body, self._pieces, piece, self.length, last)
         else:
             self._body = piece
         self.received += len(piece)
@@ -369,7 +363,7 @@ class RequestParser:
         if self._offer:
             return
         assert request is not None
-        request.body = bytes(body) if len(body) <= _JOIN_BELOW else body
+        request.body = body if type(body) is bytes and not self._pieces else whole(body, self._pieces)
         self._request = None
         self._body = b""
         self.mid_body = self.wants_continue = False

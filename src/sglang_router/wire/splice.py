@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sglang_router.wire.request import Body
+from sglang_router.wire.gathering import Body
 
 _COPIED: Final = 65536
 """Bytes of a body up to which a copy is made."""

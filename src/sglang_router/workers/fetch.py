@@ -18,8 +18,8 @@ from sglang_router.relay.upstream import Opening, UpstreamConnection
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Target
 from sglang_router.wire.framing import Framing
+from sglang_router.wire.gathering import Body
 from sglang_router.wire.headers import via
-from sglang_router.wire.request import Body
 from sglang_router.wire.response import ResponseHead
 
 _MAX_BYTES = 64 << 20
