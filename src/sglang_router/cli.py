@@ -3,6 +3,7 @@
 sglang-router launch ...    the router     (as python -m sglang_router.launch_router; also without `launch`)
 sglang-router serve ...     engines and the router     (as python -m sglang_router.launch_server; also `server`)
 sglang-router engine ...    the built-in engine     (as python -m sglang_router.engine)
+sglang-router replay ...    compare policies on a load, in virtual time
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ commands:
                      `sglang-router serve --backend llamacpp` needs no GPU and downloads a small model
   launch             start the router in front of engines that run already (the command may be left out)
   engine             start the built-in engine, which simulates an SGLang server and needs no GPU
+  replay             compare routing policies on a recorded or generated load, in virtual time
 
 `sglang-router COMMAND --help` lists the options of a command.
 
@@ -64,6 +66,12 @@ def _engine(words: list[str]) -> int:
     return engine(words)
 
 
+def _replay(words: list[str]) -> int:
+    from sglang_router.replay.command import main as replay  # imported here: the other commands do not need it
+
+    return replay(words)
+
+
 def _serve(words: list[str]) -> int:
     return launch_server.main(words, prog="sglang-router serve")
 
@@ -83,6 +91,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": _serve,
     "server": _serve,
     "engine": _engine,
+    "replay": _replay,
     "-h": _show(_HELP),
     "--help": _show(_HELP),
     "-V": _show(_VERSION),

@@ -33,6 +33,7 @@ from sglang_router.app import front, settings
 from sglang_router.app.admission import admission
 from sglang_router.app.memories import memories_of
 from sglang_router.app.parts import App, Elsewhere
+from sglang_router.app.routers import fleet_of, router_of
 from sglang_router.app.scrapes import Scrapes
 from sglang_router.autoscale.autoscaler import Autoscaler, autoscaler
 from sglang_router.config import RouterArgs
@@ -52,11 +53,7 @@ from sglang_router.routing.decider import Decider
 from sglang_router.routing.events import Listeners
 from sglang_router.routing.facts import ENDPOINTS, Endpoint
 from sglang_router.routing.fleet import Fleet
-from sglang_router.routing.policies import POLICIES
-from sglang_router.routing.policies.base import Policy
-from sglang_router.routing.queue import Queue
-from sglang_router.routing.retry_budget import RetryBudget
-from sglang_router.routing.router import Router, Soon
+from sglang_router.routing.router import Router
 from sglang_router.wire.headers import ForwardRules
 from sglang_router.wire.limits import Limits
 from sglang_router.workers.engine_survey import EngineSurvey
@@ -124,7 +121,7 @@ def build(
     workers = _workers(args, loop, seams, listeners, rng, worker_tls)
     fleet, connections = workers.fleet, workers.connections
     connections.mark = mark
-    router = _router(args, fleet, listeners, rng, workers.checks, partial(_soon, loop, clock))
+    router = router_of(args, fleet, listeners, rng, partial(_soon, loop, clock), workers.checks.check_now)
     clients, scrapers = front.clients_of(args, clock, connections)
     workers.checks.vanished = partial(_take_back, clients, elsewhere)
     rules = front.relay_rules(args, forward)
@@ -191,11 +188,6 @@ def _new_id() -> str:
     return str(uuid.uuid4())
 
 
-def _policy(args: RouterArgs, rng: random.Random) -> Policy:
-    """Make the policy of a pool."""
-    return POLICIES[args.policy](settings.policy_settings(args), rng)
-
-
 def _soon(loop: asyncio.AbstractEventLoop, clock: Callable[[], float], work: Callable[[float], None]) -> None:
     """Call a function with the time after the current call."""
     loop.call_soon(lambda: work(clock()))
@@ -220,7 +212,7 @@ def _workers(
     tls: TLSFiles | None,
 ) -> _Workers:
     connections = front.connections_of(args, loop, seams.look_up, rng, tls)
-    fleet = Fleet(listeners, _new_id, partial(_policy, args, rng), settings.fleet_rules(args))
+    fleet = fleet_of(args, listeners, _new_id, rng)
     survey = seams.survey(loop, fleet, connections, seams.clock, args.engine_report_interval_secs)
     checks = seams.checks(
         loop,
@@ -255,21 +247,6 @@ def _control(
         access=access,
         forward=forward,
         autoscaler=scaler,
-    )
-
-
-def _router(
-    args: RouterArgs, fleet: Fleet, listeners: Listeners, rng: random.Random, checks: HealthChecks, soon: Soon
-) -> Router:
-    return Router(
-        fleet,
-        Queue(settings.queue_rules(args)),
-        listeners,
-        settings.retry_rules(args),
-        RetryBudget(settings.retry_budget_rules(args)),
-        rng,
-        soon,
-        checks.check_now,
     )
 
 

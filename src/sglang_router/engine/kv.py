@@ -14,8 +14,9 @@ the tree, where other requests find them at once, and `close` gives everything b
 with real tensors.
 
 Tokens are packed, four bytes each (`pack`), so that comparing a long run is one `memcmp`. All lengths are in tokens.
-With `page_size` p, the tree holds whole pages only and a match is a multiple of p, as in SGLang. Recency is counted in
-operations, not in seconds: the cache has no clock.
+With `page_size` p, the tree holds whole pages only and a match is a multiple of p, as in SGLang. `page_bytes` says how
+many packed bytes stand for one page: by default all its tokens; a replay, which knows pages and no tokens, gives one
+number for each. Recency is counted in operations, not in seconds: the cache has no clock.
 """
 
 from __future__ import annotations
@@ -89,12 +90,12 @@ class CacheHandle:
     def commit(self, packed: bytes) -> None:
         """Move the computed tokens `packed` (all from the first on, at most `length`) into the tree, in whole pages."""
         cache = self._cache
-        whole = len(packed) // WIDTH // cache.page_size * cache.page_size
+        pages = len(packed) // cache.page_bytes
+        whole = pages * cache.page_size
         if whole <= self._shared:
             return
-        node = cache._insert(packed[: whole * WIDTH], self._namespace)
-        cache._lock(node)
-        cache._unlock(self._node)
+        node = cache._insert(self._node, self._shared, packed[: pages * cache.page_bytes], self._namespace)
+        cache._lock(node, self._node)
         self._node = node
         # If another request has put the same tokens into the tree meanwhile, our slots are duplicates: free them.
         cache.private -= whole - self._shared
@@ -113,10 +114,11 @@ class CacheHandle:
 class KVCache:
     """A pool of `capacity` token slots, a multiple of `page_size`, and the radix tree over its used ones."""
 
-    def __init__(self, capacity: int, page_size: int = 1) -> None:
+    def __init__(self, capacity: int, page_size: int = 1, page_bytes: int = 0) -> None:
         if page_size < 1 or capacity < page_size:
             raise ValueError("a KV cache needs a page of at least one token, and room for one page")
         self.page_size = page_size
+        self.page_bytes = page_bytes or page_size * WIDTH
         self.capacity = capacity // page_size * page_size
         self.tree = 0
         self.locked = 0
@@ -144,8 +146,8 @@ class KVCache:
 
     def acquire(self, packed: bytes, namespace: str = "") -> CacheHandle:
         """Lock the longest cached prefix of `packed`. `namespace` separates adapters and salts."""
-        node, matched = self._match(packed, namespace)
-        self._lock(node)
+        node, matched = self._match(self._root, 0, packed, namespace)
+        self._lock(node, self._root)
         self.handles += 1
         return CacheHandle(self, namespace, node, matched)
 
@@ -160,13 +162,22 @@ class KVCache:
 
     # -- the tree ------------------------------------------------------------------------------------------
 
-    def _match(self, packed: bytes, namespace: str) -> tuple[CacheNode, int]:
-        """Return the node where the longest cached prefix ends (split if needed), and the prefix's length in tokens."""
-        node, at, now, page = self._root, 0, next(self._clock), self.page_size * WIDTH
-        while True:
-            child = node.children.get(self._edge(node, packed, at, namespace))
-            if child is None:
-                return node, at // WIDTH
+    def _tokens(self, size: int) -> int:
+        """Return how many tokens this many packed bytes of whole pages stand for."""
+        return size // self.page_bytes * self.page_size
+
+    def _match(self, node: CacheNode, known: int, packed: bytes, namespace: str) -> tuple[CacheNode, int]:
+        """Return the node where the longest cached prefix ends (split if needed), and the prefix's length in tokens.
+
+        The first `known` tokens are known to lead to `node`.
+        """
+        at, now, page = known // self.page_size * self.page_bytes, next(self._clock), self.page_bytes
+        above: CacheNode | None = node
+        while above is not None:
+            above.used = now
+            above = above.parent
+        child = node.children.get(self._edge(node, packed, at, namespace))
+        while child is not None:
             if packed.startswith(child.key, at):
                 at += len(child.key)
             else:
@@ -175,23 +186,25 @@ class KVCache:
                 at += same
             child.used = now
             node = child
+            child = node.children.get(packed[at : at + page])
+        return node, self._tokens(at)
 
-    def _insert(self, packed: bytes, namespace: str) -> CacheNode:
-        """Return the node where `packed` (whole pages) ends; create it if needed."""
-        node, matched = self._match(packed, namespace)
-        at = matched * WIDTH
+    def _insert(self, node: CacheNode, known: int, packed: bytes, namespace: str) -> CacheNode:
+        """Return the node where `packed` (whole pages) ends; create it if needed. See `_match`."""
+        node, matched = self._match(node, known, packed, namespace)
+        at = matched // self.page_size * self.page_bytes
         if at == len(packed):
             return node
         edge = self._edge(node, packed, at, namespace)
         leaf = CacheNode(node, edge, packed[at:], next(self._clock))
         node.children[edge] = leaf
-        self.tree += len(leaf.key) // WIDTH
+        self.tree += self._tokens(len(leaf.key))
         self._offer(leaf)
         return leaf
 
     def _edge(self, node: CacheNode, packed: bytes, at: int, namespace: str) -> object:
         """Return the key of the child that `packed` continues in: its first page; at the root, with the namespace."""
-        page = packed[at : at + self.page_size * WIDTH]
+        page = packed[at : at + self.page_bytes]
         return (namespace, page) if node is self._root else page
 
     def _split(self, node: CacheNode, at: int) -> CacheNode:
@@ -203,17 +216,18 @@ class KVCache:
         node.parent.children[node.edge] = upper
         node.parent = upper
         node.key = node.key[at:]
-        node.edge = node.key[: self.page_size * WIDTH]
+        node.edge = node.key[: self.page_bytes]
         upper.children[node.edge] = node
         return upper
 
     # -- locks and eviction --------------------------------------------------------------------------------
 
-    def _lock(self, node: CacheNode) -> None:
+    def _lock(self, node: CacheNode, above: CacheNode) -> None:
+        """Lock the path from `node` up to a node above it, which itself stays as it is."""
         at: CacheNode | None = node
-        while at is not None and at is not self._root:
+        while at is not None and at is not above:
             if at.locks == 0:
-                self.locked += len(at.key) // WIDTH
+                self.locked += self._tokens(len(at.key))
             at.locks += 1
             at = at.parent
 
@@ -222,8 +236,9 @@ class KVCache:
         while at is not None and at is not self._root:
             at.locks -= 1
             if at.locks == 0:
-                self.locked -= len(at.key) // WIDTH
-                self._offer(at)
+                self.locked -= self._tokens(len(at.key))
+                if not at.children:
+                    self._offer(at)
             at = at.parent
 
     def _offer(self, node: CacheNode) -> None:
@@ -254,7 +269,7 @@ class KVCache:
         del node.parent.children[node.edge]
         if node.parent is not self._root:
             self._offer(node.parent)
-        tokens = len(node.key) // WIDTH
+        tokens = self._tokens(len(node.key))
         self.tree -= tokens
         self.evicted += tokens
         return tokens

@@ -14,6 +14,10 @@ computed, and at least one token of a prompt always is; so a repeated prompt of 
 A request is admitted when its prompt fits into the cache, together with a reserve for the tokens that it and the
 running requests will write. If the reserve was too small, the request that was admitted last goes back to the head of
 the queue with the tokens it has written, and is prefilled again later, mostly from the cache.
+
+A simulation that takes thousands of passes in a second of its own skips those that are all alike: `alike` says of how
+many it knows that each only decodes, with the same batch, and `decode` does them at once. The state is then the same as
+after as many steps.
 """
 
 from __future__ import annotations
@@ -105,6 +109,26 @@ class EngineRequest:
         state = self.finish or ("waiting" if self.handle is None else "running")
         return f"<EngineRequest {self.rid} {state}: {self.computed} of {self.prompt} + {self.output} tokens computed>"
 
+    def packed(self, length: int) -> bytes:
+        """Return its first `length` tokens, prompt and answer together, packed."""
+        return bytes(self.tokens[: length * WIDTH])
+
+    def wrote(self, token: int) -> None:
+        """Take a token that its source has produced."""
+        self.tokens += pack((token,))
+        self.output += 1
+        self.length += 1
+
+    @property
+    def certain(self) -> int:
+        """Tokens that it will write for sure, besides its last one; 0 when its source may end at any token."""
+        return 0
+
+    def write(self, count: int) -> None:
+        """Let its source produce `count` of the tokens that are certain."""
+        for _ in range(count):
+            self.wrote(self.source.next()[0])
+
     @property
     def left(self) -> int:
         """Tokens that it may still write."""
@@ -152,6 +176,8 @@ class EngineScheduler:
         self.running: list[EngineRequest] = []
         self.holding = False
         self.paused = False
+        # Tokens that the head of the queue lacks for its admission, at least; 0: it was not tried, or much has changed.
+        self._short = 0
 
     def __repr__(self) -> str:
         return f"<EngineScheduler {len(self.waiting)} waiting, {self.active} in the batch, {self.kv}>"
@@ -198,6 +224,7 @@ class EngineScheduler:
         if self.paused or not (self.prefilling or self.running or (self.waiting and not self.holding)):
             return None
         step = BatchStep()
+        self._short = 0
         done = self._prefill(step)
         if self.running and (self.limits.mixed or not step.prefilled):
             self._decode(step)
@@ -205,6 +232,31 @@ class EngineScheduler:
             self._end_prefill(request, step)
         step.duration = self.cost.duration(step.prefilled, step.decoded)
         return step
+
+    def alike(self) -> int:
+        """Return how many of the next passes only decode one token for each running request, as far as is known now.
+
+        None of them admits, ends or retracts a request, if none is submitted or aborted meanwhile.
+        """
+        batch = len(self.running)
+        if self.paused or self.prefilling or not batch:
+            return 0
+        passes = min([request.certain for request in self.running])
+        if self.waiting and not self.holding and self.active < self.limits.max_running:
+            # Each pass shrinks the reserve by at most one token a request, and leaves not more slots.
+            passes = min(passes, -(-self._short // batch))
+        return max(0, min(passes, self.kv.available // batch - self.kv.page_size + 1))
+
+    def decode(self, passes: int) -> None:
+        """Do this many passes, at most `alike`, at once. Each takes `cost.duration(0, len(running))`."""
+        batch = self.running
+        for request in batch:
+            assert request.handle is not None
+            request.handle.grow(passes)
+            request.computed += passes
+            request.write(passes)
+        self.totals.generated_tokens += passes * len(batch)
+        self._short = max(0, self._short - passes * len(batch))
 
     # -- one pass ------------------------------------------------------------------------------------------
 
@@ -224,6 +276,7 @@ class EngineScheduler:
         # Commit after the loop: requests of the same pass are computed together and cannot use each other's tokens.
         for request in self.prefilling:
             self._commit(request)
+            self._short = 0  # the head of the queue may find some of this now
         done = self.prefilling[:complete]
         del self.prefilling[:complete]
         return done
@@ -234,10 +287,12 @@ class EngineScheduler:
             return False
         request = self.waiting[0]
         reserve = self._reserve(request)
-        handle = self.kv.acquire(bytes(request.tokens[:-WIDTH]), request.namespace)
+        handle = self.kv.acquire(request.packed(request.length - 1), request.namespace)
         missing = request.length - handle.length
-        if self.kv.available < missing + reserve or not handle.grow(missing):
+        short = missing + reserve - self.kv.available
+        if short > 0 or not handle.grow(missing):
             handle.close()
+            self._short = max(short, 1)
             return False
         self.waiting.popleft()
         request.handle = handle
@@ -277,14 +332,13 @@ class EngineScheduler:
             else:
                 self._retract(batch[-1])
         step.decoded = len(batch)
+        self._short = max(0, self._short - len(batch))
         for request in tuple(batch):
             self._write(request, step)
 
     def _write(self, request: EngineRequest, step: BatchStep) -> None:
         token, reason = request.source.next()
-        request.tokens += pack((token,))
-        request.output += 1
-        request.length += 1
+        request.wrote(token)
         self.totals.generated_tokens += 1
         step.advanced.append(request)
         if reason is None and request.output >= request.limit:
@@ -297,6 +351,7 @@ class EngineScheduler:
 
     def _end(self, request: EngineRequest, reason: str, step: BatchStep | None = None) -> None:
         request.finish = reason
+        self._short = 0
         self._release(request)
         if step is None:
             self.totals.aborted += 1
@@ -307,6 +362,7 @@ class EngineScheduler:
     def _retract(self, request: EngineRequest) -> None:
         (self.running if request in self.running else self.prefilling).remove(request)
         request.retractions += 1
+        self._short = 0
         self.totals.retracted += 1
         self._release(request)
         self.waiting.appendleft(request)
@@ -320,4 +376,4 @@ class EngineScheduler:
 
     def _commit(self, request: EngineRequest) -> None:
         assert request.handle is not None
-        request.handle.commit(bytes(request.tokens[: request.computed * WIDTH]))
+        request.handle.commit(request.packed(request.computed))

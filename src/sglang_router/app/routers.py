@@ -1,0 +1,55 @@
+"""What decides where requests go: the fleet with its pools and policies, and the router. Built from the options.
+
+`app.build` connects them with the relay and the workers' checks, `replay` with simulated engines.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+
+from sglang_router.app import settings
+from sglang_router.config import RouterArgs
+from sglang_router.routing.events import Listeners
+from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.policies import POLICIES
+from sglang_router.routing.policies.base import Policy
+from sglang_router.routing.queue import Queue
+from sglang_router.routing.retry_budget import RetryBudget
+from sglang_router.routing.router import Router, Soon
+from sglang_router.routing.worker import Worker
+
+
+def fleet_of(
+    args: RouterArgs,
+    listeners: Listeners,
+    new_id: Callable[[], str],
+    rng: random.Random,
+    kind: type[Policy] | None = None,
+) -> Fleet:
+    """Make a fleet without workers. kind: the class of its policies; None: the one that the options name."""
+    kind = kind or POLICIES[args.policy]
+    policy = partial(kind, settings.policy_settings(args), rng)
+    return Fleet(listeners, new_id, policy, settings.fleet_rules(args))
+
+
+def router_of(
+    args: RouterArgs,
+    fleet: Fleet,
+    listeners: Listeners,
+    rng: random.Random,
+    soon: Soon,
+    check_now: Callable[[Worker], None],
+) -> Router:
+    """Make the router of a fleet. Add it to the listeners."""
+    return Router(
+        fleet,
+        Queue(settings.queue_rules(args)),
+        listeners,
+        settings.retry_rules(args),
+        RetryBudget(settings.retry_budget_rules(args)),
+        rng,
+        soon,
+        check_now,
+    )

@@ -1,0 +1,1 @@
+"""The simulator: loads, simulated engines, and the production router, in virtual time."""
