@@ -1,7 +1,7 @@
 """Measure the decision by itself, without sockets: `sh scripts/bench --decision [--markdown]`.
 
-    body --> facts.read --> Router.ask (pool, candidates, policy, lease) --> ... --> Router.ended
-             '------------------------------- timed ------------------------------------------'
+    body --> facts.read --> Router.ask (pool, candidates, policy, lease) --> ... --> Router.ended --> its record
+             '--------------------------------------- timed --------------------------------------------'
 
 The parts are made from the product's default options. Every body is new (4 kB). Of the same traffic, only the number of
 workers differs: `FLYING` requests are in flight, of which the oldest ends when the next is planned, and each worker has
@@ -26,14 +26,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sglang_router.app import settings
+from sglang_router.app.deciding import in_shadow, recorder_of, shadows_of
 from sglang_router.config import RouterArgs
-from sglang_router.routing.events import Listener
+from sglang_router.routing.events import Answered, Finished, Listener
 from sglang_router.routing.facts import ENDPOINTS, read
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.lease import Lease
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, RequestTag
 from sglang_router.routing.policies import POLICIES
+from sglang_router.routing.policies.base import Policy
 from sglang_router.routing.queue import Queue
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.router import Router
@@ -47,6 +49,7 @@ MOST_LOAD = 8
 GROUPS = 64  # of prompts that share three quarters; as many routing keys
 ENDPOINT = ENDPOINTS[b"/v1/chat/completions"]
 ROUTE = ENDPOINT.route_of(b"POST", ENDPOINT.path)
+BATCH = 32  # ends of requests that are told together, as in `observe.deferred`
 TICK = 1e-4  # seconds of the router's clock between two requests
 
 Change = Callable[["Rig", Worker], None]
@@ -61,6 +64,7 @@ class Row:
     change     what happens to some worker before each decision
     most_load  --max-running-per-worker
     tree_size  --max-tree-size
+    records    --decision-records; tables: --decision-table-every; shadow: --shadow-policy
     """
 
     label: str
@@ -71,6 +75,9 @@ class Row:
     most_load: int = 0
     tree_size: int = 1 << 24
     slow_start: float = 0.0
+    records: int = 2048
+    tables: int = 64
+    shadow: str | None = None
 
 
 class Rig:
@@ -82,17 +89,21 @@ class Rig:
             max_running_per_worker=row.most_load,
             max_tree_size=row.tree_size,
             slow_start_secs=row.slow_start,
+            decision_records=row.records,
+            decision_table_every=row.tables,
+            shadow_policy=row.shadow,
         ).checked()
         self.row = row
         self.now = 1000.0
         self.rng = random.Random(7)
         number = itertools.count()
-        self.fleet = Fleet(
-            Listener(),
-            lambda: f"id-{next(number)}",
-            lambda: POLICIES[row.policy](settings.policy_settings(args), self.rng),
-            settings.fleet_rules(args),
-        )
+        shadows = shadows_of(args)
+
+        def policy() -> Policy:
+            made = POLICIES[row.policy](settings.policy_settings(args), self.rng)
+            return made if shadows is None else in_shadow(made, shadows)
+
+        self.fleet = Fleet(Listener(), lambda: f"id-{next(number)}", policy, settings.fleet_rules(args))
         self.router = Router(
             self.fleet,
             Queue(settings.queue_rules(args)),
@@ -103,6 +114,7 @@ class Rig:
             lambda work: None,
             lambda worker: None,
         )
+        self.router.recorder = recorder_of(args, lambda: self.now)
         self.workers = [self._worker(index) for index in range(workers)]
         self._turn = itertools.cycle(self.workers)
         for worker in self.workers:
@@ -140,8 +152,10 @@ class Rig:
     def run(self, count: int) -> float:
         """Decide about some requests; return the microseconds of one."""
         open_, router, served, change = self._open, self.router, Outcome.SERVED, self.row.change
-        now = self.now
+        now, recorder = self.now, self.router.recorder
         requests = list(self.requests(count))
+        ends = [Finished(tag, None, Answered(200, "", served, 0.5, 0.1, SIZE)) for tag, _, _ in requests]
+        told: list[Finished] = []
         begin = time.thread_time()
         for tag, body, key in requests:
             now += TICK
@@ -154,6 +168,13 @@ class Rig:
             if len(open_) > FLYING:
                 tag, plan = open_.popleft()
                 router.ended(tag, plan.legs[0], served, now)
+                if recorder is not None:
+                    end = ends.pop()
+                    end.tag, end.leg = tag, plan.legs[0]
+                    told.append(end)
+                    if len(told) == BATCH:
+                        recorder.finished_all(told)
+                        told = []
         took = time.thread_time() - begin
         self.now = now
         return took / count * 1e6
@@ -198,6 +219,12 @@ ROWS = (
     Row("cache_aware, 100 models", models=100),
     *(Row(name, name) for name in POLICIES if name != "cache_aware"),
     Row("least_load, 10 models", "least_load", models=10),
+    Row("cache_aware, no records", records=0),
+    Row("cache_aware, a table for each", tables=1),
+    Row("least_load, no records", "least_load", records=0),
+    Row("least_load, a table for each", "least_load", tables=1),
+    Row("cache_aware, least_load in its shadow", shadow="least_load"),
+    Row("least_load, cache_aware in its shadow", "least_load", shadow="cache_aware"),
     Row("a limit for each worker, reached by none", most_load=10 * MOST_LOAD),
     Row("a worker is full, and free again", "least_load", most_load=10 * MOST_LOAD, change=flips_room),
     Row("slow start of all workers", slow_start=3600.0),

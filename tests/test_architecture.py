@@ -11,7 +11,7 @@
     admin                      the control plane
     app                        assembly and life cycle
     processes                  one router in several processes
-    launch_router  launch  launch_server  cli                      doors;   engine stands alone
+    launch_router  launch  launch_server  explain  cli             doors;   engine stands alone
     replay                     what decides, with simulated engines, in virtual time
 
 The sources are parsed, not imported: an import inside a function counts as well, and so does one for types. There is no
@@ -63,7 +63,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "launch": BELOW_APP | {"app", "engine"},
     "launch_server": {"config", "process", "launch", "launch_router", "processes"},
     "replay": {"errors", "version", "config", "routing", "app", "engine"},
-    "cli": {"errors", "version", "config", "launch_router", "launch_server", "engine", "replay"},
+    "explain": {"errors", "words", "routing"},
+    "cli": {"errors", "version", "config", "launch_router", "launch_server", "engine", "explain", "replay"},
     "__main__": {"cli"},
     "__init__": {"version"},
 }

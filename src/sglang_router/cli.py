@@ -4,6 +4,7 @@ sglang-router launch ...    the router     (as python -m sglang_router.launch_ro
 sglang-router serve ...     engines and the router     (as python -m sglang_router.launch_server; also `server`)
 sglang-router engine ...    the built-in engine     (as python -m sglang_router.engine)
 sglang-router replay ...    compare policies on a load, in virtual time
+sglang-router explain ...   why a request got its worker
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ commands:
   launch             start the router in front of engines that run already (the command may be left out)
   engine             start the built-in engine, which simulates an SGLang server and needs no GPU
   replay             compare routing policies on a recorded or generated load, in virtual time
+  explain            ask a running router why a request got its worker
 
 `sglang-router COMMAND --help` lists the options of a command.
 
@@ -72,6 +74,12 @@ def _replay(words: list[str]) -> int:
     return replay(words)
 
 
+def _explain(words: list[str]) -> int:
+    from sglang_router.explain import main as explain  # imported here: the other commands do not need it
+
+    return explain(words, prog="sglang-router explain")
+
+
 def _serve(words: list[str]) -> int:
     return launch_server.main(words, prog="sglang-router serve")
 
@@ -92,6 +100,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "server": _serve,
     "engine": _engine,
     "replay": _replay,
+    "explain": _explain,
     "-h": _show(_HELP),
     "--help": _show(_HELP),
     "-V": _show(_VERSION),

@@ -144,6 +144,14 @@ class WorkerNotFound(NotFound):
     message = "No worker has this id. GET /workers lists all workers."
 
 
+class DecisionNotFound(NotFound):
+    code = "decision_not_found"
+    message = (
+        "No decision about a request with this id is kept: the id is wrong, the request never came here, or it is too"
+        " long ago (--decision-records)."
+    )
+
+
 class ModelNotFound(NotFound):
     """Only where the router serves several models; with one model the engine decides."""
 

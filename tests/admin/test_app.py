@@ -37,8 +37,9 @@ def test_who_may_ask() -> None:
     about_models = {"/get_model_info", "/model_info", "/get_server_info", "/server_info"}
     assert kinds[AccessKind.INFERENCE] == {"/health_generate", "/v1/models", "/v1/models/{model:path}", *about_models}
     reads = {row.path for row in ROWS if row.kind is AccessKind.CONTROL_READ}
+    decisions = {"/decisions", "/decisions/{request:path}"}
     looks = {"/get_loads", "/metrics", "/engine_metrics", "/version", "/list_workers", "/scale", "/openapi.json"}
-    assert reads == {*looks, "/workers", "/workers/{id:path}", "/restart_workers"}
+    assert reads == {*looks, "/workers", "/workers/{id:path}", "/restart_workers", *decisions}
     for row in ROWS:
         assert row.kind is AccessKind.CONTROL_CHANGE or row.methods == ["GET"], (
             "a body is read from who may change things"

@@ -24,6 +24,7 @@ from sglang_router.admin import (
     broadcast,
     context,
     contract,
+    decisions,
     engine_metrics,
     info,
     openapi,
@@ -102,7 +103,7 @@ def test_regular_expressions_are_those_of_json_schema() -> None:
 
 # -- the code of handlers ----------------------------------------------------------------------------------------------
 
-MODULES = (adding, ask, broadcast, context, engine_metrics, info, replicas, workers)
+MODULES = (adding, ask, broadcast, context, decisions, engine_metrics, info, replicas, workers)
 DEEPER: dict[str, tuple[type[RouterError], ...]] = {
     "unavailable": contract.NO_WORKER,
     "restart_worker": (Conflict,),
@@ -250,6 +251,7 @@ def test_every_answer_is_declared_and_every_declared_answer_is_given() -> None:
         without_workers(ask)
         with_two_workers(ask)
         the_family(ask)
+        the_decisions(ask)
     missing, undeclared = declared() - ask.seen, ask.seen - declared()
     assert (missing, undeclared) == (set(), set())
 
@@ -258,7 +260,7 @@ def without_workers(ask: Asker) -> None:
     for (method, path), operation in OPERATIONS.items():
         plain = "{" not in path and "requestBody" not in operation
         if method == "GET" or (plain and (method, path) not in RELAYED):
-            ask(f"{method} {path}", id="x", model="x")
+            ask(f"{method} {path}", id="x", model="x", request="x")
     for path in TOLD:
         ask(f"POST {path}", {})
 
@@ -277,7 +279,7 @@ def with_two_workers(ask: Asker) -> None:
                 fakes[number].script[route] = answer(500)
     for row in ROWS:
         if row.methods == ["GET"]:
-            ask(f"GET {plain_path(row.path)}", id=ask.router.worker(fakes[0].url).id, model="m")
+            ask(f"GET {plain_path(row.path)}", id=ask.router.worker(fakes[0].url).id, model="m", request="x")
     ask("GET /v1/models/{model}", model="unknown")
     own_words = ("/get_model_info", "/model_info", "/get_server_info", "/server_info")
     for fake in fakes:
@@ -314,6 +316,15 @@ def the_family(ask: Asker) -> None:
         for action in ("drain", "resume", "restart"):
             ask(f"POST /workers/{{id}}/{action}", id=name)
         ask("DELETE /workers/{id}", id=name)
+
+
+def the_decisions(ask: Asker) -> None:
+    ask.router.ask("POST", "/generate", b'{"text":"x"}', content_type="application/json", x_request_id="r-1")
+    assert ask("GET /decisions/{request}", request="r-1").status == 200
+    ask("GET /decisions?limit=0")
+    ask.router.context.decisions = None
+    for path in ("/decisions", "/decisions/{request}"):
+        ask(f"GET {path}", request="r-1")
 
 
 def test_a_worker_that_is_a_rank_has_the_declared_shape() -> None:

@@ -346,7 +346,8 @@ def test_pages_of_listed_origins_may_read_answers(worker: PlainWorker) -> None:
             other = ask(router.url, "OPTIONS", path, origin="https://evil.example", **asked)
             assert (other.status, cors_of(other)) == (200, {})
         assert router.ask("OPTIONS", CHAT, origin=WEB).status == 405  # not a preflight
-        may_read = {"allow-origin": WEB, "expose-headers": "x-request-id"}
+        readable = "x-request-id, x-sglang-router-decision, x-sglang-router-worker"
+        may_read = {"allow-origin": WEB, "expose-headers": readable}
         for answer in (
             router.post(CHAT, BODY, origin=WEB),
             router.post(CHAT, b"no JSON", origin=WEB),

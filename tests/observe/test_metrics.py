@@ -25,6 +25,7 @@ from sglang_router.routing.events import Listeners, Retried, WorkerChanged
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg
+from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.worker import Worker
@@ -61,6 +62,13 @@ class Memory:
         return 4000 + worker.order
 
 
+def tally_of_a_shadow() -> ShadowTally:
+    tally = ShadowTally("least_load")
+    tally.agreed, tally.differed, tally.failures = 1, 2, 3
+    tally.matched, tally.actual_matched, tally.cost, tally.actual_cost = 40, 50, 6.5, 7.5
+    return tally
+
+
 class Rig:
     """A fleet of two workers whose requests take no time, and its metrics."""
 
@@ -76,6 +84,9 @@ class Rig:
             lost_lines=lambda: 2,
             waiting=lambda: 4,
             desired_workers=lambda: 6,
+            decisions=lambda: 8,
+            unlogged_decisions=lambda: 9,
+            shadows=tally_of_a_shadow(),
             replicas=lambda: [row for row in REPLICAS if self.fleet.by_url(row[0])],
         )
         paths = ["/health", "/workers/{worker_id}/drain"]
@@ -520,14 +531,32 @@ def test_rows_have_unique_names_of_the_two_families() -> None:
         ("sgl_router_log_lines_lost_total", 2),
         ("sgl_router_waiting_requests", 4),
         ("sgl_router_desired_workers", 6),
+        ("sgl_router_decision_records", 8),
+        ("sgl_router_decision_log_lost_total", 9),
     ],
 )
 def test_what_others_know(name: str, expected: int) -> None:
     assert Rig().get(name) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "by"),
+    [
+        ("sgl_router_shadow_decisions_total", {("agrees", "yes"): 1, ("agrees", "no"): 2}),
+        ("sgl_router_shadow_matched_bytes_total", {("choice", "shadow"): 40, ("choice", "actual"): 50}),
+        ("sgl_router_shadow_cost_total", {("choice", "shadow"): 6.5, ("choice", "actual"): 7.5}),
+    ],
+)
+def test_what_a_shadow_would_have_done(name: str, by: dict[tuple[str, str], float]) -> None:
+    expected = {(name, frozenset({("policy", "least_load"), label})): value for label, value in by.items()}
+    assert Rig().samples(name) == expected
+    assert Rig().get("sgl_router_shadow_failures_total", policy="least_load") == 3
+
+
 NEEDS_A_SOURCE = (
     "smg_http_connections_active",
+    "sgl_router_decision_records",
+    "sgl_router_shadow_decisions",
     "sgl_router_desired_workers",
     "sgl_router_replica_up",
     "sgl_router_replica_restarts",

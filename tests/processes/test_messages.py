@@ -163,13 +163,13 @@ def test_errors_arrive_as_they_were_raised(error: RouterError) -> None:
 def test_what_is_asked_is_what_the_decider_sees(path: bytes) -> None:
     endpoint = ENDPOINTS[path]
     route = endpoint.route or Route("POST", "/other/path", endpoint.name)
-    tag = RequestTag(7, b"id-1", 12.5, route, "10.0.0.9", "alice", 321, (b"id-1", b"session", b"trace", None))
+    tag = RequestTag(7, b"id-1", 12.5, route, "10.0.0.9", "alice", 321, (b"id-1", b"session", b"trace", None, True))
     tag.model, tag.streaming = '"m"', True
     facts = Facts(endpoint, b"namespace", b"text", 2, True, b'"m"', b"session", b"x" * 321)
     ask = facing.ask_of(tag, facts, 13.0, facing.TextForm(b"text", digest=b"digest"))
     seen, known = facing.tag_of(ask, 99), facing.facts_of(ask, b"text")
     assert seen.number == 99, "the decider's own"
-    for name in ("client", "id", "model", "named", "peer", "raw_id", "received", "start", "streaming"):
+    for name in ("client", "explained", "id", "model", "named", "peer", "raw_id", "received", "start", "streaming"):
         assert getattr(seen, name) == getattr(tag, name), name
     assert (seen.route.method, seen.route.path, seen.route.endpoint) == (route.method, route.path, route.endpoint)
     for name in ("endpoint", "model", "namespace", "reserved", "routing_key", "scaffold", "streaming", "text"):

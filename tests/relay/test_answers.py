@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import h11
 import pytest
@@ -28,10 +29,11 @@ from sglang_router.relay.answers import (
     plain_answer,
     worker_head,
 )
+from sglang_router.routing.plan import PlannedLeg, RequestTag, Route, Target
 from sglang_router.wire.cors import Cors
 from sglang_router.wire.request import Headers, Request
 from sglang_router.wire.request_id import RequestIds
-from sglang_router.wire.response import parse_head
+from sglang_router.wire.response import framing_of, parse_head
 from sglang_router.wire.sse import error_event
 
 ONE_HOP: Headers = [
@@ -298,3 +300,49 @@ def test_connection_and_origin_stand_in_each_error() -> None:
     sent = answers("https://a").error(NotFound(), asked(b"GET", (b"origin", b"https://a"), http10=True), b"id-1", True)
     assert b"\r\nconnection: keep-alive\r\nvary: origin\r\naccess-control-allow-origin: https://a\r\n" in sent
     assert answers().refusal(NotFound(), b"id-1") == error_answer(NotFound(), b"id-1", b"connection: close\r\n")
+
+
+# -- what a client is told of the decision -----------------------------------------------------------------------------
+
+TARGET = Target("http://10.0.0.7:30000", name="http://10.0.0.7:30000@1", worker_id="w-1")
+
+
+def tag(explained: bool, request_id: bytes = b"id-1") -> RequestTag:
+    named = (request_id, b"", b"", None, explained)
+    return RequestTag(1, request_id, 0.0, Route("POST", "/generate", "generate"), named=named)
+
+
+@pytest.mark.parametrize("by_id", [False, True])
+def test_a_decision_is_told_to_who_asks_or_to_all(by_id: bool) -> None:
+    leg = PlannedLeg(1, TARGET, "hit", 3000, 4000)
+    told = b"x-sglang-router-worker: %s\r\n" % (b"w-1" if by_id else b"http://10.0.0.7:30000@1")
+    whole = b'x-sglang-router-decision: hit; matched=3000; total=4000; attempt=3; id="id-1"\r\n' + told
+    for always in (False, True):
+        made = Answers(RequestIds(random.Random(1).getrandbits), None, always, by_id)
+        assert made.decision(tag(True), leg, 2) == whole
+        assert made.decision(tag(False), leg, 2) == (whole if always else b"")
+
+
+@pytest.mark.parametrize("head", [b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\nConnection: close\r\n"])
+@pytest.mark.parametrize("http10", [False, True])
+@given(request_id=st.from_regex(rb"[ -~]{1,256}", fullmatch=True))
+def test_a_decision_stands_in_every_head_whatever_the_id(head: bytes, http10: bool, request_id: bytes) -> None:
+    made, leg = answers("https://a"), PlannedLeg(1, TARGET, "hit", 3000, 4000)
+    request = asked(b"POST", (b"origin", b"https://a"), http10=http10)
+    theirs = parse_head(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n")
+    assert theirs is not None
+    told = made.decision(tag(True, request_id), leg, 0)
+    framing = framing_of(theirs)
+    both = [
+        made.client_head(theirs, framing, request, b"id-1", True, told)[0],
+        made.error(NotFound(), request, b"id-1", True, told),
+    ]
+    for sent in both:
+        read = parse_head(sent)
+        assert read is not None
+        decision = read.header(b"x-sglang-router-decision") or b""
+        start, _, quoted = decision.partition(b'id="')
+        assert start == b"hit; matched=3000; total=4000; attempt=1; "
+        assert re.sub(rb"\\(.)", rb"\1", quoted[:-1]) == request_id
+        assert read.header(b"x-sglang-router-worker") == b"http://10.0.0.7:30000@1"
+        assert read.header(b"access-control-allow-origin") == b"https://a"

@@ -677,6 +677,24 @@ def test_keepalive_before_the_first_event_commits_to_200_and_retries_go_on(versi
     run(test())
 
 
+@on_loop
+async def test_keepalive_tells_who_asks_which_worker_was_chosen_by_then() -> None:
+    async with filling() as play:
+        client = await play.client()
+        await client.send(post(CHAT, STREAM, "X-Request-Id: r", "X-SGLang-Router-Explain: 1"))
+        leg = await play.leg()
+        await leg.start_stream()
+        await fill(play)
+        _, fields = await client.head()
+        told = dict(fields)
+        assert told["x-sglang-router-decision"].endswith('; attempt=1; id="r"')
+        assert told["x-sglang-router-worker"] == play.app.fleet.candidates(play.clock())[0].url
+        assert "x-sglang-router-explain" not in leg.headers
+        await leg.chunk(EVENT)
+        await leg.end_stream()
+        assert (await client._chunks())[0] == COMMENT + EVENT
+
+
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
 @pytest.mark.parametrize("answer", ["status", "break", "plain"])
 def test_keepalive_before_a_failure_is_followed_by_an_error_event(path: str, answer: str) -> None:

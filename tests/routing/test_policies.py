@@ -69,6 +69,9 @@ def test_choosing_changes_nothing(policy: str, mode: str, data: st.DataObject) -
         before = printed(b.policy)
         first, again = (b.policy.choose(asked, workers, float(now)) for _ in range(2))
         assert said(first) == said(again)
+        looked_at = b.policy.consider(asked, workers, float(now))
+        assert [(each.worker, each.load) for each in looked_at] == [(w.url, w.load) for w in workers]
+        assert first.matched <= max(each.matched for each in looked_at)
         assert printed(b.policy) == before
         b.policy.chosen(again, asked, float(now))
         b.fleet.lease(again.worker)

@@ -11,7 +11,7 @@ HERE, THERE = (b"origin", b"https://a.example"), (b"origin", b"https://b.example
 METHOD = (b"access-control-request-method", b"POST")
 LISTED, ANYONE = Cors(["https://a.example", "http://c:1"]), Cors(["*"])
 VARY = b"vary: origin\r\n"
-EXPOSED = b"access-control-expose-headers: x-request-id\r\n"
+EXPOSED = b"access-control-expose-headers: x-request-id, x-sglang-router-decision, x-sglang-router-worker\r\n"
 
 
 def asked(*fields: tuple[bytes, bytes], method: bytes = b"OPTIONS") -> Request:

@@ -102,6 +102,11 @@ def test_f32_a_key_of_the_control_plane_never_reaches_a_worker() -> None:
     assert ForwardRules(guarded=True).authorization(theirs) is None
 
 
+@pytest.mark.parametrize("rules", [ForwardRules(), ForwardRules(True), ForwardRules(True, trusted=True)])
+def test_no_worker_hears_that_a_client_asks_why_it_was_chosen(rules: ForwardRules) -> None:
+    assert head_of([(b"x-sglang-router-explain", b"1")], rules) == [b"authorization: Bearer own"]
+
+
 CHOICES = (b"x-data-parallel-rank", b"x-override-bootstrap-host", b"x-override-rid", b"x-prefiller-host-port")
 
 

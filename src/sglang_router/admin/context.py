@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sglang_router.access.permissions import Access
+from sglang_router.admin.decision_book import DecisionBook
 from sglang_router.admin.shared import Shared
 from sglang_router.autoscale.autoscaler import Autoscaler
 from sglang_router.relay.connection_pool import ConnectionPool
@@ -127,6 +128,7 @@ class Context:
     forward         what of a client's request workers may see
     autoscaler      decides how many workers there should be; None: the number is fixed
     replicas        runs the engines; None: they run elsewhere
+    decisions       the last ones; None: they are not kept
     ending          the router is about to stop: it is not ready any more
     """
 
@@ -143,6 +145,7 @@ class Context:
     autoscaler: Autoscaler | None = None
     timeouts: AskTimeouts = field(default_factory=AskTimeouts)
     replicas: ReplicaControl | None = None
+    decisions: DecisionBook | None = None
     models: SharedAnswer[Any] = field(default_factory=SharedAnswer)
     generated: SharedAnswer[Any] = field(default_factory=SharedAnswer)
     ending: bool = False

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from sglang_router.admin import adding, broadcast, engine_metrics, info, replicas, shapes, workers
+from sglang_router.admin import adding, broadcast, decisions, engine_metrics, info, replicas, shapes, workers
 from sglang_router.admin.rows import Handler
 from sglang_router.errors import (
     Conflict,
+    DecisionNotFound,
     Forbidden,
     InvalidJSON,
     InvalidRequest,
@@ -36,6 +37,7 @@ from sglang_router.errors import (
     WorkerTimeout,
     WorkerUnreachable,
 )
+from sglang_router.routing.decision_record import DecisionRecord
 
 
 class DeclaredAnswer(NamedTuple):
@@ -53,11 +55,12 @@ class DeclaredAnswer(NamedTuple):
 
 
 class QueryParameter(NamedTuple):
-    """A parameter of the query."""
+    """A parameter of the query. pattern: that its value must match; "" for any."""
 
     name: str
     about: str
     required: bool = False
+    pattern: str = ""
 
 
 class Contract(NamedTuple):
@@ -117,6 +120,21 @@ CONTRACTS: dict[Handler, Contract] = {
     info.model: Contract((DeclaredAnswer("The model, as its engine describes it."),), (NotFound, *NO_WORKER)),
     info.from_a_worker: _PASSED_ON,
     info.loads: Contract((DeclaredAnswer("All workers.", shape=shapes.Loads),)),
+    decisions.index: Contract(
+        (DeclaredAnswer("Those that pass all filters, the newest first.", shape=shapes.DecisionList),),
+        (InvalidRequest, Conflict),
+        (
+            QueryParameter("worker", "The URL of the worker of the last attempt."),
+            QueryParameter("model", "The model as the request names it."),
+            QueryParameter("session", "What the client calls its session."),
+            QueryParameter("outcome", "`served`, `rejected`, `failed`, ... `running`, or `unrouted` without a worker."),
+            QueryParameter("branch", "The policy's reason: `hit`, `miss`, ..."),
+            QueryParameter(
+                "limit", "Most decisions in the answer: 1 to 1000, by default 100.", pattern="^([1-9][0-9]{0,2}|1000)$"
+            ),
+        ),
+    ),
+    decisions.show: Contract((DeclaredAnswer("The decision.", shape=DecisionRecord),), (DecisionNotFound, Conflict)),
     info.version: Contract((DeclaredAnswer("The version.", shape=shapes.Version),)),
     info.metrics: Contract((DeclaredAnswer("The exposition, in the format that Accept prefers.", media=_PROMETHEUS),)),
     engine_metrics.merged: Contract(

@@ -115,6 +115,7 @@ def _name(method: str, path: str) -> str:
 _PATH_PARAMETERS = {
     "id": "The id of a worker, or its percent-encoded URL.",
     "model": "The name of a model; it may contain slashes.",
+    "request": "The id of a request, percent-encoded.",
 }
 
 
@@ -126,6 +127,8 @@ def _path_parameters(path: str) -> list[Schema]:
 
 def _query_parameter(parameter: QueryParameter) -> Schema:
     schema: Schema = {"type": "string", "minLength": 1} if parameter.required else {"type": "string"}
+    if parameter.pattern:
+        schema["pattern"] = parameter.pattern
     about = {"name": parameter.name, "in": "query", "description": parameter.about}
     return {**about, "required": parameter.required, "schema": schema}
 

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sglang_router.access.permissions import AccessKind
-from sglang_router.admin import adding, broadcast, engine_metrics, info, openapi, replicas, workers
+from sglang_router.admin import adding, broadcast, decisions, engine_metrics, info, openapi, replicas, workers
 from sglang_router.admin.context import Context
 from sglang_router.admin.rows import ControlRow as Row
 
@@ -67,6 +67,12 @@ ROUTES: dict[str, tuple[Row, ...]] = {
         ),
         Row("GET /server_info", info.from_a_worker, "The same, under its newer name.", CLIENTS),
         Row("GET /get_loads", info.loads, "The load of each worker: tokens if the engine reports them, else requests."),
+        Row(
+            "GET /decisions",
+            decisions.index,
+            "The last decisions: which worker each request got, and why.",
+        ),
+        Row("GET /decisions/{request:path}", decisions.show, "The decision about the request with this id."),
         Row("GET /version", info.version, "The version of the router, and whether it runs compiled."),
         Row("GET /metrics", info.metrics, "The metrics of the router, for Prometheus."),
         Row("GET /engine_metrics", engine_metrics.merged, "The metrics of all engines; label `worker_addr`: the URL."),

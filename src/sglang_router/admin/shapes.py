@@ -14,6 +14,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from sglang_router.autoscale.scaler import ScalingRules
+from sglang_router.routing.decision_record import DecisionRecord
 from sglang_router.routing.engine_report import EngineReport
 from sglang_router.routing.states import Breaker, Health
 
@@ -79,6 +80,13 @@ class Loads(Shape):
     """The load of each worker."""
 
     workers: list[WorkerLoad]
+
+
+class DecisionList(Shape):
+    """The last decisions, the newest first. `kept`: how many the router has, requests in flight included."""
+
+    decisions: list[DecisionRecord]
+    kept: int
 
 
 # -- broadcast ---------------------------------------------------------------------------------------------------------

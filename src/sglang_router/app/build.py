@@ -31,6 +31,7 @@ from sglang_router.admin.routes import ROUTES
 from sglang_router.admin.shared import Shared
 from sglang_router.app import front, settings
 from sglang_router.app.admission import admission
+from sglang_router.app.deciding import book_of, recorder_of, shadows_of
 from sglang_router.app.memories import memories_of
 from sglang_router.app.parts import App, Elsewhere
 from sglang_router.app.routers import fleet_of, router_of
@@ -53,6 +54,7 @@ from sglang_router.routing.decider import Decider
 from sglang_router.routing.events import Listeners
 from sglang_router.routing.facts import ENDPOINTS, Endpoint
 from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.router import Router
 from sglang_router.wire.headers import ForwardRules
 from sglang_router.wire.limits import Limits
@@ -118,19 +120,25 @@ def build(
     mark = elsewhere.mark or new_mark()
     (access, key_files), answers = settings.access_rules(args), front.answers_of(args, rng, mark)
     forward = settings.forward_rules(args, access, mark)
-    workers = _workers(args, loop, seams, listeners, rng, worker_tls)
+    shadows = shadows_of(args)
+    workers = _workers(args, loop, seams, listeners, rng, worker_tls, shadows)
     fleet, connections = workers.fleet, workers.connections
     connections.mark = mark
     router = router_of(args, fleet, listeners, rng, partial(_soon, loop, clock), workers.checks.check_now)
+    router.recorder = recorder_of(args, clock)
     clients, scrapers = front.clients_of(args, clock, connections)
     workers.checks.vanished = partial(_take_back, clients, elsewhere)
     rules = front.relay_rules(args, forward)
     relay = Relay(loop, clock, seams.decider(router), connections, answers, listeners, rules)
     scaler = autoscaler(args, loop, fleet, lambda: clients.unanswered().with_others(elsewhere.unanswered()), clock)
     sources = _sources(clients, elsewhere, connections, router, scaler, writer)
+    sources.shadows = shadows
+    if router.recorder is not None:
+        sources.decisions = partial(len, router.recorder)
     metrics = _metrics(args, fleet, sources)
     render = Scrapes(metrics, deferred, clock, args.metrics_interval_secs)
     control = _control(args, workers, clock, render, access, forward, scaler)
+    control.decisions = book_of(router, deferred, clock)
     serve = partial(ControlPlane, loop=loop, clock=clock, answers=answers, timeout=args.request_timeout_secs)
     plane = serve(seams.app or create_app(control), listener=listeners)
     scrape = serve(create_metrics_app(render), listener=Listeners(), timeout=_SCRAPED_WITHIN)
@@ -210,9 +218,10 @@ def _workers(
     listeners: Listeners,
     rng: random.Random,
     tls: TLSFiles | None,
+    shadows: ShadowTally | None,
 ) -> _Workers:
     connections = front.connections_of(args, loop, seams.look_up, rng, tls)
-    fleet = fleet_of(args, listeners, _new_id, rng)
+    fleet = fleet_of(args, listeners, _new_id, rng, shadows=shadows)
     survey = seams.survey(loop, fleet, connections, seams.clock, args.engine_report_interval_secs)
     checks = seams.checks(
         loop,
@@ -289,6 +298,8 @@ def _metrics(args: RouterArgs, fleet: Fleet, sources: LiveSources) -> Metrics:
 def _listen(app: App, writer: LogWriter | None) -> None:
     """Add the listeners of events, in the order in which they receive them."""
     app.deferred.add(app.metrics)
+    if app.router.recorder is not None:
+        app.deferred.add(app.router.recorder)
     if app.scaler is not None:
         app.deferred.add(app.scaler.observer)
     if app.args.access_log and writer is not None:

@@ -62,7 +62,10 @@ def connections_of(
 def answers_of(args: RouterArgs, rng: random.Random, mark: bytes) -> Answers:
     """Make what writes the router's own answers. mark: this router in Via."""
     ids = RequestIds(rng.getrandbits, args.request_id_headers or REQUEST_ID_HEADERS, mark)
-    return Answers(ids, Cors(args.cors_allowed_origins) if args.cors_allowed_origins else None)
+    cors = Cors(args.cors_allowed_origins) if args.cors_allowed_origins else None
+    # Where the control plane has keys of its own, clients need not know where workers are.
+    by_id = bool(args.control_plane_api_keys or args.control_plane_api_keys_file)
+    return Answers(ids, cors, args.decision_headers, by_id)
 
 
 def clients_of(args: RouterArgs, clock: Callable[[], float], connections: ConnectionPool) -> tuple[Clients, Clients]:

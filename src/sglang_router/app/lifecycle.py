@@ -24,6 +24,7 @@ from sglang_router import process
 from sglang_router.app import settings
 from sglang_router.app.advice import advice
 from sglang_router.app.build import build
+from sglang_router.app.deciding import open_log
 from sglang_router.app.jobs import Jobs, keepalive, table
 from sglang_router.app.listening import Listening, address_errors, open_all, port_of
 from sglang_router.app.looping import on_loop
@@ -104,6 +105,9 @@ class Life:
         if app.keepalives is not None:
             jobs += (keepalive(app.keepalives.look),)
         self._jobs = Jobs(app.loop, jobs)
+        self._decisions = open_log(args, app.router.recorder, app.loop.call_later)
+        if (decisions := self._decisions) is not None:
+            app.metrics.sources.unlogged_decisions = lambda: decisions.lost
         path = args.state_file or app.elsewhere.state_file
         self._state = None if path is None else self._state_file(path)
 
@@ -307,6 +311,8 @@ class Life:
         await app.survey.close()
         await app.connections.close()
         app.deferred.flush()
+        if self._decisions is not None:
+            self._decisions.close()
 
 
 def serve(

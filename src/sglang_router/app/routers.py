@@ -10,11 +10,13 @@ from collections.abc import Callable
 from functools import partial
 
 from sglang_router.app import settings
+from sglang_router.app.deciding import in_shadow
 from sglang_router.config import RouterArgs
 from sglang_router.routing.events import Listeners
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.policies import POLICIES
 from sglang_router.routing.policies.base import Policy
+from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.queue import Queue
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.router import Router, Soon
@@ -27,11 +29,20 @@ def fleet_of(
     new_id: Callable[[], str],
     rng: random.Random,
     kind: type[Policy] | None = None,
+    shadows: ShadowTally | None = None,
 ) -> Fleet:
-    """Make a fleet without workers. kind: the class of its policies; None: the one that the options name."""
-    kind = kind or POLICIES[args.policy]
-    policy = partial(kind, settings.policy_settings(args), rng)
-    return Fleet(listeners, new_id, policy, settings.fleet_rules(args))
+    """Make a fleet without workers.
+
+    kind     the class of its policies; None: the one that the options name
+    shadows  counts what the policies in the shadow say; None: there are none
+    """
+    return Fleet(listeners, new_id, partial(_policy, args, rng, kind, shadows), settings.fleet_rules(args))
+
+
+def _policy(args: RouterArgs, rng: random.Random, kind: type[Policy] | None, shadows: ShadowTally | None) -> Policy:
+    """Make the policy of a pool."""
+    policy = (kind or POLICIES[args.policy])(settings.policy_settings(args), rng)
+    return policy if shadows is None else in_shadow(policy, shadows)
 
 
 def router_of(

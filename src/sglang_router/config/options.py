@@ -41,6 +41,7 @@ OVERLOAD = "Overload"
 OUTLIERS = "Outliers"
 HEALTH = "Health checks"
 METRICS = "Metrics"
+DECISIONS = "Decisions"
 LOGGING = "Logging"
 
 
@@ -240,6 +241,13 @@ class HTTPOptions:
 
     # -- routing policy
     policy: str = option("cache_aware", "How the worker of a request is chosen.", POLICY, choices=POLICY_NAMES)
+    shadow_policy: str | None = option(
+        None,
+        "Ask a second policy about all requests, without obeying it, and compare the two in the metrics and in GET"
+        " /decisions. It costs a decision about 7 us, 1 us for each worker, and what the second policy takes.",
+        POLICY,
+        choices=POLICY_NAMES,
+    )
     cache_threshold: float = option(
         0.5,
         "cache_aware: send a request to the worker with the longest known prefix when that prefix is at least this"
@@ -682,6 +690,44 @@ class HTTPOptions:
         METRICS,
         unit="s",
         check=at_least(0),
+    )
+
+    # -- decisions
+    decision_records: int = option(
+        2048,
+        "Decisions to keep in memory for GET /decisions and `sglang-router explain`. 0: none.",
+        DECISIONS,
+        check=between(0, 65536),
+    )
+    decision_table_every: int = option(
+        64,
+        "Keep the table of the candidates for one decision of so many, besides those of retries and of requests with"
+        " the header x-sglang-router-explain: 1. 1: for all; 0: for no other.",
+        DECISIONS,
+        check=at_least(0),
+    )
+    decision_log: str | None = option(
+        None,
+        "File for one JSON line about each request: when, how long, which worker and why, and keyed hashes of the"
+        " prompt's blocks, but no text. `sglang-router replay` reads it. The key is kept beside it, in FILE.key.",
+        DECISIONS,
+        metavar="FILE",
+    )
+    decision_log_max_bytes: int = option(
+        268_435_456,
+        "Begin another --decision-log when it is larger than this; the old one is called FILE.1. 0: no limit.",
+        DECISIONS,
+        unit="bytes",
+        check=at_least(0),
+    )
+    decision_log_files: int = option(
+        4, "Most files of --decision-log, the current one included.", DECISIONS, check=between(1, 1000)
+    )
+    decision_headers: bool = option(
+        False,
+        "Tell in each answer which worker was chosen and why, in x-sglang-router-worker and x-sglang-router-decision."
+        " Otherwise only requests with the header x-sglang-router-explain: 1 are told.",
+        DECISIONS,
     )
 
     # -- logging

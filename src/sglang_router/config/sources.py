@@ -29,6 +29,7 @@ _OWN_VARIABLES = frozenset(
         "SGLANG_ROUTER_DESIRED_WORKERS",  # for --scale-command
         "SGLANG_ROUTER_CURRENT_WORKERS",
         "SGLANG_ROUTER_SCALE_REASON",
+        "SGLANG_ROUTER_URL",  # for the command `explain`
         "SGLANG_ROUTER_COMPILE",  # for the build of the package
     }
 )

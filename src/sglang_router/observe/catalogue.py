@@ -220,6 +220,36 @@ METRICS = (
         lambda counts: counts.changes.items(),
     ),
     Family(
+        "sgl_router_shadow_decisions_total", COUNTER, ("policy", "agrees"),
+        "Decisions that the shadow policy agreed with (yes) or not (no) (--shadow-policy).",
+        read.shadow(lambda t: [(("yes",), t.agreed), (("no",), t.differed)]),
+    ),
+    Family(
+        "sgl_router_shadow_matched_bytes_total", COUNTER, ("policy", "choice"),
+        "Bytes of routing text that the shadow policy believes to be cached: at the worker that it would have chosen"
+        " (shadow), and at the one that got the request (actual).",
+        read.shadow(lambda t: [(("shadow",), t.matched), (("actual",), t.actual_matched)]),
+    ),
+    Family(
+        "sgl_router_shadow_cost_total", COUNTER, ("policy", "choice"),
+        "Sum of the costs that the shadow policy sees at these workers; 0 for a policy without costs.",
+        read.shadow(lambda t: [(("shadow",), t.cost), (("actual",), t.actual_cost)]),
+    ),
+    Family(
+        "sgl_router_shadow_failures_total", COUNTER, ("policy",),
+        "Shadow policies that failed, and were switched off.",
+        read.shadow(lambda t: [((), t.failures)]),
+    ),
+    Family(
+        "sgl_router_decision_records", GAUGE, (),
+        "Records of decisions that are kept (--decision-records).", read.live(lambda s: s.decisions),
+    ),
+    Family(
+        "sgl_router_decision_log_lost_total", COUNTER, (),
+        "Requests that are missing in the log of decisions, because they came too fast or the disk was full.",
+        read.live(lambda s: s.unlogged_decisions),
+    ),
+    Family(
         "sgl_router_desired_workers", GAUGE, (),
         "Number of workers that autoscaling wants; left out without autoscaling.",
         read.live(lambda s: s.desired_workers),

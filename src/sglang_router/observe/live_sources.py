@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from sglang_router.routing.policies.shadowed import ShadowTally
+
 Number = Callable[[], int]
 
 
@@ -20,6 +22,9 @@ class LiveSources(msgspec.Struct, kw_only=True):
     lost_lines            log lines that could not be written
     waiting               queued inference requests
     desired_workers       how many workers there should be (autoscaling)
+    decisions             records of decisions that are kept
+    unlogged_decisions    requests that are missing in the log of decisions
+    shadows               what the shadow policies would have done
     replicas              URL, number of restarts, and whether it is up, of each replica that the router runs itself
     """
 
@@ -29,4 +34,7 @@ class LiveSources(msgspec.Struct, kw_only=True):
     lost_lines: Number | None = None
     waiting: Number | None = None
     desired_workers: Number | None = None
+    decisions: Number | None = None
+    unlogged_decisions: Number | None = None
+    shadows: ShadowTally | None = None
     replicas: Callable[[], Iterable[tuple[str, int, bool]]] | None = None

@@ -12,6 +12,7 @@ made by:
     per_report(value)             what each worker's engine reports, where it reports it
     per_replica(value)            the same, of the replicas that the router runs itself
     live(source)                  a number that another part of the router owns
+    shadow(items)                 what the shadow policies would have done
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sglang_router.observe.live_sources import LiveSources, Number
 from sglang_router.observe.tallies import Histogram, Series, Tally
 from sglang_router.routing.engine_report import EngineReport
 from sglang_router.routing.outcome import Hears, Outcome
+from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.states import Breaker, Health
 from sglang_router.routing.worker import Worker
 
@@ -324,6 +326,16 @@ def error_type(series: Series) -> str:
 def decisions(tally: Tally) -> Iterable[Sample]:
     """Read the decisions by policy and branch."""
     return tally.decisions.legs.items()
+
+
+def shadow(items: Callable[[ShadowTally], Iterable[Sample]]) -> Reader:
+    """Read what the shadow policies would have done; nothing without them."""
+
+    def read(counts: MetricCounts) -> Iterable[Sample]:
+        tally = counts.sources.shadows
+        return [] if tally is None else [((tally.policy, *values), number) for values, number in items(tally)]
+
+    return read
 
 
 def transitions(tally: Tally) -> Iterable[Sample]:

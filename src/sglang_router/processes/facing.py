@@ -61,6 +61,7 @@ def ask_of(tag: RequestTag, facts: Facts, now: float, shape: TextForm) -> Ask:
         method,
         path,
         digest,
+        tag.explained,
     )
 
 
@@ -68,9 +69,8 @@ def tag_of(ask: Ask, number: int) -> RequestTag:
     """Return the tag of a request that a relay asks for. number: the decider's."""
     endpoint = ROWS[ask.endpoint]
     route = endpoint.route or Route(ask.method, ask.path, endpoint.name)
-    tag = RequestTag(
-        number, ask.id, ask.start, route, ask.peer, ask.client, ask.size, (ask.id, ask.key, ask.trace, None)
-    )
+    named = (ask.id, ask.key, ask.trace, None, ask.explained)
+    tag = RequestTag(number, ask.id, ask.start, route, ask.peer, ask.client, ask.size, named)
     if ask.model:
         tag.model = ask.model.decode("utf-8", "replace")
     tag.streaming = ask.streaming
@@ -144,7 +144,7 @@ def unasked_of(event: Finished) -> Unasked:
 def tag_unasked(told: Unasked, number: int) -> RequestTag:
     """Return the tag of such a request."""
     route = Route(told.method, told.path, told.endpoint)
-    named = (told.id, told.key, told.trace, None)
+    named = (told.id, told.key, told.trace, None, False)
     tag = RequestTag(number, told.id, told.start, route, told.peer, told.client, told.size, named)
     tag.model, tag.streaming = told.model, told.streaming
     return tag

@@ -37,10 +37,11 @@ from sglang_router.processes.message import (
 class Ask(Message, tag=1):
     """A new request. Fields are those of RequestTag and Facts.
 
-    endpoint  index of the endpoint in the table of endpoints
-    method    "" where the endpoint has only one, and one path
-    size      bytes of the body; digest: its fingerprint, or b""
-    text      the routing text; None: it is in the shared memory at `at`, `length` bytes
+    endpoint   index of the endpoint in the table of endpoints
+    method     "" where the endpoint has only one, and one path
+    size       bytes of the body; digest: its fingerprint, or b""
+    text       the routing text; None: it is in the shared memory at `at`, `length` bytes
+    explained  the client asks why the worker is chosen
     """
 
     number: int
@@ -63,6 +64,7 @@ class Ask(Message, tag=1):
     method: str = ""
     path: str = ""
     digest: bytes = b""
+    explained: bool = False
 
 
 class Retry(Message, tag=2):

@@ -17,6 +17,7 @@ from http import HTTPStatus
 from typing import Final
 
 from sglang_router.errors import RouterError
+from sglang_router.routing.plan import PlannedLeg, RequestTag
 from sglang_router.wire.cors import Cors
 from sglang_router.wire.framing import Framing, Sized, UntilClose
 from sglang_router.wire.headers import HOP_BY_HOP, named_by_connection
@@ -113,18 +114,52 @@ def app_head(status: int, fields: Iterable[tuple[bytes, bytes]], request_id: byt
     return b"".join(lines)
 
 
+def decision_fields(tag: RequestTag, leg: PlannedLeg | None, retries: int, by_id: bool) -> bytes:
+    """Return the fields that tell a client which worker was chosen and why, each with its CRLF.
+
+        x-sglang-router-decision: hit; matched=3000; total=4000; attempt=1; id="chatcmpl-4f"
+        x-sglang-router-worker: http://10.0.0.7:30000
+
+    The first is a structured field (RFC 9651): the policy's reason, `none` without a worker, with parameters.
+
+    leg    the last one; None: no worker was asked, and the second field is missing
+    by_id  call the worker by its id, not by its URL
+    """
+    quoted = tag.raw_id.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    if leg is None:
+        return b'x-sglang-router-decision: none; attempt=0; id="%s"\r\n' % quoted
+    worker = leg.target.worker_id if by_id else leg.target.name
+    return b'x-sglang-router-decision: %s; matched=%d; total=%d; attempt=%d; id="%s"\r\n%s: %s\r\n' % (
+        leg.branch.encode(),
+        leg.matched,
+        leg.total,
+        retries + 1,
+        quoted,
+        b"x-sglang-router-worker",
+        worker.encode(),
+    )
+
+
 class Answers:
     """Writes the answers of one port.
 
-    ids   the rule for request ids
-    cors  which web pages may read the answers; None: the router adds no CORS fields
+    ids     the rule for request ids
+    cors    which web pages may read the answers; None: the router adds no CORS fields
+    always  tell every client which worker was chosen and why, not only those that ask
+    by_id   call workers by their ids then
     """
 
-    __slots__ = ("cors", "ids")
+    __slots__ = ("always", "by_id", "cors", "ids")
 
-    def __init__(self, ids: RequestIds, cors: Cors | None = None) -> None:
+    def __init__(self, ids: RequestIds, cors: Cors | None = None, always: bool = False, by_id: bool = False) -> None:
         self.ids = ids
         self.cors = cors
+        self.always = always
+        self.by_id = by_id
+
+    def decision(self, tag: RequestTag, leg: PlannedLeg | None, retries: int) -> bytes:
+        """Return what the client is told of the decision; b"" when it does not ask. See `decision_fields`."""
+        return decision_fields(tag, leg, retries, self.by_id) if tag.explained or self.always else b""
 
     def cors_fields(self, headers: Headers) -> bytes:
         """Return the router's own CORS fields for an answer to a request with these headers; b"" without CORS."""
@@ -134,9 +169,11 @@ class Answers:
         """Return the Connection and CORS fields of an answer."""
         return connection_field(keep_alive, request.http10) + self.cors_fields(request.headers)
 
-    def error(self, error: RouterError, request: Request, request_id: bytes, keep_alive: bool) -> bytes:
-        """Return the answer to a request that failed with an error of the router."""
-        tail = self.tail(request, keep_alive)
+    def error(
+        self, error: RouterError, request: Request, request_id: bytes, keep_alive: bool, decision: bytes = b""
+    ) -> bytes:
+        """Return the answer to a request that failed with an error of the router. decision: see `decision`."""
+        tail = self.tail(request, keep_alive) + decision
         return error_answer(error, request_id, tail, request.method == b"HEAD", request.path)
 
     def refusal(self, error: RouterError, request_id: bytes, path: bytes = b"") -> bytes:
@@ -147,12 +184,19 @@ class Answers:
         return error_answer(error, request_id, connection_field(False, False) + self.cors_fields([]), path=path)
 
     def client_head(
-        self, head: ResponseHead, framing: Framing, request: Request, request_id: bytes, keep_alive: bool
+        self,
+        head: ResponseHead,
+        framing: Framing,
+        request: Request,
+        request_id: bytes,
+        keep_alive: bool,
+        decision: bytes = b"",
     ) -> tuple[bytes, bool, bool]:
         """Return the head of a worker's answer for the client, and how its body is sent.
 
         framing     of the worker's answer
         keep_alive  whether the client's connection may stay open
+        decision    what the client is told of the decision, see `decision`
 
         Returns: the head; whether the client is sent chunks; whether the client's connection stays open. In HTTP/1.0 a
         body without a length ends when the connection closes.
@@ -171,7 +215,7 @@ class Answers:
         if request.http10 or not keep_alive:
             connection = connection_field(keep_alive, request.http10)
         cors = b"" if self.cors is None else self.cors.fields(request.headers)
-        return worker_head(head, request_id, field, connection, cors), chunked, keep_alive
+        return worker_head(head, request_id, field, connection + decision, cors), chunked, keep_alive
 
     def preflight(self, request: Request, request_id: bytes, keep_alive: bool) -> bytes | None:
         """Return the complete answer to a browser's preflight; None for any other request, or without CORS."""

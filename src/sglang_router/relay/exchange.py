@@ -164,6 +164,16 @@ class Exchange:
         return timing.unanswered(self)
 
     @property
+    def planned(self) -> PlannedLeg | None:
+        """The last leg; None: no worker was asked."""
+        return None if self._plan is None else self._plan.legs[-1]
+
+    @property
+    def retries(self) -> int:
+        """Attempts after the first."""
+        return 0 if self._plan is None else self._plan.retries
+
+    @property
     def stalled(self) -> bool:
         """Whether the client does not read what it is sent."""
         return self.client.stalled
@@ -350,7 +360,9 @@ class Exchange:
         """Answer with an error of the router; nothing has been sent to the client yet."""
         self.status = error.status
         keep_alive = self.keep_alive and not error.close and not self.client.clients.draining
-        self.client.write(self.relay.answers.error(error, self.request, self.tag.raw_id, keep_alive))
+        answers, tag = self.relay.answers, self.tag
+        decision = answers.decision(tag, self.planned, self.retries)
+        self.client.write(answers.error(error, self.request, tag.raw_id, keep_alive, decision))
         now = self.relay.clock()
         self._end(outcome, now, error.code)
         self.client.done(keep_alive, now)
@@ -359,7 +371,7 @@ class Exchange:
         """End the exchange, exactly once: give up its legs, close the leases and emit Finished."""
         self._move(DONE)
         self.deadline = NEVER
-        relay, tag, plan, shown = self.relay, self.tag, self._plan, self.shown
+        relay, tag, shown = self.relay, self.tag, self.shown
         planned: PlannedLeg | None = None
         for leg in self.legs:
             planned = leg.planned
@@ -368,8 +380,8 @@ class Exchange:
             relay.decider.ended(tag, planned, outcome or Outcome.ABANDONED, now)
         if shown is not None:
             planned = shown.planned
-        sent, retries = shown.sent if shown else 0, plan.retries if plan else 0
-        answer = Answered(self.status, code, outcome, now - tag.start, self.first_byte, sent, retries)
+        sent = shown.sent if shown else 0
+        answer = Answered(self.status, code, outcome, now - tag.start, self.first_byte, sent, self.retries)
         if self.handled is not None:
             answer.resumed, answer.unresumed = self.handled.handler.resumed, self.handled.handler.unresumed
         relay.listener.finished(Finished(tag, planned, answer))

@@ -14,7 +14,7 @@ from sglang_router.relay.handled import Handled
 from sglang_router.relay.leg import Leg
 from sglang_router.relay.relay import Relay
 from sglang_router.routing.outcome import Outcome
-from sglang_router.routing.plan import RequestTag
+from sglang_router.routing.plan import PlannedLeg, RequestTag
 from sglang_router.wire.request import Request
 from sglang_router.wire.response import ResponseHead
 
@@ -30,6 +30,14 @@ class Showing(Protocol):
     request: Request
     status: int
     tag: RequestTag
+
+    @property
+    def planned(self) -> PlannedLeg | None:
+        """The last leg; None: no worker was asked."""
+
+    @property
+    def retries(self) -> int:
+        """Attempts after the first."""
 
     def say(self, data: bytes) -> None:
         """Send bytes that the router made."""
@@ -52,8 +60,9 @@ def show(exchange: Showing, leg: Leg, head: ResponseHead, data: bytes, done: boo
     framing = leg.framing
     assert framing is not None
     keep_alive = exchange.keep_alive and not exchange.client.clients.draining
-    bytes_out, leg.chunked, exchange.keep_alive = exchange.relay.answers.client_head(
-        head, framing, exchange.request, exchange.tag.raw_id, keep_alive
+    answers, tag = exchange.relay.answers, exchange.tag
+    bytes_out, leg.chunked, exchange.keep_alive = answers.client_head(
+        head, framing, exchange.request, tag.raw_id, keep_alive, answers.decision(tag, leg.planned, exchange.retries)
     )
     leg.events = not done and head.events
     if handled is not None and handled.begin(leg, head):
@@ -70,8 +79,9 @@ def open_early(exchange: Showing) -> Early:
     """Send the head of a stream before an answer has begun."""
     head, framing = early_head()
     keep_alive = exchange.keep_alive and not exchange.client.clients.draining
-    bytes_out, chunked, exchange.keep_alive = exchange.relay.answers.client_head(
-        head, framing, exchange.request, exchange.tag.raw_id, keep_alive
+    answers, tag, planned = exchange.relay.answers, exchange.tag, exchange.planned
+    bytes_out, chunked, exchange.keep_alive = answers.client_head(
+        head, framing, exchange.request, tag.raw_id, keep_alive, answers.decision(tag, planned, exchange.retries)
     )
     exchange.status, exchange.early = head.status, Early(chunked)
     exchange.say(bytes_out)

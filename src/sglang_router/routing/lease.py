@@ -14,6 +14,7 @@ from collections.abc import Callable
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.outliers import bucket_of
+from sglang_router.routing.plan import RequestTag
 from sglang_router.routing.policies.base import Choice
 from sglang_router.routing.worker import Worker
 
@@ -31,7 +32,7 @@ class Lease:
 
     The router's own notes on the leg:
 
-    request     the number of its request
+    tag         of its request
     facts       of its request
     choice      of its worker
     """
@@ -45,13 +46,13 @@ class Lease:
         "first_byte",
         "life",
         "number",
-        "request",
         "sent_at",
         "silent",
+        "tag",
         "worker",
     )
 
-    request: int
+    tag: RequestTag
     facts: Facts
     choice: Choice
 

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from sglang_router.errors import RouterError
 
-_NAMELESS: Final = (b"", b"", b"", None)
+_NAMELESS: Final = (b"", b"", b"", None, False)
 
 
 class Target(NamedTuple):
@@ -132,12 +132,14 @@ class RequestTag:
     client     name of the client's API key; "" when no key is required
     received   bytes of the request's body
     named      what was read from its header; see `wire.request_id.Named`
+    explained  the client asks why the worker is chosen (x-sglang-router-explain)
     model      the model as sent, JSON text; "" when the request names none
     streaming  the client asked for a stream
     """
 
     __slots__ = (
         "client",
+        "explained",
         "id",
         "model",
         "named",
@@ -159,7 +161,7 @@ class RequestTag:
         peer: str = "",
         client: str = "",
         received: int = 0,
-        named: tuple[bytes, bytes, bytes, RouterError | None] = _NAMELESS,
+        named: tuple[bytes, bytes, bytes, RouterError | None, bool] = _NAMELESS,
     ) -> None:
         self.number = number
         self.raw_id = raw_id
@@ -170,6 +172,7 @@ class RequestTag:
         self.client = client
         self.received = received
         self.named = named
+        self.explained = named[4]
         self.model = ""
         self.streaming = False
 

@@ -21,8 +21,8 @@ after a refused connection is free, because that attempt cost no engine anything
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable
-from typing import Final
+from collections.abc import Callable, Hashable, Iterable
+from typing import Final, NamedTuple
 
 from sglang_router.errors import InternalError, QueueTimeout, RouterError, WorkersFull, WorkersStarting
 from sglang_router.routing.candidates import Candidates, candidates_of
@@ -37,6 +37,7 @@ from sglang_router.routing.outcome import BREAKS, Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
 from sglang_router.routing.quarantine import Quarantine
 from sglang_router.routing.queue import PLACE, ROOM, START, Queue
+from sglang_router.routing.recorder import Recorder
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.rules import RetryRules
 from sglang_router.routing.trail import HOLD, Trail
@@ -46,14 +47,11 @@ Soon = Callable[[Callable[[float], None]], None]
 """Calls a function with the time soon, after the current call: the event loop's `call_soon`."""
 
 
-class _Asked:
+class _Asked(NamedTuple):
     """What the router needs to decide a queued request."""
 
-    __slots__ = ("facts", "tag")
-
-    def __init__(self, tag: RequestTag, facts: Facts) -> None:
-        self.tag = tag
-        self.facts = facts
+    tag: RequestTag
+    facts: Facts
 
 
 _SERVED: Final = Outcome.SERVED
@@ -70,6 +68,7 @@ class Router(Listener):
     rng        for the jitter of pauses
     soon       lets the router check the queue after the call that freed something
     check_now  requests a health check of a worker
+    recorder   keeps what was decided; None: nobody does
     """
 
     deliver: Deliver
@@ -89,6 +88,7 @@ class Router(Listener):
         self.queue = queue
         self.budget = budget
         self.quarantine = Quarantine(rng)
+        self.recorder: Recorder | None = None
         self._judge = Judge(fleet, self.quarantine, listener)
         self._pools = fleet.pools
         self._retries = retries
@@ -108,6 +108,10 @@ class Router(Listener):
     def leases(self) -> int:
         """Number of leases that are not ended."""
         return len(self._leases)
+
+    def open_leases(self) -> Iterable[Lease]:
+        """Return those leases, and those of failed legs whose retry is not decided."""
+        return self._leases.values()
 
     # -- a new request -------------------------------------------------------------------------------------------------
 
@@ -182,11 +186,13 @@ class Router(Listener):
         """Plan one leg to the worker that the policy chooses, and take its lease. The leg is sent after `delay`."""
         retries = 0 if trail is None else trail.retries
         policy = pool.policy
-        choice = policy.choose(facts, candidates, now)
+        choice, recorder = policy.choose(facts, candidates, now), self.recorder
+        if recorder is not None:
+            recorder.decided(tag, facts, pool, candidates, choice, trail, now)
         policy.chosen(choice, facts, now)
         worker, total = choice.worker, choice.total
         lease = self.fleet.lease(worker, trail is None or not trail.failures)
-        lease.request, lease.facts, lease.choice = tag.number, facts, choice
+        lease.tag, lease.facts, lease.choice = tag, facts, choice
         if facts.streaming:
             lease.streams(total - choice.matched if total else -1, now + delay)
         self._leases[lease.number] = lease
@@ -194,9 +200,9 @@ class Router(Listener):
         if splice and not facts.endpoint.json:  # a body that is not JSON is not changed
             splice = b""
         leg = PlannedLeg(lease.number, worker.target, choice.branch, choice.matched, total, splice)
-        worker.decisions.count(policy.name, choice.branch, choice.matched, total)
+        worker.decisions.count(policy.label, choice.branch, choice.matched, total)
         if self._listener.hears_routed:
-            self._listener.routed(Routed(tag, leg, policy.name, retries))
+            self._listener.routed(Routed(tag, leg, policy.label, retries))
         return Plan((leg,), delay, retries)
 
     # -- a leg failed --------------------------------------------------------------------------------------------------
@@ -244,8 +250,7 @@ class Router(Listener):
         trail.retries += 1
         delay = 0.0
         if not fresh:
-            delay = self._backoff(trail.returns)
-            trail.returns += 1
+            delay = trail.pause(rules, self._rng)
         return self._plan(tag, facts, pool, fresh or again, now, trail, delay)
 
     def _retry_candidates(self, pool: Serving, trail: Trail, busy: bool, now: float) -> tuple[Candidates, Candidates]:
@@ -266,12 +271,6 @@ class Router(Listener):
             return able.those(mask), _NOBODY
         return _NOBODY, able.those(able.set_of([w for w in tries if tries[w] < self._retries.per_worker]))
 
-    def _backoff(self, returns: int) -> float:
-        """Return the pause before a retry at a worker that has failed, in seconds."""
-        rules = self._retries
-        pause = min(rules.initial_backoff * rules.multiplier ** min(returns, 64), rules.max_backoff)
-        return float(pause * (1.0 + self._rng.uniform(-rules.jitter, rules.jitter)))
-
     # -- what became of a leg ------------------------------------------------------------------------------------------
 
     def began(self, leg: PlannedLeg, now: float) -> None:
@@ -280,7 +279,7 @@ class Router(Listener):
         if lease is None:
             return
         lease.began(now)
-        if self._trails and not lease.closed and (trail := self._trails.get(lease.request)) is not None:
+        if self._trails and not lease.closed and (trail := self._trails.get(lease.tag.number)) is not None:
             self._judge.blame(trail.release(now), now)
 
     def ended(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, now: float) -> None:
@@ -303,7 +302,7 @@ class Router(Listener):
 
     def adopt(self, tag: RequestTag, leg: PlannedLeg, lease: Lease, now: float) -> None:
         """Take a leg that a decider before this one has planned: `retry`, `began` and `ended` apply to it."""
-        lease.number, lease.request = leg.lease, tag.number
+        lease.number, lease.tag = leg.lease, tag
         self._leases[leg.lease] = lease
         self.queue.begin(tag.number, now)
 

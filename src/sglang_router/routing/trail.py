@@ -21,11 +21,13 @@ Pure: time is an argument. The router owns the trails and passes their verdicts 
 
 from __future__ import annotations
 
+import random
 from typing import Final
 
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.lease import Lease
 from sglang_router.routing.outcome import BREAKS, Hears, Outcome
+from sglang_router.routing.rules import RetryRules
 from sglang_router.routing.worker import Worker
 
 HOLD: Final = 2.0
@@ -112,6 +114,12 @@ class Trail:
         if outcome is Outcome.SERVED:
             return False
         return outcome is Outcome.REJECTED or any(map(self.repeated, self.failures))
+
+    def pause(self, rules: RetryRules, rng: random.Random) -> float:
+        """Return the pause in seconds before a retry goes back to a worker that has failed, and count that return."""
+        pause = min(rules.initial_backoff * rules.multiplier ** min(self.returns, 64), rules.max_backoff)
+        self.returns += 1
+        return float(pause * (1.0 + rng.uniform(-rules.jitter, rules.jitter)))
 
     def release(self, failed_before: float) -> list[Failure]:
         """Return the failures until a moment that are still held, and hold them no longer."""

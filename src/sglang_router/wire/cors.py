@@ -20,6 +20,8 @@ from sglang_router.wire.request import Headers, Request
 _METHODS: Final = b"GET, POST, OPTIONS"
 _FIELDS: Final = b"authorization, content-type"
 """Request header fields that are allowed when the preflight names none."""
+_EXPOSED: Final = b"access-control-expose-headers: x-request-id, x-sglang-router-decision, x-sglang-router-worker\r\n"
+"""The fields of answers that pages may read."""
 _HOLDS_FOR: Final = b"3600"
 """Seconds for which a browser may cache the answer to a preflight."""
 
@@ -37,7 +39,7 @@ class Cors:
         lines = [] if self._anyone else [b"vary: origin\r\n"]
         if allowed:
             lines += (b"access-control-allow-origin: ", allowed, b"\r\n")
-            lines.append(b"access-control-expose-headers: x-request-id\r\n")
+            lines.append(_EXPOSED)
         return b"".join(lines)
 
     def preflight(self, request: Request) -> list[tuple[bytes, bytes]] | None:

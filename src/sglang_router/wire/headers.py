@@ -30,8 +30,10 @@ HOP_BY_HOP: Final = frozenset(
 )
 """Fields that concern one connection only."""
 
-_REBUILT: Final = frozenset((b"host", b"content-length", b"expect", b"x-request-id", b"authorization"))
-"""Request fields that the router writes itself or handles one by one."""
+_REBUILT: Final = frozenset(
+    (b"host", b"content-length", b"expect", b"x-request-id", b"authorization", b"x-sglang-router-explain")
+)
+"""Request fields that the router writes itself, handles one by one, or answers."""
 
 WHITELIST: Final = frozenset(
     (

@@ -1,4 +1,4 @@
-"""Read a request's header once: request id, routing key, trace context, content coding and loops.
+"""Read a request's header once: request id, routing key, trace context, content coding, loops, wish to be explained.
 
 The id is the client's own, from the first of the `--request-id-headers` that it sent; without a usable one the router
 makes a new id: the endpoint's prefix and 24 hexadecimal digits. This rule is implemented only here.
@@ -15,6 +15,8 @@ from sglang_router.wire.request import Headers
 
 REQUEST_ID_HEADERS: Final = ("x-request-id", "x-correlation-id", "x-trace-id", "request-id")
 """Headers that may hold the id, in order of preference."""
+EXPLAIN: Final = b"x-sglang-router-explain"
+"""The header by which a client asks why the worker of its request is chosen."""
 MAX_ID: Final = 256
 """Most bytes of a client's id; a longer id is replaced by a new one."""
 
@@ -22,11 +24,13 @@ _ROUTING_KEY: Final = -1
 _CONTENT_ENCODING: Final = -2
 _TRACE: Final = -3
 _VIA: Final = -4
+_EXPLAIN: Final = -5
 
 
-Named = tuple[bytes, bytes, bytes, RouterError | None]
+Named = tuple[bytes, bytes, bytes, RouterError | None, bool]
 """What is read from a header: the request's id; x-smg-routing-key, or b""; traceparent, or b""; why the request cannot
-be relayed: its body has a Content-Encoding, or it has been through this router already."""
+be relayed: its body has a Content-Encoding, or it has been through this router already; whether its client asks why the
+worker is chosen."""
 
 
 class RequestIds:
@@ -47,6 +51,7 @@ class RequestIds:
         self._places[b"x-smg-routing-key"] = _ROUTING_KEY
         self._places[b"content-encoding"] = _CONTENT_ENCODING
         self._places.setdefault(b"traceparent", _TRACE)
+        self._places[EXPLAIN] = _EXPLAIN
         if mark:
             self._places[b"via"] = _VIA
 
@@ -58,6 +63,7 @@ class RequestIds:
         """Read a header; make an id with this prefix when the client sent no usable one."""
         request_id = routing_key = trace = b""
         fault: RouterError | None = None
+        explained = False
         places = self._places
         best = len(places)
         for name, value in headers:
@@ -74,8 +80,10 @@ class RequestIds:
             elif place == _VIA:
                 if self._mark in value.lower():
                     fault = LoopDetected()
+            elif place == _EXPLAIN:
+                explained = value == b"1"
             elif value.lower() != b"identity":
                 fault = fault or UnsupportedMediaType()
         if not request_id:
             request_id = self.new(prefix)
-        return request_id, routing_key, trace, fault
+        return request_id, routing_key, trace, fault, explained

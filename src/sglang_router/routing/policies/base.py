@@ -22,6 +22,7 @@ all candidates, which takes a hundred times as long among a thousand workers as 
 5.  Chance is drawn beforehand: keep a number of `self.rng.random()`, use it in `choose`, and draw the next one in
     `chosen`, see `Random` in `routing.policies.simple`.
 6.  A policy that overrides `chosen` calls `super().chosen`, and one with more state shows it in `__repr__`.
+7.  One that knows more of a candidate than its load (what it has cached, what it would cost) says so in `consider`.
 
 A policy belongs to one pool, and hears of its workers by `added`, `removed` and `emptied`. One that remembers what the
 workers' caches hold says so by `memory`: metrics, the state file and the scaling of replicas read it there.
@@ -34,6 +35,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from sglang_router.routing.candidates import Candidates
+from sglang_router.routing.considered import Considered
+from sglang_router.routing.decision_record import ShadowChoice
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.native import mypyc_attr
 from sglang_router.routing.prefix_tree.image import Builder, Walk
@@ -49,10 +52,11 @@ class Choice:
     matched  bytes of routing text that the worker is believed to have cached, of `total`
     note     what `chosen` needs to know beside the facts; private to the policy
     tied     other candidates were as good, so that it was this worker's turn
+    shadow   what the policy of --shadow-policy would have done; None: there is none
     learned  set by `chosen`: bytes of the text that the memory did not believe the worker to have; learned_at: when
     """
 
-    __slots__ = ("branch", "learned", "learned_at", "matched", "note", "tied", "total", "worker")
+    __slots__ = ("branch", "learned", "learned_at", "matched", "note", "shadow", "tied", "total", "worker")
 
     learned_at: float
 
@@ -65,6 +69,7 @@ class Choice:
         self.total = total
         self.note = note
         self.tied = tied
+        self.shadow: ShadowChoice | None = None
         self.learned = 0
 
     def __repr__(self) -> str:
@@ -112,11 +117,16 @@ class PrefixMemory(Protocol):
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Policy:
-    """The base of all policies, see the module. memory: what it remembers of prefixes; None for most policies."""
+    """The base of all policies, see the module.
 
-    name: ClassVar[str]
+    label   what metrics, logs and records call it
+    memory  what it remembers of prefixes; None for most policies
+    """
+
+    name: ClassVar[str] = ""
 
     def __init__(self, settings: PolicySettings, rng: random.Random) -> None:
+        self.label = self.name
         self.settings = settings
         self.rng = rng
         self.memory: PrefixMemory | None = None
@@ -133,6 +143,13 @@ class Policy:
         """Record that the request of these facts goes to the worker of this choice."""
         if choice.tied:
             self._turn += 1
+
+    def consider(self, facts: Facts, candidates: Candidates, now: float) -> list[Considered]:
+        """Return what each of a few candidates means to this policy, to explain a choice. Change nothing.
+
+        Call it before `chosen`, which makes the text known at the chosen worker.
+        """
+        return [Considered(worker.url, 0, None, None, worker.load) for worker in candidates]
 
     def unread(self, choice: Choice, facts: Facts) -> None:
         """Take note that the worker did not read the request that it was chosen for, so its cache has not changed."""

@@ -27,6 +27,7 @@ import random
 from typing import Final
 
 from sglang_router.routing.candidates import Candidates
+from sglang_router.routing.considered import Considered
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.policies.base import Choice, Policy
 from sglang_router.routing.prefix_tree.memory import TreeMemory
@@ -97,6 +98,14 @@ class CacheAware(Policy):
             choice.note = None  # it refers to nodes of the tree, which may go before the request ends
             choice.learned = self.tree.insert(match, choice.worker.slot, now)
             choice.learned_at = now
+
+    def consider(self, facts: Facts, candidates: Candidates, now: float) -> list[Considered]:
+        """Return what is known of the text at each of these candidates."""
+        found, text, scaffold = super().consider(facts, candidates, now), facts.text, facts.scaffold
+        match = self.tree.match(facts.namespace, text[: self._longest_text])
+        for worker, each in zip(candidates, found, strict=True):
+            each.matched = max(match.length(worker.slot) - scaffold, 0)
+        return found
 
     def unread(self, choice: Choice, facts: Facts) -> None:
         """Take what the request added out of the tree, as far as no other request has used it."""
