@@ -29,6 +29,7 @@ from sglang_router.routing.events import Answered, Finished, Listener
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
 from sglang_router.routing.rules import QueueRules
+from sglang_router.routing.usage import Usage
 
 
 class Wire:
@@ -45,13 +46,16 @@ class Wire:
 
 
 class Ends(Listener):
-    """Counts the ends that the decider's listeners hear, by request id."""
+    """Counts the ends that the decider's listeners hear, by request id; keeps what engines told."""
 
     def __init__(self) -> None:
         self.heard: Counter[str] = Counter()
+        self.usages: list[Usage] = []
 
     def finished(self, event: Finished) -> None:
         self.heard[event.tag.id] += 1
+        if event.answer.usage is not None:
+            self.usages.append(event.answer.usage)
 
 
 class Decider:

@@ -37,6 +37,7 @@ from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.router import Router
 from sglang_router.routing.rules import FleetRules, HealthRules, PolicySettings, QueueRules, RetryRules
 from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
 
 GENERATE = ENDPOINTS[b"/generate"]
@@ -125,8 +126,8 @@ class Attempt:
     def retries(self) -> int:
         return self.plan.retries
 
-    def end(self, outcome: Outcome = Outcome.SERVED, now: float = 0.0) -> None:
-        self._bench.router.ended(self.asked.tag, self.leg, outcome, now)
+    def end(self, outcome: Outcome = Outcome.SERVED, now: float = 0.0, usage: Usage | None = None) -> None:
+        self._bench.router.ended(self.asked.tag, self.leg, outcome, now, usage)
 
     def retry(self, outcome: Outcome, now: float = 0.0, status: int = 0, continued: bool = False) -> Attempt | None:
         """Fail the leg; return the next attempt. None: no retry, and the request is ended as the relay does it."""

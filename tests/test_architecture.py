@@ -82,6 +82,7 @@ PURE = (
     "relay.body",
     "relay.budget",
     "relay.deadlines",
+    "relay.injected",
     "relay.moves",
     "relay.states",
     "resume",

@@ -19,6 +19,7 @@ from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules
 from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
 
 WORKER = Worker(WorkerSpec(url="http://w:1", api_key="s3cret"), "id", 1, 0.0)
@@ -125,6 +126,20 @@ def test_streams_that_another_worker_went_on_with_are_told() -> None:
     assert access_lines(resumed)[0].endswith(" stream=1 resumed=2")
     assert json.loads(access_lines(resumed, form="json")[0])["resumed"] == 2
     assert "resumed" not in access_lines(served())[0] + access_lines(served(), form="json")[0]
+
+
+def test_tokens_are_told_as_far_as_the_engine_tells_them() -> None:
+    known, some, none = served(usage=Usage(455, 0, 8)), served(usage=Usage(455, -1, -1), resumed=1), served()
+    first, second, third = access_lines(known, some, none)
+    assert first.endswith(" stream=1 prompt_tokens=455 cached_tokens=0 completion_tokens=8")
+    assert second.endswith(" stream=1 prompt_tokens=455 resumed=1")
+    assert third.endswith(" stream=1")
+    lines = map(json.loads, access_lines(known, some, none, form="json"))
+    assert [{name: tokens for name, tokens in line.items() if "_tokens" in name} for line in lines] == [
+        {"prompt_tokens": 455, "cached_tokens": 0, "completion_tokens": 8},
+        {"prompt_tokens": 455},
+        {},
+    ]
 
 
 def test_json() -> None:

@@ -28,6 +28,7 @@ from sglang_router.routing.plan import PlannedLeg
 from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules
 from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
 
 ROOT = Path(__file__).parents[2]
@@ -457,6 +458,34 @@ def test_streams_that_another_worker_went_on_with() -> None:
     }
 
 
+def test_tokens_are_counted_per_worker_and_model_as_far_as_they_are_told() -> None:
+    rig = Rig()
+    one, two = rig.worker(W1), rig.worker(W2)
+    told = Usage(455, 300, 8)
+    told.predicted, told.missed = 400, False
+    missed = Usage(1000, 0, 1)
+    missed.predicted, missed.missed = 900, True
+    for usage in (told, missed, Usage(7, -1, -1), None):
+        rig.metrics.finished(finished(leg(one), usage=usage))
+    rig.metrics.finished(finished(leg(two), usage=Usage(5, 1, 1), model='"invented"'))
+    rig.metrics.finished(finished(None, usage=None))
+    names = ("prompt", "cached", "completion", "predicted_cached")
+    found = [rig.get(f"sgl_router_{name}_tokens_total", worker=W1, model="m") for name in names]
+    assert found == [1462, 300, 9, 1300]
+    assert rig.get("sgl_router_surprising_misses_total", worker=W1, model="m") == 1
+    assert rig.get("sgl_router_prompt_tokens_total", worker=W2, model="other") == 5
+    assert len(rig.samples("sgl_router_prompt_tokens_total")) == 2
+    rig.fleet.remove(one)
+    assert len(rig.samples("sgl_router_prompt_tokens_total")) == 1
+
+
+def test_the_learned_capacity_is_left_out_until_something_is_learnt() -> None:
+    rig = Rig()
+    assert rig.samples("sgl_router_learned_capacity_bytes") == {}
+    rig.worker(W1).belief.capacity = 70_000
+    assert list(rig.samples("sgl_router_learned_capacity_bytes").values()) == [70_000]
+
+
 # -- the exposition -------------------------------------------------------------------------------------
 
 
@@ -472,6 +501,8 @@ def busy(policy: str) -> Rig:
     rig.metrics.finished(finished(leg(one), outcome=Outcome.FAILED))
     rig.metrics.finished(finished(leg(one), outcome=Outcome.CUT, resumed=2, unresumed="no_retry"))
     rig.fleet.reported(one, FULL)
+    rig.metrics.finished(finished(leg(one), usage=Usage(10, 4, 2)))
+    one.belief.capacity = 1 << 20
     return rig
 
 

@@ -10,13 +10,15 @@ from desks import Decider, DeskEnd, Ends
 from fleets import ROUTE, facts
 from sglang_router.errors import InternalError, QueueTimeout
 from sglang_router.processes import failures, messages
-from sglang_router.processes.facing import OUTCOMES, TextForm, ask_of, code_of
+from sglang_router.processes.facing import OUTCOMES, TextForm, answer_of, ask_of, code_of, usage_of
 from sglang_router.processes.link import decode_from_decider
 from sglang_router.routing.candidates import Candidates
+from sglang_router.routing.events import Answered
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag
 from sglang_router.routing.policies.base import Choice, Policy
+from sglang_router.routing.usage import Usage
 
 
 class Desks:
@@ -132,3 +134,24 @@ def test_times_never_go_back() -> None:
     desks.ask(0, 1, now=5.0)
     desks.ask(1, 1, now=4.0)
     assert desks.decider.desk._now == 5.0
+
+
+def test_what_an_engine_told_reaches_counters_and_listeners() -> None:
+    desks = Desks()
+    ended = code_of(Outcome.SERVED)
+
+    def counted() -> tuple[int, int]:
+        tokens = [worker.tokens for worker in desks.decider.bench.workers]
+        return sum(each.cached for each in tokens), sum(each.prompt for each in tokens)
+
+    lease = planned(desks.ask(0, 1)).legs[0].lease
+    answer = answer_of(Answered(200, outcome=Outcome.SERVED, usage=Usage(10, 4, 2)))
+    desks.tell(0, messages.Done(1, lease, answer, 2.0, ended, b""))
+    assert counted() == (4, 10)
+    lease = planned(desks.ask(0, 2)).legs[0].lease
+    desks.tell(0, messages.Ended(lease, ended, 3.0, b"", 10, 5, 2))
+    assert counted() == (9, 20)
+    desks.tell(0, messages.Done(2, lease, answer, 0.0, -1, b""))
+    assert counted() == (9, 20)
+    assert [repr(usage) for usage in desks.ends.usages] == ["<Usage 4 of 10 cached, 2 written>"] * 2
+    assert usage_of(answer_of(Answered(200))) is None

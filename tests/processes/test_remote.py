@@ -18,6 +18,7 @@ from sglang_router.routing.decider import Delivered
 from sglang_router.routing.events import Answered, Finished
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg, RequestTag, Target, Wait
+from sglang_router.routing.usage import Usage
 
 TARGET = Target("http://w:1", name="http://w:1", worker_id="id")
 
@@ -216,6 +217,26 @@ def test_open_legs_are_told_to_the_next_decider_and_their_ends_as_well() -> None
     relay.reporter.finished(Finished(tag, leg, Answered(200, outcome=Outcome.SERVED)))
     (done,) = relay.sent()
     assert (done.number, done.lease, done.ended >= 0, done.answer.status) == (1, 7, True, 200)
+
+
+def test_what_an_engine_told_goes_with_the_end() -> None:
+    """Once, if leg and request end together; else with both."""
+    relay = Relay()
+    usage = Usage(10, 4, -1)
+    tag = relay.ask(1)
+    leg = relay.plan(1, 7)
+    relay.remote.ended(tag, leg, Outcome.SERVED, 2.0, usage)
+    relay.reporter.finished(Finished(tag, leg, Answered(200, outcome=Outcome.SERVED, usage=usage)))
+    done = relay.sent()[-1]
+    assert (done.ended >= 0, done.answer.prompt, done.answer.cached, done.answer.completion) == (True, 10, 4, -1)
+    tag = relay.ask(2)
+    leg = relay.plan(2, 8)
+    relay.remote.retry(tag, leg, facts(b"the rest"), Outcome.CUT, 2.5, True)
+    last = relay.plan(2, 9)
+    relay.remote.ended(tag, last, Outcome.SERVED, 3.0)
+    relay.reporter.finished(Finished(tag, leg, Answered(200, outcome=Outcome.SERVED, resumed=1, usage=usage)))
+    ended, done = relay.sent()[-2:]
+    assert (ended.lease, ended.prompt, done.lease, done.ended, done.answer.prompt) == (9, -1, 8, -1, 10)
 
 
 def test_a_retry_of_a_leg_of_an_earlier_decider_has_the_facts_with_it() -> None:

@@ -364,6 +364,7 @@ class Playing:
         self.worker = framing
         self.chunked = chunked
         self.decoding = False
+        self.events = True
         self.ends: tuple[bytes, ...] = CHUNKED_ENDS if chunked else PLAIN_ENDS
         self.sink: WholeEvents | None = None
         self.sent = b""

@@ -29,6 +29,7 @@ from sglang_router.routing.decider import Deliver
 from sglang_router.routing.facts import Endpoint, Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Route, Target, Wait
+from sglang_router.routing.usage import Usage
 
 CHAT = "/v1/chat/completions"
 BODY = b'{"model":"m","messages":[{"role":"user","content":"hi"}]}'
@@ -122,7 +123,7 @@ class ThreadDecider:
     def began(self, leg: PlannedLeg, now: float) -> None:
         self._put("began", leg)
 
-    def ended(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, now: float) -> None:
+    def ended(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, now: float, usage: Usage | None = None) -> None:
         self._put("ended", (leg, outcome))
 
     def expired(self, tag: RequestTag, now: float) -> RouterError:

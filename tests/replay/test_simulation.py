@@ -274,3 +274,13 @@ def test_a_policy_that_fails_ends_the_run() -> None:
     load = Given(ask(1, 0.0, 1, 160))
     with pytest.raises(RuntimeError, match="no choice"):
         Simulation(Setup(RouterArgs().checked(), 1), load, _Broken, 1).run()
+
+
+def test_the_router_hears_what_the_engines_would_report() -> None:
+    same = [ask(number, number * 5.0, 7, 1600) for number in range(4)]
+    simulation = simulate(Given(*same), policy="cache_aware")
+    (worker,) = simulation.fleet
+    served = list(simulation.result.served)
+    assert worker.tokens.cached == sum(each.cached for each in served) > 3 * 1500
+    assert worker.tokens.prompt == 4 * 1600
+    assert worker.belief.misses == 0

@@ -20,6 +20,7 @@ from sglang_router.routing.recorder import LINES_PER_RECORD, MOST_CONSIDERED, MO
 from sglang_router.routing.rules import BreakerRules, FleetRules
 from sglang_router.routing.states import Health
 from sglang_router.routing.trail import Trail
+from sglang_router.routing.usage import Usage
 
 
 class Desk(Bench):
@@ -35,10 +36,10 @@ class Desk(Bench):
             self.policy.label, most, every, rules.most_load, lambda: 1000.0, self.faults.append
         )
 
-    def finish(self, attempt: Attempt, outcome: Outcome = Outcome.SERVED) -> DecisionRecord:
+    def finish(self, attempt: Attempt, outcome: Outcome = Outcome.SERVED, usage: Usage | None = None) -> DecisionRecord:
         """End a request; return its record."""
         attempt.end(outcome)
-        answer = Answered(200, "", outcome, 0.5, 0.25, 10, attempt.retries)
+        answer = Answered(200, "", outcome, 0.5, 0.25, 10, attempt.retries, usage=usage)
         self.recorder.finished(Finished(attempt.asked.tag, attempt.leg, answer))
         return self.recorder.ended()[0]
 
@@ -182,6 +183,13 @@ def test_the_control_plane_leaves_no_record() -> None:
     b = Desk(1)
     b.recorder.finished(Finished(RequestTag(1, b"r", 0.0, Route("GET", "/workers")), None, Answered(200)))
     assert len(b.recorder) == 0
+
+
+def test_tokens_are_told_as_far_as_the_engine_tells_them() -> None:
+    b = Desk(1)
+    records = [b.finish(b.route(), usage=usage) for usage in (Usage(10, 0, 2), Usage(10, -1, -1), None)]
+    told = [(each.prompt_tokens, each.cached_tokens, each.completion_tokens) for each in records]
+    assert told == [(10, 0, 2), (10, None, None), (None, None, None)]
 
 
 def test_texts_are_kept_for_the_log_only() -> None:

@@ -16,8 +16,10 @@ from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.policies import POLICIES
 from sglang_router.routing.policies.base import Choice, Policy
 from sglang_router.routing.policies.shadowed import Shadowed, ShadowTally
+from sglang_router.routing.policies.simple import LeastLoad
 from sglang_router.routing.recorder import Recorder
 from sglang_router.routing.rules import PolicySettings
+from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
 
 SEED = 5
@@ -199,6 +201,9 @@ class Faulty(Policy):
     def unread(self, choice: Choice, facts: Facts) -> None:
         self._fail("unread")
 
+    def reported(self, choice: Choice, facts: Facts, usage: Usage | None, now: float) -> None:
+        self._fail("reported")
+
     def added(self, worker: Worker) -> None:
         self._fail("added")
 
@@ -217,7 +222,7 @@ class Faulty(Policy):
             raise ValueError(at)
 
 
-@pytest.mark.parametrize("at", ["choose", "chosen", "unread", "added", "removed", "emptied", "tidy"])
+@pytest.mark.parametrize("at", ["choose", "chosen", "unread", "reported", "added", "removed", "emptied", "tidy"])
 def test_a_shadow_that_fails_is_switched_off_and_nothing_else_happens(at: str) -> None:
     make, tally, faults = shadowed("round_robin", type("FaultyKind", (Faulty,), {"at": at}))
     b, plain = Bench(3, make), Bench(3, "round_robin")
@@ -233,3 +238,27 @@ def test_a_shadow_that_fails_is_switched_off_and_nothing_else_happens(at: str) -
     assert urls[0] == urls[1]
     assert faults == [f"faulty: {at}"]
     assert tally.failures == 1
+
+
+def test_both_hear_what_engines_report() -> None:
+    class HearsToo(LeastLoad):
+        def __init__(self, settings: PolicySettings, rng: random.Random) -> None:
+            super().__init__(settings, rng)
+            self.heard: list[tuple[str, Usage | None]] = []
+
+        def reported(self, choice: Choice, facts: Facts, usage: Usage | None, now: float) -> None:
+            self.heard.append((choice.worker.url, usage))
+
+    tally, faults = ShadowTally("hears"), list[str]()
+    both: list[HearsToo] = []
+
+    def make(settings: PolicySettings, rng: random.Random) -> Policy:
+        both[:] = [HearsToo(settings, rng), HearsToo(settings, rng)]
+        return Shadowed(both[0], both[1], tally, lambda name, error: faults.append(name))
+
+    b = Bench(2, make)  # type: ignore[arg-type]
+    usage = Usage(10, 4, 2)
+    attempt = b.route()
+    attempt.end(Outcome.SERVED, 1.0, usage)
+    assert [each.heard for each in both if each.heard] == [[(attempt.worker.url, usage)]] * 2
+    assert faults == []

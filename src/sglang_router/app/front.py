@@ -84,6 +84,7 @@ def relay_rules(args: RouterArgs, forward: ForwardRules) -> RelayRules:
         forward,
         handlers_of(settings.resume_rules(args)) if args.resume_streams else no_handler,
         settings.most_routing_text(args),
+        args.inject_usage,
     )
 
 

@@ -416,6 +416,14 @@ class HTTPOptions:
         0.2, "Random share by which that pause is made longer or shorter.", RETRIES, check=between(0, 1)
     )
 
+    # -- what engines report, see docs/routing.md
+    inject_usage: bool = option(
+        False,
+        "Ask engines for the usage of streams of /v1/chat/completions and /v1/completions whose clients do not set"
+        " stream_options, and hide it from these again.",
+        METRICS,
+    )
+
     # -- streams, see docs/resume.md
     resume_streams: bool = option(
         False,

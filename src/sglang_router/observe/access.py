@@ -2,7 +2,10 @@
 
     2026-10-25T12:00:00.123Z INFO  sglang_router.access: POST /v1/chat/completions 200 id=chatcmpl-4f peer=10.0.0.9
         worker=http://10.0.0.7:30000 branch=hit matched=87% retries=0 duration_ms=812.4 first_byte_ms=95.1
-        in=5120 out=20480 stream=1                                          (one line; broken here to fit)
+        in=5120 out=20480 stream=1 prompt_tokens=1280 cached_tokens=1104 completion_tokens=300
+                                                                            (one line; broken here to fit)
+
+The tokens are there as far as the engine tells them.
 
 A line never contains: text of a prompt or an answer, a header value except the request id, the query string. What
 clients choose (id, path) is escaped where it could end the line or be read as another field.
@@ -24,12 +27,14 @@ from sglang_router.observe.logs import LogWriter
 from sglang_router.routing.events import Finished, Listener, Quarantined, WorkerChanged
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag
+from sglang_router.routing.usage import Usage
 
 _LOGGER: Final = "sglang_router.access"
 _SERVED: Final = Outcome.SERVED  # a global is quicker than a member of an enumeration
 _INFO: Final = logging.INFO
 _MOST_HEADS: Final = 1000
 _LONGEST_HEAD: Final = 256  # characters
+_UNTOLD: Final = Usage()
 _encode = msgspec.json.Encoder().encode
 
 
@@ -84,7 +89,8 @@ class AccessLog(Listener):
             times = "%.1f first_byte_ms=%.1f" % (answer.duration * 1e3, first * 1e3)  # noqa: UP031
         else:
             times = f"{answer.duration * 1e3:.1f} first_byte_ms=-"
-        end = "" if outcome is _SERVED and not (answer.code or tag.client or answer.resumed) else _end(event)
+        end = "" if answer.usage is None else _tokens(answer.usage)
+        end += "" if outcome is _SERVED and not (answer.code or tag.client or answer.resumed) else _end(event)
         return (
             f"{now}{head}{request_id} peer={tag.peer or '-'}"
             f" worker={worker} branch={branch} matched={matched} retries={answer.retries or '0'}"
@@ -107,7 +113,7 @@ class AccessLog(Listener):
 
     def _fields(self, event: Finished, now: str) -> AccessLine:
         tag, leg, answer = event.tag, event.leg, event.answer
-        outcome, first = answer.outcome, answer.first_byte
+        outcome, first, usage = answer.outcome, answer.first_byte, answer.usage or _UNTOLD
         return AccessLine(
             now,
             "info",
@@ -131,7 +137,21 @@ class AccessLog(Listener):
             tag.streaming,
             tag.client or msgspec.UNSET,
             answer.resumed or msgspec.UNSET,
+            usage.prompt if usage.prompt >= 0 else msgspec.UNSET,
+            usage.cached if usage.cached >= 0 else msgspec.UNSET,
+            usage.completion if usage.completion >= 0 else msgspec.UNSET,
         )
+
+
+def _tokens(usage: Usage) -> str:
+    """Return the fields of what the engine told of its answer."""
+    if usage.prompt >= 0 <= usage.cached and usage.completion >= 0:  # usual; see `_text` for the "%"
+        told = (usage.prompt, usage.cached, usage.completion)
+        return " prompt_tokens=%d cached_tokens=%d completion_tokens=%d" % told  # noqa: UP031
+    text = f" prompt_tokens={usage.prompt}" if usage.prompt >= 0 else ""
+    if usage.cached >= 0:
+        text += f" cached_tokens={usage.cached}"
+    return f"{text} completion_tokens={usage.completion}" if usage.completion >= 0 else text
 
 
 def _end(event: Finished) -> str:
@@ -152,6 +172,10 @@ _CHANGES: Final = {
     ("added", ""): (logging.INFO, "worker added"),
     ("removed", ""): (logging.INFO, "worker removed"),
     ("restarted", ""): (logging.WARNING, "worker is a new process: its remembered prefixes are dropped"),
+    ("emptied", ""): (
+        logging.WARNING,
+        "worker reports that nothing is cached of what it had: its remembered prefixes are dropped",
+    ),
     ("health", "healthy"): (logging.INFO, "worker is healthy"),
     ("health", "starting"): (logging.WARNING, "worker's process ended; a new one starts"),
     ("health", "down"): (logging.ERROR, "worker is down and will not be restarted"),

@@ -13,6 +13,7 @@ class AccessLine(msgspec.Struct, gc=False):
     in, out        bytes of the bodies, with the chunked coding of a stream
     client         name of the client's key; only with access keys
     resumed        only when another worker continued the stream
+    ..._tokens     only when the engine told them
     """
 
     time: str
@@ -37,3 +38,6 @@ class AccessLine(msgspec.Struct, gc=False):
     stream: bool = False
     client: str | msgspec.UnsetType = msgspec.UNSET
     resumed: int | msgspec.UnsetType = msgspec.UNSET
+    prompt_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    cached_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    completion_tokens: int | msgspec.UnsetType = msgspec.UNSET

@@ -30,6 +30,7 @@ class Family(msgspec.Struct, frozen=True):
 
 WORKER = ("worker",)
 ROUTE = ("route",)
+ANSWERS = ("worker", "model")
 MODE = ("worker_type", "connection_mode")
 KIND = ("router_type", "backend_type", "connection_mode", "model", "endpoint")
 
@@ -159,6 +160,35 @@ METRICS = (
         "Bytes of removed or emptied workers that are not freed yet.",
         read.of_memory(lambda m: m.retired_size),
     ),
+    # what engines tell in their answers
+    Family(
+        "sgl_router_prompt_tokens_total", COUNTER, ANSWERS,
+        "Tokens of prompts.", read.per_tally_items(read.tokens(lambda t: t.prompt)),
+    ),
+    Family(
+        "sgl_router_cached_tokens_total", COUNTER, ANSWERS,
+        "Tokens of prompts that the engine had in its cache.", read.per_tally_items(read.tokens(lambda t: t.cached)),
+    ),
+    Family(
+        "sgl_router_completion_tokens_total", COUNTER, ANSWERS,
+        "Tokens of answers.", read.per_tally_items(read.tokens(lambda t: t.completion)),
+    ),
+    Family(
+        "sgl_router_predicted_cached_tokens_total", COUNTER, ANSWERS,
+        "Tokens of prompts that the router believed to be cached, of answers that tell what was.",
+        read.per_tally_items(read.tokens(lambda t: t.predicted)),
+    ),
+    Family(
+        "sgl_router_surprising_misses_total", COUNTER, ANSWERS,
+        "Answers with far fewer cached tokens than predicted: less than half, and more than 256 less.",
+        read.per_tally_items(read.tokens(lambda t: t.misses)),
+    ),
+    Family(
+        "sgl_router_learned_capacity_bytes", GAUGE, WORKER,
+        "Bytes of routing text that the engine's cache holds: those that were remembered when its reports began to say "
+        "that some are not there; left out while nearly all are.",
+        read.learned_capacity,
+    ),
     # workers, as the 0.1 and 0.2 series name them
     Family(
         "sgl_router_active_workers", GAUGE, (),
@@ -216,7 +246,8 @@ METRICS = (
     ),
     Family(
         "sgl_router_worker_changes_total", COUNTER, ("what", "state"),
-        "Workers added, removed or restarted; health, breaker, ejection (outlier) and draining by the new state.",
+        "Workers added, removed, restarted or emptied (cache found empty); health, breaker, ejection (outlier) and "
+        "draining by the new state.",
         lambda counts: counts.changes.items(),
     ),
     Family(
@@ -423,6 +454,9 @@ milliseconds. The metrics port takes at most 32 connections at a time and closes
 - Prefix metrics say what the router remembers (policy `cache_aware`). The engines' own metrics say what their caches
   really hold. The matched share:
   `rate(sgl_router_prefix_matched_bytes_total[5m]) / rate(sgl_router_prefix_bytes_total[5m])`.
+- The hit rate of the engines' caches, as they tell it in their answers:
+  `rate(sgl_router_cached_tokens_total[5m]) / rate(sgl_router_prompt_tokens_total[5m])`. What an engine does not tell is
+  not counted, see [routing.md](routing.md#what-the-engines-report).
 - `sgl_router_worker_changes_total{what="outlier"}` counts ejections (`state="held_off"`) and their ends (`"kept"`).
 
 The usual `process_*`, `python_info` and `python_gc_*` are there as well. Families of the reference about things that

@@ -105,8 +105,11 @@ class Metrics(Listener):
             if leg is not None and outcome is not None:
                 series.legs += 1
                 target, label = leg.target, outcome.label
-                outcomes = (tallies.get(target.worker_id) or self.counts.of_removed(target.role)).outcomes
+                tally = tallies.get(target.worker_id) or self.counts.of_removed(target.role)
+                outcomes = tally.outcomes
                 outcomes[label] = outcomes.get(label, 0) + 1
+                if answer.usage is not None:
+                    tally.told(series.model, answer.usage)
             if outcome is not _SERVED or answer.retries:
                 self._failed_or_retried(series, answer)
 

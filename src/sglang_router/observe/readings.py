@@ -22,7 +22,7 @@ from typing import Any
 
 from sglang_router.observe.counts import MetricCounts, RememberedPrefixes
 from sglang_router.observe.live_sources import LiveSources, Number
-from sglang_router.observe.tallies import Histogram, Series, Tally
+from sglang_router.observe.tallies import Histogram, Series, Tally, TokenCounts
 from sglang_router.routing.engine_report import EngineReport
 from sglang_router.routing.outcome import Hears, Outcome
 from sglang_router.routing.policies.shadowed import ShadowTally
@@ -85,6 +85,13 @@ def times(
 def per_worker(value: Callable[[Worker], float]) -> Reader:
     """Read a value of each worker."""
     return lambda counts: (((worker.url,), value(worker)) for worker in list(counts.fleet))
+
+
+def learned_capacity(counts: MetricCounts) -> Iterator[Sample]:
+    """Read what was learnt of the workers' caches; skip workers of which nothing was."""
+    for worker in list(counts.fleet):
+        if worker.belief.capacity:
+            yield (worker.url,), worker.belief.capacity
 
 
 def per_report(value: Callable[[EngineReport], int | None]) -> Reader:
@@ -336,6 +343,11 @@ def shadow(items: Callable[[ShadowTally], Iterable[Sample]]) -> Reader:
         return [] if tally is None else [((tally.policy, *values), number) for values, number in items(tally)]
 
     return read
+
+
+def tokens(value: Callable[[TokenCounts], int]) -> Callable[[Tally], Iterable[Sample]]:
+    """Read a count of tokens by model."""
+    return lambda tally: [((model,), value(counts)) for model, counts in tally.tokens.items()]
 
 
 def transitions(tally: Tally) -> Iterable[Sample]:

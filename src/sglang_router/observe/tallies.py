@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from sglang_router.routing.decisions import Decisions
+from sglang_router.routing.usage import Usage
 
 OTHER: Final = "other"
 MOST_MODELS: Final = 100
@@ -69,15 +70,42 @@ class Series:
         self.gone = self.resumed = 0
 
 
+class TokenCounts:
+    """Tokens of the answers of one worker for one model, as far as its engine tells.
+
+    prompt, cached, completion  see `routing.usage.Usage`
+    predicted                   those that the router believed to be cached, where `cached` is told
+    misses                      answers with far fewer cached tokens than predicted
+    """
+
+    __slots__ = ("cached", "completion", "misses", "predicted", "prompt")
+
+    def __init__(self) -> None:
+        self.prompt = self.cached = self.completion = self.predicted = self.misses = 0
+
+    def add(self, usage: Usage) -> None:
+        """Count an answer."""
+        if usage.prompt > 0:
+            self.prompt += usage.prompt
+        if usage.cached > 0:
+            self.cached += usage.cached
+        if usage.completion > 0:
+            self.completion += usage.completion
+        if usage.predicted > 0:
+            self.predicted += usage.predicted
+            self.misses += usage.missed
+
+
 class Tally:
     """What was counted for one worker, or for all removed workers of one role (`name` is "" then).
 
     decisions    those for the worker, which the router counts
+    tokens       of its answers, by the label of the model
     outcomes     legs, by label of their Outcome
     transitions  moves of the circuit breaker, by old and new state
     """
 
-    __slots__ = ("decisions", "name", "outcomes", "role", "transitions")
+    __slots__ = ("decisions", "name", "outcomes", "role", "tokens", "transitions")
 
     def __init__(self, name: str, role: str, decisions: Decisions) -> None:
         self.name = name
@@ -85,6 +113,14 @@ class Tally:
         self.decisions = decisions
         self.outcomes: dict[str, int] = {}
         self.transitions: dict[tuple[str, str], int] = {}
+        self.tokens: dict[str, TokenCounts] = {}
+
+    def told(self, model: str, usage: Usage) -> None:
+        """Count what an engine told of an answer. model: the label."""
+        counts = self.tokens.get(model)
+        if counts is None:
+            counts = self.tokens[model] = TokenCounts()
+        counts.add(usage)
 
     def ended(self, outcome: str, legs: int = 1) -> None:
         """Count legs that ended, by the label of their outcome."""
@@ -95,7 +131,7 @@ class Tally:
         self.transitions[old, new] = self.transitions.get((old, new), 0) + 1
 
     def add(self, other: Tally) -> None:
-        """Add all of another tally except its transitions: no metric sums them."""
+        """Add all of another tally except its transitions and tokens: no metric sums them."""
         self.decisions.add(other.decisions)
         for outcome, legs in other.outcomes.items():
             self.ended(outcome, legs)

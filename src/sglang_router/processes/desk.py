@@ -20,7 +20,7 @@ from typing import Final
 
 from sglang_router.errors import InternalError, RouterError
 from sglang_router.processes import messages
-from sglang_router.processes.facing import OUTCOMES, answered_of, facts_of, tag_of, tag_unasked
+from sglang_router.processes.facing import OUTCOMES, answered_of, facts_of, tag_of, tag_unasked, usage_of
 from sglang_router.processes.failures import failure_of
 from sglang_router.processes.messages import OpenLeg, Planned, PlannedOne
 from sglang_router.processes.ports import RelayPort
@@ -32,6 +32,7 @@ from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Target, Wait
 from sglang_router.routing.policies.base import Choice
 from sglang_router.routing.router import Router
+from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
 
 _ADOPTED: Final = "adopted"
@@ -207,23 +208,24 @@ class Desk:
 
     def ended(self, port: RelayPort, ended: messages.Ended) -> None:
         """End a leg."""
-        self._end(port, ended.lease, ended.outcome, ended.now, ended.digest)
+        self._end(port, ended, ended.outcome, usage_of(ended))
 
-    def _end(self, port: RelayPort, lease: int, outcome: int, now: float, digest: bytes) -> None:
-        each = port.leases.pop(lease, None)
-        leg = None if each is None else each.leg(lease)
+    def _end(self, port: RelayPort, told: messages.Ended | messages.Done, outcome: int, usage: Usage | None) -> None:
+        each = port.leases.pop(told.lease, None)
+        leg = None if each is None else each.leg(told.lease)
         if each is not None and leg is not None:
-            self._learn(each, digest)
-            self._router.ended(each.tag, leg, OUTCOMES[outcome], self._at(now))
+            self._learn(each, told.digest)
+            self._router.ended(each.tag, leg, OUTCOMES[outcome], self._at(told.now), usage)
 
     def done(self, port: RelayPort, done: messages.Done) -> None:
         """End a request, and its last leg if that ends now."""
+        answer = answered_of(done.answer)
         if done.ended >= 0:
-            self._end(port, done.lease, done.ended, done.now, done.digest)
+            self._end(port, done, done.ended, answer.usage)
         each = port.requests.pop(done.number, None)
         if each is not None:
             del self._open[each.tag.number]
-            self._listener.finished(Finished(each.tag, each.leg(done.lease), answered_of(done.answer)))
+            self._listener.finished(Finished(each.tag, each.leg(done.lease), answer))
 
     def withdraw(self, port: RelayPort, withdraw: messages.Withdraw) -> None:
         """Take a request out of the queue; end the legs of an answer that crossed this message."""

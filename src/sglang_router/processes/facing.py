@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from sglang_router.processes.messages import Answer, Ask, Known, OpenLeg, Unasked
+from sglang_router.processes.messages import Answer, Ask, Ended, Known, OpenLeg, Unasked
 from sglang_router.routing.events import Answered, Finished
 from sglang_router.routing.facts import ENDPOINTS, Endpoint, Facts
 from sglang_router.routing.imprint import Imprint
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg, RequestTag, Route, Target
+from sglang_router.routing.usage import Usage
 
 ROWS: Final[Sequence[Endpoint]] = tuple(ENDPOINTS.values())
 PLACES: Final = {id(endpoint): place for place, endpoint in enumerate(ROWS)}
@@ -85,6 +86,7 @@ def facts_of(ask: Ask, text: bytes) -> Facts:
 
 def answer_of(answer: Answered) -> Answer:
     """Return what became of a request as a message."""
+    prompt, cached, completion = figures_of(answer.usage)
     return Answer(
         answer.status,
         answer.code,
@@ -95,7 +97,21 @@ def answer_of(answer: Answered) -> Answer:
         answer.retries,
         answer.resumed,
         answer.unresumed,
+        prompt,
+        cached,
+        completion,
     )
+
+
+def figures_of(usage: Usage | None) -> tuple[int, int, int]:
+    """Return what an engine told as it crosses."""
+    return (-1, -1, -1) if usage is None else (usage.prompt, usage.cached, usage.completion)
+
+
+def usage_of(told: Answer | Ended) -> Usage | None:
+    """Return what an engine told; None when that was nothing."""
+    prompt, cached, completion = told.prompt, told.cached, told.completion
+    return None if prompt < 0 and cached < 0 and completion < 0 else Usage(prompt, cached, completion)
 
 
 def answered_of(answer: Answer) -> Answered:
@@ -111,6 +127,7 @@ def answered_of(answer: Answer) -> Answered:
         answer.retries,
         answer.resumed,
         answer.unresumed,
+        usage_of(answer),
     )
 
 

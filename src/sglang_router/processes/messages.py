@@ -88,16 +88,19 @@ class Began(Message, tag=3):
 
 
 class Ended(Message, tag=4):
-    """A leg ended."""
+    """A leg ended. prompt, cached, completion: the fields of Usage."""
 
     lease: int
     outcome: int
     now: float
     digest: bytes
+    prompt: int = -1
+    cached: int = -1
+    completion: int = -1
 
 
 class Answer(Message, tag=5):
-    """The fields of events.Answered; outcome: -1 for None."""
+    """The fields of events.Answered, and of its usage; outcome: -1 for None."""
 
     status: int
     code: str
@@ -108,6 +111,9 @@ class Answer(Message, tag=5):
     retries: int
     resumed: int
     unresumed: str
+    prompt: int = -1
+    cached: int = -1
+    completion: int = -1
 
 
 class Done(Message, tag=6):

@@ -25,7 +25,7 @@ from typing import Final
 
 from sglang_router.errors import DeciderGone, RouterError
 from sglang_router.processes import failures, messages
-from sglang_router.processes.facing import TextForm, answer_of, ask_of, code_of, open_leg, unasked_of
+from sglang_router.processes.facing import TextForm, answer_of, ask_of, code_of, figures_of, open_leg, unasked_of
 from sglang_router.processes.link import Link
 from sglang_router.processes.messages import Done, Ended, Hello, OpenRequest, Retry, Unasked
 from sglang_router.processes.texts import SHARED, TextRing
@@ -35,6 +35,7 @@ from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Target, Wait
 from sglang_router.routing.quarantine import fingerprint
+from sglang_router.routing.usage import Usage
 
 GRACE: Final = 5.0
 """Seconds that a relay waits longer than the decider said."""
@@ -183,14 +184,14 @@ class RemoteDecider:
         if self.link is not None:
             self.link.put_quietly(messages.Began(leg.lease, now))
 
-    def ended(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, now: float) -> None:
+    def ended(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, now: float, usage: Usage | None = None) -> None:
         """End a leg."""
         asked = self._requests.get(tag.number)
         self._began.discard(leg.lease)
         if asked is None or asked.legs.pop(leg.lease, None) is None or self.link is None:
             return
         digest = b"" if outcome is _SERVED else fingerprint(self._key, asked.facts)
-        self.link.put(Ended(leg.lease, code_of(outcome), now, digest))
+        self.link.put(Ended(leg.lease, code_of(outcome), now, digest, *figures_of(usage)))
 
     def expired(self, tag: RequestTag, now: float) -> RouterError:
         """Wait no longer for the answer to a question."""

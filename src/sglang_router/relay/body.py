@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from sglang_router.relay.injected import UsageHider
 from sglang_router.routing.facts import Endpoint, Facts
 from sglang_router.wire.framing import Framing
 from sglang_router.wire.gathering import Body
@@ -63,12 +64,15 @@ Next = NextLeg | Complete | Broken
 class BodyHandler(Protocol):
     """The handler of one request's answers; see the module.
 
+    hider      drops an event that the client did not ask for, before anything else; None: there is none
     decoding   legs pass the content on without its transfer coding
     failed     the worker reported in its answer that it failed
     torn       the client was sent a part of an event
     resumed    how often the answer was continued or completed
     unresumed  why a broken answer was not continued; "" otherwise
     """
+
+    hider: UsageHider | None
 
     @property
     def decoding(self) -> bool:

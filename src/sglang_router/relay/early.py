@@ -15,6 +15,7 @@ from typing import Final, Protocol
 import msgspec
 
 from sglang_router.errors import speaks_anthropic
+from sglang_router.relay.injected import UsageHider
 from sglang_router.relay.whole_events import WholeEvents
 from sglang_router.routing.outcome import Outcome
 from sglang_router.wire.framing import LAST_CHUNK, Chunked, Framing, UntilClose, chunk
@@ -80,10 +81,18 @@ class Early:
             data, leg.decoding = b"".join(pieces), True
         return data
 
-    def take(self, leg: EarlyLeg, head: ResponseHead, data: bytes, done: bool, path: bytes) -> None:
-        """Send the answer of a leg as a part of the stream. data: the content so far."""
+    def take(
+        self, leg: EarlyLeg, head: ResponseHead, data: bytes, done: bool, path: bytes, hider: UsageHider | None
+    ) -> None:
+        """Send the answer of a leg as a part of the stream.
+
+        data   the content so far
+        hider  drops an event that the client did not ask for; None: all are sent
+        """
         closes, leg.framing = isinstance(leg.framing, UntilClose), self.framing
-        sink = WholeEvents(None, returns=False, closes=closes) if continues(head) else OneEvent(head.status, path)
+        sink: WholeEvents | OneEvent = OneEvent(head.status, path)
+        if continues(head):
+            sink = WholeEvents(None, returns=False, closes=closes, hider=hider)
         leg.handle_by(sink)
         sink.data(leg, data, done)
 

@@ -26,6 +26,7 @@ from sglang_router.relay.client import ClientConnection
 from sglang_router.relay.deadlines import DUE_REQUEST, NEVER, Deadline, Due
 from sglang_router.relay.early import Early
 from sglang_router.relay.handled import Handled
+from sglang_router.relay.injected import UsageHider
 from sglang_router.relay.leg import Leg, send_all
 from sglang_router.relay.moves import EXCHANGE_MOVES, IllegalMove
 from sglang_router.relay.pending import Pending, error_of
@@ -50,6 +51,7 @@ class Exchange:
     early       what the client was sent before an answer had begun; None: nothing
     first_byte  seconds from the complete request to the first byte of the answer; negative: not sent yet
     handled     the body handler, where a stream has one
+    hider       hides the usage that the engine is asked for and the client has not; None: nothing is added to the body
     keep_alive  the client's connection stays open after the answer
     legs        those in flight; the client gets the answer of the last one
     relay       what all exchanges share
@@ -70,6 +72,7 @@ class Exchange:
         "facts",
         "first_byte",
         "handled",
+        "hider",
         "keep_alive",
         "legs",
         "relay",
@@ -90,6 +93,7 @@ class Exchange:
         self._endpoint = endpoint
         self.keep_alive = request.keep_alive
         self.facts: Facts | None = None
+        self.hider: UsageHider | None = None
         self.state = NEW
         self.deadline: Deadline = NEVER
         # per attempt
@@ -373,15 +377,18 @@ class Exchange:
         self.deadline = NEVER
         relay, tag, shown = self.relay, self.tag, self.shown
         planned: PlannedLeg | None = None
+        usage = shown.usage() if shown is not None and outcome is Outcome.SERVED else None
         for leg in self.legs:
             planned = leg.planned
             if leg.connection is not None:
                 leg.abort()
-            relay.decider.ended(tag, planned, outcome or Outcome.ABANDONED, now)
+            # A resumed answer, and its usage, is not that of the leg that ends now.
+            relay.decider.ended(tag, planned, outcome or Outcome.ABANDONED, now, usage if leg is shown else None)
         if shown is not None:
             planned = shown.planned
         sent = shown.sent if shown else 0
         answer = Answered(self.status, code, outcome, now - tag.start, self.first_byte, sent, self.retries)
+        answer.usage = usage
         if self.handled is not None:
             answer.resumed, answer.unresumed = self.handled.handler.resumed, self.handled.handler.unresumed
         relay.listener.finished(Finished(tag, planned, answer))

@@ -23,18 +23,21 @@ from sglang_router.errors import RouterError, StreamBroken
 from sglang_router.relay.batch import Batch
 from sglang_router.relay.beginning import Beginning, begins
 from sglang_router.relay.early import OneEvent
+from sglang_router.relay.injected import UsageHider, with_ask
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import DONE, ExchangeState
 from sglang_router.relay.whole_events import ANY_END, CHUNKED_ENDS, PLAIN_ENDS, WholeEvents, split
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag
+from sglang_router.routing.usage import Usage
 from sglang_router.wire.framing import Framing
 from sglang_router.wire.gathering import Body
 from sglang_router.wire.headers import request_head
 from sglang_router.wire.request import Request
 from sglang_router.wire.response import ResponseHead
 from sglang_router.wire.splice import Spliced, splice, splice_at
+from sglang_router.wire.usage import SHORT, joined, usage_of
 
 LOOKS: Final = 4
 """Checks of an answer's progress per `timeouts.chunk`: a silent answer ends after 1 to 1.25 times that timeout."""
@@ -61,6 +64,7 @@ class Owner(Protocol):
     """An exchange, as its legs see it."""
 
     facts: Facts | None
+    hider: UsageHider | None
     relay: Relay
     request: Request
     state: ExchangeState
@@ -140,6 +144,8 @@ class Leg:
     fresh       it is sent on a new connection: the end of a kept one could not be told from a break
     handled     takes the body; None: it goes to the client unchanged
     silent      the answer is not sent to the client
+    first       how the body that the client was sent begins: the first read
+    last        how it ends: the last read of a stream in which usage may stand, else up to `wire.usage.TAIL` bytes
     """
 
     __slots__ = (
@@ -154,9 +160,11 @@ class Leg:
         "decoding",
         "ends",
         "events",
+        "first",
         "framing",
         "fresh",
         "handled",
+        "last",
         "outcome",
         "planned",
         "sent",
@@ -183,6 +191,7 @@ class Leg:
         self.chunked = False
         self.events = False
         self.ends = ANY_END
+        self.first = self.last = b""
         self._seen = 0  # `sent` at the last check
         self._quiet = 0  # checks in a row without new bytes
 
@@ -202,9 +211,10 @@ class Leg:
         relay, request, tag, target = exchange.relay, exchange.request, exchange.tag, planned.target
         connections = relay.connections.known.get(target) or relay.connections.at(target)
         body: Body | Spliced = request.body
-        if planned.splice:
+        members = planned.splice if exchange.hider is None else with_ask(planned.splice)
+        if members:
             place = None if exchange.facts is None else exchange.facts.place
-            body = splice_at(request.body, place, planned.splice) if place else splice(request.body, planned.splice)
+            body = splice_at(request.body, place, members) if place else splice(request.body, members)
         if tag.streaming:
             exchange.sending(self)
         start = connections.origin.start(request.method, request.target)
@@ -288,7 +298,12 @@ class Leg:
         if not data.endswith(self.ends) and not done:
             split(self, data)
             return
-        self.sent += len(data)
+        size = len(data)
+        self.sent += size
+        if not self.events:
+            self.last = joined(self.last, data)
+        elif size > SHORT:
+            self.last = data
         self._batch.write(self._transport, data)
         if done:
             self._exchange.leg_done(self)
@@ -322,6 +337,7 @@ class Leg:
             self.ends = CHUNKED_ENDS if self.chunked else PLAIN_ENDS
         if done or data.endswith(self.ends):
             self.sent = len(data)
+            self.first = self.last = data
             self._batch.write(self._transport, head + data)
         else:
             self._batch.write(self._transport, head)
@@ -335,11 +351,24 @@ class Leg:
         """Send bytes of the body to the client; none are progress too: the worker sent what is held back."""
         if data:
             self.sent += len(data)
+            self.first = self.first or data
+            if not self.events:
+                self.last = joined(self.last, data)
+            elif len(data) > SHORT:
+                self.last = data
             self._batch.write(self._transport, data)
         else:
             self.forget_looks()
         if done:
             self._exchange.leg_done(self)
+
+    def usage(self) -> Usage | None:
+        """Return what the engine told of the answer that the client was sent; None: nothing."""
+        hider, last = self._exchange.hider, self.last
+        if hider is not None and hider.hidden:
+            last = hider.hidden
+        figures = usage_of(self.first, last, self._exchange.tag.streaming)
+        return None if figures is None else Usage(*figures)
 
     def fail_late(self, detail: str, event: bytes = b"") -> None:
         """End the answer, which is no fault of its worker's, with an error event: `event`, or one of the router's."""

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from sglang_router.errors import ReservedField, RouterError
 from sglang_router.relay.handled import Continuable, Handled
+from sglang_router.relay.injected import UsageHider, wanted
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import NEW, ExchangeState
 from sglang_router.routing.facts import LARGE, QUICK, TINY, Endpoint, Facts, Skimming, read_quickly, read_slowly
@@ -25,6 +26,7 @@ class Unrouted(Continuable, Protocol):
     """A new exchange, as this module uses it."""
 
     handled: Handled | None
+    hider: UsageHider | None
     relay: Relay
     state: ExchangeState
     tag: RequestTag
@@ -111,8 +113,12 @@ def _ask(exchange: Unrouted, facts: Facts, now: float) -> None:
         tag.model = facts.model.decode("utf-8", "replace")
     tag.streaming = facts.streaming
     answer = relay.decider.ask(tag, facts, now)
-    if facts.streaming and (handler := relay.handlers(facts.endpoint, exchange.request.body, facts)) is not None:
-        exchange.handled = Handled(exchange, handler)
+    if facts.streaming:
+        if relay.inject_usage and wanted(facts, exchange.request.body):
+            exchange.hider = UsageHider()
+        if (handler := relay.handlers(facts.endpoint, exchange.request.body, facts)) is not None:
+            handler.hider = exchange.hider
+            exchange.handled = Handled(exchange, handler)
     if isinstance(answer, Plan):
         exchange.follow(answer)
     else:

@@ -28,19 +28,28 @@ class Undecided(Protocol):
 class RelayRules:
     """The options of the relay.
 
-    timeouts   in seconds
-    forward    which request fields are forwarded to workers
-    handlers   returns the body handler of each stream
-    most_text  bytes of a request's routing text that count
+    timeouts      in seconds
+    forward       which request fields are forwarded to workers
+    handlers      returns the body handler of each stream
+    most_text     bytes of a request's routing text that count
+    inject_usage  ask engines for the usage of streams, see `relay.injected`
     """
 
-    __slots__ = ("forward", "handlers", "most_text", "timeouts")
+    __slots__ = ("forward", "handlers", "inject_usage", "most_text", "timeouts")
 
-    def __init__(self, timeouts: Timeouts, forward: ForwardRules, handlers: Handlers, most_text: int) -> None:
+    def __init__(
+        self,
+        timeouts: Timeouts,
+        forward: ForwardRules,
+        handlers: Handlers,
+        most_text: int,
+        inject_usage: bool = False,
+    ) -> None:
         self.timeouts = timeouts
         self.forward = forward
         self.handlers = handlers
         self.most_text = most_text
+        self.inject_usage = inject_usage
 
 
 class Relay:
@@ -56,6 +65,7 @@ class Relay:
         "forward",
         "handlers",
         "ids",
+        "inject_usage",
         "listener",
         "most_text",
         "queued",
@@ -84,6 +94,7 @@ class Relay:
         self.forward = rules.forward
         self.handlers = rules.handlers
         self.most_text = rules.most_text
+        self.inject_usage = rules.inject_usage
         self.queued: dict[int, Undecided] = {}
         decider.deliver = self.deliver
 

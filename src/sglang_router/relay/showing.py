@@ -11,8 +11,10 @@ from typing import Protocol
 from sglang_router.relay.client import ClientConnection
 from sglang_router.relay.early import Early, continues, early_head
 from sglang_router.relay.handled import Handled
+from sglang_router.relay.injected import UsageHider
 from sglang_router.relay.leg import Leg
 from sglang_router.relay.relay import Relay
+from sglang_router.relay.whole_events import hide, hides
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg, RequestTag
 from sglang_router.wire.request import Request
@@ -25,6 +27,7 @@ class Showing(Protocol):
     client: ClientConnection
     early: Early | None
     handled: Handled | None
+    hider: UsageHider | None
     keep_alive: bool
     relay: Relay
     request: Request
@@ -54,7 +57,7 @@ def show(exchange: Showing, leg: Leg, head: ResponseHead, data: bytes, done: boo
         if handled is not None and continues(head) and handled.begin(leg, head):
             handled.data(leg, data, done)
         else:
-            early.take(leg, head, data, done, exchange.request.path)
+            early.take(leg, head, data, done, exchange.request.path, exchange.hider)
         return
     exchange.status = head.status
     framing = leg.framing
@@ -69,6 +72,10 @@ def show(exchange: Showing, leg: Leg, head: ResponseHead, data: bytes, done: boo
         exchange.say(bytes_out)
         if data or done:
             handled.data(leg, data, done)
+        return
+    if exchange.hider is not None and head.events and hides(framing):
+        exchange.say(bytes_out)
+        hide(leg, exchange.hider, data, done)
         return
     leg.show(bytes_out, data, done)
     if done:

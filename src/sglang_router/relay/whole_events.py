@@ -14,8 +14,9 @@ from __future__ import annotations
 from typing import Final, Protocol
 
 from sglang_router.errors import WorkerInvalid
+from sglang_router.relay.injected import UsageHider
 from sglang_router.routing.outcome import Outcome
-from sglang_router.wire.framing import LAST_CHUNK, Chunked, Framing, UntilClose, chunk
+from sglang_router.wire.framing import LAST_CHUNK, Chunked, Framing, Sized, UntilClose, chunk
 from sglang_router.wire.sse import EventSplitter
 
 ANY_END: Final[tuple[bytes, ...]] = (b"",)
@@ -34,6 +35,7 @@ class SplitLeg(Protocol):
     framing: Framing | None
     decoding: bool
     chunked: bool
+    events: bool
     ends: tuple[bytes, ...]
 
     def pass_on(self, data: bytes, done: bool) -> None:
@@ -85,20 +87,49 @@ def _take_over(leg: SplitLeg, worker: Chunked | None, content: bytes) -> None:
     sink.data(leg, content, False)
 
 
+def hides(framing: Framing | None) -> bool:
+    """Return whether an event can be left out of an answer: not if its head has told its length."""
+    return not isinstance(framing, Sized)
+
+
+def hide(leg: SplitLeg, hider: UsageHider, data: bytes, done: bool) -> None:
+    """Send the events of an answer but the one that `hider` drops. data: the body as it came so far."""
+    leg.events = True
+    closes = isinstance(leg.framing, UntilClose)
+    if isinstance(leg.framing, Chunked):
+        if not leg.decoding:
+            pieces = list[bytes]()
+            Chunked().feed(data, pieces)
+            data, leg.decoding = b"".join(pieces), True
+        leg.framing = Chunked()  # towards the client: each write is whole chunks
+    sink = WholeEvents(None, returns=False, closes=closes, hider=hider)
+    leg.handle_by(sink)
+    sink.data(leg, data, done)
+
+
 class WholeEvents:
     """Sends whole events of one leg's answer; see the module.
 
     worker   the worker's framing, if it is chunked and so is the client's; else None
     returns  bytes may pass as they come again
     closes   the worker ends the answer by closing: inside an event, that is a break
+    hider    drops the event that the client did not ask for; None: all are sent
     """
 
-    __slots__ = ("_closes", "_returns", "_splitter", "_worker")
+    __slots__ = ("_closes", "_hider", "_returns", "_splitter", "_worker")
 
-    def __init__(self, worker: Chunked | None, *, returns: bool = True, closes: bool = False) -> None:
+    def __init__(
+        self,
+        worker: Chunked | None,
+        *,
+        returns: bool = True,
+        closes: bool = False,
+        hider: UsageHider | None = None,
+    ) -> None:
         self._worker = worker
         self._returns = returns
         self._closes = closes
+        self._hider = hider
         self._splitter = EventSplitter()
 
     @property
@@ -113,6 +144,8 @@ class WholeEvents:
         """Take content of the body."""
         splitter, worker = self._splitter, self._worker
         whole = splitter.feed(data)
+        if self._hider is not None:
+            whole = self._hider.feed(whole)
         if done:
             rest = splitter.take()
             if self._closes and rest.strip(b"\r\n"):

@@ -35,6 +35,7 @@ from sglang_router.routing.facts import ENDPOINTS, Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Route, Wait
 from sglang_router.routing.policies.base import Policy
+from sglang_router.routing.usage import Usage
 
 _GENERATE = ENDPOINTS[b"/generate"]
 _ROUTE = Route("POST", "/generate", "generate")
@@ -215,7 +216,8 @@ class Simulation:
             flight.served.cached = request.cached
             flight.served.output = request.output
             assert flight.leg is not None
-            self.router.ended(flight.tag, flight.leg, Outcome.SERVED, self.timeline.now)
+            usage = Usage(request.prompt, request.cached, request.output)
+            self.router.ended(flight.tag, flight.leg, Outcome.SERVED, self.timeline.now, usage)
             self._end(flight)
 
     def _died(self, name: str) -> None:

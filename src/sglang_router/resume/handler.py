@@ -16,6 +16,7 @@ from __future__ import annotations
 import msgspec
 
 from sglang_router.relay.body import BodyHandler, Broken, Complete, Handlers, Next, NextLeg, Unintelligible
+from sglang_router.relay.injected import UsageHider
 from sglang_router.resume.continuation import GENERATIONS, ResumeRules, go_on, refusal
 from sglang_router.resume.generation import DONE
 from sglang_router.routing.facts import LARGE, Endpoint, Facts, read
@@ -57,7 +58,7 @@ def handlers_of(rules: ResumeRules) -> Handlers:
 class NotResumable:
     """The handler of a stream that cannot be continued: pass everything on; after a break, tell the reason."""
 
-    __slots__ = ("_reason", "unresumed")
+    __slots__ = ("_reason", "hider", "unresumed")
 
     decoding = False
     failed = False
@@ -66,6 +67,7 @@ class NotResumable:
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
+        self.hider: UsageHider | None = None
         self.unresumed = ""
 
     def begin(self, head: ResponseHead, framing: Framing, chunked: bool, events: bool) -> None:
@@ -126,6 +128,7 @@ class ResumableStream:
         "_tokens",
         "_until_close",
         "_without_progress",
+        "hider",
         "resumed",
         "unresumed",
     )
@@ -144,6 +147,7 @@ class ResumableStream:
         self._closed = False  # the answer is not a stream, so it cannot be continued
         self._chunked = False  # the client is sent chunks
         self._events = False  # the answer is a stream of events
+        self.hider: UsageHider | None = None
         self.resumed = 0
         self.unresumed = ""
         # per leg
@@ -205,17 +209,22 @@ class ResumableStream:
         Raises: Unintelligible, when events of a following leg cannot be parsed.
         """
         if self._passes:
-            return self._coded(self._splitter.feed(data) if self._events else data)
+            return self._coded(self._whole(data) if self._events else data)
         if self._failed:
             self._failed += data
             return b""
-        whole = self._splitter.feed(data)
+        whole = self._whole(data)
         if not whole:
             return b""
         if (at := whole.find(_FAULT)) >= 0 and _is_fault(whole[at:]):
             self._failed = whole[at:] + self._splitter.take()
             whole = whole[:at]
         return self._coded(self._kept(whole))
+
+    def _whole(self, data: bytes) -> bytes:
+        """Return the whole events that these bytes complete, less what the client did not ask for."""
+        whole = self._splitter.feed(data)
+        return whole if self.hider is None else self.hider.feed(whole)
 
     def _kept(self, whole: bytes) -> bytes:
         """Rewrite whole events of a following leg, and keep a copy."""

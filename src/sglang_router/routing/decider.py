@@ -25,6 +25,7 @@ from sglang_router.errors import RouterError
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
+from sglang_router.routing.usage import Usage
 
 Delivered = Plan | Wait | RouterError | None
 Deliver = Callable[[int, Delivered], None]
@@ -66,8 +67,11 @@ class Decider(Protocol):
     def began(self, leg: PlannedLeg, now: float) -> None:
         """Take note that the first byte of a stream's answer arrived."""
 
-    def ended(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, now: float) -> None:
-        """End a leg, and with its last leg the request. A second call for the same leg does nothing."""
+    def ended(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, now: float, usage: Usage | None = None) -> None:
+        """End a leg, and with its last leg the request. A second call for the same leg does nothing.
+
+        usage  what the engine told of its answer; the decider adds what it had predicted
+        """
 
     def expired(self, tag: RequestTag, now: float) -> RouterError:
         """Remove a request that waited too long from the queue; return the error that answers it."""

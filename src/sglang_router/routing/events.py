@@ -18,9 +18,10 @@ from typing import Final
 from sglang_router.routing.native import mypyc_attr
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg, RequestTag
+from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
 
-CHANGES: Final = ("added", "removed", "restarted", "health", "breaker", "outlier", "draining")
+CHANGES: Final = ("added", "removed", "restarted", "emptied", "health", "breaker", "outlier", "draining")
 """What can change: the values of WorkerChanged.what."""
 
 
@@ -81,9 +82,12 @@ class Answered:
     retries     attempts after the first
     resumed     how often another worker continued the stream, or the router completed it
     unresumed   why a stream that broke was not continued, a key of resume.continuation.REASONS; "" otherwise
+    usage       what the engine told of the whole answer; None: nothing
     """
 
-    __slots__ = ("code", "duration", "first_byte", "outcome", "resumed", "retries", "sent", "status", "unresumed")
+    __slots__ = (
+        *("code", "duration", "first_byte", "outcome", "resumed", "retries", "sent", "status", "unresumed", "usage"),
+    )
 
     def __init__(
         self,
@@ -96,6 +100,7 @@ class Answered:
         retries: int = 0,
         resumed: int = 0,
         unresumed: str = "",
+        usage: Usage | None = None,
     ) -> None:
         self.status = status
         self.code = code
@@ -106,6 +111,7 @@ class Answered:
         self.retries = retries
         self.resumed = resumed
         self.unresumed = unresumed
+        self.usage = usage
 
 
 class Finished:

@@ -143,8 +143,15 @@ class Fleet:
 
     def emptied(self, worker: Worker) -> None:
         """Forget the prefixes of a worker: its cache was flushed, or is useless."""
+        worker.belief.forget()
+        worker.tokens.emptied()
         if not worker.removed:
             self.pools.of(worker).emptied(worker)
+
+    def found_empty(self, worker: Worker) -> None:
+        """Forget the prefixes of a worker whose reports say that its cache is empty."""
+        self.emptied(worker)
+        self._changed(worker, "emptied", "", "")
 
     def set_draining(self, worker: Worker, draining: bool, *, returning: bool = False) -> None:
         """Stop (or resume) sending requests to a worker that stays registered and keeps its cached prefixes.

@@ -29,6 +29,7 @@ class Lease:
     first_byte  seconds from sending to the first byte of the answer; negative without one
     silent      the worker refused connections when the lease was taken: an answer means that it is back
     life        which process of the worker has it, see `Worker.life`
+    alone       no other prompt waited to be read by the worker when the lease was taken
 
     The router's own notes on the leg:
 
@@ -39,6 +40,8 @@ class Lease:
 
     __slots__ = (
         "_close",
+        "_unread",
+        "alone",
         "bucket",
         "choice",
         "closed",
@@ -64,6 +67,9 @@ class Lease:
         self.sent_at = self.first_byte = -1.0
         self.silent = worker.gone_silent
         self.life = worker.life
+        self.alone = not worker.unread
+        worker.unread += 1
+        self._unread = True
         self._close = close
 
     def __repr__(self) -> str:
@@ -79,7 +85,11 @@ class Lease:
     def began(self, now: float) -> None:
         """Note that the first byte of the answer arrived. A closed lease ignores it: the leg failed before."""
         if not self.closed and self.sent_at >= 0.0 and self.first_byte < 0.0:
-            self.worker.waiting -= 1
+            worker = self.worker
+            worker.waiting -= 1
+            if self._unread:
+                self._unread = False
+                worker.unread -= 1
             self.first_byte = max(now - self.sent_at, 0.0)  # a timer may fire a little early, before a planned sending
 
     def close(self, outcome: Outcome, now: float, held: bool = False) -> None:
@@ -89,6 +99,9 @@ class Lease:
         """
         if not self.closed:
             self.closed = True
+            if self._unread:
+                self._unread = False
+                self.worker.unread -= 1
             if self.sent_at >= 0.0 and self.first_byte < 0.0:
                 self.worker.waiting -= 1
                 self.bucket = 0  # no first byte: there is no time to compare

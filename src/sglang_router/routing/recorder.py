@@ -34,6 +34,7 @@ from sglang_router.routing.models import Serving
 from sglang_router.routing.plan import RequestTag
 from sglang_router.routing.policies.base import Choice
 from sglang_router.routing.trail import Trail
+from sglang_router.routing.usage import Usage
 
 MOST_CONSIDERED: Final = 32
 """Lines of a table."""
@@ -190,6 +191,8 @@ class Recorder(Listener):
                 first if first >= 0.0 else None,
                 answer.duration,
             )
+            if answer.usage is not None:
+                _tell(record, answer.usage)
             if noted and (attempts := noted.pop(tag.number, None)) is not None:
                 self._complete(record, attempts, self._failed.pop(tag.number, []))
             elif self._failed:
@@ -249,6 +252,13 @@ class Recorder(Listener):
                 now - tag.start,
                 attempts=attempts,
             )
+
+
+def _tell(record: DecisionRecord, usage: Usage) -> None:
+    """Add what the engine told."""
+    record.prompt_tokens = usage.prompt if usage.prompt >= 0 else None
+    record.cached_tokens = usage.cached if usage.cached >= 0 else None
+    record.completion_tokens = usage.completion if usage.completion >= 0 else None
 
 
 def _some_of(candidates: Candidates, choice: Choice) -> Candidates:

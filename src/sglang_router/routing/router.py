@@ -41,6 +41,8 @@ from sglang_router.routing.recorder import Recorder
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.rules import RetryRules
 from sglang_router.routing.trail import HOLD, Trail
+from sglang_router.routing.truth import Truth
+from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
 
 Soon = Callable[[Callable[[float], None]], None]
@@ -90,6 +92,7 @@ class Router(Listener):
         self.quarantine = Quarantine(rng)
         self.recorder: Recorder | None = None
         self._judge = Judge(fleet, self.quarantine, listener)
+        self._truth = Truth(fleet, soon)
         self._pools = fleet.pools
         self._retries = retries
         self._listener = listener
@@ -241,16 +244,13 @@ class Router(Listener):
     ) -> Plan | None:
         """Plan another attempt after a failed one; return None when no worker is left, or no budget."""
         elsewhere = outcome is Outcome.BUSY or outcome is Outcome.VANISHED
-        once = elsewhere or outcome in BREAKS
         tries, rules, pool = trail.tries, self._retries, self._pool(facts)
-        tries[lease.worker] = rules.per_worker if once else tries.get(lease.worker, 0) + 1
+        tries[lease.worker] = rules.per_worker if elsewhere or outcome in BREAKS else tries.get(lease.worker, 0) + 1
         fresh, again = self._retry_candidates(pool, trail, elsewhere, now)
         if not (fresh or again) or (outcome is not Outcome.REFUSED and not self.budget.take(now)):
             return None
         trail.retries += 1
-        delay = 0.0
-        if not fresh:
-            delay = trail.pause(rules, self._rng)
+        delay = 0.0 if fresh else trail.pause(rules, self._rng)
         return self._plan(tag, facts, pool, fresh or again, now, trail, delay)
 
     def _retry_candidates(self, pool: Serving, trail: Trail, busy: bool, now: float) -> tuple[Candidates, Candidates]:
@@ -282,15 +282,16 @@ class Router(Listener):
         if self._trails and not lease.closed and (trail := self._trails.get(lease.tag.number)) is not None:
             self._judge.blame(trail.release(now), now)
 
-    def ended(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, now: float) -> None:
+    def ended(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, now: float, usage: Usage | None = None) -> None:
         """Close the leg's lease, and free the request's place: plans of this router have one leg."""
         lease = self._leases.pop(leg.lease, None)
         if lease is None:
             return
+        if outcome is _SERVED:
+            self._truth.served(lease, usage, now)
         if outcome is not _SERVED or self._trails or self.quarantine.broken:
-            trail = self._trails.pop(tag.number, None)
+            trail = self._trails.pop(tag.number, None) or Trail(lease.facts)
             if not lease.closed:  # `retry` has decided on the others
-                trail = trail or Trail(lease.facts)
                 self._judge.failed(trail, lease, outcome, 0, now)
                 undecided = outcome is Outcome.GONE and lease.worker not in trail.tries
                 self._judge.decide(tag, trail, outcome, now, undecided)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from sglang_router.routing.belief import Belief
 from sglang_router.routing.breaker import Circuit
 from sglang_router.routing.decisions import Decisions
 from sglang_router.routing.engine_report import NOTHING, EngineReport
@@ -18,6 +19,7 @@ from sglang_router.routing.plan import Target
 from sglang_router.routing.roster import Roster
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.states import Breaker, Health
+from sglang_router.routing.tokens import Tokens
 
 _SPREAD: Final = 0.6180339887
 """Golden ratio: its multiples, less their whole parts, are far from each other however many there are."""
@@ -49,12 +51,16 @@ class Worker:
     outliers   the outlier detection of its pool; None: there is none
     processed  requests it answered (outcome SERVED or REJECTED)
     decisions  counts of the legs that it was chosen for
+    unread     requests sent there whose prompts may not be read yet: nothing of their answers has come
+    tokens     what its engine told of its answers
+    belief     what that says of the prefixes that are remembered of it
     hopeless   its health checks fail for a reason that waiting does not heal
     probing    number of the lease that its HALF_OPEN circuit let pass; 0: none
     """
 
     __slots__ = (
         "announced",
+        "belief",
         "bit",
         "circuit",
         "decisions",
@@ -86,6 +92,8 @@ class Worker:
         "spec",
         "splice",
         "target",
+        "tokens",
+        "unread",
         "url",
         "waiting",
         "warm_at",
@@ -109,8 +117,11 @@ class Worker:
         self.bit = 0
         self.roster = _NOWHERE
         self.waiting = 0
+        self.unread = 0
         self.processed = 0
         self.decisions = Decisions()
+        self.tokens = Tokens()
+        self.belief = Belief()
         # health
         self.health = Health.STARTING if spec.health.enabled else Health.HEALTHY
         self.health_failures = 0

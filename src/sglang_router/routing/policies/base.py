@@ -15,7 +15,8 @@ all candidates, which takes a hundred times as long among a thousand workers as 
 (`routing.roster`) and look at hardly more than the chosen one. The rules of the game:
 
 1.  `choose` changes nothing that a second call could notice: no counter, no table, no random generator. So a policy can
-    be asked twice, in the shadow of another one, by an explanation, or by a replay. All that changes is in `chosen`.
+    be asked twice, in the shadow of another one, by an explanation, or by a replay. All that changes is in `chosen`,
+    and in `reported`, which hears what engines tell of the answers.
 2.  `branch` is the reason in one word; it appears in metrics and the access log.
 3.  Load need not be counted: `worker.load` is right for every policy, because taking a lease is the counting.
 4.  Equal workers are taken in turn: `in_turn` and `least_loaded` make the choice, `chosen` advances the turn.
@@ -41,6 +42,7 @@ from sglang_router.routing.facts import Facts
 from sglang_router.routing.native import mypyc_attr
 from sglang_router.routing.prefix_tree.image import Builder, Walk
 from sglang_router.routing.rules import PolicySettings
+from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
 
 
@@ -153,6 +155,12 @@ class Policy:
 
     def unread(self, choice: Choice, facts: Facts) -> None:
         """Take note that the worker did not read the request that it was chosen for, so its cache has not changed."""
+
+    def reported(self, choice: Choice, facts: Facts, usage: Usage | None, now: float) -> None:
+        """Take note of the end of a request that the worker of this choice has served: once for each.
+
+        usage  what the engine told of its answer; None: nothing
+        """
 
     # -- notices, which a policy may ignore --------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from sglang_router.routing.considered import Considered
 from sglang_router.routing.decision_record import ShadowChoice
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.policies.base import Choice, Policy
+from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
 
 Failed = Callable[[str, Exception], None]
@@ -150,6 +151,17 @@ class Shadowed(Policy):
         self._obeyed.unread(choice, facts)
         choice.note = both
         self._quietly(lambda: self._shadow.unread(both.shadow, facts))
+
+    def reported(self, choice: Choice, facts: Facts, usage: Usage | None, now: float) -> None:
+        """Let both policies know what the engine told of the answer."""
+        both = choice.note
+        if not isinstance(both, _Both):
+            self._obeyed.reported(choice, facts, usage, now)
+            return
+        choice.note = both.note
+        self._obeyed.reported(choice, facts, usage, now)
+        choice.note = both
+        self._quietly(lambda: self._shadow.reported(both.shadow, facts, usage, now))
 
     # -- notices -------------------------------------------------------------------------------------------------------
 
