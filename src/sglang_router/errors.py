@@ -262,6 +262,14 @@ class TooManyWaiting(Overload):
     message = "All workers are starting, and too many requests are queued already. Try again later."
 
 
+class SessionsFull(Overload):
+    code = "sessions_full"
+    message = (
+        "The workers have no room for another session: the contexts of the live ones fill their caches, and this one"
+        " waited for --session-wait-secs, or too many wait already. Try again later."
+    )
+
+
 class BufferFull(Overload):
     code = "buffer_full"
     message = (

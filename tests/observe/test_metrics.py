@@ -14,19 +14,22 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from event_makers import finished, leg, tag, target
-from fleets import any_policy
+from fleets import any_policy, facts
 from sglang_router.observe.catalogue import METRICS, markdown
 from sglang_router.observe.exposition import wanted
 from sglang_router.observe.live_sources import LiveSources
 from sglang_router.observe.metrics import DURATION_BUCKETS, Metrics
 from sglang_router.observe.tallies import Labels
+from sglang_router.routing.candidates import candidates_of
 from sglang_router.routing.engine_report import EngineReport
 from sglang_router.routing.events import Listeners, Retried, WorkerChanged
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg
+from sglang_router.routing.policies.base import Choice
 from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules
+from sglang_router.routing.sessions import Sessions
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
@@ -78,12 +81,15 @@ class Rig:
         ids = iter(f"id{n}" for n in range(100))
         self.fleet = Fleet(listeners, lambda: next(ids), any_policy, FleetRules(breaker=BreakerRules(threshold=2)))
         self.policy = policy
+        self.sessions = Sessions(True)
         sources = LiveSources(
             connections=lambda: 7,
             active=lambda: 3,
             upstream_connections=lambda: 5,
             lost_lines=lambda: 2,
             waiting=lambda: 4,
+            waiting_sessions=lambda: 9,
+            sessions=self.sessions,
             desired_workers=lambda: 6,
             decisions=lambda: 8,
             unlogged_decisions=lambda: 9,
@@ -546,6 +552,19 @@ def test_every_row_is_exported_as_declared(policy: str, accept: str) -> None:
     assert {"process_resident_memory_bytes", "python_info", "python_gc_collections"} <= set(found)
 
 
+def test_sessions_are_told_by_worker_and_by_what_became_of_their_requests() -> None:
+    rig = Rig("round_robin")
+    for name, url in ((b"a", W1), (b"b", W2), (b"c", W2), (b"c", W2)):
+        asked = facts()
+        asked.session = name
+        candidates = candidates_of([rig.worker(url)])
+        rig.sessions.chosen(rig.sessions.place(asked, candidates, 0.0), Choice(rig.worker(url), "turn"), asked, 0.0)
+    assert [rig.get("sgl_router_live_sessions", worker=url) for url in (W1, W2)] == [1, 2]
+    kinds = ("new", "home", "free", "leave", "visit")
+    assert [rig.get("sgl_router_session_legs_total", place=kind) for kind in kinds] == [3, 1, 0, 0, 0]
+    assert rig.get("sgl_router_session_time_to_live_seconds") == 900
+
+
 def test_rows_have_unique_names_of_the_two_families() -> None:
     names = [row.name for row in METRICS]
     assert len(set(names)) == len(names)
@@ -559,6 +578,7 @@ def test_rows_have_unique_names_of_the_two_families() -> None:
     [
         ("smg_http_connections_active", 7),
         ("sgl_router_active_requests", 3),
+        ("sgl_router_waiting_sessions", 9),
         ("sgl_router_log_lines_lost_total", 2),
         ("sgl_router_waiting_requests", 4),
         ("sgl_router_desired_workers", 6),

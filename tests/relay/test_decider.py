@@ -136,6 +136,9 @@ class ThreadDecider:
     def suspect(self, leg: PlannedLeg) -> None:
         self._put("suspect", leg)
 
+    def holds(self, leg: PlannedLeg, response: bytes) -> None:
+        self._put("holds", (leg, response))
+
     # -- in its own ----------------------------------------------------------------------------------------------------
 
     def _live(self) -> None:
@@ -174,6 +177,8 @@ class ThreadDecider:
     def _hear_began(self, leg: PlannedLeg) -> None: ...
 
     def _hear_suspect(self, leg: PlannedLeg) -> None: ...
+
+    def _hear_holds(self, told: tuple[PlannedLeg, bytes]) -> None: ...
 
     def _hear_withdraw(self, tag: RequestTag) -> None:
         self.withdrawn.append(tag.number)

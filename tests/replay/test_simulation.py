@@ -135,6 +135,24 @@ def test_a_session_goes_on_after_its_answer() -> None:
         assert after.arrival == pytest.approx(before.end + 1.0)
 
 
+def test_a_session_stays_at_one_worker_if_the_options_say_so() -> None:
+    def workers(**options: Any) -> set[str]:
+        load = Given(ask(1, 0.0, 1, 1600, session=b"s"), turns=5)
+        return {served.worker for served in simulate(load, workers=3, router=options).result.served}
+
+    assert len(workers()) == 3
+    assert len(workers(session_affinity=True)) == 1
+
+
+def test_a_new_session_waits_until_it_fits() -> None:
+    """Two sessions of 1,600 tokens are expected to need more than the cache has; the first one ends after 900 s."""
+    load = Given(ask(1, 0.0, 1, 1600, session=b"a"), ask(2, 1.0, 2, 1600, session=b"b"))
+    options = {"session_admission": True, "session_wait_secs": 2_000.0, "request_timeout_secs": 3_000.0}
+    first, second = simulate(load, router=options, cache_tokens=60_000).result.served
+    assert first.first < 3.0
+    assert 900.0 < second.first < 910.0
+
+
 def test_waiting_times_are_those_of_a_queue_with_one_server() -> None:
     """M/D/1 (Pollaczek-Khinchine): at a utilisation of u, the mean wait is u / (2 (1 - u)) service times."""
     rng, at, rate, service = random.Random(7), 0.0, 4.0, 0.170

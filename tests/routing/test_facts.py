@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from fleets import Bench
 from sglang_router.errors import InvalidJSON
-from sglang_router.routing.facts import ENDPOINTS, LARGE, NAMESPACE, Facts, Skimming, read
+from sglang_router.routing.body_reader import NAMESPACE
+from sglang_router.routing.facts import ENDPOINTS, LARGE, Facts, Skimming, read
 from sglang_router.routing.reserved import HOLDERS, LONGEST_HELD, RESERVED
 from sglang_router.routing.tolerant import members
 
@@ -64,6 +65,9 @@ TEXTS = [
     ("/v1/tokenize", b'{"prompt":"hello"}', b""),
     ("/v1/detokenize", b'{"tokens":[1]}', b""),
     ("/v1/audio/transcriptions", b"--x\r\nnot JSON\r\n--x--", b""),
+    ("/v1/responses/{id}", b"", b""),
+    ("/v1/responses/{id}/cancel", b"{}", b""),
+    ("/v1/responses/{id}/input_items", b"", b""),
     ("/generate", b'{"text":7}', b"7"),
     ("/v1/messages", b'{"messages":{"a":[]}}', b'{"a":[]}'),
 ]

@@ -31,9 +31,10 @@ from sglang_router.admin.contract import (
 )
 from sglang_router.admin.rows import ControlRow, RelayedRow, plain_path, relayed_rows
 from sglang_router.errors import RouterError
-from sglang_router.routing.facts import NAMESPACE
+from sglang_router.routing.body_reader import NAMESPACE
 
 PATH = "/openapi.json"
+_KEPT = "Relayed to the worker that keeps the response; when that is not known, the workers are asked in turn."
 _ITSELF = Contract((DeclaredAnswer("This document."),))
 
 Schema = dict[str, Any]
@@ -178,11 +179,11 @@ def _relayed(row: RelayedRow) -> Schema:
     operation: Schema = {
         "operationId": _name(row.method, row.path),
         "tags": ["Inference"],
-        "summary": "Relayed to the worker that the policy chooses.",
+        "summary": _KEPT if row.about else "Relayed to the worker that the policy chooses.",
     }
     if parameters := _path_parameters(row.path):
         operation["parameters"] = parameters
-    if row.method == "POST":
+    if row.method == "POST" and not row.about:
         operation["requestBody"] = {"required": True, "content": _relayed_body(row)}
     return {**operation, "security": _KEYS[AccessKind.INFERENCE], "responses": _relayed_responses()}
 

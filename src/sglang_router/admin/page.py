@@ -44,6 +44,8 @@ def markdown() -> str:
 def _relayed(row: RelayedRow) -> str:
     text = ", ".join(f"`{name}`" for name in row.text)
     reason = "none: the cache does not matter" if row.json else "none: the router does not read the body"
+    if row.about:
+        reason = "none: it goes to the worker that keeps the response"
     return f"| {row.method} | `{plain_path(row.path)}` | {text or reason} |"
 
 

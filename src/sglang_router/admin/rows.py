@@ -53,18 +53,24 @@ class ControlRow(NamedTuple):
 
 
 class RelayedRow(NamedTuple):
-    """A method and path that is relayed. `text`: fields of the routing text, in order; `json`: the body is JSON."""
+    """A method and path that is relayed.
+
+    text   fields of the routing text, in order
+    json   the body is JSON
+    about  it is about a stored response
+    """
 
     method: str
     path: str
     text: tuple[str, ...]
     json: bool
+    about: bool
 
 
 def relayed_rows() -> list[RelayedRow]:
     """Everything that is relayed. This is the only place in `admin` that reads the table of endpoints."""
     return [
-        RelayedRow(method.decode(), path.decode(), endpoint.text, endpoint.json)
+        RelayedRow(method.decode(), path.decode(), endpoint.text, endpoint.json, endpoint.about)
         for path, endpoint in ENDPOINTS.items()
         for method in endpoint.methods
     ]

@@ -279,6 +279,8 @@ def _sources(
         upstream_connections=lambda: connections.open + elsewhere.upstream,
         lost_lines=None if writer is None else lambda: writer.lost,
         waiting=lambda: len(router.queue),
+        waiting_sessions=(lambda: router.queue.sessions) if router.sessions.waits else None,
+        sessions=router.sessions if router.sessions.on else None,
         desired_workers=None if scaler is None else lambda: scaler.desired,
     )
 

@@ -85,6 +85,7 @@ def relay_rules(args: RouterArgs, forward: ForwardRules) -> RelayRules:
         handlers_of(settings.resume_rules(args)) if args.resume_streams else no_handler,
         settings.most_routing_text(args),
         args.inject_usage,
+        settings.session_hints(args),
     )
 
 

@@ -54,7 +54,7 @@ def router_of(
     check_now: Callable[[Worker], None],
 ) -> Router:
     """Make the router of a fleet. Add it to the listeners."""
-    return Router(
+    router = Router(
         fleet,
         Queue(settings.queue_rules(args)),
         listeners,
@@ -64,3 +64,5 @@ def router_of(
         soon,
         check_now,
     )
+    router.sessions = settings.sessions(args)
+    return router

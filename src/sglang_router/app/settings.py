@@ -17,7 +17,7 @@ from sglang_router.admin.context import AddRules
 from sglang_router.config import RouterArgs, keys
 from sglang_router.relay.rules import Timeouts
 from sglang_router.resume.continuation import ResumeRules
-from sglang_router.routing.facts import MOST_TEXT
+from sglang_router.routing.facts import ENDPOINTS, MOST_TEXT
 from sglang_router.routing.rules import (
     BreakerRules,
     FleetRules,
@@ -28,6 +28,8 @@ from sglang_router.routing.rules import (
     RetryBudgetRules,
     RetryRules,
 )
+from sglang_router.routing.session_hints import FIELDS, HEADERS, SessionHints
+from sglang_router.routing.sessions import Sessions
 from sglang_router.wire.headers import ForwardRules
 from sglang_router.wire.limits import Limits
 from sglang_router.workers.sources import ConfiguredWorkers, WorkerDefaults, configured_specs
@@ -58,6 +60,23 @@ def policy_settings(args: RouterArgs) -> PolicySettings:
 def most_routing_text(args: RouterArgs) -> int:
     """Return how many bytes of a request's routing text count: at most an eighth of what a worker's tree holds."""
     return max(min(args.max_tree_size // 8, MOST_TEXT), args.prefix_hash_bytes)
+
+
+def session_hints(args: RouterArgs) -> SessionHints | None:
+    """Return what recognises the sessions of requests; None when no option asks for them."""
+    if not (args.session_affinity or args.session_admission):
+        return None
+    endpoints = [row for row in ENDPOINTS.values() if row.generates]
+    return SessionHints(args.session_headers or HEADERS, args.session_fields or FIELDS, endpoints)
+
+
+def sessions(args: RouterArgs) -> Sessions:
+    """Make what sends the requests of a session to the same worker; it does nothing unless the options ask for it."""
+    return Sessions(
+        args.session_affinity or args.session_admission,
+        waits=args.session_admission,
+        capacity=args.session_capacity_tokens,
+    )
 
 
 def breaker_rules(args: RouterArgs) -> BreakerRules:
@@ -163,6 +182,7 @@ def queue_rules(args: RouterArgs) -> QueueRules:
         rate=args.rate_limit_tokens_per_second or None,
         queue_timeout=args.queue_timeout_secs,
         start_timeout=args.autoscale_wake_timeout_secs if args.scales_to_zero else args.startup_wait_secs,
+        session_timeout=args.session_wait_secs,
     )
 
 

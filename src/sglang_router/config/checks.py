@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import itertools
+import keyword
 import re
 import shlex
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HOST_NAME = re.compile(r"[0-9A-Za-z_.-]+")
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?/?")
+_PER_REQUEST = ("x-request-id", "x-client-request-id", "request-id", "traceparent")
 _PORTS = {"http": "80", "https": "443"}
 
 
@@ -143,6 +145,25 @@ def header_names(names: list[str]) -> list[str]:
         if not _HEADER_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not the name of a header")
     return [name.lower() for name in names]
+
+
+def session_headers(names: list[str]) -> list[str]:
+    """Return the names of headers in lower case; an id that each request has anew is refused."""
+    names = header_names(names)
+    for name in names:
+        if name in _PER_REQUEST:
+            raise ValueError(f"{name!r} is new for each request, so it names no session")
+    return names
+
+
+def field_names(names: list[str]) -> list[str]:
+    """Check names of fields of a JSON body: `name`, or `name.inner` for a member of an object."""
+    names = _separated(names)
+    for name in names:
+        parts = name.split(".")
+        if len(parts) > 2 or not all(part.isidentifier() and not keyword.iskeyword(part) for part in parts):
+            raise ValueError(f"{name!r} is not the name of a field, as in session_id or metadata.user_id")
+    return names
 
 
 def bearer_key(key: str) -> str:

@@ -312,6 +312,52 @@ class HTTPOptions:
         check=at_least(1),
     )
 
+    # -- sessions
+    session_affinity: bool = option(
+        False,
+        "Send all requests of a session to the same worker, with any --policy, as long as that worker can take them and"
+        " is not far more loaded than the others (docs/sessions.md).",
+        POLICY,
+    )
+    session_headers: list[str] | None = option(
+        None,
+        "Request headers that may name the session of a request; the first one that is present counts.",
+        POLICY,
+        check=checks.session_headers,
+        shown_default="the routing key, and those that agents send",
+    )
+    session_fields: list[str] | None = option(
+        None,
+        "Fields of a body that may name its session when no header does, as in session_id or metadata.user_id; the"
+        " first one that is present counts.",
+        POLICY,
+        check=checks.field_names,
+        shown_default="those that engines and agents know",
+    )
+
+    session_admission: bool = option(
+        False,
+        "Let a new session start only where its expected context fits into the KV cache beside those of the live"
+        " sessions; else its first request is queued. Implies --session-affinity (docs/sessions.md).",
+        POLICY,
+    )
+    session_capacity_tokens: int = option(
+        0,
+        "Tokens that the KV cache of a worker holds whose engine does not report it, for --session-affinity and"
+        " --session-admission. 0: unknown, any number of sessions fits.",
+        POLICY,
+        unit="tokens",
+        check=at_least(0),
+    )
+    session_wait_secs: float = option(
+        600,
+        "--session-admission: longest time for which a new session is queued; then 429. At most --queue-size of them"
+        " are queued.",
+        POLICY,
+        unit="s",
+        check=at_least(0),
+    )
+
     # -- requests and connections
     max_payload_size: int = option(
         536_870_912, "Largest body of a request; a larger one gets 413.", REQUESTS, unit="bytes", check=at_least(1)

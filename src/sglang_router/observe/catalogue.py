@@ -14,6 +14,7 @@ import msgspec
 
 from sglang_router.observe import readings as read
 from sglang_router.observe.readings import Reader, Values
+from sglang_router.observe.session_readings import of_sessions
 
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
 
@@ -99,7 +100,7 @@ METRICS = (
     ),
     Family(
         "sgl_router_waiting_requests", GAUGE, (),
-        "Queued inference requests: for a place, for a worker with room, or for a worker that starts.",
+        "Queued inference requests: for a place, a worker with room, a worker that starts, or room for a session.",
         read.live(lambda s: s.waiting),
     ),
     # the decision
@@ -129,6 +130,32 @@ METRICS = (
         "sgl_router_prefix_bytes_total", COUNTER, WORKER,
         "Bytes of routing text of all decisions, the matched bytes included.",
         read.per_tally(lambda t: t.decisions.total),
+    ),
+    # sessions
+    Family(
+        "sgl_router_live_sessions", GAUGE, WORKER,
+        "Sessions at home on the worker of which another request is expected (--session-affinity).",
+        of_sessions(lambda s, workers: [((w.url,), s.table.share(w).sessions) for w in workers]),
+    ),
+    Family(
+        "sgl_router_session_reserved_tokens", GAUGE, WORKER,
+        "Tokens of the worker's KV cache that its live sessions are expected to need (--session-affinity).",
+        of_sessions(lambda s, workers: [((w.url,), s.table.share(w).tokens) for w in workers]),
+    ),
+    Family(
+        "sgl_router_waiting_sessions", GAUGE, (),
+        "Queued requests that wait to begin a session (--session-admission); left out without it.",
+        read.live(lambda s: s.waiting_sessions),
+    ),
+    Family(
+        "sgl_router_session_legs_total", COUNTER, ("place",),
+        "Legs of requests of a session: home; leave, visit (the home is overloaded); free (it is no candidate); new.",
+        of_sessions(lambda s, _: [((kind,), count) for kind, count in s.placed.items()]),
+    ),
+    Family(
+        "sgl_router_session_time_to_live_seconds", GAUGE, (),
+        "Pause after which a session has ended, as learnt from the pauses of sessions.",
+        of_sessions(lambda s, _: [((), s.table.returns.time_to_live)]),
     ),
     # the prefix tree
     Family(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from sglang_router.routing.policies.shadowed import ShadowTally
+from sglang_router.routing.sessions import Sessions
 
 Number = Callable[[], int]
 
@@ -21,6 +22,8 @@ class LiveSources(msgspec.Struct, kw_only=True):
     upstream_connections  open connections to workers
     lost_lines            log lines that could not be written
     waiting               queued inference requests
+    waiting_sessions      queued requests that wait to begin a session
+    sessions              the sessions of requests, where an option asks for them
     desired_workers       how many workers there should be (autoscaling)
     decisions             records of decisions that are kept
     unlogged_decisions    requests that are missing in the log of decisions
@@ -33,6 +36,8 @@ class LiveSources(msgspec.Struct, kw_only=True):
     upstream_connections: Number | None = None
     lost_lines: Number | None = None
     waiting: Number | None = None
+    waiting_sessions: Number | None = None
+    sessions: Sessions | None = None
     desired_workers: Number | None = None
     decisions: Number | None = None
     unlogged_decisions: Number | None = None

@@ -206,6 +206,13 @@ class Desk:
         if leg is not None:
             self._router.began(leg, began.now)  # it was not sent at once
 
+    def holds(self, port: RelayPort, holds: messages.Holds) -> None:
+        """Take note that a worker keeps a response."""
+        each = port.leases.get(holds.lease)
+        leg = None if each is None else each.leg(holds.lease)
+        if leg is not None:
+            self._router.holds(leg, holds.response)
+
     def ended(self, port: RelayPort, ended: messages.Ended) -> None:
         """End a leg."""
         self._end(port, ended, ended.outcome, usage_of(ended))

@@ -63,6 +63,8 @@ def ask_of(tag: RequestTag, facts: Facts, now: float, shape: TextForm) -> Ask:
         path,
         digest,
         tag.explained,
+        facts.session,
+        facts.follows,
     )
 
 
@@ -81,7 +83,9 @@ def tag_of(ask: Ask, number: int) -> RequestTag:
 def facts_of(ask: Ask, text: bytes) -> Facts:
     """Return the facts of a request that a relay asks for."""
     body = Imprint(ask.size, ask.digest)
-    return Facts(ROWS[ask.endpoint], ask.namespace, text, ask.scaffold, ask.streaming, ask.model, ask.key, body)
+    facts = Facts(ROWS[ask.endpoint], ask.namespace, text, ask.scaffold, ask.streaming, ask.model, ask.key, body)
+    facts.session, facts.follows = ask.session, ask.follows
+    return facts
 
 
 def answer_of(answer: Answered) -> Answer:

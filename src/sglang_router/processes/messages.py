@@ -4,15 +4,14 @@
     Hello      who it is, and its open requests             Welcome     all that a new relay must know
     Ask        where does a new request go?                 Planned, Waits, Refused, NoRetry     the answers
     Retry      a leg failed                                 Known, Forgotten                     workers
-    Began, Ended, Done, Withdraw, Suspect, Shown, Unasked      TakeBack    a worker's host vanished
+    Began, Ended, Done, Withdraw, Suspect, Holds, Shown, Unasked      TakeBack    a worker's host vanished
     Stats, Accepts    what is open                          Wanted      whether asks need a fingerprint
     Said       a log line                                   Accept, Drain, StopAccepting, Cut, ReadAgain
     Drained    its last client connection is closed
     AppAsk, AppBody, AppTaken, AppGone (control plane)      AppWants, AppHead, AppData, AppFailed, AppDone
 
 `number` is a request's number in its relay, `lease` the number of a leg's lease, `worker` the decider's number of a
-worker, `outcome` an index of `facing.OUTCOMES`. Times are seconds of CLOCK_MONOTONIC, which all processes of a machine
-share.
+worker, `outcome` an index of `facing.OUTCOMES`. Times are seconds of CLOCK_MONOTONIC, the same in all processes.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ class Ask(Message, tag=1):
     size       bytes of the body; digest: its fingerprint, or b""
     text       the routing text; None: it is in the shared memory at `at`, `length` bytes
     explained  the client asks why the worker is chosen
+    session    that header or body name, or b""; follows: see Facts
     """
 
     number: int
@@ -65,6 +65,8 @@ class Ask(Message, tag=1):
     path: str = ""
     digest: bytes = b""
     explained: bool = False
+    session: bytes = b""
+    follows: bytes = b""
 
 
 class Retry(Message, tag=2):
@@ -177,6 +179,13 @@ class Suspect(Message, tag=11):
     """The connection to a worker broke."""
 
     name: str
+
+
+class Holds(Message, tag=25):
+    """The leg's worker keeps a response with this id."""
+
+    lease: int
+    response: bytes
 
 
 class Shown(Message, tag=12):
@@ -356,6 +365,7 @@ FromRelay = (
     | Unasked
     | Withdraw
     | Suspect
+    | Holds
     | Shown
     | Stats
     | Accepts

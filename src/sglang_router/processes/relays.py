@@ -102,6 +102,7 @@ class Relays(Elsewhere, Listener):
             messages.Unasked: desk.told,
             messages.Withdraw: desk.withdraw,
             messages.Suspect: desk.suspect,
+            messages.Holds: desk.holds,
             messages.Shown: desk.shown,
             messages.Stats: self._hear_stats,
             messages.Accepts: self._hear_accepts,

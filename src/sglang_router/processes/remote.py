@@ -193,6 +193,11 @@ class RemoteDecider:
         digest = b"" if outcome is _SERVED else fingerprint(self._key, asked.facts)
         self.link.put(Ended(leg.lease, code_of(outcome), now, digest, *figures_of(usage)))
 
+    def holds(self, leg: PlannedLeg, response: bytes) -> None:
+        """Tell that the leg's worker keeps a response."""
+        if self.link is not None:
+            self.link.put(messages.Holds(leg.lease, response))
+
     def expired(self, tag: RequestTag, now: float) -> RouterError:
         """Wait no longer for the answer to a question."""
         self.withdraw(tag)

@@ -32,6 +32,7 @@ from sglang_router.relay.moves import EXCHANGE_MOVES, IllegalMove
 from sglang_router.relay.pending import Pending, error_of
 from sglang_router.relay.reading import read_and_ask
 from sglang_router.relay.relay import Relay
+from sglang_router.relay.response_ids import response_id
 from sglang_router.relay.states import ANSWERING, DONE, NEW, QUEUED, ROUTED, ExchangeState
 from sglang_router.routing.decider import Delivered
 from sglang_router.routing.events import Answered, Finished, FirstByte
@@ -266,6 +267,8 @@ class Exchange:
         self.status = self.status or head.status
         now = self._begin(leg)
         self.first_byte = now - tag.start
+        if self._endpoint.links and (response := response_id(data)):
+            relay.decider.holds(leg.planned, response)
         if relay.listener.hears_first_byte:
             relay.listener.first_byte(FirstByte(tag, leg.planned, self.first_byte))
         if not done:

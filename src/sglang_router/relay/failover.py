@@ -54,13 +54,15 @@ class Failing(Protocol):
 def retry_status(exchange: Failing, leg: Leg, head: ResponseHead, data: bytes, done: bool) -> bool:
     """Retry a leg that answered with a failing status; return False when its answer goes to the client.
 
-    A status that is the client's mistake (4xx) is noted, and never retried.
+    A status that is the client's mistake (4xx) is noted, and not retried: but a 404 for a stored response, which
+    another worker may have.
     """
     outcome = Outcome.of_status(head.status, head.header(b"retry-after") is not None)
     if outcome is Outcome.SERVED:
         return False
     leg.outcome = outcome
-    if outcome is Outcome.REJECTED:
+    follows = exchange.facts is not None and exchange.facts.follows
+    if outcome is Outcome.REJECTED and not (head.status == 404 and follows):
         return False
     if exchange.state is not ROUTED:  # the client has the head of another leg's answer
         return False

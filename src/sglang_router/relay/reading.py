@@ -7,6 +7,8 @@ Exchange.start --> read_and_ask --> ask --> Exchange.follow, or Exchange.queue
 
 What takes a while are bodies above `QUICK` bytes, of which many may be complete in the same turn of the event loop, and
 those that the fast decoder refuses.
+
+The session of a request is looked for only if an option asks for it: `Relay.hints` is None otherwise.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from sglang_router.relay.injected import UsageHider, wanted
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import NEW, ExchangeState
 from sglang_router.routing.facts import LARGE, QUICK, TINY, Endpoint, Facts, Skimming, read_quickly, read_slowly
+from sglang_router.routing.keys import bounded
 from sglang_router.routing.plan import Plan, RequestTag, Wait
+from sglang_router.routing.session_hints import Hinted
 
 
 class Unrouted(Continuable, Protocol):
@@ -47,27 +51,31 @@ def read_and_ask(exchange: Unrouted, endpoint: Endpoint, routing_key: bytes, now
     Raises: RouterError, when the request is refused.
     """
     body, most_text = exchange.request.body, exchange.relay.most_text
-    size = len(body)
+    size, hinted = len(body), None
+    if exchange.relay.hints is not None:
+        hinted = exchange.relay.hints.begin(endpoint.name, exchange.request.headers, exchange.tag.raw_id)
+    hints = None if hinted is None else hinted.body
     facts: Facts | None = None
     if size <= QUICK or not endpoint.json:
-        facts = read_quickly(endpoint, body, routing_key, most_text)
+        facts = read_quickly(endpoint, body, routing_key, most_text, hints)
         if facts is None and size <= TINY:
-            facts = read_slowly(endpoint, body, routing_key, most_text)
+            facts = read_slowly(endpoint, body, routing_key, most_text, hints)
     if facts is not None:
-        _ask(exchange, facts, now)
+        _ask(exchange, facts, now, hinted)
     else:
-        exchange.relay.batch.bulk.add(SlowBody(exchange, endpoint, routing_key).step)
+        exchange.relay.batch.bulk.add(SlowBody(exchange, endpoint, routing_key, hinted).step)
 
 
 class SlowBody:
     """The body of an exchange that is not routed yet. `relay.bulk` calls `step`."""
 
-    __slots__ = ("_endpoint", "_exchange", "_routing_key", "_skimming")
+    __slots__ = ("_endpoint", "_exchange", "_hinted", "_routing_key", "_skimming")
 
-    def __init__(self, exchange: Unrouted, endpoint: Endpoint, routing_key: bytes) -> None:
+    def __init__(self, exchange: Unrouted, endpoint: Endpoint, routing_key: bytes, hinted: Hinted | None) -> None:
         self._exchange = exchange
         self._endpoint = endpoint
         self._routing_key = routing_key
+        self._hinted = hinted
         self._skimming: Skimming | None = None
 
     def __repr__(self) -> str:
@@ -82,7 +90,7 @@ class SlowBody:
             facts = self._read()
             if facts is None:
                 return True
-            _ask(exchange, facts, exchange.relay.clock())
+            _ask(exchange, facts, exchange.relay.clock(), self._hinted)
         except RouterError as error:
             exchange.refuse(error)
         return False
@@ -92,26 +100,31 @@ class SlowBody:
         if self._skimming is not None:
             return self._skimming.step()
         body, most_text = self._exchange.request.body, self._exchange.relay.most_text
+        hints = None if self._hinted is None else self._hinted.body
         facts = None
         if len(body) <= LARGE:
-            facts = read_quickly(self._endpoint, body, self._routing_key, most_text)
+            facts = read_quickly(self._endpoint, body, self._routing_key, most_text, hints)
         if facts is None:
-            self._skimming = Skimming(self._endpoint, body, self._routing_key, most_text)
+            self._skimming = Skimming(self._endpoint, body, self._routing_key, most_text, hints)
         return facts
 
 
-def _ask(exchange: Unrouted, facts: Facts, now: float) -> None:
-    """Ask the decider where a request goes.
+def _ask(exchange: Unrouted, facts: Facts, now: float, hinted: Hinted | None) -> None:
+    """Ask the decider where a request goes. hinted: what told its session so far; None: nobody wants to know it.
 
     Raises: RouterError, when it is refused.
     """
     relay, tag = exchange.relay, exchange.tag
     exchange.facts = facts
+    if facts.endpoint.about:
+        facts.follows = bounded(exchange.request.path.split(b"/")[3])
     if facts.reserved and not relay.forward.trusted:
         raise ReservedField(facts.reserved)
     if facts.model:
         tag.model = facts.model.decode("utf-8", "replace")
     tag.streaming = facts.streaming
+    if hinted is not None:
+        facts.session = hinted.found(facts.session)
     answer = relay.decider.ask(tag, facts, now)
     if facts.streaming:
         if relay.inject_usage and wanted(facts, exchange.request.body):

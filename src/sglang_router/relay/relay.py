@@ -15,6 +15,7 @@ from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.relay.rules import Timeouts
 from sglang_router.routing.decider import Decider, Delivered
 from sglang_router.routing.events import Listeners
+from sglang_router.routing.session_hints import SessionHints
 from sglang_router.wire.headers import ForwardRules
 
 
@@ -33,9 +34,10 @@ class RelayRules:
     handlers      returns the body handler of each stream
     most_text     bytes of a request's routing text that count
     inject_usage  ask engines for the usage of streams, see `relay.injected`
+    hints         recognise the sessions of requests; None: no option asks for them
     """
 
-    __slots__ = ("forward", "handlers", "inject_usage", "most_text", "timeouts")
+    __slots__ = ("forward", "handlers", "hints", "inject_usage", "most_text", "timeouts")
 
     def __init__(
         self,
@@ -44,12 +46,14 @@ class RelayRules:
         handlers: Handlers,
         most_text: int,
         inject_usage: bool = False,
+        hints: SessionHints | None = None,
     ) -> None:
         self.timeouts = timeouts
         self.forward = forward
         self.handlers = handlers
         self.most_text = most_text
         self.inject_usage = inject_usage
+        self.hints = hints
 
 
 class Relay:
@@ -64,6 +68,7 @@ class Relay:
         "decider",
         "forward",
         "handlers",
+        "hints",
         "ids",
         "inject_usage",
         "listener",
@@ -95,6 +100,7 @@ class Relay:
         self.handlers = rules.handlers
         self.most_text = rules.most_text
         self.inject_usage = rules.inject_usage
+        self.hints = rules.hints
         self.queued: dict[int, Undecided] = {}
         decider.deliver = self.deliver
 

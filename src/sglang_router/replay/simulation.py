@@ -97,6 +97,7 @@ class Simulation:
         self.workers.died = self._died
         self.router = router_of(args, self.fleet, listeners, rng, timeline.soon.append, self.workers.check_now)
         self.router.deliver = self._deliver
+        self.router.sessions.contexts.bytes_per_token = UNIT / setup.page
         listeners.add(self.router)
         self._tidy_every = max(1, round(args.eviction_interval_secs / _SWEEP))
         self._most_text = setup.most_text
@@ -139,6 +140,7 @@ class Simulation:
         tag = RequestTag(number, b"%d" % number, now, _ROUTE)
         text = ask.text(page, self._most_text)
         facts = Facts(_GENERATE, b"", text, 0, ask.stream, b"", ask.session, body=tag.raw_id)
+        facts.session = ask.session
         flight = self._flights[number] = Flight(ask, tag, facts, served)
         try:
             answer: Delivered = self.router.ask(tag, facts, now)

@@ -4,6 +4,7 @@
     retry    --> Plan | Wait | None        a leg failed; None: no retry, so the failed leg's answer or error is final
     began, ended                           report what happened to a leg
     expired, withdraw                      a queued request waited too long; its client left
+    holds                                  a worker keeps a response: requests about it go there
     suspect                                a connection broke
 
 In one process `routing.router.Router` answers at once. A decider that needs longer (because of a queue, or because it
@@ -72,6 +73,9 @@ class Decider(Protocol):
 
         usage  what the engine told of its answer; the decider adds what it had predicted
         """
+
+    def holds(self, leg: PlannedLeg, response: bytes) -> None:
+        """Take note that the leg's worker keeps a response with this id."""
 
     def expired(self, tag: RequestTag, now: float) -> RouterError:
         """Remove a request that waited too long from the queue; return the error that answers it."""

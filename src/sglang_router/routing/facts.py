@@ -20,22 +20,21 @@ more of it would not lead to a better choice, and would push other prompts out o
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
 
 from sglang_router.errors import InvalidJSON
+from sglang_router.routing.body_reader import BodyReader, held, plain
 from sglang_router.routing.imprint import Imprint
 from sglang_router.routing.keys import LONGEST, bounded
 from sglang_router.routing.model_names import LONGEST_TEXT, spelled
 from sglang_router.routing.multipart import model_of
 from sglang_router.routing.plan import Route
 from sglang_router.routing.reserved import HOLDERS, LONGEST_HELD, RESERVED, first_reserved
-from sglang_router.routing.skim import Content, Skim, Spans
-from sglang_router.routing.tolerant import in_utf8, members
+from sglang_router.routing.session_hints import BodyHints
+from sglang_router.routing.skim import Content, Skim
+from sglang_router.routing.tolerant import in_utf8
 
 LARGE: Final = 1 << 19
 """Bytes of a body up to which it is decoded at once, which takes 3 ms at most."""
@@ -45,88 +44,14 @@ TINY: Final = 1 << 12
 """Bytes of a body up to which it is read at once whatever is in it: 2 ms at most."""
 MOST_TEXT: Final = 1 << 20
 """Bytes of the routing text that count: more of it takes the tree more than 2 ms."""
-_MOST_NAMESPACE: Final = 1 << 16
-"""Bytes of each field of the namespace of a large body that count: all names and salts are far shorter."""
+_NO_TEXT: Final = b"req-"
+"""Prefix of the ids of requests that generate no text."""
+_LINKS: Final = ("previous_response_id", "conversation")
+"""What a response may continue; the first one that is given counts."""
+_STORED: Final = b"/v1/responses/"
+"""How the paths about stored responses begin."""
 _CLOSERS: Final = b']"'
 _TRUE: Final = msgspec.Raw(b"true")
-_SCAFFOLD: Final = re.compile(
-    rb'\s*\[\s*\{\s*(?:"(?:role|type)"\s*:\s*"[a-z_]{1,16}"\s*,\s*)*"(?:content|text)"\s*:\s*'
-    rb'(?:\[\s*\{\s*"type"\s*:\s*"[a-z_]{1,16}"\s*,\s*"text"\s*:\s*)?'
-)
-"""The constant beginning of a list of messages, up to the first content."""
-
-
-NAMESPACE: Final = ("model", "lora_path", "lora_id", "cache_salt")
-"""Fields that divide the engines' caches: a prefix cached for one value is useless for another."""
-
-
-_Held: Any = msgspec.defstruct("Held", [(field, None, None) for field in RESERVED])
-"""What may not be in `HOLDERS`."""
-
-
-class _Reader:
-    """Reads the bodies of one endpoint.
-
-    decode  decodes the fields that routing needs, each as raw JSON; a ValidationError for a reserved one with a value
-    names   of these fields, as they stand in a body
-    text    returns the decoded fields that make up the routing text
-    """
-
-    __slots__ = ("_struct", "_usual", "decode", "names", "text")
-
-    def __init__(self, name: str, text: tuple[str, ...]) -> None:
-        names = dict.fromkeys((*NAMESPACE, "stream", "nothing", *text))
-        raw = msgspec.Raw(b"")
-        needed: list[tuple[str, Any, Any]] = [(field, msgspec.Raw, raw) for field in names]
-        # Reserved fields may only be null: so msgspec looks for them, and a usual body costs no further check.
-        reserved: list[tuple[str, Any, Any]] = [(field, None, None) for field in RESERVED]
-        reserved += [(holder, _Held | None, None) for holder in HOLDERS]
-        self._struct = struct = msgspec.defstruct(f"{name}_body", [*needed, *reserved], gc=False)
-        self.names = frozenset(field.encode() for field in (*names, *RESERVED, *HOLDERS))
-        self.decode: Callable[[Content], Any] = msgspec.json.Decoder(struct).decode
-        # attrgetter returns a tuple only for two names or more, so add the name of a field that is always empty.
-        self.text: Callable[[Any], tuple[msgspec.Raw, ...]] = attrgetter(*text, *(["nothing"] * (2 - len(text))))
-        self._usual = b"\0"  # the last scaffold: most texts of an endpoint have the same
-
-    def named(self, view: memoryview, spans: Spans) -> Any:
-        """Return the fields at these places as `decode` does, but those of the text, and only what counts of each."""
-        fields = {}
-        for name in (*NAMESPACE, "stream"):
-            begin, end = spans.get(name.encode(), (0, 0))
-            fields[name] = msgspec.Raw(bytes(view[begin : min(end, begin + _MOST_NAMESPACE)]))
-        return self._struct(**fields)
-
-    def decode_slowly(self, body: Content) -> tuple[Any, str]:
-        """Decode what `decode` refuses: return the fields, and the name of a reserved one that has a value.
-
-        Raises: InvalidJSON, when a Python engine would refuse the body, too.
-        """
-        try:
-            found = members(bytes(body))
-        except (ValueError, RecursionError) as exc:
-            raise InvalidJSON(f"The body is not a JSON object: {exc}.") from None
-        names = self._struct.__struct_fields__
-        needed = {
-            name: msgspec.Raw(raw)
-            for name, raw in found.items()
-            if name in names and name not in RESERVED and name not in HOLDERS
-        }
-        return self._struct(**needed), first_reserved(found.items())
-
-    def scaffold(self, text: bytes) -> int:
-        """Return the length of a text's scaffold, in bytes; 0 without one.
-
-        The last scaffold is tried first, which is faster than the regular expression.
-        """
-        usual = self._usual
-        size = len(usual)
-        if text.startswith(usual) and text[size : size + 1] == b'"':
-            return size
-        match = _SCAFFOLD.match(text)
-        if match is None:
-            return 0
-        self._usual = match.group()
-        return match.end()
 
 
 class Endpoint:
@@ -138,10 +63,12 @@ class Endpoint:
     json     False for bodies of which the router reads only the model of a form
     id       prefix of generated request ids
     methods  methods that are relayed
+    links    fields that name a stored response or conversation which the request continues
+    about    its requests are about a stored response, the id of which is the third segment of their path
     route    the Route of all its requests, where method and path are fixed; else None
     """
 
-    __slots__ = ("id", "methods", "name", "path", "reader", "route", "text")
+    __slots__ = ("about", "id", "links", "methods", "name", "path", "reader", "route", "text")
 
     def __init__(
         self,
@@ -149,13 +76,16 @@ class Endpoint:
         name: str,
         text: tuple[str, ...] = (),
         json: bool = True,
-        id: bytes = b"req-",
+        id: bytes = _NO_TEXT,
         methods: tuple[bytes, ...] = (b"POST",),
+        links: tuple[str, ...] = (),
     ) -> None:
         self.path = path
         self.name = name
         self.text = text
-        self.reader = _Reader(name, text) if json else None
+        self.links = links
+        self.about = path.startswith(_STORED)
+        self.reader = BodyReader(name, text, links) if json else None
         self.id = id
         self.methods = methods
         one = len(methods) == 1 and b"{" not in path
@@ -169,6 +99,11 @@ class Endpoint:
         return Route(method.decode("latin-1"), path.decode("latin-1"), self.name)
 
     @property
+    def generates(self) -> bool:
+        """Whether its answers are generated text, so that prompts stay in a cache, and requests form sessions."""
+        return self.id != _NO_TEXT
+
+    @property
     def json(self) -> bool:
         """Whether the router reads the body."""
         return self.reader is not None
@@ -178,7 +113,10 @@ _ROWS: Final = (
     Endpoint(b"/generate", "generate", ("text", "input_ids", "image_data"), id=b"gnt-"),
     Endpoint(b"/v1/chat/completions", "chat", ("tools", "messages"), id=b"chatcmpl-"),
     Endpoint(b"/v1/completions", "completions", ("prompt",), id=b"cmpl-"),
-    Endpoint(b"/v1/responses", "responses", ("tools", "instructions", "input"), id=b"resp-"),
+    Endpoint(b"/v1/responses", "responses", ("tools", "instructions", "input"), id=b"resp-", links=_LINKS),
+    Endpoint(b"/v1/responses/{id}", "response", json=False, methods=(b"GET", b"DELETE")),
+    Endpoint(b"/v1/responses/{id}/cancel", "response_cancel", json=False),
+    Endpoint(b"/v1/responses/{id}/input_items", "response_items", json=False, methods=(b"GET",)),
     Endpoint(b"/v1/messages", "messages", ("tools", "system", "messages"), id=b"msg-"),
     Endpoint(b"/v1/embeddings", "embeddings", ("input",)),
     Endpoint(b"/v1/classify", "classify", ("text", "input")),
@@ -211,17 +149,22 @@ class Facts:
                  workers is recognised by it
     place        of a large body: where its closing brace is, and what separates another member from those before
     reserved     name of a field that only a router may set (`routing.reserved`) and that the body has, or ""
+    session      the session that the request belongs to, at most 64 bytes; b"" when none is recognised, or none is
+                 asked for
+    follows      the id of the stored response or conversation that the request continues or is about, at most 64 bytes
     """
 
     __slots__ = (
         "body",
         "endpoint",
+        "follows",
         "model",
         "namespace",
         "place",
         "reserved",
         "routing_key",
         "scaffold",
+        "session",
         "streaming",
         "text",
     )
@@ -247,6 +190,8 @@ class Facts:
         self.body = body
         self.place: tuple[int, bytes] | None = None
         self.reserved = ""
+        self.session = b""
+        self.follows = b""
 
     def __repr__(self) -> str:
         return f"<Facts {self.endpoint.name} {len(self.text)} bytes of text>"
@@ -261,32 +206,44 @@ def read(endpoint: Endpoint, body: Content, routing_key: bytes = b"", most_text:
     return read_slowly(endpoint, body, routing_key, most_text) if facts is None else facts
 
 
-def read_quickly(endpoint: Endpoint, body: Content, routing_key: bytes, most_text: int) -> Facts | None:
-    """Return the facts of one request; None when the fast decoder refuses its body."""
-    reader = endpoint.reader
+def read_quickly(
+    endpoint: Endpoint, body: Content, routing_key: bytes, most_text: int, hints: BodyHints | None = None
+) -> Facts | None:
+    """Return the facts of one request; None when the fast decoder refuses its body.
+
+    hints  where a body of this endpoint may name its session; None: nobody asks for it
+    """
+    reader = endpoint.reader if hints is None else hints.reader
     if reader is None:
         return Facts(endpoint, b"", b"", 0, False, model_of(body), routing_key, body)
     try:
         fields = reader.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return None
-    return _facts(endpoint, reader, fields, _text_of(reader, fields, most_text), routing_key, body)
+    facts = _facts(endpoint, reader, fields, _text_of(reader, fields, most_text), routing_key, body)
+    if hints is not None:
+        facts.session = hints.session(fields)
+    return facts
 
 
-def read_slowly(endpoint: Endpoint, body: Content, routing_key: bytes, most_text: int) -> Facts:
-    """Return the facts of one request that the fast decoder refused.
+def read_slowly(
+    endpoint: Endpoint, body: Content, routing_key: bytes, most_text: int, hints: BodyHints | None = None
+) -> Facts:
+    """Return the facts of one request that the fast decoder refused; see `read_quickly`.
 
     Raises: InvalidJSON, when the body is not a JSON object.
     """
-    reader = endpoint.reader
+    reader = endpoint.reader if hints is None else hints.reader
     assert reader is not None
     fields, reserved = reader.decode_slowly(body)
     facts = _facts(endpoint, reader, fields, _text_of(reader, fields, most_text), routing_key, body)
     facts.reserved = reserved
+    if hints is not None:
+        facts.session = hints.session(fields)
     return facts
 
 
-def _text_of(reader: _Reader, fields: Any, most_text: int) -> bytes:
+def _text_of(reader: BodyReader, fields: Any, most_text: int) -> bytes:
     """Return the routing text that decoded fields make."""
     parts: list[msgspec.Raw | memoryview] = []
     for part in reader.text(fields):  # faster than a comprehension, which is a call, for usually two parts
@@ -308,12 +265,31 @@ class Skimming:
     Raises: InvalidJSON, when it is in another encoding and no text of that.
     """
 
-    __slots__ = ("_body", "_endpoint", "_most_text", "_readable", "_reader", "_routing_key", "_skim", "_whole")
+    __slots__ = (
+        "_body",
+        "_endpoint",
+        "_hints",
+        "_most_text",
+        "_readable",
+        "_reader",
+        "_routing_key",
+        "_skim",
+        "_whole",
+    )
 
-    def __init__(self, endpoint: Endpoint, body: Content, routing_key: bytes = b"", most_text: int = MOST_TEXT) -> None:
-        assert endpoint.reader is not None
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        body: Content,
+        routing_key: bytes = b"",
+        most_text: int = MOST_TEXT,
+        hints: BodyHints | None = None,
+    ) -> None:
+        reader = endpoint.reader if hints is None else hints.reader
+        assert reader is not None
         self._endpoint = endpoint
-        self._reader = endpoint.reader
+        self._hints = hints
+        self._reader = reader
         self._body = body
         self._routing_key = routing_key
         self._most_text = most_text
@@ -340,6 +316,8 @@ class Skimming:
         facts.reserved = first_reserved(
             (name, bytes(view[begin : min(end, begin + LONGEST_HELD + 1)])) for name, (begin, end) in spans
         )
+        if self._hints is not None:
+            facts.session = self._hints.session(fields)
         if self._readable is self._body:
             facts.place = (skim.close, b"" if skim.empty else b",")
         return facts
@@ -367,7 +345,9 @@ def _in_utf8(body: Content) -> Content:
         raise InvalidJSON(f"The body is not a JSON object: {exc.reason}.") from None
 
 
-def _facts(endpoint: Endpoint, reader: _Reader, fields: Any, text: bytes, routing_key: bytes, body: Content) -> Facts:
+def _facts(
+    endpoint: Endpoint, reader: BodyReader, fields: Any, text: bytes, routing_key: bytes, body: Content
+) -> Facts:
     """Return the facts that these fields and this text make."""
     model = bytes(fields.model)
     if model in _NOTHING:
@@ -381,7 +361,13 @@ def _facts(endpoint: Endpoint, reader: _Reader, fields: Any, text: bytes, routin
     if len(namespace) > LONGEST:
         namespace = bounded(namespace)
         model = model[:LONGEST_TEXT]  # no name is longer
-    return Facts(endpoint, namespace, text, scaffold, fields.stream == _TRUE, model, routing_key, body)
+    facts = Facts(endpoint, namespace, text, scaffold, fields.stream == _TRUE, model, routing_key, body)
+    for name in endpoint.links:
+        raw = bytes(getattr(fields, name))
+        if found := plain(raw) or held(raw, "id"):
+            facts.follows = bounded(found)
+            break
+    return facts
 
 
 def _divided(model: bytes, fields: Any) -> bytes:

@@ -146,6 +146,7 @@ class Fleet:
         worker.belief.forget()
         worker.tokens.emptied()
         if not worker.removed:
+            worker.caches += 1
             self.pools.of(worker).emptied(worker)
 
     def found_empty(self, worker: Worker) -> None:

@@ -16,6 +16,7 @@ from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.outliers import bucket_of
 from sglang_router.routing.plan import RequestTag
 from sglang_router.routing.policies.base import Choice
+from sglang_router.routing.session_table import Session
 from sglang_router.routing.worker import Worker
 
 
@@ -36,6 +37,7 @@ class Lease:
     tag         of its request
     facts       of its request
     choice      of its worker
+    session     to which the request belongs; None: it is no part of one, or nobody asks
     """
 
     __slots__ = (
@@ -50,6 +52,7 @@ class Lease:
         "life",
         "number",
         "sent_at",
+        "session",
         "silent",
         "tag",
         "worker",
@@ -70,6 +73,7 @@ class Lease:
         self.alone = not worker.unread
         worker.unread += 1
         self._unread = True
+        self.session: Session | None = None
         self._close = close
 
     def __repr__(self) -> str:

@@ -8,9 +8,12 @@
         PLACE   one of --max-concurrent-requests places        --queue-size          --queue-timeout-secs
         ROOM    a worker with room (--max-running-per-worker)  --queue-size          --queue-timeout-secs
         START   a worker that is still starting                4,096                 --startup-wait-secs
+        SESSION room for a new session (--session-admission)   --queue-size          --session-wait-secs
 
     first(...), remove(number)             the next request to begin; take a request out of the queue
     leave(number)                          the request ended: its place is free
+
+Sessions that wait have a line of their own, and do not count for the others' bound.
 
 First come, first served: a new request is queued after those of its line (its pool of workers), and after all that wait
 for a place. A queued request holds no place. Requests are identified by their number (RequestTag.number).
@@ -29,12 +32,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator
 from typing import Final, Generic, TypeVar
 
-from sglang_router.errors import QueueFull, RateLimited, TooManyWaiting
+from sglang_router.errors import QueueFull, RateLimited, SessionsFull, TooManyWaiting
 from sglang_router.routing.rules import QueueRules
 
 T = TypeVar("T")
 
-PLACE, ROOM, START = "place", "room", "start"
+PLACE, ROOM, START, SESSION = "place", "room", "start", "session"
 """What a queued request waits for."""
 
 _WEIGHT: Final = 1 / 16
@@ -75,7 +78,7 @@ class Queued(Generic[T]):
     number  of the request
     item    what its owner needs to start it later
     line    requests of one line begin in order; those of other lines may overtake them
-    why     PLACE, ROOM or START
+    why     PLACE, ROOM, START or SESSION
     since   when it was queued; seconds of the router's clock
     until   when it has waited too long
     """
@@ -106,6 +109,7 @@ class Queue(Generic[T]):
         "_bucket",
         "_busy_since",
         "_for_place",
+        "_for_session",
         "_lines",
         "_most",
         "_pause",
@@ -118,12 +122,13 @@ class Queue(Generic[T]):
 
     def __init__(self, rules: QueueRules) -> None:
         self.rules = rules
-        self.refused = {RateLimited.code: 0, QueueFull.code: 0, TooManyWaiting.code: 0}
+        self.refused = {RateLimited.code: 0, QueueFull.code: 0, TooManyWaiting.code: 0, SessionsFull.code: 0}
         self._queued: dict[int, Queued[T]] = {}
         # A dict keeps the order too, but to find its first key it skips all keys deleted before it: with 100,000
         # requests queued, removing one and adding one costs 17 us with a dict, 3 us with an OrderedDict.
         self._lines: dict[Hashable, OrderedDict[int, Queued[T]]] = {}
         self._for_place = 0  # queued requests that wait for a place
+        self._for_session = 0  # those that wait to begin a session
         self._running: set[int] = set()  # requests that have a place, where places are limited
         self._most = math.inf if rules.max_concurrent is None else rules.max_concurrent
         self._bucket = None if rules.rate is None else TokenBucket(rules.rate, rules.burst)
@@ -152,6 +157,11 @@ class Queue(Generic[T]):
         return len(self._running)
 
     @property
+    def sessions(self) -> int:
+        """Number of queued requests that wait to begin a session."""
+        return self._for_session
+
+    @property
     def has_place(self) -> bool:
         """Whether a place is free."""
         return len(self._running) < self._most
@@ -171,14 +181,19 @@ class Queue(Generic[T]):
     def check_length(self, why: str, now: float) -> None:
         """Refuse a new request that would have to wait when the queue is full.
 
-        Raises: QueueFull, TooManyWaiting (429), with `retry_after`.
+        Raises: QueueFull, TooManyWaiting, SessionsFull (429), with `retry_after`.
         """
-        if why == START:
+        others = len(self._queued) - self._for_session
+        if why == SESSION:
+            if self._for_session >= self.rules.queue_size:
+                self.refused[SessionsFull.code] += 1
+                raise SessionsFull(retry_after=self.retry_after(now))
+        elif why == START:
             # No more may wait for a start than could run or wait afterwards.
-            if len(self._queued) >= min(self.rules.most_starting, self._most + self.rules.queue_size):
+            if others >= min(self.rules.most_starting, self._most + self.rules.queue_size):
                 self.refused[TooManyWaiting.code] += 1
                 raise TooManyWaiting(retry_after=5.0)
-        elif len(self._queued) >= self.rules.queue_size:
+        elif others >= self.rules.queue_size:
             self.refused[QueueFull.code] += 1
             raise QueueFull(retry_after=self.retry_after(now))
 
@@ -207,6 +222,7 @@ class Queue(Generic[T]):
         self._queued[number] = queued
         self._lines.setdefault(line, OrderedDict())[number] = queued
         self._for_place += why == PLACE
+        self._for_session += why == SESSION
         self.idle = False
         return queued
 
@@ -215,6 +231,7 @@ class Queue(Generic[T]):
         if queued.why == why:
             return False
         self._for_place += (why == PLACE) - (queued.why == PLACE)
+        self._for_session += (why == SESSION) - (queued.why == SESSION)
         queued.why = why
         queued.until = queued.since + self._patience(why)
         return True
@@ -247,6 +264,8 @@ class Queue(Generic[T]):
         self._lines = lines
 
     def _patience(self, why: str) -> float:
+        if why == SESSION:
+            return self.rules.session_timeout
         return self.rules.start_timeout if why == START else self.rules.queue_timeout
 
     # -- queued and running requests -----------------------------------------------------------------------------------
@@ -265,6 +284,7 @@ class Queue(Generic[T]):
             if not line:
                 del self._lines[queued.line]
             self._for_place -= queued.why == PLACE
+            self._for_session -= queued.why == SESSION
             self.idle = not self._queued and not self.limited
         return queued
 

@@ -24,22 +24,26 @@ import random
 from collections.abc import Callable, Hashable, Iterable
 from typing import Final, NamedTuple
 
-from sglang_router.errors import InternalError, QueueTimeout, RouterError, WorkersFull, WorkersStarting
+from sglang_router.errors import InternalError, QueueTimeout, RouterError, SessionsFull, WorkersFull
+from sglang_router.routing.again import Again, NextTry
+from sglang_router.routing.assignment import HOLDER, Assignment
 from sglang_router.routing.candidates import Candidates, candidates_of
 from sglang_router.routing.decider import Deliver
 from sglang_router.routing.events import Listener, Retried, Routed, WorkerChanged
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.judge import Judge
+from sglang_router.routing.keys import bounded
 from sglang_router.routing.lease import Lease
 from sglang_router.routing.models import Serving
-from sglang_router.routing.outcome import BREAKS, Outcome
+from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
 from sglang_router.routing.quarantine import Quarantine
-from sglang_router.routing.queue import PLACE, ROOM, START, Queue
+from sglang_router.routing.queue import PLACE, SESSION, Queue
 from sglang_router.routing.recorder import Recorder
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.rules import RetryRules
+from sglang_router.routing.sessions import Sessions
 from sglang_router.routing.trail import HOLD, Trail
 from sglang_router.routing.truth import Truth
 from sglang_router.routing.usage import Usage
@@ -94,9 +98,9 @@ class Router(Listener):
         self._judge = Judge(fleet, self.quarantine, listener)
         self._truth = Truth(fleet, soon)
         self._pools = fleet.pools
-        self._retries = retries
+        self._who = Assignment(fleet.pools)
+        self._again = Again(fleet, self._who, retries, rng)
         self._listener = listener
-        self._rng = rng
         self._soon = soon
         self._check_now = check_now
         self._leases: dict[int, Lease] = {}  # by number; the closed lease of a failed leg stays until `ended`
@@ -106,6 +110,15 @@ class Router(Listener):
 
     def __repr__(self) -> str:
         return f"<Router {len(self._leases)} leases, {self.queue!r}, {self.budget!r}>"
+
+    @property
+    def sessions(self) -> Sessions:
+        """What sends the requests of a session to the same worker. Set it before the first request: by default none."""
+        return self._who.sessions
+
+    @sessions.setter
+    def sessions(self, sessions: Sessions) -> None:
+        self._who.sessions = sessions
 
     @property
     def leases(self) -> int:
@@ -120,18 +133,18 @@ class Router(Listener):
 
     def ask(self, tag: RequestTag, facts: Facts, now: float) -> Plan | Wait:
         """Decide where a new request goes. Raises: RouterError, see `Decider.ask`."""
-        pool = self._pools.only or self._pools.find(facts.model)
+        if self._who.sessions.on:
+            self._who.sessions.recognise(facts)
+        pool = self._pools.only or self._who.serving(facts)
         if self.quarantine.broken:
             self.quarantine.check(facts, now)
         if self.queue.idle:
-            candidates = pool.candidates(now)
+            special = facts.session or facts.follows
+            candidates = self._who.candidates(pool, facts, now) if special else pool.candidates(now)
             if candidates.mask:
                 self.budget.request(now)
                 return self._plan(tag, facts, pool, candidates, now)
         return self._ask_queue(tag, facts, pool, now)
-
-    def _pool(self, facts: Facts) -> Serving:
-        return self._pools.only or self._pools.find(facts.model)
 
     def _ask_queue(self, tag: RequestTag, facts: Facts, pool: Serving, now: float) -> Plan | Wait:
         """Decide where a limit is set, requests are queued, or no worker can take the request now."""
@@ -140,17 +153,18 @@ class Router(Listener):
             raise refusal
         queue = self.queue
         candidates = _NOBODY
-        why = queue.why_wait(pool)
+        line = self._who.line(pool, facts, now)
+        why = queue.why_wait(line)
         if why != PLACE:
             queue.take_token(now)
             if not why:
-                candidates = pool.candidates(now)
-                why = "" if candidates else self._awaited(pool, facts, now)
+                candidates = self._who.candidates(pool, facts, now)
+                why = "" if candidates else self._who.awaited(pool, facts, now)
         if why:
             queue.check_length(why, now)
             if why == PLACE:
                 queue.take_token(now)
-            queued = queue.wait(tag.number, _Asked(tag, facts), pool, why, now)
+            queued = queue.wait(tag.number, _Asked(tag, facts), line, why, now)
             return Wait(queued.until, why)
         return self._begin(tag, facts, pool, candidates, now)
 
@@ -160,21 +174,6 @@ class Router(Listener):
         plan = self._plan(tag, facts, pool, candidates, now)
         self.queue.begin(tag.number, now)
         return plan
-
-    def _unavailable(self, pool: Serving, facts: Facts, now: float) -> RouterError:
-        return self._pools.refusal(pool, facts.model) or pool.unavailable(now)
-
-    def _awaited(self, pool: Serving, facts: Facts, now: float) -> str:
-        """Return what a request to a pool without candidates can wait for: ROOM or START.
-
-        Raises: RouterError, when waiting does not help.
-        """
-        error = self._unavailable(pool, facts, now)
-        if isinstance(error, WorkersFull):
-            return ROOM
-        if isinstance(error, WorkersStarting):
-            return START
-        raise error
 
     def _plan(
         self,
@@ -188,14 +187,21 @@ class Router(Listener):
     ) -> Plan:
         """Plan one leg to the worker that the policy chooses, and take its lease. The leg is sent after `delay`."""
         retries = 0 if trail is None else trail.retries
-        policy = pool.policy
-        choice, recorder = policy.choose(facts, candidates, now), self.recorder
+        policy, sessions, recorder = pool.policy, self._who.sessions, self.recorder
+        place = sessions.place(facts, candidates, now) if sessions.on and facts.session else None
+        choice = policy.choose(facts, candidates if place is None else place.candidates, now)
+        if place is not None:
+            sessions.name(place, choice)
+        if facts.follows and self._who.kept.holder(facts.follows) is choice.worker:
+            choice.branch = HOLDER
         if recorder is not None:
             recorder.decided(tag, facts, pool, candidates, choice, trail, now)
         policy.chosen(choice, facts, now)
         worker, total = choice.worker, choice.total
         lease = self.fleet.lease(worker, trail is None or not trail.failures)
         lease.tag, lease.facts, lease.choice = tag, facts, choice
+        if place is not None:
+            lease.session = sessions.chosen(place, choice, facts, now)
         if facts.streaming:
             lease.streams(total - choice.matched if total else -1, now + delay)
         self._leases[lease.number] = lease
@@ -227,49 +233,24 @@ class Router(Listener):
         self._freed()
         # Whether a broken stream may go on is up to the body handler, unless this worker broke off before it answered.
         final = failure is not None and trail.is_final(failure) and not (continued and outcome not in _SILENT_BREAKS)
-        plan = None
-        if (continued or outcome.retryable) and not final and trail.retries < self._retries.total:
-            plan = self._plan_retry(tag, trail, lease, facts, outcome, now)
-        if plan is None:
+        facts.session = facts.session or lease.facts.session  # not read anew for the rest of a broken stream
+        found: NextTry | None = None
+        if outcome is Outcome.REJECTED and not continued:
+            if status == 404 and facts.follows:
+                found = self._again.not_found(trail, lease.worker, facts, now)
+        elif (continued or outcome.retryable) and not final:
+            found = self._again.after(trail, lease.worker, facts, outcome, self.budget, now)
+        if found is None:
             # A worker that rejects the continuation of a stream says nothing of the request.
             self._judge.decide(tag, trail, Outcome.CUT if continued else outcome, now)
             return None
+        plan = self._plan(tag, facts, found.serving, found.candidates, now, trail, found.delay)
         self._trails[tag.number] = trail
         del self._leases[leg.lease]
+        if lease.session is not None:
+            self._who.sessions.ended(lease.session, now, False)
         self._listener.retried(Retried(tag, leg, outcome, plan.delay))
         return plan
-
-    def _plan_retry(
-        self, tag: RequestTag, trail: Trail, lease: Lease, facts: Facts, outcome: Outcome, now: float
-    ) -> Plan | None:
-        """Plan another attempt after a failed one; return None when no worker is left, or no budget."""
-        elsewhere = outcome is Outcome.BUSY or outcome is Outcome.VANISHED
-        tries, rules, pool = trail.tries, self._retries, self._pool(facts)
-        tries[lease.worker] = rules.per_worker if elsewhere or outcome in BREAKS else tries.get(lease.worker, 0) + 1
-        fresh, again = self._retry_candidates(pool, trail, elsewhere, now)
-        if not (fresh or again) or (outcome is not Outcome.REFUSED and not self.budget.take(now)):
-            return None
-        trail.retries += 1
-        delay = 0.0 if fresh else trail.pause(rules, self._rng)
-        return self._plan(tag, facts, pool, fresh or again, now, trail, delay)
-
-    def _retry_candidates(self, pool: Serving, trail: Trail, busy: bool, now: float) -> tuple[Candidates, Candidates]:
-        """Return the workers that have not failed the request, and those that have but may be tried again.
-
-        The first are those with room, or all of them when none has room: a retry is not queued. Another rank of an
-        engine that has failed comes last: it ends with that engine, and is no second opinion. A request that may itself
-        be at fault goes to a worker with a half-open breaker only if there is no other.
-        """
-        able, tries = pool.able(now), trail.tries
-        tried = able.set_of(tries)
-        mask = pool.candidates(now).mask & ~tried or able.mask & ~tried
-        siblings = able.set_of([other for worker in tries for other in self.fleet.entries(worker.spec.url)])
-        mask = mask & ~siblings or mask
-        if trail.failures:
-            mask = mask & ~able.roster.on_trial or mask
-        if mask or busy:
-            return able.those(mask), _NOBODY
-        return _NOBODY, able.those(able.set_of([w for w in tries if tries[w] < self._retries.per_worker]))
 
     # -- what became of a leg ------------------------------------------------------------------------------------------
 
@@ -287,6 +268,10 @@ class Router(Listener):
         lease = self._leases.pop(leg.lease, None)
         if lease is None:
             return
+        if lease.session is not None:
+            self._who.sessions.ended(lease.session, now, outcome is _SERVED)
+        if outcome is _SERVED and lease.facts.follows:
+            self._who.kept.keep(lease.facts.follows, lease.worker)
         if outcome is _SERVED:
             self._truth.served(lease, usage, now)
         if outcome is not _SERVED or self._trails or self.quarantine.broken:
@@ -300,6 +285,12 @@ class Router(Listener):
         if not self.queue.idle:
             self.queue.leave(tag.number, now)
             self._freed()
+
+    def holds(self, leg: PlannedLeg, response: bytes) -> None:
+        """Take note that the leg's worker keeps a response with this id."""
+        lease = self._leases.get(leg.lease)
+        if lease is not None:
+            self._who.kept.keep(bounded(response), lease.worker)
 
     def adopt(self, tag: RequestTag, leg: PlannedLeg, lease: Lease, now: float) -> None:
         """Take a leg that a decider before this one has planned: `retry`, `began` and `ended` apply to it."""
@@ -318,8 +309,10 @@ class Router(Listener):
     def expired(self, tag: RequestTag, now: float) -> RouterError:
         """Remove a request that waited too long from the queue; return the error that answers it."""
         queued = self.queue.remove(tag.number)
+        if queued is not None and queued.why == SESSION:
+            return SessionsFull(retry_after=self.queue.retry_after(now))
         if queued is not None and queued.why != PLACE:
-            error = self._unavailable(self._pool(queued.item.facts), queued.item.facts, now)
+            error = self._who.unavailable(self._who.serving(queued.item.facts), queued.item.facts, now)
             if not isinstance(error, WorkersFull):
                 return error
         return QueueTimeout(retry_after=self.queue.retry_after(now))
@@ -331,7 +324,7 @@ class Router(Listener):
     def refuse_stranded(self, error: RouterError, now: float) -> None:
         """Refuse, for a shutdown, all requests queued for a pool in which no worker can serve any more."""
         for queued in self.queue:
-            if not self._pool(queued.item.facts).able(now):
+            if not self._who.serving(queued.item.facts).able(now):
                 self.queue.remove(queued.number)
                 self.deliver(queued.number, error)
 
@@ -345,11 +338,14 @@ class Router(Listener):
             self._judge.blame(trail.release(now - HOLD), now)
         if self.quarantine.broken:
             self.quarantine.tidy(now)
+        self._who.sessions.look(now)
         if len(self.queue):
             self._let_in(now)
 
     def worker_changed(self, event: WorkerChanged) -> None:
-        """Check the queue: requests may wait for this worker, or in vain."""
+        """Check the queue: requests may wait for this worker, or in vain. Its sessions may have lost their home."""
+        if event.what in ("removed", "restarted"):
+            self._who.sessions.lost(event.worker)
         self._freed()
 
     def _freed(self) -> None:
@@ -361,7 +357,7 @@ class Router(Listener):
     def _let_in(self, now: float) -> None:
         """Start the queued requests that can begin now, first come, first served; refuse those that wait in vain."""
         self._scheduled, passed_over = False, set[Hashable]()
-        self._regroup()
+        self._regroup(now)
         while self.queue.has_place and (queued := self.queue.first(passed_over)) is not None:
             try:
                 answer = self._answer(queued.item, now)
@@ -377,10 +373,10 @@ class Router(Listener):
 
     def _answer(self, asked: _Asked, now: float) -> Plan | RouterError | str:
         """Return the answer to a queued request and remove it from the queue; or return what it still waits for."""
-        number, pool = asked.tag.number, self._pool(asked.facts)
+        number, pool = asked.tag.number, self._who.serving(asked.facts)
         try:
-            if not (candidates := pool.candidates(now)):
-                return self._awaited(pool, asked.facts, now)
+            if not (candidates := self._who.candidates(pool, asked.facts, now)):
+                return self._who.awaited(pool, asked.facts, now)
         except RouterError as error:
             self.queue.remove(number)
             return error
@@ -392,9 +388,10 @@ class Router(Listener):
         for queued in self.queue.line_waits_for(line, why):
             self.deliver(queued.number, Wait(queued.until, why))
 
-    def _regroup(self) -> None:
+    def _regroup(self, now: float) -> None:
         """Move each queued request to the line of its pool, if pools were added or removed."""
         version = self.fleet.pools.version
         if self._pools_seen != version:
             self._pools_seen = version
-            self.queue.regroup(lambda asked: self._pool(asked.facts))
+            who = self._who
+            self.queue.regroup(lambda asked: who.line(who.serving(asked.facts), asked.facts, now))

@@ -87,6 +87,7 @@ class QueueRules(msgspec.Struct, frozen=True):
     queue_timeout   seconds that a request may wait for a place or for room at a worker
     start_timeout   seconds that a request may wait for a worker to start
     most_starting   requests that may wait for a worker to start
+    session_timeout seconds that a request may wait to begin a session
     """
 
     max_concurrent: int | None = None
@@ -96,6 +97,7 @@ class QueueRules(msgspec.Struct, frozen=True):
     queue_timeout: float = 60.0
     start_timeout: float = 10.0
     most_starting: int = 4096
+    session_timeout: float = 600.0
 
 
 class FleetRules(msgspec.Struct, frozen=True):

@@ -47,6 +47,7 @@ class Worker:
     load       leases open now
     waiting    streams sent there that have no byte of an answer yet
     life       rises when another process with an empty cache is found in its place
+    caches     rises when its cache was emptied: by that, or by a flush
     ejected    why it is ejected as an outlier; "" if it is not
     outliers   the outlier detection of its pool; None: there is none
     processed  requests it answered (outcome SERVED or REJECTED)
@@ -62,6 +63,7 @@ class Worker:
         "announced",
         "belief",
         "bit",
+        "caches",
         "circuit",
         "decisions",
         "dp_rank",
@@ -130,6 +132,7 @@ class Worker:
         self.hopeless = False
         self.gone_silent = False  # it refused a connection: whatever listens there next is another process
         self.life = 0
+        self.caches = 0
         self.since = now
         self.warm_at = 0.0
         self.ejected = ""

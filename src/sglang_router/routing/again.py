@@ -1,0 +1,99 @@
+"""Where a request goes that a worker has failed, and after which pause.
+
+    a failure       a worker that has not failed the request; else one that has, after a pause that grows
+    a 404 for a stored response that nobody knows: the next worker, until all were asked (`routing.kept_responses`)
+
+A request about a stored response goes nowhere else than to the worker that keeps it, if that is known.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Final, NamedTuple
+
+from sglang_router.routing.assignment import Assignment
+from sglang_router.routing.candidates import Candidates, candidates_of
+from sglang_router.routing.facts import Facts
+from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.models import Serving
+from sglang_router.routing.outcome import BREAKS, Outcome
+from sglang_router.routing.retry_budget import RetryBudget
+from sglang_router.routing.rules import RetryRules
+from sglang_router.routing.trail import Trail
+from sglang_router.routing.worker import Worker
+
+_NOBODY: Final = candidates_of(())
+
+
+class NextTry(NamedTuple):
+    """One of these candidates gets the request, after `delay` seconds."""
+
+    serving: Serving
+    candidates: Candidates
+    delay: float = 0.0
+
+
+class Again:
+    """See the module.
+
+    rules  how often a request is retried, and after which pauses
+    rng    for the jitter of pauses
+    """
+
+    __slots__ = ("_assignment", "_fleet", "_rng", "_rules")
+
+    def __init__(self, fleet: Fleet, assignment: Assignment, rules: RetryRules, rng: random.Random) -> None:
+        self._fleet = fleet
+        self._assignment = assignment
+        self._rules = rules
+        self._rng = rng
+
+    def after(
+        self, trail: Trail, worker: Worker, facts: Facts, outcome: Outcome, budget: RetryBudget, now: float
+    ) -> NextTry | None:
+        """Return where a request goes that a worker has failed; None when no worker is left, or no budget."""
+        rules, tries, assignment = self._rules, trail.tries, self._assignment
+        if trail.retries >= rules.total:
+            return None
+        elsewhere = outcome is Outcome.BUSY or outcome is Outcome.VANISHED
+        once = elsewhere or outcome in BREAKS
+        tries[worker] = rules.per_worker if once else tries.get(worker, 0) + 1
+        serving = assignment.serving(facts)
+        if facts.endpoint.about and assignment.kept.holder(facts.follows) is worker:
+            fresh, again = _NOBODY, candidates_of([worker] if tries[worker] < rules.per_worker else [])
+        else:
+            fresh, again = self._candidates(serving, trail, 0 if elsewhere else rules.per_worker, now)
+        if not (fresh or again) or (outcome is not Outcome.REFUSED and not budget.take(now)):
+            return None
+        trail.retries += 1
+        if fresh:
+            return NextTry(serving, fresh)
+        return NextTry(serving, again, trail.pause(rules, self._rng))
+
+    def not_found(self, trail: Trail, worker: Worker, facts: Facts, now: float) -> NextTry | None:
+        """Return who is asked next for a stored response that a worker does not have; None when all were asked."""
+        trail.tries[worker] = self._rules.per_worker
+        found = self._assignment.next_to_ask(facts, trail.tries, now)
+        if found is None:
+            return None
+        trail.retries += 1
+        return NextTry(*found)
+
+    def _candidates(self, serving: Serving, trail: Trail, most: int, now: float) -> tuple[Candidates, Candidates]:
+        """Return the workers that have not failed the request, and those that have but may be tried again.
+
+        most  attempts at one worker
+
+        The first are those with room, or all of them when none has room: a retry is not queued. Another rank of an
+        engine that has failed comes last: it ends with that engine, and is no second opinion. A request that may itself
+        be at fault goes to a worker with a half-open breaker only if there is no other.
+        """
+        able, tries = serving.able(now), trail.tries
+        tried = able.set_of(tries)
+        mask = serving.candidates(now).mask & ~tried or able.mask & ~tried
+        siblings = able.set_of([other for worker in tries for other in self._fleet.entries(worker.spec.url)])
+        mask = mask & ~siblings or mask
+        if trail.failures:
+            mask = mask & ~able.roster.on_trial or mask
+        again = 0 if mask else able.set_of([worker for worker in tries if tries[worker] < most])
+        return able.those(mask), able.those(again)

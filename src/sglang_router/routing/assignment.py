@@ -1,0 +1,103 @@
+"""Which workers may serve a request, and what it can wait for while none of them can.
+
+    serving(facts)                    the pool of its model, or that of the worker that keeps what it asks for
+    candidates(serving, facts, now)   those of it that may take the request now
+    line(serving, facts, now)         in which line it waits: sessions that begin have one of their own
+    awaited(serving, facts, now)      what it can wait for while there are none: ROOM, START or SESSION; else an error
+    next_to_ask(facts, asked, now)    of a stored response that nobody knows: the workers that were not asked yet
+
+A request about a stored response goes to the worker that keeps it whatever its state: no other one has it. A request
+that continues one goes there as long as the worker takes requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Hashable
+from typing import Final
+
+from sglang_router.errors import RouterError, WorkersFull, WorkersStarting
+from sglang_router.routing.candidates import Candidates, candidates_of
+from sglang_router.routing.facts import Facts
+from sglang_router.routing.kept_responses import KeptResponses
+from sglang_router.routing.models import Serving
+from sglang_router.routing.pools import Pools
+from sglang_router.routing.queue import ROOM, SESSION, START
+from sglang_router.routing.sessions import Sessions
+from sglang_router.routing.worker import Worker
+
+HOLDER: Final = "holder"
+"""Branch of a request that goes to the worker that keeps what it follows."""
+
+
+class Assignment:
+    """See the module.
+
+    kept      who keeps stored responses and conversations
+    sessions  where the sessions of requests are at home
+    """
+
+    __slots__ = ("_pools", "kept", "sessions")
+
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+        self.kept = KeptResponses()
+        self.sessions = Sessions()
+
+    def __repr__(self) -> str:
+        return f"<Assignment of {self._pools!r}, {self.kept!r}>"
+
+    def serving(self, facts: Facts) -> Serving:
+        """Return who serves a request; something without workers, if nobody does."""
+        if not facts.endpoint.about:
+            return self._pools.only or self._pools.find(facts.model)
+        holder = self.kept.holder(facts.follows)
+        if holder is not None:
+            return self._pools.of(holder)
+        with_workers = [pool for pool in self._pools if pool.well()]  # whatever its model, any of them may keep it
+        return with_workers[0] if with_workers else next(iter(self._pools))
+
+    def candidates(self, serving: Serving, facts: Facts, now: float) -> Candidates:
+        """Return the workers that may take a request now."""
+        found = serving.candidates(now)
+        if facts.follows and (holder := self.kept.holder(facts.follows)) is not None:
+            if facts.endpoint.about:
+                return candidates_of([holder])
+            if holder in found:
+                return found.those(1 << holder.seat)
+        return self.sessions.fitting(facts, found, now)
+
+    def line(self, serving: Serving, facts: Facts, now: float) -> Hashable:
+        """Return the line in which a request waits. A session that is live does not wait behind those that begin."""
+        sessions = self.sessions
+        if not sessions.waits or not facts.session or not sessions.starts(facts, now):
+            return serving
+        return (serving, SESSION)
+
+    def next_to_ask(self, facts: Facts, asked: Container[Worker], now: float) -> tuple[Serving, Candidates] | None:
+        """Return the workers to ask next for a response, after those that do not have it; None: there are none."""
+        if self.kept.holder(facts.follows) is not None:
+            return None
+        for pool in self._pools if facts.endpoint.about else [self.serving(facts)]:
+            able = pool.able(now)
+            left = able.those(able.set_of([worker for worker in able if worker not in asked]))
+            if left:
+                return pool, left
+        return None
+
+    def unavailable(self, serving: Serving, facts: Facts, now: float) -> RouterError:
+        """Return the error that says why a request has no candidates."""
+        return self._pools.refusal(serving, facts.model) or serving.unavailable(now)
+
+    def awaited(self, serving: Serving, facts: Facts, now: float) -> str:
+        """Return what a request without candidates can wait for: ROOM, START or SESSION.
+
+        Raises: RouterError, when waiting does not help.
+        """
+        if serving.candidates(now):
+            return SESSION
+        error = self.unavailable(serving, facts, now)
+        if isinstance(error, WorkersFull):
+            return ROOM
+        if isinstance(error, WorkersStarting):
+            return START
+        raise error
