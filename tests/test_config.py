@@ -444,7 +444,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
             "--retry-max-backoff-ms 1",
             "--retry-max-backoff-ms must not be less than --retry-initial-backoff-ms",
         ),
-        ("--policy bucket", "--policy: 'bucket' is not one of cache_aware, round_robin, random"),
+        ("--policy bucket", "--policy: 'bucket' is not one of cache_aware, cost, round_robin, random"),
         ("--policy cache-awar", "did you mean cache_aware?"),
     ],
 )

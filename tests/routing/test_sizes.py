@@ -55,7 +55,7 @@ def expire(tree: Tree, slot: int) -> None:
 
 
 def trim(tree: Tree, slot: int) -> None:
-    tree.max_size = 60
+    tree.bound(slot, 60)
     assert tree.trim(1) == 1
 
 

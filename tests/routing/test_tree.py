@@ -59,6 +59,46 @@ def test_a_match_ends_inside_an_edge_and_tells_who_holds_how_much() -> None:
     assert shorter.best(-1) == (3, 0b011)
 
 
+def test_a_match_tells_all_owners_the_longest_first() -> None:
+    tree = Tree(BIG)
+    one, two, three, four = (tree.add_slot() for _ in range(4))
+    for slot, text in ((one, b"abcdef"), (two, b"abcd"), (three, b"abcdef"), (four, b"xyz")):
+        put(tree, slot, text)
+    match = tree.match(b"m", b"abcdefgh")
+    assert match.owners(-1, 9) == [(6, 1 << one | 1 << three), (4, 1 << two)]
+    assert match.owners(1 << two | 1 << four, 9) == [(4, 1 << two)]
+    assert match.owners(-1, 1) == [(6, 1 << one | 1 << three)]
+    put(tree, four, b"abc")
+    with pytest.raises(RuntimeError):
+        match.owners(-1, 9)
+
+
+def test_a_slot_may_have_a_smaller_bound_than_the_tree() -> None:
+    tree = Tree(100)
+    small, large = tree.add_slot(), tree.add_slot()
+    tree.bound(small, 20)
+    tree.bound(large, 1000)  # not above that of the tree
+    for number in range(12):
+        for slot in (small, large):
+            put(tree, slot, b"%d" % number * 10, float(number))
+    assert tree.size(small) <= 20 < 60 < tree.size(large) <= 100
+    tree.bound(large, 30)
+    while tree.trim(1):
+        pass
+    assert tree.size(large) <= 30
+    tree.bound(small, 5)
+    put(tree, small, b"the text that was used last stays", 20.0)
+    assert tree.size(small) == 33
+
+
+def test_a_new_life_of_a_slot_has_the_bound_of_the_tree() -> None:
+    tree = Tree(100)
+    slot = tree.add_slot()
+    tree.bound(slot, 20)
+    tree.retire(slot)
+    assert tree.books(tree.add_slot()).max_size == 100
+
+
 def test_matching_changes_nothing() -> None:
     tree = Tree(8)
     slot = tree.add_slot()

@@ -122,6 +122,15 @@ def test_what_each_engine_says(reader: str, answer: Any, rank: int | None, said:
 ODD = [-1, 1.5, math.nan, math.inf, -math.inf, 1e300, 1 << 70, True, "7", None, [], {}]
 
 
+def test_the_counters_of_prefill_are_those_of_all_ranks() -> None:
+    counters = {"total_prefill_uncached_tokens": 800, "total_prefill_busy_us": 100_000}
+    answer = {"loads": [{**rank_row(rank, 1, 0, 1, 1), **counters} for rank in (0, 1)]}
+    for rank, ranks in ((None, 2), (1, 1)):
+        found = engine_answers.loads(answer, rank)
+        assert (found["prefilled_tokens"], found["prefill_busy_us"]) == (800 * ranks, 100_000 * ranks)
+    assert "prefilled_tokens" not in engine_answers.loads(SGLANG_LOADS, None)
+
+
 @pytest.mark.parametrize("odd", ODD, ids=repr)
 def test_a_number_that_is_none_says_nothing(odd: Any) -> None:
     rows = [{**rank_row(0, 1, 1, 1, 1), "num_running_reqs": odd, "num_total_tokens": odd}]

@@ -30,6 +30,7 @@ from sglang_router.routing.rules import (
 )
 from sglang_router.routing.session_hints import FIELDS, HEADERS, SessionHints
 from sglang_router.routing.sessions import Sessions
+from sglang_router.routing.worker import Worker
 from sglang_router.wire.headers import ForwardRules
 from sglang_router.wire.limits import Limits
 from sglang_router.workers.sources import ConfiguredWorkers, WorkerDefaults, configured_specs
@@ -54,6 +55,7 @@ def policy_settings(args: RouterArgs) -> PolicySettings:
         assignment_mode=args.assignment_mode,
         prefix_hash_bytes=args.prefix_hash_bytes,
         hash_load_factor=args.hash_load_factor,
+        cost_load_cap=args.cost_load_cap,
     )
 
 
@@ -74,9 +76,15 @@ def sessions(args: RouterArgs) -> Sessions:
     """Make what sends the requests of a session to the same worker; it does nothing unless the options ask for it."""
     return Sessions(
         args.session_affinity or args.session_admission,
+        backlog=_until_read,
         waits=args.session_admission,
         capacity=args.session_capacity_tokens,
     )
+
+
+def _until_read(worker: Worker, size: int, now: float) -> float:
+    """Return how long a worker takes until it has read a prompt, where its policy measures that."""
+    return worker.work.until_read(size, now)
 
 
 def breaker_rules(args: RouterArgs) -> BreakerRules:

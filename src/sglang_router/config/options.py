@@ -20,6 +20,7 @@ from sglang_router.config.option import alias, option
 # The keys of `routing.policies.POLICIES`, which this module must not import. A test holds the two equal.
 POLICY_NAMES = (
     "cache_aware",
+    "cost",
     "round_robin",
     "random",
     "power_of_two",
@@ -160,8 +161,8 @@ class HTTPOptions:
     )
     state_file: str | None = option(
         None,
-        "File that keeps the workers, their drain marks and, with cache_aware, the prefixes across a restart. Only its"
-        " owner can read it, because it holds API keys of workers and parts of prompts.",
+        "File that keeps the workers, their drain marks and, with cache_aware and cost, the prefixes across a restart."
+        " Only its owner can read it, because it holds API keys of workers and parts of prompts.",
         LISTENING,
         metavar="FILE",
     )
@@ -271,22 +272,23 @@ class HTTPOptions:
     )
     eviction_interval_secs: float = option(
         60,
-        "cache_aware, manual: pause between removals of entries that were unused for --max-idle-secs.",
+        "cache_aware, cost, manual: pause between removals of entries that were unused for --max-idle-secs.",
         POLICY,
         unit="s",
         check=above(0),
     )
     max_tree_size: int = option(
         16_777_216,
-        "cache_aware: most bytes of prompts remembered for each worker; the least recently used are evicted first, and"
-        " one prompt takes at most an eighth. With many short prompts the process needs up to 7 times as much memory.",
+        "cache_aware, cost: most bytes of prompts remembered for each worker; the least recently used are evicted"
+        " first, and one prompt takes at most an eighth. With many short prompts the process needs up to 7 times as"
+        " much memory.",
         POLICY,
         unit="bytes",
         check=at_least(1),
     )
     max_idle_secs: float = option(
         14400,
-        "manual, cache_aware: forget a routing key or a prefix that was unused for this long.",
+        "manual, cache_aware, cost: forget a routing key or a prefix that was unused for this long.",
         POLICY,
         unit="s",
         check=above(0),
@@ -310,6 +312,12 @@ class HTTPOptions:
         "prefix_hash: skip a worker whose load is above this multiple of the mean load.",
         POLICY,
         check=at_least(1),
+    )
+    cost_load_cap: float = option(
+        0,
+        "cost: skip a worker that has more than this multiple of the mean number of requests in flight. 0: no cap",
+        POLICY,
+        check=at_least(0),
     )
 
     # -- sessions

@@ -478,8 +478,8 @@ milliseconds. The metrics port takes at most 32 connections at a time and closes
 - `error_code` is the code of the router's own errors, and empty for a worker's answer.
 - A request is counted when it ends, a decision when it is made: each leg of a retried request has its own.
 - Histograms have the bounds of `--prometheus-duration-buckets`, in seconds. A stream lasts to its last byte.
-- Prefix metrics say what the router remembers (policy `cache_aware`). The engines' own metrics say what their caches
-  really hold. The matched share:
+- Prefix metrics say what the router remembers (policies `cache_aware` and `cost`). The engines' own metrics say what
+  their caches really hold. The matched share:
   `rate(sgl_router_prefix_matched_bytes_total[5m]) / rate(sgl_router_prefix_bytes_total[5m])`.
 - The hit rate of the engines' caches, as they tell it in their answers:
   `rate(sgl_router_cached_tokens_total[5m]) / rate(sgl_router_prompt_tokens_total[5m])`. What an engine does not tell is

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sglang_router.replay.engine import Gaps, SimulatedEngine
+from sglang_router.replay.load import UNIT
 from sglang_router.replay.result import EngineRun
 from sglang_router.replay.setup import FleetChange, Setup
 from sglang_router.replay.timeline import Timeline
@@ -81,6 +82,7 @@ class SimulatedWorkers:
         self._listen(name)
         worker = self._fleet.add(WorkerSpec(url=name, health=self._setup.health), self._timeline.now)
         self._fleet.probed(worker, None, self._timeline.now)
+        worker.work.bytes_per_token = UNIT / self._setup.page  # texts have one unit for each page
         if self._survey_every:
             self._report(worker)
             self._timeline.background(self._timeline.now + worker.phase * self._survey_every, self._survey, worker)

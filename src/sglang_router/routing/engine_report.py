@@ -22,6 +22,8 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     queued           requests queued inside it
     used_tokens      tokens its KV cache holds for running requests
     load_tokens      tokens held and queued, the engine's own measure of its load
+    prefilled_tokens tokens of prompts that it has computed, counted since its start
+    prefill_busy_us  microseconds that it was busy with that, counted as well
     """
 
     model: str | None = None
@@ -33,6 +35,8 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     queued: int | None = None
     used_tokens: int | None = None
     load_tokens: int | None = None
+    prefilled_tokens: int | None = None
+    prefill_busy_us: int | None = None
 
     def known(self) -> dict[str, int | str]:
         """Return what the engine told, by name."""
@@ -40,7 +44,15 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
 
     def without_load(self) -> EngineReport:
         """Return the same without what changes from moment to moment."""
-        return msgspec.structs.replace(self, running=None, queued=None, used_tokens=None, load_tokens=None)
+        return msgspec.structs.replace(
+            self,
+            running=None,
+            queued=None,
+            used_tokens=None,
+            load_tokens=None,
+            prefilled_tokens=None,
+            prefill_busy_us=None,
+        )
 
     def updated(self, fields: dict[str, Any]) -> EngineReport:
         """Return the same with some fields replaced."""

@@ -132,6 +132,8 @@ class Fleet:
         if report == worker.report:
             return
         worker.report = report
+        if report.prefilled_tokens is not None and report.prefill_busy_us is not None:
+            worker.work.told(report.prefilled_tokens, report.prefill_busy_us)
         if not worker.removed:
             self.pools.place(worker)
 
@@ -348,6 +350,7 @@ class Fleet:
         """Treat a worker as restarted: after refused connections, another process with an empty cache listens there."""
         worker.gone_silent = False
         worker.life += 1
+        worker.work = worker.work.renewed()
         self._restored.discard(worker)
         self._warm_up(worker, now)
         self.emptied(worker)

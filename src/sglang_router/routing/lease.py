@@ -1,7 +1,8 @@
 """A lease: one unit of load on one worker. Taking it is the load change; it is closed exactly once.
 
 lease = fleet.lease(worker)            load + 1
-lease.streams(uncached, now)           a stream is sent: from now on its first byte is awaited
+lease.sent(uncached, streams, now)     a request is sent: its prompt is work in front of others, see `routing.work`
+lease.streams(uncached, now)           it is a stream: from now on its first byte is awaited
 lease.began(now)                       the first byte of the answer arrived
 lease.close(outcome, now)              load - 1; breaker and outlier detection hear how the leg ended
 lease.close(outcome, now, held=True)   load - 1; they hear later, by `Fleet.hear`, what is made of it
@@ -10,6 +11,7 @@ lease.close(outcome, now, held=True)   load - 1; they hear later, by `Fleet.hear
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
@@ -17,7 +19,10 @@ from sglang_router.routing.outliers import bucket_of
 from sglang_router.routing.plan import RequestTag
 from sglang_router.routing.policies.base import Choice
 from sglang_router.routing.session_table import Session
+from sglang_router.routing.work import Work
 from sglang_router.routing.worker import Worker
+
+_SERVED: Final = Outcome.SERVED
 
 
 class Lease:
@@ -31,6 +36,10 @@ class Lease:
     silent      the worker refused connections when the lease was taken: an answer means that it is back
     life        which process of the worker has it, see `Worker.life`
     alone       no other prompt waited to be read by the worker when the lease was taken
+    work        the work that it is part of; None: it was not sent
+    uncached    bytes of its prompt that the worker must read
+    due         when its prompt is believed to be read, by the clock of `work`
+    beside      requests in flight there when it was sent; of a stream, when it began
 
     The router's own notes on the leg:
 
@@ -44,9 +53,11 @@ class Lease:
         "_close",
         "_unread",
         "alone",
+        "beside",
         "bucket",
         "choice",
         "closed",
+        "due",
         "facts",
         "first_byte",
         "life",
@@ -55,6 +66,8 @@ class Lease:
         "session",
         "silent",
         "tag",
+        "uncached",
+        "work",
         "worker",
     )
 
@@ -74,10 +87,24 @@ class Lease:
         worker.unread += 1
         self._unread = True
         self.session: Session | None = None
+        self.work: Work | None = None
+        self.uncached = self.beside = 0
+        self.due = 0.0
         self._close = close
 
     def __repr__(self) -> str:
         return f"<Lease {self.number} on {self.worker.url}{', closed' * self.closed}>"
+
+    def sent(self, uncached: int, streams: bool, now: float) -> None:
+        """Note that a request is sent. uncached: as for `streams`."""
+        work = self.worker.work
+        if work.active:
+            self.work = work
+            self.beside = self.worker.load
+            self.uncached = read = uncached if uncached > 0 else 0
+            self.due = work.sent(self, read, streams, now)
+        if streams:
+            self.streams(uncached, now)
 
     def streams(self, uncached: int, now: float) -> None:
         """Note that a stream is sent. uncached: bytes of prompt that the worker must read first; negative: unknown."""
@@ -95,6 +122,9 @@ class Lease:
                 self._unread = False
                 worker.unread -= 1
             self.first_byte = max(now - self.sent_at, 0.0)  # a timer may fire a little early, before a planned sending
+            if self.work is not None:
+                self.beside = self.worker.load
+                self.work.began(self, self.due, self.uncached, now)
 
     def close(self, outcome: Outcome, now: float, held: bool = False) -> None:
         """End the lease with the outcome of its leg. A second call does nothing.
@@ -109,4 +139,12 @@ class Lease:
             if self.sent_at >= 0.0 and self.first_byte < 0.0:
                 self.worker.waiting -= 1
                 self.bucket = 0  # no first byte: there is no time to compare
+            if self.work is not None:
+                self._end_work(self.work, outcome is _SERVED, now)
             self._close(self, outcome, now, held)
+
+    def _end_work(self, work: Work, served: bool, now: float) -> None:
+        if self.first_byte < 0.0:
+            work.ended(self, self.due, self.uncached, now, self.beside if served else 0)
+        elif served:
+            work.answered(now - self.sent_at - self.first_byte, self.beside)

@@ -129,3 +129,4 @@ class PolicySettings(msgspec.Struct, frozen=True):
     assignment_mode: str = "random"
     prefix_hash_bytes: int = 1024
     hash_load_factor: float = 1.25
+    cost_load_cap: float = 0.0

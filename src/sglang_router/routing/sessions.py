@@ -144,6 +144,8 @@ class Sessions:
         """Return how burdened the home is, in units of what makes it overloaded."""
         if self._backlog is not None:
             here = self._backlog(home, 0, now)
+            if 0.0 <= here <= _SPARE_TIME:
+                return 0.0  # usual: no need to look at the others
             if here >= 0.0:
                 size = len(facts.text)
                 there = min([self._backlog(worker, size, now) for worker in others])

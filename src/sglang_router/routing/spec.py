@@ -9,7 +9,9 @@ from sglang_router.routing.source import Source
 
 
 class WorkerSpec(msgspec.Struct, kw_only=True):
-    """What is known of a worker before its engine is asked. No policy reads `priority` and `cost` yet.
+    """What is known of a worker before its engine is asked.
+
+    The policy `cost` reads `priority` and `cost`: half the cost, or twice the priority, makes it worth twice the wait.
 
     url       base URL of the engine
     dp_rank   which of the engine's data-parallel ranks this is; None for an engine as a whole

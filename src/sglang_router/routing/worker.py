@@ -20,9 +20,11 @@ from sglang_router.routing.roster import Roster
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.states import Breaker, Health
 from sglang_router.routing.tokens import Tokens
+from sglang_router.routing.work import Work
 
 _SPREAD: Final = 0.6180339887
 """Golden ratio: its multiples, less their whole parts, are far from each other however many there are."""
+_USUAL_PRIORITY: Final = 50
 _NOWHERE: Final = Roster()
 """Of workers without a pool; it stays empty."""
 
@@ -46,6 +48,8 @@ class Worker:
     names      the names by which it serves: what an operator calls it, and those
     load       leases open now
     waiting    streams sent there that have no byte of an answer yet
+    weight     what its seconds count, by its `priority` and `cost`; 1 for an average one
+    work       what is in front of a new request, and how quick the worker is
     life       rises when another process with an empty cache is found in its place
     caches     rises when its cache was emptied: by that, or by a flush
     ejected    why it is ejected as an outlier; "" if it is not
@@ -99,6 +103,8 @@ class Worker:
         "url",
         "waiting",
         "warm_at",
+        "weight",
+        "work",
     )
 
     def __init__(self, spec: WorkerSpec, worker_id: str, order: int, now: float) -> None:
@@ -120,6 +126,7 @@ class Worker:
         self.roster = _NOWHERE
         self.waiting = 0
         self.unread = 0
+        self.work = Work()
         self.processed = 0
         self.decisions = Decisions()
         self.tokens = Tokens()
@@ -155,6 +162,7 @@ class Worker:
         key = spec.api_key.encode() if spec.api_key else None
         self.spec = spec
         self.key = key
+        self.weight = spec.cost * _USUAL_PRIORITY / spec.priority if spec.priority > 0 and spec.cost > 0.0 else 1.0
         self.announce(self.announced)
         self.target = Target(spec.url, self.dp_rank, key, self.url, self.id, spec.worker_type)
 

@@ -109,6 +109,8 @@ def loads(answer: Any, rank: int | None) -> ReportFields:
         used_tokens=used,
         load_tokens=used if held is None else held,
         capacity_tokens=_total(rows, "max_total_num_tokens") or None,  # 0 before the first forward pass
+        prefilled_tokens=_total(rows, "total_prefill_uncached_tokens"),
+        prefill_busy_us=_total(rows, "total_prefill_busy_us"),
     )
 
 

@@ -6,11 +6,12 @@ from typing import Final
 
 from sglang_router.routing.policies.base import Policy
 from sglang_router.routing.policies.cache_aware import CacheAware
+from sglang_router.routing.policies.cost import Cost
 from sglang_router.routing.policies.hashing import ConsistentHashing, PrefixHash
 from sglang_router.routing.policies.manual import Manual
 from sglang_router.routing.policies.simple import LeastLoad, PowerOfTwo, Random, RoundRobin
 
 POLICIES: Final[dict[str, type[Policy]]] = {
     policy.name: policy
-    for policy in (CacheAware, RoundRobin, Random, PowerOfTwo, LeastLoad, ConsistentHashing, Manual, PrefixHash)
+    for policy in (CacheAware, Cost, RoundRobin, Random, PowerOfTwo, LeastLoad, ConsistentHashing, Manual, PrefixHash)
 }

@@ -169,7 +169,7 @@ class Shadowed(Policy):
         """Let both know that a worker joined the pool."""
         self._obeyed.added(worker)
         twin = Worker(worker.spec, worker.id, worker.order, worker.since)
-        twin.circuit = worker.circuit
+        twin.circuit, twin.work = worker.circuit, worker.work
         self._twins[worker] = twin
         self._quietly(lambda: self._shadow.added(twin))
         self._number()
@@ -210,6 +210,7 @@ class Shadowed(Policy):
         twin.waiting = worker.waiting
         twin.report = worker.report
         twin.life = worker.life
+        twin.work = worker.work
         return twin
 
     def _number(self) -> None:

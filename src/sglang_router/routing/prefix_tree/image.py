@@ -269,7 +269,7 @@ class Builder:
         tree.version += 1
         for slot in self._used:
             books = tree.books(slot)
-            while books.size > tree.max_size or books.entries > tree.max_entries:
+            while books.size > books.max_size or books.entries > tree.max_entries:
                 tree._evict_oldest(books)
             tree._resized.add(slot)
 

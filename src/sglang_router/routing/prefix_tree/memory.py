@@ -37,6 +37,10 @@ class TreeMemory:
         worker.slot = self.tree.add_slot()
         return worker.slot
 
+    def bound(self, worker: Worker, max_size: int) -> None:
+        """Remember at most so many bytes of a worker, whose cache is known to hold less than usual."""
+        self.tree.bound(worker.slot, max_size)
+
     def remove(self, worker: Worker) -> int:
         """Forget all that a worker holds; return the slot that it had."""
         slot, worker.slot = worker.slot, -1

@@ -13,12 +13,16 @@ from sglang_router.routing.prefix_tree.node import Node, Use
 
 
 class Slot:
-    """What one slot holds. `ring` is a sentinel: `ring.newer` is the oldest use, `ring.older` the newest."""
+    """What one slot holds. `ring` is a sentinel: `ring.newer` is the oldest use, `ring.older` the newest.
 
-    __slots__ = ("bit", "entries", "evicted_bytes", "evictions", "number", "ring", "size")
+    max_size  bytes above which it evicts
+    """
 
-    def __init__(self, number: int) -> None:
+    __slots__ = ("bit", "entries", "evicted_bytes", "evictions", "max_size", "number", "ring", "size")
+
+    def __init__(self, number: int, max_size: int) -> None:
         self.number = number
+        self.max_size = max_size
         self.bit = 1 << number
         self.ring = Use(Node(b"", 0, None), number, math.inf)
         self.ring.older = self.ring.newer = self.ring

@@ -26,7 +26,8 @@ What always holds, and tests/routing/test_tree_model.py checks after each step:
    one of its texts ended. A node was last used at the latest use in its subtree. So the oldest use of a ring
    is either at the least recently used leaf, or at an inner node below which something was used later.
 4. `size(slot)`, the sum of the edges it owns, is at most `max_size + max_text`, and its uses are at most
-   `max_entries`. What exceeds `max_size` is evicted by the next insertions, or by `trim`.
+   `max_entries`. What exceeds `max_size`, or the smaller bound of a slot, is evicted by the next insertions, or by
+   `trim`.
 
 *Insertion* continues where a match ended: split the last edge, become an owner of the nodes above, append the rest
 below, put the use at the new end of the ring, evict from the old end. *Eviction* of a leaf hands its use on to the
@@ -101,6 +102,26 @@ class Match:
             node = parent
         return 0, 0
 
+    def owners(self, mask: int, most: int) -> list[tuple[int, int]]:
+        """Return the live slots of a mask that hold a prefix of the text, as (length in bytes, slots), the longest
+        first; the work ends once at least `most` slots are found."""
+        tree, node, start, end = self.tree, self.node, self.start, self.end
+        if tree.version != self.version:
+            raise RuntimeError("the tree has changed since this match was made: match again")
+        mask &= tree.alive
+        found: list[tuple[int, int]] = []
+        while mask and node is not None and (parent := node.parent) is not None:
+            if owners := node.owners & mask:
+                found.append((end, owners))
+                most -= owners.bit_count()
+                if most <= 0:
+                    break
+                mask ^= owners
+            end = start
+            start -= len(parent.edge)
+            node = parent
+        return found
+
     def length(self, slot: int) -> int:
         """Return how many bytes of the text the slot holds."""
         return self.best(1 << slot)[0]
@@ -161,8 +182,9 @@ class Tree:
         if self._free:
             slot = self._slots[heapq.heappop(self._free)]
             slot.evictions = slot.evicted_bytes = 0
+            slot.max_size = self.max_size
         else:
-            slot = Slot(len(self._slots))
+            slot = Slot(len(self._slots), self.max_size)
             self._slots.append(slot)
         self.alive |= slot.bit
         self._resized.add(slot.number)
@@ -180,6 +202,13 @@ class Tree:
             self._retired.append(books)
         else:
             heapq.heappush(self._free, slot)
+
+    def bound(self, slot: int, max_size: int) -> None:
+        """Set the bytes above which a live slot evicts, at most `max_size` of the tree.
+
+        What is too much goes with the next insertions, or by `trim`. The text that was used last stays, however long.
+        """
+        self.books(slot).max_size = max(1, min(max_size, self.max_size))
 
     def size(self, slot: int) -> int:
         """Return the bytes of text that a live slot holds."""
@@ -287,7 +316,7 @@ class Tree:
         books.touch(leaf, now)
         self._resized.add(slot)
         grown = books.size - before
-        if books.size > self.max_size or books.entries > self.max_entries:
+        if books.size > books.max_size or books.entries > self.max_entries:
             grown -= self._make_room(books, grown)
         # Merge last: what is given back must not take along what the slot held before.
         if known.children is not None and len(known.children) == 1:
@@ -412,7 +441,7 @@ class Tree:
         """Evict what exceeds `max_size` since long texts came, at most `budget` entries; return how many."""
         done = 0
         for slot in self._living():
-            while done < budget and slot.size > self.max_size:
+            while done < budget and slot.size > slot.max_size and slot.entries > 1:
                 self._evict_oldest(slot)
                 self._resized.add(slot.number)
                 done += 1
@@ -422,8 +451,10 @@ class Tree:
     def _make_room(self, slot: Slot, grown: int) -> int:
         """Evict until the slot or the work is at its bound; return the bytes of the new text given back."""
         for _ in range(self.evictions_per_insert):
+            if slot.entries == 1:
+                return 0
             self._evict_oldest(slot)
-            if slot.size <= self.max_size and slot.entries <= self.max_entries:
+            if slot.size <= slot.max_size and slot.entries <= self.max_entries:
                 return 0
         if slot.size <= self.max_size + self.max_text and slot.entries <= self.max_entries:
             return 0

@@ -1,0 +1,285 @@
+"""What is in front of a worker: the virtual clock, the pace that is measured, and the hooks of leases and reports.
+
+Figures are chosen so that each expectation is arithmetic: 1,000 bytes take 1 s unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleets import Bench, facts
+from sglang_router.routing.engine_report import EngineReport
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.pace import AnswerPace, Pace, Paces
+from sglang_router.routing.work import Work
+
+
+def common(per_item: float = 0.0, per_unit: float = 0.001) -> Paces:
+    """The pace of a pool: so many seconds a request, and a byte."""
+    paces = Paces()
+    paces.prompts.per_item, paces.prompts.per_unit = per_item, per_unit
+    return paces
+
+
+def work(per_item: float = 0.0, per_unit: float = 0.001) -> Work:
+    return Work(common(per_item, per_unit))
+
+
+# -- the clock ---------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_stand_one_behind_the_other() -> None:
+    each = work()
+    each.sent("a", 1000, True, 10.0)
+    each.sent("b", 2000, True, 10.5)
+    assert each.backlog(10.5) == pytest.approx(2.5)
+    assert each.backlog(10.9) == pytest.approx(2.1)
+
+
+def test_nothing_is_in_front_of_an_idle_worker() -> None:
+    assert work().backlog(5.0) == 0.0
+
+
+def test_the_last_first_byte_makes_the_clock_right_whatever_was_believed() -> None:
+    each = work()
+    dues = {key: each.sent(key, 1000, True, 0.0) for key in "abc"}
+    for key, now in (("a", 3.0), ("b", 5.0), ("c", 5.0)):
+        each.began(key, dues[key], 1000, now)
+    assert each.free_at == pytest.approx(5.0)
+    assert each.backlog(5.0) == 0.0
+    assert each.head == math.inf
+
+
+def test_a_late_first_byte_moves_what_is_behind_it() -> None:
+    each = work()
+    due = each.sent("a", 1000, True, 0.0)
+    each.sent("b", 1000, True, 0.0)
+    each.prompts.weight = 100.0  # its pace is known, so that one time does not change it
+    each.began("a", due, 1000, 1.5)
+    assert each.backlog(1.5) == pytest.approx(1.0)
+
+
+def test_a_stream_that_is_late_stands_for_as_much_again() -> None:
+    each = work()
+    each.sent("a", 1000, True, 0.0)
+    each.sent("b", 1000, True, 0.0)
+    # The first one is due at 1; at 3 it is 2 s late, and the second one comes after it.
+    assert each.backlog(3.0) == pytest.approx(1.0 + 2.0)
+
+
+def test_a_request_without_a_stream_counts_until_its_prompt_is_read_and_not_until_its_end() -> None:
+    each = work()
+    each.sent("a", 1000, False, 0.0)
+    assert each.backlog(0.25) == pytest.approx(0.75)
+    assert each.backlog(1.0) == 0.0
+    assert each.backlog(60.0) == 0.0
+
+
+def test_a_request_without_a_stream_that_ends_early_corrects_the_clock() -> None:
+    each = work()
+    due = each.sent("a", 4000, False, 0.0)
+    each.sent("b", 1000, False, 0.0)
+    each.ended("a", due, 4000, 1.0, 1)
+    assert each.backlog(1.0) == pytest.approx(1.0)
+
+
+def test_a_leg_that_fails_takes_its_work_along() -> None:
+    each = work()
+    due = each.sent("a", 3000, True, 0.0)
+    each.sent("b", 1000, True, 0.0)
+    each.ended("a", due, 3000, 1.0)
+    # 2 of its 3 seconds were left.
+    assert each.backlog(1.0) == pytest.approx(1.0)
+
+
+def test_the_pause_between_requests_is_measured() -> None:
+    each = work()
+    for number in range(400):
+        each.sent(number, 0, False, number * 0.5)
+    assert each.gap == pytest.approx(0.5)
+    assert each.last == pytest.approx(199.5)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5000), st.booleans(), st.floats(0.0, 3.0), st.booleans()), max_size=30),
+    st.floats(0.0, 5.0),
+)
+def test_when_all_has_ended_nothing_is_in_front(
+    requests: list[tuple[int, bool, float, bool]], last_pause: float
+) -> None:
+    each, now, open_ = work(0.01), 0.0, []
+    for number, (uncached, streams, pause, fails) in enumerate(requests):
+        now += pause
+        open_.append((number, each.sent(number, uncached, streams, now), uncached, streams, fails))
+        assert each.backlog(now) >= 0.0
+    for number, due, uncached, streams, fails in open_:
+        now += last_pause
+        if streams and not fails:
+            each.began(number, due, uncached, now)
+        else:
+            each.ended(number, due, uncached, now)
+        assert each.backlog(now) >= 0.0
+    assert each.awaited == 0
+    assert each.head == math.inf
+    assert each.backlog(max(now, each.free_at)) == 0.0
+    assert math.isfinite(each.free_at)
+    assert each.prompts.per_unit > 0.0
+
+
+# -- the pace ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(0.01, 0.1), st.floats(1e-5, 1e-3))
+def test_both_figures_are_found(per_item: float, per_unit: float) -> None:
+    pace = Pace(256.0, 0.006, 1 / 32000)
+    for number in range(400):
+        units = (100.0, 3000.0, 900.0, 20000.0)[number % 4]
+        pace.add(1.0, units, per_item + units * per_unit)
+    for units in (100.0, 3000.0, 20000.0):
+        assert pace.expected(1.0, units) == pytest.approx(per_item + units * per_unit, rel=0.03)
+
+
+def test_where_all_prompts_are_alike_the_sum_is_right() -> None:
+    pace = Pace(256.0, 0.006, 1 / 32000)
+    for _ in range(100):
+        pace.add(1.0, 1000.0, 0.5)
+    assert pace.expected(1.0, 1000.0) == pytest.approx(0.5, rel=0.01)
+
+
+def test_one_time_that_is_far_off_counts_little() -> None:
+    pace = Pace(256.0, 0.0, 0.001)
+    for _ in range(50):
+        pace.add(1.0, 1000.0, 1.0)
+    pace.add(1.0, 1000.0, 60.0)
+    assert pace.expected(1.0, 1000.0) < 1.25
+
+
+@given(st.lists(st.tuples(st.integers(0, 16), st.integers(0, 10**6), st.floats(0.0, 100.0)), max_size=60))
+def test_the_figures_are_positive_whatever_is_measured(measured: list[tuple[int, int, float]]) -> None:
+    pace, all_of_them = Pace(256.0, 0.006, 1 / 32000), Pace(256.0, 0.006, 1 / 32000)
+    for items, units, seconds in measured:
+        if items or units:
+            all_of_them.add(float(items), float(units), seconds)
+            pace.add(float(items), float(units), seconds, all_of_them)
+        assert pace.per_item >= 0.0
+        assert pace.per_unit >= 0.0
+        assert math.isfinite(pace.per_item + pace.per_unit)
+
+
+def test_a_new_worker_has_the_pace_of_its_pool_and_then_its_own() -> None:
+    pool = common()
+    fast, slow = Work(pool), Work(pool)
+    assert slow.prefill(1000) == fast.prefill(1000) == pytest.approx(1.0)
+    now = 0.0
+    for _ in range(40):
+        for each, seconds in ((fast, 0.1), (slow, 0.25)):
+            due = each.sent("a", 1000, True, now)
+            each.began("a", due, 1000, now + seconds)
+        now += 1.0
+    assert fast.prefill(1000) == pytest.approx(0.1, rel=0.15)
+    assert slow.prefill(1000) == pytest.approx(0.25, rel=0.15)
+    newcomer = Work(pool)
+    assert fast.prefill(1000) < newcomer.prefill(1000) < slow.prefill(1000)
+
+
+def test_a_worker_that_gets_nothing_goes_back_to_the_mean() -> None:
+    pool = common()
+    idle, busy = Work(pool), Work(pool)
+    for each, seconds, times in ((idle, 1.0, 20), (busy, 0.1, 200)):
+        for number in range(times):
+            due = each.sent("a", 1000, True, float(number))
+            each.began("a", due, 1000, number + seconds)
+    assert idle.prefill(1000) > 0.7
+    for _ in range(30):
+        idle.forget(0.7)
+    assert idle.prefill(1000) == pytest.approx(pool.prompts.expected(1.0, 1000.0), rel=0.05)
+
+
+def test_the_engines_own_counters_count() -> None:
+    each = work(per_unit=0.001)
+    each.told(1000, 1_000_000)
+    before = each.prefill(4000)
+    for number in range(1, 100):
+        each.told(1000 + 8000 * number, 1_000_000 + 1_000_000 * number)  # 8,000 tokens a second, 4 bytes each
+    assert before == pytest.approx(4.0)
+    assert each.prompts.per_unit == pytest.approx(1 / 32000, rel=0.05)
+
+
+def test_counters_of_another_process_are_no_measurement() -> None:
+    each = work()
+    each.told(90000, 9_000_000)
+    each.told(100, 10_000)
+    assert each.prompts.weight == 0.0
+
+
+def test_a_request_beside_an_answer_costs_what_was_measured() -> None:
+    answers = AnswerPace()
+    for _ in range(100):
+        answers.add(4.8, 8.0)
+    assert answers.per_request == pytest.approx(4.8 / (8 + 16))
+
+
+# -- leases, restarts and reports --------------------------------------------------------------------------------------
+
+
+def test_leases_tell_the_work_of_their_worker() -> None:
+    bench = Bench(1, "cost")
+    each = bench.workers[0].work
+    attempt = bench.ask(facts(b"x" * 32000, streaming=True), 10.0).attempt
+    assert each.awaited == 1
+    assert each.backlog(10.0) == pytest.approx(0.006 + 1.0)
+    bench.router.began(attempt.leg, 10.5)
+    assert (each.awaited, each.backlog(10.5)) == (0, 0.0)
+    attempt.end(Outcome.SERVED, 12.0)
+    assert each.answers.weight == 1.0
+
+
+def test_a_stream_that_fails_is_awaited_no_more() -> None:
+    bench = Bench(1, "cost")
+    each = bench.workers[0].work
+    bench.ask(facts(b"x" * 32000, streaming=True), 10.0).attempt.end(Outcome.GONE, 10.25)
+    assert each.awaited == 0
+    assert each.backlog(10.25) == pytest.approx(0.0)
+
+
+def test_policies_that_do_not_ask_for_it_are_not_measured() -> None:
+    bench = Bench(1, "round_robin")
+    bench.ask(facts(b"x" * 32000, streaming=True), 10.0)
+    assert (bench.workers[0].work.active, bench.workers[0].work.awaited) == (False, 0)
+
+
+def test_another_process_begins_with_no_work_and_the_pace_of_the_pool() -> None:
+    bench = Bench(1, "cost")
+    worker = bench.workers[0]
+    attempt = bench.ask(facts(b"x" * 32000, streaming=True), 10.0).attempt
+    before = worker.work
+    bench.fleet.lost(worker, 11.0)
+    assert worker.work is not before
+    assert (worker.work.active, worker.work.awaited, worker.work.backlog(11.0)) == (True, 0, 0.0)
+    attempt.end(Outcome.CUT, 12.0)
+    assert worker.work.backlog(12.0) == 0.0
+
+
+def test_a_report_with_counters_reaches_the_work() -> None:
+    bench = Bench(1, "cost")
+    worker = bench.workers[0]
+    for number in range(1, 3):
+        report = EngineReport(prefilled_tokens=16000 * number, prefill_busy_us=1_000_000 * number)
+        bench.fleet.reported(worker, report)
+    assert worker.work.prompts.weight == 1.0
+
+
+def test_until_read_is_backlog_and_prompt() -> None:
+    each = Bench(1, "cost").workers[0].work
+    assert each.until_read(0, 10.0) == 0.0
+    assert each.until_read(32000, 10.0) == pytest.approx(each.prefill(32000))
+    each.sent("a", 32000, True, 10.0)
+    assert each.until_read(32000, 10.0) == pytest.approx(each.backlog(10.0) + each.prefill(32000))
+
+
+def test_until_read_is_unknown_where_nothing_is_measured() -> None:
+    assert Bench(1, "round_robin").workers[0].work.until_read(32000, 10.0) < 0.0
