@@ -190,6 +190,8 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "health_check_endpoint": ("/h", "/h"),
     "autoscale": ("1:4", "1:4"),
     "scale_webhook": ("https://h/scale", "https://h/scale"),
+    "kv_events_endpoint": ("tcp://{host}:5557", "tcp://{host}:5557"),
+    "kv_events_replay_endpoint": ("ipc:///run/kv", "ipc:///run/kv"),
 }
 
 
@@ -402,6 +404,14 @@ def test_unreadable_file(tmp_path: Path) -> None:
         ("--qqqqqqq", "unknown flag --qqqqqqq; see --help"),
         ("stray", "unexpected argument 'stray'; see --help"),
         ("--host http://x", "--host: 'http://x' is not a host name or an IP address"),
+        (
+            "--kv-events-endpoint w1:5557",
+            "--kv-events-endpoint: 'w1:5557' is not an address, as in tcp://{host}:5557",
+        ),
+        (
+            "--kv-events-replay-endpoint tcp://{name}:5557",
+            "--kv-events-replay-endpoint: 'tcp://{name}:5557' is not an address, as in tcp://{host}:5557",
+        ),
         (
             "--health-check-endpoint health",
             "--health-check-endpoint: 'health' is not a path: it must begin with /",

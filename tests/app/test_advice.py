@@ -33,3 +33,10 @@ def test_f39_open_inference_is_said(host: str) -> None:
     assert said(RouterArgs(host=host), "/.dockerenv").startswith(OPEN)
     assert said(RouterArgs(host=host, api_key=[KEY])) == ""
     assert said(RouterArgs(host=host, api_key_file="keys")) == ""
+
+
+def test_kv_events_need_a_policy_that_asks_what_is_cached_and_their_switch() -> None:
+    assert said(RouterArgs(kv_events=True)) == ""
+    assert "--policy round_robin does not ask" in said(RouterArgs(kv_events=True, policy="round_robin"))
+    alone = RouterArgs(kv_events_tokenizer="tokenizer.json").checked()
+    assert "no effect without --kv-events" in said(alone)

@@ -24,6 +24,8 @@ from sglang_router.routing.candidates import candidates_of
 from sglang_router.routing.engine_report import EngineReport
 from sglang_router.routing.events import Listeners, Retried, WorkerChanged
 from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.kv_blocks import Stored
+from sglang_router.routing.kv_index import KVIndex
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg
 from sglang_router.routing.policies.base import Choice
@@ -73,6 +75,16 @@ def tally_of_a_shadow() -> ShadowTally:
     return tally
 
 
+def index_of_one_cache() -> KVIndex:
+    """What the first worker says of its cache: `id0` is its id."""
+    index = KVIndex()
+    holder = index.join("id0")
+    index.settle(holder, live=True, whole=True)
+    index.store(holder, Stored([1, 2, 3], None, [1, 2, 3], 1), 0, 9)
+    holder.events, holder.unread, holder.gaps, holder.resyncs, holder.orphans, holder.refused = 10, 11, 12, 13, 14, 15
+    return index
+
+
 class Rig:
     """A fleet of two workers whose requests take no time, and its metrics."""
 
@@ -94,6 +106,7 @@ class Rig:
             decisions=lambda: 8,
             unlogged_decisions=lambda: 9,
             shadows=tally_of_a_shadow(),
+            kv_index=index_of_one_cache(),
             replicas=lambda: [row for row in REPLICAS if self.fleet.by_url(row[0])],
         )
         paths = ["/health", "/workers/{worker_id}/drain"]
@@ -602,6 +615,20 @@ def test_what_a_shadow_would_have_done(name: str, by: dict[tuple[str, str], floa
     expected = {(name, frozenset({("policy", "least_load"), label})): value for label, value in by.items()}
     assert Rig().samples(name) == expected
     assert Rig().get("sgl_router_shadow_failures_total", policy="least_load") == 3
+
+
+def test_what_a_worker_says_of_its_cache() -> None:
+    names = {"live": 1, "whole": 1, "total": 10, "unread_total": 11}
+    rig = Rig()
+    assert {name: rig.get(f"sgl_router_kv_events_{name}", worker=W1) for name in names} == names
+    assert rig.get("sgl_router_kv_blocks", worker=W1) == 3
+    assert rig.get("sgl_router_kv_event_gaps_total", worker=W1) == 12
+    assert rig.get("sgl_router_kv_event_resyncs_total", worker=W1) == 13
+    assert rig.get("sgl_router_kv_blocks_unplaced_total", worker=W1, reason="orphan") == 14
+    assert rig.get("sgl_router_kv_blocks_unplaced_total", worker=W1, reason="limit") == 15
+    assert not any(("worker", W2) in labels for _, labels in rig.samples("sgl_router_kv_"))
+    rig.metrics.sources.kv_index = None
+    assert not rig.samples("sgl_router_kv_")
 
 
 NEEDS_A_SOURCE = (

@@ -6,9 +6,12 @@ advice(args, environ, exists) -> sentences, each a warning in the log
 from __future__ import annotations
 
 import ipaddress
+import random
 from collections.abc import Callable, Mapping
 
 from sglang_router.config import RouterArgs
+from sglang_router.routing.policies import POLICIES
+from sglang_router.routing.rules import PolicySettings
 
 _CONTAINER_FILES = ("/.dockerenv", "/run/.containerenv")
 _KUBERNETES = "KUBERNETES_SERVICE_HOST"
@@ -28,6 +31,10 @@ def advice(args: RouterArgs, environ: Mapping[str, str], exists: Callable[[str],
             f"inference is open to everybody who can reach port {args.port} of {args.host}: set a key with"
             " --api-key-file or --api-key"
         )
+    if args.kv_events and POLICIES[args.policy](PolicySettings(), random.Random()).memory is None:
+        found.append(f"--kv-events has no effect: --policy {args.policy} does not ask what workers have cached")
+    elif not args.kv_events and any(name.startswith("kv_events_") for name in args.given):
+        found.append("options for KV events have no effect without --kv-events")
     return found
 
 

@@ -31,6 +31,7 @@ from sglang_router.admin.routes import ROUTES
 from sglang_router.admin.shared import Shared
 from sglang_router.app import front, settings
 from sglang_router.app.admission import admission
+from sglang_router.app.caches import caches_of, events_of
 from sglang_router.app.deciding import book_of, recorder_of, shadows_of
 from sglang_router.app.memories import memories_of
 from sglang_router.app.parts import App, Elsewhere
@@ -55,6 +56,7 @@ from sglang_router.routing.events import Listeners
 from sglang_router.routing.facts import ENDPOINTS, Endpoint
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.policies.shadowed import ShadowTally
+from sglang_router.routing.prefix_tree.informed import KVCaches
 from sglang_router.routing.router import Router
 from sglang_router.wire.headers import ForwardRules
 from sglang_router.wire.limits import Limits
@@ -121,7 +123,8 @@ def build(
     (access, key_files), answers = settings.access_rules(args), front.answers_of(args, rng, mark)
     forward = settings.forward_rules(args, access, mark)
     shadows = shadows_of(args)
-    workers = _workers(args, loop, seams, listeners, rng, worker_tls, shadows)
+    caches = caches_of(args)
+    workers = _workers(args, loop, seams, listeners, rng, worker_tls, shadows, caches)
     fleet, connections = workers.fleet, workers.connections
     connections.mark = mark
     router = router_of(args, fleet, listeners, rng, partial(_soon, loop, clock), workers.checks.check_now)
@@ -133,6 +136,7 @@ def build(
     scaler = autoscaler(args, loop, fleet, lambda: clients.unanswered().with_others(elsewhere.unanswered()), clock)
     sources = _sources(clients, elsewhere, connections, router, scaler, writer)
     sources.shadows = shadows
+    sources.kv_index = None if caches is None else caches.index
     if router.recorder is not None:
         sources.decisions = partial(len, router.recorder)
     metrics = _metrics(args, fleet, sources)
@@ -175,6 +179,7 @@ def build(
         control=control,
         plane=plane,
         scaler=scaler,
+        kv_events=events_of(args, loop, connections, caches),
         tls=tls,
         watched=[files for files in (tls, worker_tls, key_files) if files is not None],
         **workers._asdict(),
@@ -219,9 +224,10 @@ def _workers(
     rng: random.Random,
     tls: TLSFiles | None,
     shadows: ShadowTally | None,
+    caches: KVCaches | None,
 ) -> _Workers:
     connections = front.connections_of(args, loop, seams.look_up, rng, tls)
-    fleet = fleet_of(args, listeners, _new_id, rng, shadows=shadows)
+    fleet = fleet_of(args, listeners, _new_id, rng, shadows=shadows, caches=caches)
     survey = seams.survey(loop, fleet, connections, seams.clock, args.engine_report_interval_secs)
     checks = seams.checks(
         loop,
@@ -306,5 +312,7 @@ def _listen(app: App, writer: LogWriter | None) -> None:
         app.deferred.add(app.scaler.observer)
     if app.args.access_log and writer is not None:
         app.deferred.add(AccessLog(writer, probes=app.args.log_probes))
+    if app.kv_events is not None:
+        app.listeners.add(app.kv_events)
     for listener in (app.membership, app.router, WorkerLog(), app.deferred):
         app.listeners.add(listener)

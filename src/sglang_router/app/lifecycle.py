@@ -309,6 +309,8 @@ class Life:
             await app.scaler.close()
         await app.checks.close()
         await app.survey.close()
+        if app.kv_events is not None:
+            await app.kv_events.close()
         await app.connections.close()
         app.deferred.flush()
         if self._decisions is not None:

@@ -32,6 +32,7 @@ from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.router import Router
 from sglang_router.workers.engine_survey import EngineSurvey
 from sglang_router.workers.health_checks import HealthChecks
+from sglang_router.workers.kv_events import KVEvents
 from sglang_router.workers.membership import Membership
 
 
@@ -144,6 +145,7 @@ class App:
     frontend          the main port; metrics_frontend: the metrics port
     control           what the endpoints of the control plane use; plane: serves the control plane
     scaler            None: the number of workers is fixed
+    kv_events         follows what workers say of their caches; None: they are not asked
     tls               key and certificate of the main port; None: plain HTTP
     keepalives        fills the silence of streams; None: nothing does
     watched           all files of certificates and keys, to be loaded again when they change
@@ -171,6 +173,7 @@ class App:
     control: Context
     plane: ControlPlane
     scaler: Autoscaler | None
+    kv_events: KVEvents | None
     tls: TLSFiles | None
     watched: list[TLSFiles | WatchedFiles]
 

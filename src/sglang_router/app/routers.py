@@ -17,9 +17,11 @@ from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.policies import POLICIES
 from sglang_router.routing.policies.base import Policy
 from sglang_router.routing.policies.shadowed import ShadowTally
+from sglang_router.routing.prefix_tree.informed import KVCaches
 from sglang_router.routing.queue import Queue
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.router import Router, Soon
+from sglang_router.routing.rules import PolicySettings
 from sglang_router.routing.worker import Worker
 
 
@@ -30,18 +32,21 @@ def fleet_of(
     rng: random.Random,
     kind: type[Policy] | None = None,
     shadows: ShadowTally | None = None,
+    caches: KVCaches | None = None,
 ) -> Fleet:
     """Make a fleet without workers.
 
     kind     the class of its policies; None: the one that the options name
     shadows  counts what the policies in the shadow say; None: there are none
+    caches   what workers say of their KV caches; None: they are not asked
     """
-    return Fleet(listeners, new_id, partial(_policy, args, rng, kind, shadows), settings.fleet_rules(args))
+    make = partial(_policy, settings.policy_settings(args, caches), rng, kind or POLICIES[args.policy], shadows)
+    return Fleet(listeners, new_id, make, settings.fleet_rules(args))
 
 
-def _policy(args: RouterArgs, rng: random.Random, kind: type[Policy] | None, shadows: ShadowTally | None) -> Policy:
+def _policy(rules: PolicySettings, rng: random.Random, kind: type[Policy], shadows: ShadowTally | None) -> Policy:
     """Make the policy of a pool."""
-    policy = (kind or POLICIES[args.policy])(settings.policy_settings(args), rng)
+    policy = kind(rules, rng)
     return policy if shadows is None else in_shadow(policy, shadows)
 
 

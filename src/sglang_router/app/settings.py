@@ -18,6 +18,7 @@ from sglang_router.config import RouterArgs, keys
 from sglang_router.relay.rules import Timeouts
 from sglang_router.resume.continuation import ResumeRules
 from sglang_router.routing.facts import ENDPOINTS, MOST_TEXT
+from sglang_router.routing.prefix_tree.informed import KVCaches
 from sglang_router.routing.rules import (
     BreakerRules,
     FleetRules,
@@ -44,8 +45,8 @@ _SCRAPER_SILENCE = 10.0
 """Seconds for which a connection of the metrics port may be silent."""
 
 
-def policy_settings(args: RouterArgs) -> PolicySettings:
-    """Return the options that policies read."""
+def policy_settings(args: RouterArgs, caches: KVCaches | None = None) -> PolicySettings:
+    """Return what policies read. caches: what workers say of their KV caches; None: they are not asked."""
     return PolicySettings(
         cache_threshold=args.cache_threshold,
         balance_abs_threshold=args.balance_abs_threshold,
@@ -56,6 +57,7 @@ def policy_settings(args: RouterArgs) -> PolicySettings:
         prefix_hash_bytes=args.prefix_hash_bytes,
         hash_load_factor=args.hash_load_factor,
         cost_load_cap=args.cost_load_cap,
+        kv_caches=caches,
     )
 
 

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from sglang_router.config.urls import parse_worker_url
 
+_KV_ENDPOINT = re.compile(r"tcp://(?:\{host\}|\[[0-9a-fA-F:.]+\]|[^{}\s/:\[\]]+):\d{1,5}|ipc://[^{}\s]+")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HOST_NAME = re.compile(r"[0-9A-Za-z_.-]+")
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
@@ -135,6 +136,13 @@ def path(value: str) -> str:
     """Check a path that can be part of a request line."""
     if not value.startswith("/") or not _VISIBLE.fullmatch(value):
         raise ValueError(f"{value!r} is not a path: it must begin with / and contain no spaces")
+    return value
+
+
+def kv_endpoint(value: str) -> str:
+    """Check the address of a ZeroMQ socket, in which {host} may stand for a worker's host."""
+    if not _KV_ENDPOINT.fullmatch(value):
+        raise ValueError(f"{value!r} is not an address, as in tcp://{{host}}:5557")
     return value
 
 

@@ -366,6 +366,43 @@ class HTTPOptions:
         check=at_least(0),
     )
 
+    # -- what workers say of their caches, see docs/kv-events.md
+    kv_events: bool = option(
+        False,
+        "Follow the KV events of the workers (SGLang, vLLM), and use them in place of the estimate of what each has"
+        " cached, for prompts of which the tokens are known: lists of ids, and texts with --kv-events-tokenizer. Needs"
+        " pip install 'sglang-router[kv]'.",
+        POLICY,
+    )
+    kv_events_endpoint: str | None = option(
+        None,
+        "Where a worker publishes its KV events if it does not say so itself, as in tcp://{host}:5557; {host} is the"
+        " host of its URL. The port of a data-parallel rank is so many higher.",
+        POLICY,
+        metavar="ADDRESS",
+        check=checks.kv_endpoint,
+    )
+    kv_events_replay_endpoint: str | None = option(
+        None,
+        "The same for the socket that replays events; without it, missed events cannot be made good.",
+        POLICY,
+        metavar="ADDRESS",
+        check=checks.kv_endpoint,
+    )
+    kv_events_max_blocks: int = option(
+        262_144,
+        "Most blocks of a worker's KV cache to know, of about 170 bytes each; what exceeds is not learnt.",
+        POLICY,
+        check=at_least(1),
+    )
+    kv_events_tokenizer: str | None = option(
+        None,
+        "File tokenizer.json, or the folder with it, of the model that all workers serve: with it, the texts of"
+        " /generate and /v1/completions are compared too, the first 8 kB of each. Encoding takes up to 4 ms.",
+        POLICY,
+        metavar="FILE",
+    )
+
     # -- requests and connections
     max_payload_size: int = option(
         536_870_912, "Largest body of a request; a larger one gets 413.", REQUESTS, unit="bytes", check=at_least(1)

@@ -73,7 +73,7 @@ def read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
     for key, name in _KEYS.items():
         variable = ENVIRONMENT_PREFIX + key.upper()
         text = environ.get(variable, "")
-        if text.strip() and not text.startswith(_SERVICE_LINKS):
+        if text.strip() and not (variable.endswith("_PORT") and text.startswith(_SERVICE_LINKS)):
             values[name] = accept(name, text, variable)
     return resolve_aliases(values, "environment")
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from sglang_router.observe import kv_readings as kv
 from sglang_router.observe import readings as read
 from sglang_router.observe.readings import Reader, Values
 from sglang_router.observe.session_readings import of_sessions
@@ -297,6 +298,45 @@ METRICS = (
         "sgl_router_shadow_failures_total", COUNTER, ("policy",),
         "Shadow policies that failed, and were switched off.",
         read.shadow(lambda t: [((), t.failures)]),
+    ),
+    # what workers say of their caches
+    Family(
+        "sgl_router_kv_events_live", GAUGE, WORKER,
+        "1: the worker's KV events are followed (--kv-events). 0: its cache is estimated.",
+        kv.per_holder(lambda h: int(h.live)),
+    ),
+    Family(
+        "sgl_router_kv_events_whole", GAUGE, WORKER,
+        "1: nothing was missed since its cache was empty. 0: it may hold more than its events told.",
+        kv.per_holder(lambda h: int(h.live and h.whole)),
+    ),
+    Family(
+        "sgl_router_kv_blocks", GAUGE, WORKER,
+        "Blocks that the worker's KV cache holds, by its events.", kv.per_holder(lambda h: len(h.blocks)),
+    ),
+    Family(
+        "sgl_router_kv_events_total", COUNTER, WORKER,
+        "KV events that were read.", kv.per_holder(lambda h: h.events),
+    ),
+    Family(
+        "sgl_router_kv_events_unread_total", COUNTER, WORKER,
+        "KV events and messages that could not be read.", kv.per_holder(lambda h: h.unread),
+    ),
+    Family(
+        "sgl_router_kv_event_gaps_total", COUNTER, WORKER,
+        "How often batches of KV events were missing.", kv.per_holder(lambda h: h.gaps),
+    ),
+    Family(
+        "sgl_router_kv_event_resyncs_total", COUNTER, WORKER,
+        "How often all that was known of a worker's cache was forgotten and learnt anew: a gap could not be filled, or"
+        " the engine began anew.",
+        kv.per_holder(lambda h: h.resyncs),
+    ),
+    Family(
+        "sgl_router_kv_blocks_unplaced_total", COUNTER, (*WORKER, "reason"),
+        "Blocks that were told and are not known: the block before is not known (orphan), or there are more than"
+        " --kv-events-max-blocks (limit).",
+        kv.per_holder_items(lambda h: [(("orphan",), h.orphans), (("limit",), h.refused)]),
     ),
     Family(
         "sgl_router_decision_records", GAUGE, (),

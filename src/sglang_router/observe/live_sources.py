@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from sglang_router.routing.kv_index import KVIndex
 from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.sessions import Sessions
 
@@ -28,6 +29,7 @@ class LiveSources(msgspec.Struct, kw_only=True):
     decisions             records of decisions that are kept
     unlogged_decisions    requests that are missing in the log of decisions
     shadows               what the shadow policies would have done
+    kv_index              what workers say of their KV caches
     replicas              URL, number of restarts, and whether it is up, of each replica that the router runs itself
     """
 
@@ -42,4 +44,5 @@ class LiveSources(msgspec.Struct, kw_only=True):
     decisions: Number | None = None
     unlogged_decisions: Number | None = None
     shadows: ShadowTally | None = None
+    kv_index: KVIndex | None = None
     replicas: Callable[[], Iterable[tuple[str, int, bool]]] | None = None

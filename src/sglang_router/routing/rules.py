@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
+from sglang_router.routing.prefix_tree.informed import KVCaches
+
 
 class BreakerRules(msgspec.Struct, frozen=True):
     """When a breaker opens and closes, see `routing.breaker`.
@@ -119,7 +121,10 @@ class FleetRules(msgspec.Struct, frozen=True):
 
 
 class PolicySettings(msgspec.Struct, frozen=True):
-    """The options that policies read; each policy takes what concerns it. Sizes in bytes, times in seconds."""
+    """The options that policies read; each policy takes what concerns it. Sizes in bytes, times in seconds.
+
+    kv_caches  what workers say of their caches; None: they are not asked
+    """
 
     cache_threshold: float = 0.5
     balance_abs_threshold: int = 32
@@ -130,3 +135,4 @@ class PolicySettings(msgspec.Struct, frozen=True):
     prefix_hash_bytes: int = 1024
     hash_load_factor: float = 1.25
     cost_load_cap: float = 0.0
+    kv_caches: KVCaches | None = None

@@ -12,7 +12,8 @@ within `max_tree_size` bytes a worker, and evicts the least recently used first,
 an eighth of that counts only with its beginning. `choose` matches, `chosen` inserts where the match ended, so that the
 next request with this prefix follows at once; `unread` takes it out again when the worker refused the request (4xx) or
 never had it. A worker that is away for a while keeps its entries, because its cache is still there; one that restarted
-or was flushed loses them.
+or was flushed loses them. With --kv-events, what a worker itself says it holds takes the place of that memory
+(`routing.prefix_tree.informed`).
 
 A match of fewer than `_WORTH` bytes that is not the whole text saves the engine a few tokens and is no reason to leave
 the balance: else all short prompts that begin with the same word ("Question 1", "Question 2") would go to one worker.
@@ -45,7 +46,8 @@ class CacheAware(Policy):
 
     def __init__(self, settings: PolicySettings, rng: random.Random) -> None:
         super().__init__(settings, rng)
-        self.memory = self._memory = TreeMemory(settings.max_tree_size)
+        self.memory = self._memory = TreeMemory(settings.max_tree_size, settings.kv_caches)
+        self._informed = self._memory.informed
         self.tree = self._memory.tree
         self._longest_text = self.tree.max_text
         self._threshold = settings.cache_threshold
@@ -65,6 +67,8 @@ class CacheAware(Policy):
         if total <= 0:
             return self.least_loaded(candidates, "no_text")
         match = self.tree.match(facts.namespace, text)
+        if self._informed is not None:  # without a call: most routers do not ask
+            match = self._informed.inform(match, facts)
         mask = candidates.mask  # the seats are the slots of the tree
         if candidates.roster.high > self._abs and self._imbalanced(candidates):
             choice, length = self._longest(candidates, match)
@@ -98,11 +102,15 @@ class CacheAware(Policy):
             choice.note = None  # it refers to nodes of the tree, which may go before the request ends
             choice.learned = self.tree.insert(match, choice.worker.slot, now)
             choice.learned_at = now
+            if self._informed is not None:
+                self._informed.promise(match, choice.worker.slot)
 
     def consider(self, facts: Facts, candidates: Candidates, now: float) -> list[Considered]:
         """Return what is known of the text at each of these candidates."""
         found, text, scaffold = super().consider(facts, candidates, now), facts.text, facts.scaffold
         match = self.tree.match(facts.namespace, text[: self._longest_text])
+        if self._informed is not None:
+            match = self._informed.inform(match, facts)
         for worker, each in zip(candidates, found, strict=True):
             each.matched = max(match.length(worker.slot) - scaffold, 0)
         return found

@@ -94,7 +94,8 @@ class Cost(Policy):
 
     def __init__(self, settings: PolicySettings, rng: random.Random) -> None:
         super().__init__(settings, rng)
-        self.memory = self._memory = TreeMemory(settings.max_tree_size)
+        self.memory = self._memory = TreeMemory(settings.max_tree_size, settings.kv_caches)
+        self._informed = self._memory.informed
         self.tree = self._memory.tree
         self.pressure = Pressure()
         self.paces = Paces()
@@ -138,7 +139,7 @@ class Cost(Policy):
         """Return what a request costs at some of the candidates: those of a set with the longest prefixes, and the
         least loaded ones. Changes nothing."""
         scaffold, total = facts.scaffold, self._total(facts)
-        match = self.tree.match(facts.namespace, facts.text[: self._longest_text]) if total else None
+        match = self._match(facts) if total else None
         weighed = Weighed(match)
         if match is not None:
             group = matched = enough = 0
@@ -166,7 +167,7 @@ class Cost(Policy):
     def consider(self, facts: Facts, candidates: Candidates, now: float) -> list[Considered]:
         """Return what the request costs at each of these candidates, and what each has of its text."""
         found, total = super().consider(facts, candidates, now), self._total(facts)
-        match = self.tree.match(facts.namespace, facts.text[: self._longest_text]) if total else None
+        match = self._match(facts) if total else None
         weighed = Weighed(match)
         for worker, each in zip(candidates, found, strict=True):
             matched = match.length(worker.slot) - facts.scaffold if match is not None else 0
@@ -174,6 +175,11 @@ class Cost(Policy):
             self._add(weighed, candidates, 1 << worker.seat, each.matched, total, now)
             each.backlog, each.cost = worker.work.backlog(now), weighed.costs[-1]
         return found
+
+    def _match(self, facts: Facts) -> Match:
+        """Return how far the text is known, and to whom."""
+        match = self.tree.match(facts.namespace, facts.text[: self._longest_text])
+        return match if self._informed is None else self._informed.inform(match, facts)
 
     def _add(self, weighed: Weighed, candidates: Candidates, mask: int, matched: int, total: int, now: float) -> None:
         """Add what the request costs at workers that have so much of it, or at the least loaded ones of these."""
@@ -272,6 +278,8 @@ class Cost(Policy):
             pressure.used(mine, now - use.time)
         new = choice.learned = tree.insert(match, slot, now)
         choice.learned_at = now
+        if self._informed is not None:
+            self._informed.promise(match, slot)
         if filling and new:
             pressure.remember(tree.held)
             pressure.inserted(match.namespace, match.text, (mine, known), room.bit, new, now)

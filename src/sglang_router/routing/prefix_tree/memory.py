@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from sglang_router.routing.prefix_tree.image import Builder, Walk
+from sglang_router.routing.prefix_tree.informed import Informed, KVCaches
 from sglang_router.routing.prefix_tree.slot import Slot
 from sglang_router.routing.prefix_tree.tree import Tree
 from sglang_router.routing.worker import Worker
@@ -22,10 +23,14 @@ TEXT_SHARE: Final = 8
 
 
 class TreeMemory:
-    """See the module; `policies.base.PrefixMemory` describes the methods."""
+    """See the module; `policies.base.PrefixMemory` describes the methods.
 
-    def __init__(self, max_size: int) -> None:
+    informed  corrects matches by what workers say of their caches; None: workers are not asked
+    """
+
+    def __init__(self, max_size: int, caches: KVCaches | None = None) -> None:
         self.tree = Tree(max_size, max_text=max(1, max_size // TEXT_SHARE))
+        self.informed = None if caches is None else Informed(caches)
 
     def __repr__(self) -> str:
         return f"<TreeMemory {self.tree!r}>"
@@ -35,6 +40,8 @@ class TreeMemory:
     def add(self, worker: Worker) -> int:
         """Give a worker an empty slot."""
         worker.slot = self.tree.add_slot()
+        if self.informed is not None:
+            self.informed.add(worker.slot, worker.id)
         return worker.slot
 
     def bound(self, worker: Worker, max_size: int) -> None:
@@ -44,6 +51,8 @@ class TreeMemory:
     def remove(self, worker: Worker) -> int:
         """Forget all that a worker holds; return the slot that it had."""
         slot, worker.slot = worker.slot, -1
+        if self.informed is not None:
+            self.informed.remove(slot)
         self.tree.retire(slot)
         return slot
 
