@@ -10,6 +10,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,7 +101,12 @@ def test_ctrl_c_ends_it() -> None:
     """It shows its progress on a terminal, and clears that line at its end."""
     ours, theirs = pty.openpty()
     endless = (*COMMAND, "gen:groups,requests=100000000")
-    process = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # tests in the background ignore it
+    process = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=theirs, text=True, preexec_fn=heard)
+    watchdog = threading.Timer(60.0, process.kill)
+    watchdog.start()
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # the terminal has no other end any more
@@ -109,5 +116,6 @@ def test_ctrl_c_ends_it() -> None:
             shown += data
     os.close(ours)
     out, _ = process.communicate(timeout=30)
+    watchdog.cancel()
     assert (process.returncode, out) == (130, "")
     assert re.fullmatch(rb"(\rcache_aware, seed 1: [0-9,]+ s, [0-9,]+ requests ended \x1b\[K)+\r\x1b\[K", shown), shown
