@@ -101,9 +101,7 @@ def test_ctrl_c_ends_it() -> None:
     """It shows its progress on a terminal, and clears that line at its end."""
     ours, theirs = pty.openpty()
     endless = (*COMMAND, "gen:groups,requests=100000000")
-    heard = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # tests in the background ignore it
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background ignore it
     process = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=theirs, text=True, preexec_fn=heard)
     watchdog = threading.Timer(60.0, process.kill)
     watchdog.start()

@@ -69,4 +69,6 @@ def test_a_body_of_one_byte_reads_takes_its_own_size() -> None:
     (request,) = ready
     assert isinstance(request, Request)
     assert request.body == b"x" * size
-    assert peak < 1.5 * size + 50_000
+    assert (
+        peak < 3 * size
+    )  # a buffer that moves is there twice for a moment; a list of its bytes takes 40 times as much
