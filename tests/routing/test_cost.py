@@ -6,11 +6,15 @@ So a prompt of 4,000 bytes that nobody has costs 4 s, and the cost of a worker c
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleets import Asked, Bench, facts
+from fleets import Asked, Attempt, Bench, facts
+from sglang_router.errors import RouterError
 from sglang_router.routing.candidates import candidates_of
 from sglang_router.routing.engine_report import EngineReport
 from sglang_router.routing.outcome import Outcome
@@ -105,6 +109,14 @@ def test_a_miss_that_evicts_costs_what_the_evicted_bring_back() -> None:
     assert costs[1] == pytest.approx(1.0, rel=1e-6)
     assert costs[0] == pytest.approx(1.0 + bench.cost.pressure.evicting(100.0), rel=1e-6)
     assert bench.costs(b"x" * 500, now=100.0)[0] == pytest.approx(0.5, rel=1e-6)  # there is room for this one
+
+
+def test_where_nothing_is_remembered_nothing_is_evicted() -> None:
+    """A cache that is smaller than the prompt, of which the last text was forgotten."""
+    bench = Costs(2)
+    for worker in bench.workers:
+        bench.cost.tree.bound(worker.slot, 8)
+    assert bench.costs(b"x" * 1000) == {0: pytest.approx(1.0), 1: pytest.approx(1.0)}
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------
@@ -239,6 +251,22 @@ def test_a_cap_on_the_load_comes_before_the_prefix() -> None:
     assert (choice.branch, choice.worker is bench.workers[0]) == ("capped", False)
 
 
+@pytest.mark.parametrize("cap", [1e-300, 1e308])
+def test_any_cap_will_do(cap: float) -> None:
+    bench = Costs(2, cost_load_cap=cap)
+    for number in range(20):
+        bench.stream(text(f"a{number}", 1000))
+    assert sum(worker.load for worker in bench.workers) == 20
+
+
+def test_a_longer_match_is_not_shortened_by_one_that_is_worth_nothing() -> None:
+    bench = Costs(2)
+    bench.has(0, b"0123456789abcdefghij")
+    bench.has(1, b"0123456789")
+    chosen = bench.stream(b"0123456789abcdefghij", 1.0).attempt
+    assert (chosen.branch, chosen.matched) == ("hit", 20)
+
+
 def test_an_owner_that_is_sure_to_be_cheap_is_not_compared() -> None:
     bench = Costs(2)
     bench.has(0, text("a", 4000))
@@ -291,6 +319,17 @@ def test_the_memory_of_a_worker_is_as_large_as_its_cache() -> None:
     assert bench.cost.memory.evictions(worker) > 0
 
 
+def test_a_worker_that_gets_no_requests_is_remembered_as_its_engine_tells_too() -> None:
+    bench = Costs(1)
+    worker = bench.workers[0]
+    bench.fleet.reported(worker, EngineReport(capacity_tokens=2))
+    bench.serve(text("t", 600))
+    assert bench.cost.tree.books(worker.slot).max_size == 8
+    bench.fleet.reported(worker, EngineReport(capacity_tokens=500))
+    bench.cost.tidy(1.0, 100)
+    assert bench.cost.tree.books(worker.slot).max_size == 2000
+
+
 def test_a_worker_that_restarts_has_nothing_and_the_pace_of_the_pool() -> None:
     bench = Costs(2)
     attempt = bench.serve(text("a", 4000))
@@ -325,3 +364,103 @@ def test_the_length_of_a_token_is_learnt_from_what_engines_tell() -> None:
     bench.fleet.reported(worker, EngineReport(capacity_tokens=500))
     bench.serve(text("b", 100), now=2.0)
     assert bench.cost.tree.books(worker.slot).max_size == 1500
+
+
+# -- whatever happens --------------------------------------------------------------------------------------------------
+
+_SIZES = st.sampled_from([0, 10, 40, 400, 3000])
+_NUMBERS = st.sampled_from([0, 1, 2, 500, 10**6, 1 << 53])
+_EVENTS = st.one_of(
+    st.tuples(st.just("ask"), _SIZES, st.integers(0, 3), st.booleans()),
+    st.tuples(st.just("began"), st.integers(0, 20)),
+    st.tuples(st.just("end"), st.integers(0, 20), st.sampled_from(list(Outcome))),
+    st.tuples(st.just("retry"), st.integers(0, 20), st.sampled_from([each for each in Outcome if each.retryable])),
+    st.tuples(st.just("told"), st.integers(0, 2), _NUMBERS, _NUMBERS, _NUMBERS),
+    st.tuples(st.just("usage"), st.integers(0, 20), _NUMBERS),
+    st.tuples(st.sampled_from(["lost", "flushed", "left"]), st.integers(0, 2)),
+    st.tuples(st.just("pause"), st.sampled_from([0.0, 0.001, 1.0, 70.0, 1e5])),
+    st.tuples(st.just("tidy")),
+)
+
+
+class Story:
+    """A fleet to which anything happens. The figures of its workers are checked after each event."""
+
+    def __init__(self, start: float) -> None:
+        self.bench = Costs(3)
+        self.works = [worker.work for worker in self.bench.workers]
+        self.now = start
+        self.open: list[Attempt] = []
+
+    def happen(self, event: tuple[Any, ...]) -> None:
+        getattr(self, event[0])(*event[1:])
+        for worker in self.bench.workers:
+            if worker.work not in self.works:
+                self.works.append(worker.work)
+        for work in self.works:
+            assert 0.0 <= work.backlog(self.now) < math.inf
+            assert math.isfinite(work.free_at)
+            assert work.gap > 0.0
+            assert 0.0 < work.prefill(1) < math.inf
+            assert work.awaited <= len(self.open)
+
+    def take(self, number: int) -> Attempt | None:
+        return self.open.pop(number % len(self.open)) if self.open else None
+
+    def ask(self, size: int, seed: int, streams: bool) -> None:
+        if list(self.bench.fleet):
+            try:
+                self.open.append(self.bench.ask(facts(text(str(seed), size), streaming=streams), self.now).attempt)
+            except RouterError:
+                assert not self.bench.fleet.candidates(self.now)
+
+    def began(self, number: int) -> None:
+        if self.open:
+            self.bench.router.began(self.open[number % len(self.open)].leg, self.now)
+
+    def end(self, number: int, outcome: Outcome) -> None:
+        if (attempt := self.take(number)) is not None:
+            attempt.end(outcome, self.now)
+
+    def usage(self, number: int, prompt: int) -> None:
+        if (attempt := self.take(number)) is not None:
+            attempt.end(Outcome.SERVED, self.now, Usage(prompt, 0, 1))
+
+    def retry(self, number: int, outcome: Outcome) -> None:
+        if (attempt := self.take(number)) is not None:
+            again = attempt.retry(outcome, self.now)
+            if again is None:
+                attempt.end(outcome, self.now)
+            else:
+                self.open.append(again)
+
+    def told(self, number: int, tokens: int, busy: int, capacity: int) -> None:
+        report = EngineReport(prefilled_tokens=tokens, prefill_busy_us=busy, capacity_tokens=capacity or None)
+        self.bench.fleet.reported(self.bench.workers[number], report)
+
+    def lost(self, number: int) -> None:
+        self.bench.fleet.lost(self.bench.workers[number], self.now)
+        self.bench.fleet.probed(self.bench.workers[number], None, self.now)
+
+    def flushed(self, number: int) -> None:
+        self.bench.fleet.emptied(self.bench.workers[number])
+
+    def left(self, number: int) -> None:
+        self.bench.fleet.remove(self.bench.workers[number])
+
+    def pause(self, seconds: float) -> None:
+        self.now += seconds
+
+    def tidy(self) -> None:
+        self.bench.policy.tidy(self.now, 1000)
+
+
+@settings(max_examples=100)
+@given(st.lists(_EVENTS, max_size=60), st.sampled_from([0.0, 1e6]))
+def test_no_event_makes_a_decision_fail_or_spoils_the_figures(events: list[tuple[Any, ...]], start: float) -> None:
+    story = Story(start)
+    for event in events:
+        story.happen(event)
+    for attempt in story.open:
+        attempt.end(Outcome.SERVED, story.now)
+    assert [work.awaited for work in story.works] == [0] * len(story.works)

@@ -165,6 +165,12 @@ def test_in_its_own_shadow_a_policy_that_measures_agrees_with_itself(data: st.Da
     assert not faults
 
 
+def test_a_shadow_learns_how_long_a_token_is() -> None:
+    bench = Bench(1, shadowed("cache_aware", "cost")[0])
+    bench.route(b"x" * 600).end(Outcome.SERVED, 0.0, Usage(200, 0, 1))
+    assert bench.workers[0].work.bytes_per_token == 3.0
+
+
 def test_a_shadow_that_measures_sees_the_work_of_the_policy_that_is_obeyed() -> None:
     make, _, faults = shadowed("cache_aware", "cost")
     bench = Bench(2, make)

@@ -15,6 +15,7 @@ from fleets import Bench, facts
 from sglang_router.routing.engine_report import EngineReport
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.pace import AnswerPace, Pace, Paces
+from sglang_router.routing.rules import RetryRules
 from sglang_router.routing.work import Work
 
 
@@ -46,9 +47,10 @@ def test_nothing_is_in_front_of_an_idle_worker() -> None:
 
 def test_the_last_first_byte_makes_the_clock_right_whatever_was_believed() -> None:
     each = work()
-    dues = {key: each.sent(key, 1000, True, 0.0) for key in "abc"}
+    for key in "abc":
+        each.sent(key, 1000, True, 0.0)
     for key, now in (("a", 3.0), ("b", 5.0), ("c", 5.0)):
-        each.began(key, dues[key], 1000, now)
+        each.began(key, 1000, now)
     assert each.free_at == pytest.approx(5.0)
     assert each.backlog(5.0) == 0.0
     assert each.head == math.inf
@@ -56,10 +58,10 @@ def test_the_last_first_byte_makes_the_clock_right_whatever_was_believed() -> No
 
 def test_a_late_first_byte_moves_what_is_behind_it() -> None:
     each = work()
-    due = each.sent("a", 1000, True, 0.0)
+    each.sent("a", 1000, True, 0.0)
     each.sent("b", 1000, True, 0.0)
     each.prompts.weight = 100.0  # its pace is known, so that one time does not change it
-    each.began("a", due, 1000, 1.5)
+    each.began("a", 1000, 1.5)
     assert each.backlog(1.5) == pytest.approx(1.0)
 
 
@@ -104,6 +106,52 @@ def test_the_pause_between_requests_is_measured() -> None:
     assert each.last == pytest.approx(199.5)
 
 
+def test_a_request_without_a_stream_that_fails_leaves_what_is_in_front_of_it() -> None:
+    each = work()
+    each.sent("a", 30000, True, 0.0)
+    due = each.sent("b", 1000, False, 0.0)
+    each.ended("b", due, 1000, 0.0)  # nobody served it: the prompt of the first one is still to be read
+    assert each.backlog(0.0) == pytest.approx(30.0)
+
+
+def test_a_stream_that_never_begins_is_given_up() -> None:
+    each = work()
+    each.sent("stuck", 1000, True, 0.0)
+    each.forget(60.0)
+    assert each.awaited == 1
+    each.forget(62.0)
+    assert (each.awaited, each.head, each.backlog(62.0)) == (0, math.inf, 0.0)
+    each.sent("b", 2000, True, 62.0)
+    each.began("stuck", 1000, 63.0)  # its first byte says nothing of those after it
+    assert each.backlog(63.0) == pytest.approx(1.0)
+    each.began("b", 2000, 64.0)
+    each.forget(300.0)
+    assert (each.awaited, each.backlog(64.0)) == (0, 0.0)
+
+
+@pytest.mark.parametrize("now", [0.0, 1e6])
+def test_the_first_request_says_nothing_of_the_pause_before_it(now: float) -> None:
+    each = work()
+    each.sent("a", 0, False, now)
+    assert each.gap == 1.0
+
+
+def test_a_night_without_requests_is_soon_forgotten() -> None:
+    each = work()
+    for number in range(400):
+        each.sent(number, 0, False, number * 0.5 + (number >= 300) * 36000.0)
+    assert each.gap == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_new_worker_expects_as_many_requests_as_the_others_get() -> None:
+    pool = common()
+    old = Work(pool)
+    for number in range(400):
+        old.sent(number, 0, False, number * 0.1)
+    assert Work(pool).gap == pytest.approx(0.1)
+    assert old.renewed().gap == pytest.approx(0.1)
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 5000), st.booleans(), st.floats(0.0, 3.0), st.booleans()), max_size=30),
     st.floats(0.0, 5.0),
@@ -119,7 +167,7 @@ def test_when_all_has_ended_nothing_is_in_front(
     for number, due, uncached, streams, fails in open_:
         now += last_pause
         if streams and not fails:
-            each.began(number, due, uncached, now)
+            each.began(number, uncached, now)
         else:
             each.ended(number, due, uncached, now)
         assert each.backlog(now) >= 0.0
@@ -177,8 +225,8 @@ def test_a_new_worker_has_the_pace_of_its_pool_and_then_its_own() -> None:
     now = 0.0
     for _ in range(40):
         for each, seconds in ((fast, 0.1), (slow, 0.25)):
-            due = each.sent("a", 1000, True, now)
-            each.began("a", due, 1000, now + seconds)
+            each.sent("a", 1000, True, now)
+            each.began("a", 1000, now + seconds)
         now += 1.0
     assert fast.prefill(1000) == pytest.approx(0.1, rel=0.15)
     assert slow.prefill(1000) == pytest.approx(0.25, rel=0.15)
@@ -191,12 +239,39 @@ def test_a_worker_that_gets_nothing_goes_back_to_the_mean() -> None:
     idle, busy = Work(pool), Work(pool)
     for each, seconds, times in ((idle, 1.0, 20), (busy, 0.1, 200)):
         for number in range(times):
-            due = each.sent("a", 1000, True, float(number))
-            each.began("a", due, 1000, number + seconds)
+            each.sent("a", 1000, True, float(number))
+            each.began("a", 1000, number + seconds)
     assert idle.prefill(1000) > 0.7
-    for _ in range(30):
-        idle.forget(0.7)
+    for minute in range(31):
+        idle.forget(minute * 60.0)
     assert idle.prefill(1000) == pytest.approx(pool.prompts.expected(1.0, 1000.0), rel=0.05)
+
+
+def test_forgetting_goes_by_time_and_not_by_calls() -> None:
+    pool = common()
+    each, other = Work(pool), Work(pool)
+    for one, step in ((each, 1.0), (other, 60.0)):
+        for number in range(20):
+            one.sent("a", 1000, True, float(number))
+            one.began("a", 1000, number + 1.0)
+        for call in range(int(120 / step) + 1):
+            one.forget(100.0 + call * step)
+    assert each.prompts.weight == pytest.approx(other.prompts.weight)
+
+
+@pytest.mark.parametrize("nonsense", [(1 << 53, 2), (3, 1 << 53)])
+def test_an_engine_that_tells_nonsense_does_not_spoil_its_pool(nonsense: tuple[int, int]) -> None:
+    pool = Paces()
+    liar, honest = Work(pool), Work(pool)
+    liar.told(1, 1)
+    liar.told(*nonsense)
+    for number in range(200):
+        size = 16000 * (1 + number % 2)  # 32,000 bytes take 1 s
+        honest.sent("a", size, True, number * 4.0)
+        honest.began("a", size, number * 4.0 + size / 32000)
+    for prompts in (honest.prompts, pool.prompts):
+        assert prompts.expected(1.0, 8000.0) == pytest.approx(0.25, rel=0.5)
+        assert prompts.expected(1.0, 64000.0) == pytest.approx(2.0, rel=0.5)
 
 
 def test_the_engines_own_counters_count() -> None:
@@ -249,7 +324,22 @@ def test_a_stream_that_fails_is_awaited_no_more() -> None:
 def test_policies_that_do_not_ask_for_it_are_not_measured() -> None:
     bench = Bench(1, "round_robin")
     bench.ask(facts(b"x" * 32000, streaming=True), 10.0)
-    assert (bench.workers[0].work.active, bench.workers[0].work.awaited) == (False, 0)
+    for number in (1, 2):
+        bench.fleet.reported(bench.workers[0], EngineReport(prefilled_tokens=number, prefill_busy_us=number))
+    work = bench.workers[0].work
+    assert (work.active, work.awaited, work.prompts.weight) == (False, 0, 0.0)
+
+
+def test_a_retry_after_a_pause_is_in_nobodys_way_until_it_is_sent() -> None:
+    bench = Bench(1, "cost", retries=RetryRules(initial_backoff=30.0, max_backoff=30.0, jitter=0.0))
+    attempt = bench.ask(facts(b"x" * 32000, streaming=True), 10.0).attempt.retry(Outcome.FAILED, 10.0)
+    assert attempt is not None
+    assert attempt.delay > 0.0
+    each = bench.workers[0].work
+    assert (each.awaited, each.backlog(10.0)) == (0, 0.0)
+    bench.router.began(attempt.leg, 41.0)
+    attempt.end(Outcome.SERVED, 50.0)
+    assert (each.awaited, each.backlog(50.0)) == (0, 0.0)
 
 
 def test_another_process_begins_with_no_work_and_the_pace_of_the_pool() -> None:

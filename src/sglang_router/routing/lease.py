@@ -1,7 +1,7 @@
 """A lease: one unit of load on one worker. Taking it is the load change; it is closed exactly once.
 
 lease = fleet.lease(worker)            load + 1
-lease.sent(uncached, streams, now)     a request is sent: its prompt is work in front of others, see `routing.work`
+lease.sent(uncached, streams, now, 0)  a request is sent: its prompt is work in front of others, see `routing.work`
 lease.streams(uncached, now)           it is a stream: from now on its first byte is awaited
 lease.began(now)                       the first byte of the answer arrived
 lease.close(outcome, now)              load - 1; breaker and outlier detection hear how the leg ended
@@ -36,7 +36,7 @@ class Lease:
     silent      the worker refused connections when the lease was taken: an answer means that it is back
     life        which process of the worker has it, see `Worker.life`
     alone       no other prompt waited to be read by the worker when the lease was taken
-    work        the work that it is part of; None: it was not sent
+    work        the work that it is part of; None: it was not sent, or after a delay
     uncached    bytes of its prompt that the worker must read
     due         when its prompt is believed to be read, by the clock of `work`
     beside      requests in flight there when it was sent; of a stream, when it began
@@ -95,16 +95,19 @@ class Lease:
     def __repr__(self) -> str:
         return f"<Lease {self.number} on {self.worker.url}{', closed' * self.closed}>"
 
-    def sent(self, uncached: int, streams: bool, now: float) -> None:
-        """Note that a request is sent. uncached: as for `streams`."""
+    def sent(self, uncached: int, streams: bool, now: float, delay: float) -> None:
+        """Note that a request is sent, after a delay. uncached: as for `streams`.
+
+        With a delay it is no work: until then the worker may read other prompts, which need not wait for it.
+        """
         work = self.worker.work
-        if work.active:
+        if work.active and delay <= 0.0:
             self.work = work
             self.beside = self.worker.load
             self.uncached = read = uncached if uncached > 0 else 0
             self.due = work.sent(self, read, streams, now)
         if streams:
-            self.streams(uncached, now)
+            self.streams(uncached, now + delay)
 
     def streams(self, uncached: int, now: float) -> None:
         """Note that a stream is sent. uncached: bytes of prompt that the worker must read first; negative: unknown."""
@@ -124,7 +127,7 @@ class Lease:
             self.first_byte = max(now - self.sent_at, 0.0)  # a timer may fire a little early, before a planned sending
             if self.work is not None:
                 self.beside = self.worker.load
-                self.work.began(self, self.due, self.uncached, now)
+                self.work.began(self, self.uncached, now)
 
     def close(self, outcome: Outcome, now: float, held: bool = False) -> None:
         """End the lease with the outcome of its leg. A second call does nothing.

@@ -22,6 +22,10 @@ _MOST_FACTOR: Final = 4.0
 """A measurement that is further from what was expected counts as so many times that, or as that part of it."""
 _TRUSTED: Final = 4.0
 """Measurements from which on there is something to be expected."""
+_WIDEST_FACTOR: Final = 1000.0
+"""The same before that: what an engine tells of itself may be nonsense."""
+_MOST_UNITS: Final = float(1 << 24)
+"""A measurement of more units counts as one of so many, so that none stands for ever."""
 _STEADY: Final = 0.002
 """How much the last figures count, so that measurements which cannot tell items from units change both alike."""
 _LEAST: Final = 0.001
@@ -65,9 +69,12 @@ class Pace:
 
     def add(self, items: float, units: float, seconds: float, common: Pace | None = None) -> None:
         """Add one measurement. common: the pace of all, which fills in for what is not known here."""
-        if self.weight > _TRUSTED or common is not None:
-            expected = self.expected(items, units)
-            seconds = min(max(seconds, expected / _MOST_FACTOR), expected * _MOST_FACTOR)
+        if units > _MOST_UNITS:
+            part = _MOST_UNITS / units
+            items, units, seconds = items * part, _MOST_UNITS, seconds * part
+        expected = self.expected(items, units)
+        factor = _MOST_FACTOR if self.weight > _TRUSTED or common is not None else _WIDEST_FACTOR
+        seconds = min(max(seconds, expected / factor), expected * factor)
         self.fade(_KEPT)
         share = 1.0 / (items * self.scale + units)
         self.weight += 1.0
@@ -173,13 +180,17 @@ class AnswerPace:
 
 
 class Paces:
-    """How quick a worker is, or the mean of a pool's workers: with prompts, and with answers."""
+    """How quick a worker is, or the mean of a pool's workers: with prompts, and with answers.
 
-    __slots__ = ("answers", "prompts")
+    gap  of a pool: mean seconds between two requests, at the worker that got the last one; 1 before there are two
+    """
+
+    __slots__ = ("answers", "gap", "prompts")
 
     def __init__(self) -> None:
         self.prompts = Pace(_BYTES_PER_ITEM, _PER_PROMPT, _PER_BYTE)
         self.answers = AnswerPace()
+        self.gap = 1.0
 
     def __repr__(self) -> str:
         return f"<Paces prompts {self.prompts!r}, answers {self.answers!r}>"

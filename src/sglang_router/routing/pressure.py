@@ -58,8 +58,10 @@ class Pressure:
     def evicting(self, age: float) -> float:
         """Return the seconds of prefill that evicting takes from others, for each second of prefill.
 
-        age  seconds since what is evicted was used
+        age  seconds since what is evicted was used; negative, or minus infinity: there is nothing to evict
         """
+        if age < 0.0:
+            return 0.0
         bucket = int(age).bit_length()
         if bucket >= _BUCKETS:
             return 0.0

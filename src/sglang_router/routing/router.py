@@ -202,7 +202,7 @@ class Router(Listener):
         lease.tag, lease.facts, lease.choice = tag, facts, choice
         if place is not None:
             lease.session = sessions.chosen(place, choice, facts, now)
-        lease.sent(total - choice.matched if total else -1, facts.streaming, now + delay)
+        lease.sent(total - choice.matched if total else -1, facts.streaming, now, delay)
         self._leases[lease.number] = lease
         splice = worker.splice
         if splice and not facts.endpoint.json:  # a body that is not JSON is not changed

@@ -13,7 +13,8 @@ Engines read prompts in order of arrival, one after the other or some together, 
 free: `free_at`. It needs no timer and no look at the single requests. The first byte of a stream says when its prompt
 was read, and moves the clock by the error; after the last of them, the clock is right whatever was believed before. A
 request without a stream gives no such sign before its end: its prompt counts for as long as it is believed to take,
-and no longer. A stream that is late lets those behind it wait: how late it is stands for as much again.
+and no longer. A stream that is late lets those behind it wait: how late it is stands for as much again. After a minute
+it is given up, or one stream that never begins would keep all others away from a worker that is well.
 
 Everything is measured per worker, from what passes (`routing.pace`). The pace of prompts comes from the times in which
 first bytes are awaited: such a time is busy from its beginning to its end, like what the engines' own counter of busy
@@ -37,6 +38,13 @@ _BLOCK: Final = 16
 _LAST_GAP: Final = 0.05
 """How much the last pause between two requests counts."""
 _LEAST_GAP: Final = 1e-4
+_LONGEST_PAUSE: Final = 60.0
+"""A longer one counts as so many seconds: a night without requests says nothing of the next morning."""
+_GIVEN_UP: Final = 60.0
+"""Seconds after which a stream that is late is awaited no more."""
+_FORGET: Final = 0.7
+"""What is left of what was measured after `_FORGET_SECONDS`: an unused worker goes back to the mean of the pool."""
+_FORGET_SECONDS: Final = 60.0
 _STRETCH: Final = 0.1
 """The least change of the pace that moves what is awaited."""
 _ANSWERS: Final = 8
@@ -49,7 +57,8 @@ class Work:
 
     active           a policy wants to know: without, nothing is told to it
     free_at          when all prompts sent there are believed to be read; seconds of the caller's clock
-    gap              mean seconds between two requests that were sent there; last: when the last one was
+    gap              mean seconds between two requests that were sent there; of a new worker, what it is elsewhere
+    last             when the last one was; minus infinity before the first
     head             when the oldest awaited stream is believed to begin; infinity without one
     prompts          how long it takes to read them; answers: to write them
     bytes_per_token  bytes of routing text for one token of a prompt
@@ -64,6 +73,7 @@ class Work:
         "_block_items",
         "_block_start",
         "_common",
+        "_forgot_at",
         "_prefilled",
         "_shift",
         "active",
@@ -81,7 +91,7 @@ class Work:
         self.free_at = 0.0
         self.head = _LATEST
         self.gap = 1.0
-        self.last = 0.0
+        self.last = -_LATEST
         own = Paces()
         self.prompts, self.answers = own.prompts, own.answers
         self.bytes_per_token = BYTES_PER_TOKEN
@@ -93,6 +103,7 @@ class Work:
         self._answers = self._answers_beside = 0  # that are not counted yet
         self._answer_seconds = 0.0
         self._prefilled = (0, 0)  # tokens and microseconds, by the engine's own count
+        self._forgot_at = _LATEST  # not yet
         self._common: Paces | None = None
         if common is not None:
             self.join(common)
@@ -111,6 +122,8 @@ class Work:
             if not self.prompts.weight:
                 self.prompts.expect(common.prompts)
                 self.answers.expect(common.answers)
+            if self.last == -_LATEST:
+                self.gap = common.gap
         return self._common
 
     def leave(self) -> None:
@@ -151,12 +164,18 @@ class Work:
     # -- what happens --------------------------------------------------------------------------------------------------
 
     def sent(self, key: object, uncached: int, streams: bool, now: float) -> float:
-        """Add a request; return when it is due, for `began` and `ended`.
+        """Add a request; return when it is due, for `ended`.
 
         uncached  bytes of prompt that the worker must read; 0: unknown
         """
-        prompts = self.prompts
-        self.gap = max(self.gap + (now - self.last - self.gap) * _LAST_GAP, _LEAST_GAP)
+        prompts, common = self.prompts, self._common
+        pause = now - self.last
+        if pause < _LATEST:
+            if pause > _LONGEST_PAUSE:
+                pause = _LONGEST_PAUSE
+            self.gap = max(self.gap + (pause - self.gap) * _LAST_GAP, _LEAST_GAP)
+            if common is not None:
+                common.gap = self.gap
         self.last = now
         start = min(now, self.head)
         if self.free_at > start:
@@ -174,9 +193,12 @@ class Work:
                 self.head = due
         return due - self._shift
 
-    def began(self, key: object, due: float, uncached: int, now: float) -> None:
-        """Take the first byte of a stream."""
-        self._move(now - self._awaiting.pop(key, due) - self._shift)
+    def began(self, key: object, uncached: int, now: float) -> None:
+        """Take the first byte of a stream. That of one that was given up says nothing any more."""
+        due = self._awaiting.pop(key, None)
+        if due is None:
+            return
+        self._move(now - due - self._shift)
         self._block_items += 1
         self._block_bytes += uncached
         if not self._awaiting or self._block_items >= min(_BLOCK, self.prompts.weight):
@@ -204,7 +226,7 @@ class Work:
         early = due + self._shift - now
         if self._awaiting.pop(key, None) is None:
             if early > 0.0:  # it is done sooner than its prompt was believed to be read
-                self._move(-early)
+                self._move(-early if beside else -min(early, self.prefill(uncached)))
             elif beside:
                 self.answered(-early, beside)
             return
@@ -215,6 +237,8 @@ class Work:
 
     def told(self, tokens: int, microseconds: int) -> None:
         """Take an engine's own counters: uncached tokens that it has read, and how long it was busy with that."""
+        if not self.active:
+            return
         before, self._prefilled = self._prefilled, (tokens, microseconds)
         read, busy = tokens - before[0], (microseconds - before[1]) / 1e6
         if before[1] and read > 0 and busy > 0.0:
@@ -224,14 +248,24 @@ class Work:
                 common.prompts.add(0.0, units, busy)
             self.prompts.add(0.0, units, busy, None if common is None else common.prompts)
 
-    def forget(self, share: float) -> None:
-        """Let only this share of what was measured count: a worker that gets no requests goes back to the mean."""
+    def forget(self, now: float) -> None:
+        """Let what was measured count less, by the time since the last call: a worker that gets no requests goes back
+        to the mean. Give up the streams that are late by more than `_GIVEN_UP` seconds."""
+        passed, self._forgot_at = max(now - self._forgot_at, 0.0), now
         common = self._common
-        if common is not None:
+        if common is not None and passed > 0.0:
+            share = _FORGET ** (passed / _FORGET_SECONDS)
             self.prompts.fade(share)
             self.prompts.settle(common.prompts)
             self.answers.fade(share)
             self.answers.settle(common.answers)
+        before = now - _GIVEN_UP - self._shift
+        late = [key for key, due in self._awaiting.items() if due < before]
+        for key in late:
+            del self._awaiting[key]
+        if late:
+            self._reset_head()
+            self._block_start, self._block_items, self._block_bytes = now, 0, 0
 
     # -- the clock, and what is measured -------------------------------------------------------------------------------
 

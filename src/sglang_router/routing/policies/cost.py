@@ -61,8 +61,6 @@ _SAME: Final = 6
 """Prefixes that differ by less than the total >> _SAME bytes are equally long: behind a fork texts may begin alike."""
 _BATCH: Final = 0.1
 """How much a second of the answer counts against one before its first token."""
-_FORGET: Final = 0.7
-"""What is left of what was measured after each `tidy`: an unused worker goes back to the mean of the pool."""
 
 
 class Weighed:
@@ -147,9 +145,10 @@ class Cost(Policy):
                 if group and length < enough:
                     self._add(weighed, candidates, group, matched, total, now)
                     group = 0
-                matched = length - scaffold
-                if matched < _WORTH and matched != total:
+                worth = length - scaffold
+                if worth < _WORTH and worth != total:
                     break
+                matched = worth
                 mask ^= owners
                 if not group:
                     enough = length - max(_WORTH, total >> _SAME)
@@ -253,8 +252,8 @@ class Cost(Policy):
     def _below_cap(self, candidates: Candidates) -> int:
         """Return the candidates with fewer requests in flight than the cap allows; all when there is none."""
         mask, roster = candidates.mask, candidates.roster
-        most = int(self._load_cap * roster.running(mask) / mask.bit_count()) + 1
-        return mask if roster.high < most else mask & ~roster.at_least(most) or mask
+        most = self._load_cap * roster.running(mask) / mask.bit_count()
+        return mask if roster.high <= most else mask & ~roster.at_least(int(most) + 1) or mask
 
     # -- what is remembered --------------------------------------------------------------------------------------------
 
@@ -267,9 +266,7 @@ class Cost(Policy):
         choice.note = None  # it refers to nodes of the tree, which may go before the request ends
         worker, tree, pressure = choice.worker, self.tree, self.pressure
         slot = worker.slot
-        capacity = worker.report.capacity_tokens
-        if capacity is not None:
-            tree.bound(slot, int(capacity * worker.work.bytes_per_token))
+        self._bound(worker)
         mine = choice.matched + facts.scaffold if choice.matched else 0
         known = max(mine, weighed.matched[0] + facts.scaffold)
         room = self._rooms[slot]
@@ -283,6 +280,12 @@ class Cost(Policy):
         if filling and new:
             pressure.remember(tree.held)
             pressure.inserted(match.namespace, match.text, (mine, known), room.bit, new, now)
+
+    def _bound(self, worker: Worker) -> None:
+        """Remember as much of a worker as its engine's cache holds, where the engine tells that."""
+        capacity = worker.report.capacity_tokens
+        if capacity is not None:
+            self.tree.bound(worker.slot, int(capacity * worker.work.bytes_per_token))
 
     def unread(self, choice: Choice, facts: Facts) -> None:
         """Take what the request added out of the tree, as far as no other request has used it."""
@@ -324,5 +327,6 @@ class Cost(Policy):
             done += self.tree.expire(now - self.settings.max_idle, budget - done)
         if done < budget:  # the last call of a clean-up
             for worker in self._by_slot.values():
-                worker.work.forget(_FORGET)
+                worker.work.forget(now)
+                self._bound(worker)  # one that gets no requests, too
         return done >= budget

@@ -169,7 +169,7 @@ class Shadowed(Policy):
         """Let both know that a worker joined the pool."""
         self._obeyed.added(worker)
         twin = Worker(worker.spec, worker.id, worker.order, worker.since)
-        twin.circuit, twin.work = worker.circuit, worker.work
+        twin.circuit, twin.work, twin.tokens = worker.circuit, worker.work, worker.tokens
         self._twins[worker] = twin
         self._quietly(lambda: self._shadow.added(twin))
         self._number()
