@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def test_mooncake_faster(tmp_path: Path) -> None:
         ({"output_length": None}, "output_length must be a whole number"),
         ({"hash_ids": 5}, "hash_ids must be a list"),
         ({"hash_ids": ["a"]}, "hash_ids must be a list"),
+        ({"hash_ids": [True]}, "hash_ids must be a list"),
+        ({"output_length": 10**12}, "output_length must be at most"),
         ({"input_length": 2000}, "3 hash_ids are too few for 2000 tokens"),
     ],
 )
@@ -117,6 +120,8 @@ def test_azure(tmp_path: Path) -> None:
         ("2023-11-16 23:59:59+01:00,374,44", "TIMESTAMP is not a time"),
         ("2023-11-16 23:59:59,many,44", "must be whole numbers"),
         ("2023-11-16 23:59:59,1,-4", "must be whole numbers"),
+        ("2023-11-16 23:59:59,1000000000000,4", "ContextTokens must be at most"),
+        (f"2023-11-16 23:59:59,1,{'9' * 5000}", "GeneratedTokens must be at most"),
     ],
 )
 def test_azure_with_a_mistake(tmp_path: Path, line: str, what: str) -> None:
@@ -171,6 +176,8 @@ def test_agent_sessions_begin_at_other_times_with_another_seed(tmp_path: Path) -
         ({"b": 64, "r": [[0.0, 64]]}, "must have six numbers"),
         ({"b": 64, "r": [[0.0, 64, 1, 1.0, 0.0, 0, 1]]}, "must have six numbers"),
         ({"b": 64, "r": [[0.0, 65, 1, 1.0, 0.0, 0, 1, "x"]]}, "len must be a whole number"),
+        ({"b": 64, "r": [[0.0, 65, 1, 1.0, 0.0, 0, 1, 10**10]]}, "len must be at most"),
+        ({"b": 64, "r": [[0.0, 65, 1, 1.0, 0.0, 0, 10**11, 1]]}, "start must be at most"),
         ({"b": 64, "r": [[0.0, 128, 1, 1.0, 0.0, 0, 1, 1]]}, "1 blocks are too few for 128 tokens"),
     ],
 )
@@ -178,6 +185,14 @@ def test_agent_sessions_with_a_mistake(tmp_path: Path, line: dict[str, Any], wha
     load = opened(written(tmp_path, SESSIONS[2], line))
     with pytest.raises(ConfigError, match=f"trace, line 2: .*{what}"):
         list(load.arrivals())
+
+
+def test_a_mistake_in_a_later_request_is_told_with_the_line_of_its_session(tmp_path: Path) -> None:
+    wrong = {"b": 64, "r": [[0.0, 64, 1, 1.0, 0.0, 0, 1, 1], [0.0, 64, 1, 1.0, "x", 0, 1, 1]]}
+    load = opened(written(tmp_path, wrong, *SESSIONS[2:] * 3))
+    first, *_ = load.arrivals()
+    with pytest.raises(ConfigError, match="trace, line 1: think_time"):
+        load.answered(first, 1.0)
 
 
 # -- decision logs ----------------------------------------------------------------------------------------------------
@@ -224,7 +239,11 @@ def test_a_decision_log_without_tokens(tmp_path: Path) -> None:
     [
         ([HEADER | {"version": 9}], "line 1: a decision log of version 9"),
         ([HEADER | {"block": 0}], "line 1: block must not be 0"),
+        ([HEADER | {"block": 10**30}], "line 1: block must be at most"),
         ([HEADER, "oops"], "line 2: not JSON"),
+        ([HEADER, '{"t":' + "[" * 20_000], "line 2: nested too deeply"),
+        ([HEADER, {"t": 1.0, "bytes": 10**15}], "line 2: bytes must be at most"),
+        ([HEADER, {"t": 1.0, "bytes": 5, "prompt_tokens": 10**11}], "line 2: prompt_tokens must be at most"),
         ([HEADER, [1]], "line 2: not a JSON object"),
         ([HEADER, {"t": 1.0, "bytes": 5}, {"t": None, "bytes": 5}], "line 3: t must be a number"),
         ([HEADER, {"t": 1.0, "bytes": 5, "chain": "abc"}], "line 2: chain must be a list"),
@@ -233,6 +252,13 @@ def test_a_decision_log_without_tokens(tmp_path: Path) -> None:
 def test_a_decision_log_with_a_mistake(tmp_path: Path, lines: list[Any], what: str) -> None:
     with pytest.raises(ConfigError, match=f"trace, {what}"):
         list(opened(written(tmp_path, *lines)).arrivals())
+
+
+def test_a_decision_log_with_half_of_a_surrogate_pair(tmp_path: Path) -> None:
+    record = {"t": 1.0, "bytes": 300, "session": "\ud800", "chain": ["\ud800"]}
+    one, other = opened(written(tmp_path, HEADER, record, record)).arrivals()
+    assert one.session == other.session != b""
+    assert common(one, other, 64) == 1
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -255,6 +281,9 @@ def test_a_compressed_file_that_ends_early(tmp_path: Path) -> None:
     ("lines", "what"),
     [
         ([], "the file is empty"),
+        (["[" * 20_000], "line 1: not a trace that can be replayed"),
+        ([{"b": True, "r": []}], "line 1: b must be a whole number"),
+        ([{"b": 0, "r": []}], "line 1: b must not be 0"),
         (["hello"], "line 1: not a trace that can be replayed"),
         ([{"model": "x"}], "line 1: not a trace that can be replayed"),
         ([{"format": "another"}], "line 1: not a trace that can be replayed"),
@@ -275,6 +304,12 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         opened(tmp_path / "missing")
+
+
+def test_a_pipe_can_be_read_only_once_and_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="must be a file and not a pipe"):
+        opened(tmp_path / "pipe")
 
 
 # -- generators -------------------------------------------------------------------------------------------------------
@@ -346,6 +381,8 @@ def test_turns_of_a_session_continue_each_other() -> None:
         ("gen:groups,groups=1.5", "groups=1.5: a number is needed"),
         ("gen:groups,rate=0", "rate=0: out of range"),
         ("gen:groups,rate=nan", "rate=nan: out of range"),
+        ("gen:bursts,every=0.000000001", "every=0.000000001: out of range"),
+        ("gen:groups,prefix=999999999999", "prefix=999999999999: out of range"),
     ],
 )
 def test_a_generator_with_a_mistake(words: str, what: str) -> None:

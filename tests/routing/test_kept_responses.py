@@ -10,6 +10,8 @@ from sglang_router.relay.response_ids import response_id
 from sglang_router.routing.facts import ENDPOINTS, Facts, read
 from sglang_router.routing.kept_responses import KeptResponses
 from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.queue import ROOM
+from sglang_router.routing.rules import FleetRules
 from sglang_router.routing.spec import WorkerSpec
 
 RESPONSES, STORED = ENDPOINTS[b"/v1/responses"], ENDPOINTS[b"/v1/responses/{id}"]
@@ -185,3 +187,60 @@ def test_what_is_remembered_is_bounded() -> None:
 )
 def test_the_id_is_found_at_the_beginning_of_an_answer(answer: bytes, id: bytes) -> None:
     assert response_id(answer) == id
+
+
+def test_a_search_goes_on_behind_a_worker_that_is_gone() -> None:
+    b = Bench(12, "round_robin")
+    attempt: Attempt | None = hold(b, about(b"resp_1"))
+    asked = []
+    for number in range(12):
+        assert attempt is not None, f"{number} workers were asked of 12"
+        asked.append(attempt.worker)
+        attempt = attempt.retry(Outcome.REFUSED) if number % 3 == 2 else attempt.retry(Outcome.REJECTED, status=404)
+    assert len(set(asked)) == 12
+
+
+def test_a_search_goes_on_in_the_pool_of_another_model_behind_a_worker_that_is_gone() -> None:
+    b = Bench(0, "round_robin", assign=None)
+    for name in ("a", "b"):
+        b.workers.append(b.fleet.add(WorkerSpec(url=f"http://{name}:1", model_id=name), 0.0))
+        b.fleet.probed(b.workers[-1], None, 0.0)
+    first = hold(b, about(b"resp_1"))
+    second = first.retry(Outcome.UNCONNECTED)
+    assert second is not None
+    assert {first.worker, second.worker} == set(b.workers)
+
+
+def test_what_continues_a_response_waits_for_its_full_holder() -> None:
+    b = Bench(2, "round_robin", rules=FleetRules(most_load=1))
+    first = hold(b, create())
+    b.router.holds(first.leg, b"resp_1")
+    waiting = b.ask(create(b"resp_1"))
+    assert waiting.waits == (ROOM, 60.0)
+    other = b.ask(create())
+    assert other.waits is None, "nobody else waits behind it"
+    other.attempt.end(now=1.0)
+    b.settle(1.0)
+    assert waiting.waits == (ROOM, 60.0)
+    first.end(now=2.0)
+    b.settle(2.0)
+    assert (waiting.attempt.worker, waiting.attempt.branch) == (first.worker, "holder")
+
+
+def test_a_holder_that_is_full_for_too_long_is_a_timeout() -> None:
+    b = Bench(2, "round_robin", rules=FleetRules(most_load=1))
+    first = hold(b, create())
+    b.router.holds(first.leg, b"resp_1")
+    assert b.router.expired(b.ask(create(b"resp_1")).tag, 60.0).code == "queue_timeout"
+    assert len(b.router.queue) == 0
+
+
+@pytest.mark.parametrize(("outcome", "status"), [(Outcome.BUSY, 429), (Outcome.FAILED, 500)])
+def test_a_holder_that_answers_with_an_error_is_not_replaced_by_a_worker_that_knows_nothing(
+    outcome: Outcome, status: int
+) -> None:
+    b = Bench(3, "round_robin")
+    home = served(b, b"resp_1").worker
+    again = hold(b, create(b"resp_1")).retry(outcome, status=status)
+    assert again is None or again.worker is home
+    assert (again is None) == (outcome is Outcome.BUSY), "who is busy is not asked again"

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from fleets import Asked, Bench, facts, spec
 from sglang_router.errors import SessionsFull
 from sglang_router.routing.engine_report import EngineReport
-from sglang_router.routing.facts import Facts
+from sglang_router.routing.facts import ENDPOINTS, Facts, read
 from sglang_router.routing.outcome import Outcome
-from sglang_router.routing.queue import SESSION
+from sglang_router.routing.plan import Plan
+from sglang_router.routing.queue import ROOM, SESSION
 from sglang_router.routing.return_times import UNKNOWN
-from sglang_router.routing.rules import QueueRules
+from sglang_router.routing.rules import FleetRules, QueueRules
 from sglang_router.routing.sessions import Sessions
 
 PROMPT = b"x" * 40_000
@@ -248,3 +249,86 @@ def test_reservations_return_to_zero_whatever_happens(seed: int) -> None:
         b.router.look(now + 4000.0 * (step + 1))
     assert reserved(b) == [0, 0, 0]
     assert b.router.sessions.table.live == len(b.router.sessions.table) == b.router.queue.sessions == 0
+
+
+def test_a_session_that_waits_keeps_its_time_when_all_workers_are_full_for_a_moment() -> None:
+    b = Bench(
+        1,
+        "least_load",
+        rules=FleetRules(most_load=2),
+        queue=QueueRules(queue_size=10, queue_timeout=60.0, session_timeout=600.0),
+    )
+    b.router.sessions = Sessions(True, waits=True, capacity=60_000)
+    ask(b, b"s0")
+    waiting = ask(b, b"s1", 1.0)
+    ask(b, b"s0", 300.0)
+    b.router.look(300.0)
+    assert waiting.waits == (SESSION, 601.0)
+    assert b.router.queue.sessions == 1
+
+
+def test_another_request_of_a_session_that_begins_does_not_wait_behind_those_that_have_not() -> None:
+    b = bench(1, 60_000)
+    first = ask(b, b"s0")
+    one, large, other = ask(b, b"s1", 1.0), ask(b, b"s2", 1.0, PROMPT * 3), ask(b, b"s1", 1.0)
+    first.attempt.end(now=2.0)
+    b.router.look(2.0 + UNKNOWN + 1.0)
+    b.settle(2.0 + UNKNOWN + 1.0)
+    assert one.waits is None
+    assert other.waits is None, "its session is live"
+    assert large.waits == (SESSION, 601.0)
+    assert (len(b.router.queue), b.router.queue.sessions) == (1, 1)
+
+
+def test_nobody_waits_behind_a_session_that_ended_while_its_request_was_queued() -> None:
+    b = Bench(
+        2,
+        "least_load",
+        rules=FleetRules(most_load=2),
+        queue=QueueRules(queue_size=10, queue_timeout=60.0, session_timeout=600.0),
+    )
+    b.router.sessions = Sessions(True, waits=True, capacity=60_000)
+    running = {name: [ask(b, name).attempt for _ in range(2)] for name in (b"s0", b"s1")}
+    waiting, plain = ask(b, b"s0", 1.0), b.ask(facts(b"x"), 1.0)
+    assert waiting.waits == plain.waits == (ROOM, 61.0)
+    b.fleet.remove(running[b"s0"][0].worker)
+    for attempt in running[b"s0"]:
+        attempt.end(Outcome.BROKEN, 2.0)
+    b.settle(2.0)
+    assert waiting.waits == (SESSION, 601.0), "it begins anew, and the other session leaves no room"
+    assert plain.waits == (ROOM, 61.0)
+    running[b"s1"][0].end(now=3.0)
+    b.settle(3.0)
+    assert isinstance(plain.answers[-1], Plan)
+    assert repr(waiting.answers[-1]) == "<Wait for session until 601.000>"
+    assert (len(b.router.queue), b.router.queue.sessions) == (1, 1)
+
+
+def chat(*texts: bytes) -> Facts:
+    messages = b",".join(b'{"role":"user","content":"%b"}' % text for text in texts)
+    return read(ENDPOINTS[b"/v1/chat/completions"], b'{"messages":[%b]}' % messages)
+
+
+def test_single_questions_do_not_fill_the_caches_that_they_do_not_need() -> None:
+    b = bench(1, 1_000_000)
+    for n in range(200):
+        b.ask(chat(b"question %d" % n), float(n)).attempt.end(now=n + 0.5)
+    assert reserved(b)[0] < 10_000
+    assert ask(b, b"s0", 200.0).waits is None
+    assert b.router.sessions.contexts.growth == 40_000.0, "nothing is learnt from them"
+
+
+def test_a_single_question_that_goes_on_is_a_session() -> None:
+    b = bench(1, 1_000_000)
+    b.send(chat(b"one"))
+    single = reserved(b)[0]
+    b.send(chat(b"one", b"two"))
+    assert single < 100
+    assert 40_000 < reserved(b)[0] < 40_100
+
+
+def test_a_single_question_does_not_wait_for_a_full_cache() -> None:
+    b = bench(1, 60_000)
+    ask(b, b"s0")
+    assert ask(b, b"s1").waits == (SESSION, 600.0)
+    assert b.ask(chat(b"one")).waits is None

@@ -87,20 +87,20 @@ class AgentSessions(Load):
 
     def _ask(self, session: _Session, now: float, *, pausing: bool) -> LoadRequest:
         lines, entry = self._lines, session.entries.pop()
+        last, lines.number = lines.number, session.line  # a mistake is in the line of the session
         if len(entry) < 6 or len(entry) % 2:
-            lines.number = session.line
             raise lines.wrong("a request must have six numbers and then pairs of them")
         _, prompt, output, _, think, same, *runs = entry
         pages = session.pages[: lines.count(same, "k") * UNIT]
         for start, length in zip(runs[::2], runs[1::2], strict=True):
-            pages += pages_of(session.space, lines.count(length, "len"), lines.count(start, "start"))
+            pages += pages_of(session.space, lines.count(length, "len"), lines.count(start, "start", _ANSWERS - 1))
         session.pages = pages
         prompt, output = max(1, lines.count(prompt, "in")), max(1, lines.count(output, "out"))
         if len(pages) < prompt // self.page * UNIT:
-            lines.number = session.line
             raise lines.wrong(f"{len(pages) // UNIT} blocks are too few for {prompt} tokens")
         self._asks += 1
         whole = pages[: prompt // self.page * UNIT]
         answer = pages_of(session.space, output // self.page + 2, _ANSWERS + self._asks % _ANSWERS)
         pause = min(lines.seconds(think or 0.0, "think_time"), self._think_cap) if pausing else 0.0
+        lines.number = last
         return LoadRequest(self._asks, now + pause, whole + answer, prompt, output, session.name)

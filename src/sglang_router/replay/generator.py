@@ -19,9 +19,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from sglang_router.errors import ConfigError
-from sglang_router.replay.load import Load, LoadRequest, pages_of
+from sglang_router.replay.load import MOST, Load, LoadRequest, pages_of
 
 PAGE = 16
+_LEAST = 1e-3
+"""The least of every setting but `share`: with less, nearly nothing happens, or too much for the memory."""
+_MOST_REQUESTS = 1_000_000_000
 
 
 class LoadShape(NamedTuple):
@@ -198,6 +201,7 @@ def _number(key: str, value: str, kind: type[float]) -> float:
         number = kind(value)
     except ValueError:
         raise ConfigError(f"{key}={value}: a number is needed") from None
-    if not 0 <= number < 1e12 or (number == 0 and key != "share"):
+    least = 0.0 if key == "share" else _LEAST
+    if not least <= number <= (_MOST_REQUESTS if kind is float or key == "requests" else MOST):
         raise ConfigError(f"{key}={value}: out of range")
     return number

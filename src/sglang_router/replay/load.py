@@ -16,6 +16,9 @@ from collections.abc import Iterator
 
 UNIT = 8
 """Bytes for one page."""
+MOST = 1 << 24
+"""Tokens that a prompt or an answer may have, and blocks: far more than a cache holds, and no more than fits into
+memory."""
 _HIGH = 1 << 32
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sglang_router.errors import ConfigError
+from sglang_router.replay.load import MOST
 
+MOST_BYTES = 1 << 28
+"""Bytes of a prompt's text that a line may have."""
 _MAGIC = b"\x1f\x8b"
 
 
@@ -31,6 +34,8 @@ class Lines:
     def __iter__(self) -> Iterator[str]:
         self.number = 0
         try:
+            if self.path.is_fifo():
+                raise ConfigError(f"{self.path}: a trace is read several times, so it must be a file and not a pipe")
             with self.path.open("rb") as file:
                 packed = file.peek(2)[:2] == _MAGIC
                 with io.TextIOWrapper(gzip.GzipFile(fileobj=file) if packed else file, "utf-8") as text:
@@ -54,14 +59,18 @@ class Lines:
             found = json.loads(line)
         except ValueError:
             raise self.wrong("not JSON") from None
+        except RecursionError:
+            raise self.wrong("nested too deeply") from None
         if not isinstance(found, dict):
             raise self.wrong("not a JSON object")
         return found
 
-    def count(self, found: Any, name: str) -> int:
-        """Return a number of tokens or blocks of the last line. Raises: ConfigError."""
+    def count(self, found: Any, name: str, most: int = MOST) -> int:
+        """Return a number of tokens or blocks of the last line, at most `most`. Raises: ConfigError."""
         if not isinstance(found, int) or isinstance(found, bool) or found < 0:
             raise self.wrong(f"{name} must be a whole number of 0 or more")
+        if found > most:
+            raise self.wrong(f"{name} must be at most {most:,}")
         return found
 
     def seconds(self, found: Any, name: str) -> float:

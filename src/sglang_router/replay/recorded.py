@@ -21,7 +21,7 @@ from itertools import islice
 from typing import Any
 
 from sglang_router.replay.load import UNIT, Load, LoadRequest, pages_of
-from sglang_router.replay.reading import Lines
+from sglang_router.replay.reading import MOST_BYTES, Lines
 
 FORMAT = "sglang-router-decisions"
 _VERSION = 1
@@ -52,7 +52,7 @@ class RecordedDecisions(Load):
         for record in islice(self._records(), _SAMPLE):
             if record.get("prompt_tokens") and record.get("bytes"):
                 tokens += self._lines.count(record["prompt_tokens"], "prompt_tokens")
-                size += self._lines.count(record["bytes"], "bytes")
+                size += self._lines.count(record["bytes"], "bytes", MOST_BYTES)
         return tokens / size if tokens else 1 / _BYTES_PER_TOKEN
 
     def _records(self) -> Iterator[dict[str, Any]]:
@@ -85,18 +85,18 @@ class RecordedDecisions(Load):
     def _ask(self, record: dict[str, Any]) -> LoadRequest:
         lines, number = self._lines, self._lines.number
         at = lines.seconds(record.get("t"), "t")
-        prompt = max(1, round(lines.count(record.get("bytes"), "bytes") * self._per_byte))
+        prompt = max(1, round(lines.count(record.get("bytes"), "bytes", MOST_BYTES) * self._per_byte))
         output = max(1, lines.count(record.get("completion_tokens") or _OUTPUT, "completion_tokens"))
         chain = record.get("chain") or []
         if not isinstance(chain, list):
             raise lines.wrong("chain must be a list of hashes")
         pages = b"".join([_unit(each) for each in chain])[: prompt // self.page * UNIT]
         own = (prompt + output) // self.page - len(pages) // UNIT + 1
-        session = str(record.get("session") or "").encode()
+        session = str(record.get("session") or "").encode("utf-8", "surrogatepass")
         pages += pages_of(number, own, _OWN)
         return LoadRequest(number, at, pages, prompt, output, session, record.get("stream") is not False)
 
 
 def _unit(hashed: object) -> bytes:
     """Return the unit of a page with this hash, whatever its form."""
-    return hashlib.blake2b(str(hashed).encode(), digest_size=UNIT).digest()
+    return hashlib.blake2b(str(hashed).encode("utf-8", "surrogatepass"), digest_size=UNIT).digest()

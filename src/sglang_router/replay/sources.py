@@ -61,14 +61,17 @@ def _recorded(options: ReplayOptions, seed: int) -> Load:
         return Azure(lines, options.speedup)
     try:
         record = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if isinstance(record, dict):
         if record.get("format") == FORMAT:
             return RecordedDecisions(lines, record, options.speedup)
         if "hash_ids" in record:
             return Mooncake(lines, options.speedup)
-        if "r" in record and isinstance(page := record.get("b"), int) and page > 0:
+        if "r" in record and "b" in record:
+            page = lines.count(record["b"], "b")
+            if not page:
+                raise lines.wrong("b must not be 0")
             return AgentSessions(lines, page, options.live, options.think_cap, seed)
     raise lines.wrong(
         "not a trace that can be replayed: it must begin as a decision log, a Mooncake trace, an Azure trace or agent"

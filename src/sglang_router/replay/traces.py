@@ -20,6 +20,8 @@ _PAGE = 64
 _MIX = 2654435761
 """An odd number: times it, modulo 2^32, different ids are different numbers that are far apart."""
 _ANSWERS = 1 << 31
+_DIGITS = 20
+"""Digits of a number that are read: one with more is too large in any case."""
 AZURE_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 
 
@@ -41,7 +43,7 @@ class Mooncake(Load):
             prompt = max(1, lines.count(record.get("input_length"), "input_length"))
             output = max(1, lines.count(record.get("output_length"), "output_length"))
             ids = record.get("hash_ids")
-            if not isinstance(ids, list) or not all(isinstance(each, int) and 0 <= each < _ANSWERS for each in ids):
+            if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < _ANSWERS for each in ids):
                 raise lines.wrong("hash_ids must be a list of numbers")
             if len(ids) * MOONCAKE_BLOCK < prompt:
                 raise lines.wrong(f"{len(ids)} hash_ids are too few for {prompt} tokens")
@@ -77,7 +79,8 @@ class Azure(Load):
                 raise lines.wrong(f"{len(fields)} fields and not three: {AZURE_HEADER}")
             at = self._time(fields[0])
             first = at if first < 0.0 else first
-            prompt, output = (max(1, self._count(field)) for field in fields[1:])
+            prompt = max(1, self._count(fields[1], "ContextTokens"))
+            output = max(1, self._count(fields[2], "GeneratedTokens"))
             yield LoadRequest(
                 lines.number, (at - first) / self._speedup, _own(lines.number, prompt + output), prompt, output
             )
@@ -90,7 +93,7 @@ class Azure(Load):
         except (ValueError, TypeError):
             raise self._lines.wrong("TIMESTAMP is not a time, as 2023-11-16 18:15:46.6805900") from None
 
-    def _count(self, text: str) -> int:
+    def _count(self, text: str, name: str) -> int:
         if not text.isascii() or not text.isdigit():
             raise self._lines.wrong("ContextTokens and GeneratedTokens must be whole numbers")
-        return int(text)
+        return self._lines.count(int(text[:_DIGITS]), name)

@@ -3,7 +3,8 @@
     a failure       a worker that has not failed the request; else one that has, after a pause that grows
     a 404 for a stored response that nobody knows: the next worker, until all were asked (`routing.kept_responses`)
 
-A request about a stored response goes nowhere else than to the worker that keeps it, if that is known.
+A request about a stored response, or that continues one, goes nowhere else than to the worker that keeps it, if that is
+known and has not broken down. While nobody knows it, those that were asked do not count as retries here.
 """
 
 from __future__ import annotations
@@ -53,14 +54,17 @@ class Again:
     ) -> NextTry | None:
         """Return where a request goes that a worker has failed; None when no worker is left, or no budget."""
         rules, tries, assignment = self._rules, trail.tries, self._assignment
-        if trail.retries >= rules.total:
+        if trail.retries - trail.strangers >= rules.total:
             return None
         elsewhere = outcome is Outcome.BUSY or outcome is Outcome.VANISHED
         once = elsewhere or outcome in BREAKS
         tries[worker] = rules.per_worker if once else tries.get(worker, 0) + 1
         serving = assignment.serving(facts)
-        if facts.endpoint.about and assignment.kept.holder(facts.follows) is worker:
+        keeps = assignment.holder(facts) is worker
+        if keeps and (facts.endpoint.about or outcome is Outcome.BUSY or outcome is Outcome.FAILED):
             fresh, again = _NOBODY, candidates_of([worker] if tries[worker] < rules.per_worker else [])
+        elif facts.endpoint.about and (left := assignment.next_to_ask(facts, tries, now)) is not None:
+            (serving, fresh), again = left, _NOBODY
         else:
             fresh, again = self._candidates(serving, trail, 0 if elsewhere else rules.per_worker, now)
         if not (fresh or again) or (outcome is not Outcome.REFUSED and not budget.take(now)):
@@ -77,6 +81,7 @@ class Again:
         if found is None:
             return None
         trail.retries += 1
+        trail.strangers += 1
         return NextTry(*found)
 
     def _candidates(self, serving: Serving, trail: Trail, most: int, now: float) -> tuple[Candidates, Candidates]:

@@ -2,18 +2,21 @@
 
     serving(facts)                    the pool of its model, or that of the worker that keeps what it asks for
     candidates(serving, facts, now)   those of it that may take the request now
-    line(serving, facts, now)         in which line it waits: sessions that begin have one of their own
+    line(serving, facts, now)         in which line it waits: sessions that begin have one of their own, and so has each
+                                      worker that keeps what is continued
+    rejoins, follow                   the same for queued requests, when their sessions end or begin
     awaited(serving, facts, now)      what it can wait for while there are none: ROOM, START or SESSION; else an error
     next_to_ask(facts, asked, now)    of a stored response that nobody knows: the workers that were not asked yet
 
 A request about a stored response goes to the worker that keeps it whatever its state: no other one has it. A request
-that continues one goes there as long as the worker takes requests.
+that continues one goes there as long as the worker takes requests, and waits for room there: any other one would answer
+that there is no such response.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable
-from typing import Final
+from collections.abc import Collection, Container, Hashable
+from typing import Final, Protocol, TypeVar
 
 from sglang_router.errors import RouterError, WorkersFull, WorkersStarting
 from sglang_router.routing.candidates import Candidates, candidates_of
@@ -21,12 +24,23 @@ from sglang_router.routing.facts import Facts
 from sglang_router.routing.kept_responses import KeptResponses
 from sglang_router.routing.models import Serving
 from sglang_router.routing.pools import Pools
-from sglang_router.routing.queue import ROOM, SESSION, START
+from sglang_router.routing.queue import ROOM, SESSION, START, Queue, Queued
 from sglang_router.routing.sessions import Sessions
 from sglang_router.routing.worker import Worker
 
 HOLDER: Final = "holder"
 """Branch of a request that goes to the worker that keeps what it follows."""
+
+
+class QueuedItem(Protocol):
+    """What is queued of a request."""
+
+    @property
+    def facts(self) -> Facts:
+        """What routing knows of it."""
+
+
+W = TypeVar("W", bound=QueuedItem)
 
 
 class Assignment:
@@ -46,11 +60,15 @@ class Assignment:
     def __repr__(self) -> str:
         return f"<Assignment of {self._pools!r}, {self.kept!r}>"
 
+    def holder(self, facts: Facts) -> Worker | None:
+        """Return the worker that keeps what a request continues or is about; None: nobody is known."""
+        return self.kept.holder(facts.follows) if facts.follows else None
+
     def serving(self, facts: Facts) -> Serving:
         """Return who serves a request; something without workers, if nobody does."""
         if not facts.endpoint.about:
             return self._pools.only or self._pools.find(facts.model)
-        holder = self.kept.holder(facts.follows)
+        holder = self.holder(facts)
         if holder is not None:
             return self._pools.of(holder)
         with_workers = [pool for pool in self._pools if pool.well()]  # whatever its model, any of them may keep it
@@ -59,23 +77,51 @@ class Assignment:
     def candidates(self, serving: Serving, facts: Facts, now: float) -> Candidates:
         """Return the workers that may take a request now."""
         found = serving.candidates(now)
-        if facts.follows and (holder := self.kept.holder(facts.follows)) is not None:
+        if (holder := self.holder(facts)) is not None:
             if facts.endpoint.about:
                 return candidates_of([holder])
-            if holder in found:
-                return found.those(1 << holder.seat)
+            able = serving.able(now)
+            if holder in able:
+                full = holder not in found and isinstance(serving.unavailable(now), WorkersFull)
+                return (found if full else able).those(1 << holder.seat)
         return self.sessions.fitting(facts, found, now)
 
     def line(self, serving: Serving, facts: Facts, now: float) -> Hashable:
         """Return the line in which a request waits. A session that is live does not wait behind those that begin."""
-        sessions = self.sessions
-        if not sessions.waits or not facts.session or not sessions.starts(facts, now):
-            return serving
-        return (serving, SESSION)
+        if not facts.endpoint.about and (holder := self.holder(facts)) is not None:
+            return (serving, holder)
+        return (serving, SESSION) if self.sessions.begins(facts, now) else serving
+
+    def rejoins(self, queue: Queue[W], queued: Queued[W], now: float) -> bool:
+        """Move a queued request to another line, if it belongs there now; return whether it does.
+
+        For a session that ended while its request was queued begins anew, and nobody else may wait for that.
+        """
+        facts = queued.item.facts
+        line = self.line(self.serving(facts), facts, now)
+        return line != queued.line and queue.rejoin(queued.line, line, lambda item: item is queued.item)
+
+    def follow(self, queue: Queue[W], begun: Collection[Queued[W]], now: float) -> bool:
+        """Let the other requests of sessions that have begun wait no longer behind those that have not.
+
+        begun  the requests that have begun, and were queued until now
+
+        Return whether there are any.
+        """
+        names = {queued.item.facts.session for queued in begun} - {b""}
+        moved = False
+        for line in {queued.line for queued in begun}:
+            if isinstance(line, tuple) and line[1] == SESSION:
+                moved |= queue.rejoin(
+                    line,
+                    line[0],
+                    lambda item: item.facts.session in names and not self.sessions.begins(item.facts, now),
+                )
+        return moved
 
     def next_to_ask(self, facts: Facts, asked: Container[Worker], now: float) -> tuple[Serving, Candidates] | None:
         """Return the workers to ask next for a response, after those that do not have it; None: there are none."""
-        if self.kept.holder(facts.follows) is not None:
+        if self.holder(facts) is not None:
             return None
         for pool in self._pools if facts.endpoint.about else [self.serving(facts)]:
             able = pool.able(now)
@@ -91,13 +137,15 @@ class Assignment:
     def awaited(self, serving: Serving, facts: Facts, now: float) -> str:
         """Return what a request without candidates can wait for: ROOM, START or SESSION.
 
+        A session that begins waits for SESSION also while all workers are full: that is no reason to give it less time.
+
         Raises: RouterError, when waiting does not help.
         """
         if serving.candidates(now):
-            return SESSION
+            return SESSION if self.holder(facts) is None else ROOM
         error = self.unavailable(serving, facts, now)
         if isinstance(error, WorkersFull):
-            return ROOM
+            return SESSION if self.sessions.begins(facts, now) else ROOM
         if isinstance(error, WorkersStarting):
             return START
         raise error

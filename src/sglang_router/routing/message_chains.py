@@ -30,7 +30,7 @@ _MOST_ENDS: Final = 1 << 16
 """Ends that are remembered, each of which takes about 200 bytes; the least recently used are forgotten first."""
 _LISTS: Final = ("messages", "input")
 """The fields that hold the messages of a conversation."""
-_MARK: Final = b"\0chain:"
+MARK: Final = b"\0chain:"
 """How the names of these sessions begin: no client can send such a name."""
 
 
@@ -62,10 +62,10 @@ class MessageChains:
                 continue
             ends.move_to_end(digest)
             if digest == last and whole:
-                return b"" if session == _MARK + digest else session
+                return b"" if session == MARK + digest else session
             break
         else:
-            session = _MARK + last if whole else b""
+            session = MARK + last if whole else b""
         if whole:
             ends[last] = session
             if len(ends) > self._most:

@@ -263,6 +263,28 @@ class Queue(Generic[T]):
             lines.setdefault(line, OrderedDict())[number] = queued
         self._lines = lines
 
+    def rejoin(self, line: Hashable, other: Hashable, moves: Callable[[T], bool]) -> bool:
+        """Move some requests of a line to another line, in the order of arrival; return whether there are any. O(n)
+
+        moves  returns whether an item moves
+
+        They wait for a place until it is known what the other line waits for.
+        """
+        waiting = self._lines.get(line, OrderedDict())
+        moved = [queued for queued in waiting.values() if moves(queued.item)]
+        if not moved:
+            return False
+        joined = self._lines.get(other, OrderedDict())
+        for queued in moved:
+            del waiting[queued.number]
+            queued.line = other
+            self.now_for(queued, PLACE)
+            joined[queued.number] = queued
+        self._lines[other] = OrderedDict(sorted(joined.items()))
+        if not waiting:
+            del self._lines[line]
+        return True
+
     def _patience(self, why: str) -> float:
         if why == SESSION:
             return self.rules.session_timeout

@@ -39,7 +39,7 @@ from sglang_router.routing.models import Serving
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
 from sglang_router.routing.quarantine import Quarantine
-from sglang_router.routing.queue import PLACE, SESSION, Queue
+from sglang_router.routing.queue import PLACE, SESSION, Queue, Queued
 from sglang_router.routing.recorder import Recorder
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.rules import RetryRules
@@ -192,7 +192,7 @@ class Router(Listener):
         choice = policy.choose(facts, candidates if place is None else place.candidates, now)
         if place is not None:
             sessions.name(place, choice)
-        if facts.follows and self._who.kept.holder(facts.follows) is choice.worker:
+        if facts.follows and self._who.holder(facts) is choice.worker:
             choice.branch = HOLDER
         if recorder is not None:
             recorder.decided(tag, facts, pool, candidates, choice, trail, now)
@@ -355,7 +355,7 @@ class Router(Listener):
 
     def _let_in(self, now: float) -> None:
         """Start the queued requests that can begin now, first come, first served; refuse those that wait in vain."""
-        self._scheduled, passed_over = False, set[Hashable]()
+        self._scheduled, passed_over, begun = False, set[Hashable](), list[Queued[_Asked]]()
         self._regroup(now)
         while self.queue.has_place and (queued := self.queue.first(passed_over)) is not None:
             try:
@@ -364,11 +364,15 @@ class Router(Listener):
                 self._freed()
                 self.deliver(queued.number, InternalError())
                 raise
-            if isinstance(answer, str):
-                passed_over.add(queued.line)
-                self._still_waits(queued.line, answer)
-            else:
+            if not isinstance(answer, str):
                 self.deliver(queued.number, answer)
+                begun.append(queued)
+                continue
+            if not self._who.rejoins(self.queue, queued, now):
+                passed_over.add(queued.line)
+            self._still_waits(queued.line, answer)
+        if self._who.follow(self.queue, begun, now):
+            self._freed()
 
     def _answer(self, asked: _Asked, now: float) -> Plan | RouterError | str:
         """Return the answer to a queued request and remove it from the queue; or return what it still waits for."""
@@ -392,5 +396,4 @@ class Router(Listener):
         version = self.fleet.pools.version
         if self._pools_seen != version:
             self._pools_seen = version
-            who = self._who
-            self.queue.regroup(lambda asked: who.line(who.serving(asked.facts), asked.facts, now))
+            self.queue.regroup(lambda asked: self._who.line(self._who.serving(asked.facts), asked.facts, now))

@@ -8,6 +8,7 @@ sessions wait beyond that: a queue of sessions is better than a queue of request
     reserved          the larger of what was expected and what its largest request had; it counts until the session was
                       silent for longer than is usual (`routing.session_table`)
     scarce            more than `_SCARCE` of the candidates' caches is reserved
+    a single request  of which only the messages say that it could begin a session: its own tokens, until it goes on
     emptiest          of the candidates, by reserved / capacity
     it fits           where reserved + expected <= capacity, and on a worker without any session
 
@@ -93,19 +94,25 @@ class SessionContexts:
         emptiest = [worker for worker, share in zip(workers, filled, strict=True) if share <= least]
         return candidates.those(candidates.set_of(emptiest))
 
-    def reserve(self, session: Session, facts: Facts, starts: bool) -> None:
-        """Set aside what a session needs at its home, whose next request this is. starts: it is new, or was silent."""
+    def reserve(self, session: Session, facts: Facts, starts: bool, certain: bool = True) -> None:
+        """Set aside what a session needs at its home, whose next request this is.
+
+        starts   it is new, or was silent
+        certain  it is known to be a session: else it is expected to remain a single request
+        """
         tokens = self.tokens(facts)
         if starts:
-            session.expected = self.expected(facts, session.context > 0)
+            session.expected = self.expected(facts, session.context > 0) if certain else 0
             session.first = tokens
             session.context = 0
+        elif not session.expected:
+            session.expected = int(session.first * _FACTOR + self.growth)
         session.context = max(session.context, tokens)
         self.table.reserve(session, max(session.expected, session.context))
 
     def ended(self, session: Session) -> None:
         """Learn from a session that ended."""
-        if session.context:
+        if session.context and session.expected:  # a single request says nothing of sessions
             grown = max(0.0, session.context - _FACTOR * session.first)
             self._ended += 1.0
             self.growth += (grown - self.growth) * max(1.0 / self._ended, _REMEMBERED)

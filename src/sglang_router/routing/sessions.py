@@ -33,7 +33,7 @@ from typing import Final
 
 from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.facts import Facts
-from sglang_router.routing.message_chains import MessageChains
+from sglang_router.routing.message_chains import MARK, MessageChains
 from sglang_router.routing.policies.base import Choice
 from sglang_router.routing.session_contexts import SessionContexts
 from sglang_router.routing.session_table import MOST_SESSIONS, Session, SessionTable
@@ -115,9 +115,16 @@ class Sessions:
         session = self.get(facts)
         return session is None or not self.table.lives(session, now)
 
+    def begins(self, facts: Facts, now: float) -> bool:
+        """Return whether a request begins a session that starts only where it fits.
+
+        One that only its messages could name may as well be a single question: it does not wait.
+        """
+        return self.waits and facts.session != b"" and _named(facts) and self.starts(facts, now)
+
     def fitting(self, facts: Facts, candidates: Candidates, now: float) -> Candidates:
         """Return the candidates that may get a request now: if it begins a session, those on which that fits."""
-        if not self.waits or not facts.session or not self.starts(facts, now):
+        if not self.begins(facts, now):
             return candidates
         return self.contexts.fitting(facts, candidates, self.get(facts) is not None)
 
@@ -170,7 +177,7 @@ class Sessions:
                 session.moved_at = now
             self.table.move(session, worker)
         self.table.begins(session, now)
-        self.contexts.reserve(session, facts, kind == NEW)
+        self.contexts.reserve(session, facts, kind == NEW, kind != NEW or _named(facts))
         return session
 
     def ended(self, session: Session, now: float, served: bool) -> None:
@@ -187,6 +194,11 @@ class Sessions:
     def lost(self, worker: Worker) -> None:
         """End the sessions of a worker that is gone, or lost its cache."""
         self.table.drop(worker)
+
+
+def _named(facts: Facts) -> bool:
+    """Return whether the client has named the session of a request."""
+    return not facts.session.startswith(MARK)
 
 
 def _key(facts: Facts) -> bytes:

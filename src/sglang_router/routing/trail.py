@@ -66,9 +66,10 @@ class Trail:
     tries     failed legs by worker, whatever their outcome
     returns   retries that went back to a worker that had failed
     retries   attempts after the first
+    strangers  workers that did not have the stored response that the request is about, when another one was asked
     """
 
-    __slots__ = ("facts", "failures", "held", "retries", "returns", "tries")
+    __slots__ = ("facts", "failures", "held", "retries", "returns", "strangers", "tries")
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
@@ -76,7 +77,7 @@ class Trail:
         self.held: list[Failure] = []
         self.tries: dict[Worker, int] = {}
         self.returns = 0
-        self.retries = 0
+        self.retries = self.strangers = 0
 
     def __repr__(self) -> str:
         return f"<Trail {self.failures!r}, {len(self.held)} held, {self.retries} retries>"
