@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from routers import free_port, plain_worker
@@ -13,8 +16,10 @@ from sglang_router import explain
 from sglang_router.errors import ConfigError
 from sglang_router.explain import BRANCHES, KEY_VARIABLE, NO_ROUTER, NOT_ALLOWED, NOT_FOUND, URL_VARIABLE
 from sglang_router.routing import policies
+from sglang_router.routing.assignment import HOLDER
 from sglang_router.routing.considered import Considered
 from sglang_router.routing.decision_record import DecisionAttempt, DecisionRecord, ShadowChoice
+from sglang_router.routing.sessions import BRANCH
 
 A, B, C = "http://10.0.0.7:30000", "http://10.0.0.8:30000", "http://10.0.0.9:30000"
 
@@ -119,17 +124,17 @@ def test_what_clients_chose_does_not_move_the_cursor() -> None:
 def test_every_branch_of_a_policy_is_explained() -> None:
     """The words are literals of the policies: a new one wants a line in BRANCHES."""
     folder = Path(policies.__file__).parent
-    found = {
-        node.value
-        for path in folder.glob("*.py")
-        for call in ast.walk(ast.parse(path.read_text("utf-8")))
-        if isinstance(call, ast.Call)
-        for node in call.args[1:]
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        if ast.unparse(call.func).rpartition(".")[2] in ("Choice", "least_loaded", "in_turn", "_assign")
-    }
-    assert found >= {"hit", "miss", "turn", "vacant"}
-    assert found - {"cheapest"} <= BRANCHES.keys()
+    nodes = [node for path in folder.glob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))]
+    said: list[ast.expr] = []
+    for node in nodes:
+        if isinstance(node, ast.Call):
+            if ast.unparse(node.func).rpartition(".")[2] in ("Choice", "least_loaded", "in_turn", "_assign"):
+                said += node.args[1:]
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith(".branch"):
+            said += [node.value.body, node.value.orelse] if isinstance(node.value, ast.IfExp) else [node.value]
+    found = {each.value for each in said if isinstance(each, ast.Constant) and isinstance(each.value, str)}
+    assert found >= {"hit", "miss", "turn", "vacant", "spill", "capped"}
+    assert (found | {BRANCH, HOLDER}) - {"cheapest"} <= BRANCHES.keys()
 
 
 # -- the command, without a router -------------------------------------------------------------------------------------
@@ -142,6 +147,37 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
     status = explain.main(words, "sglang-router explain")
     told = capsys.readouterr()
     return status, told.out, told.err
+
+
+def test_json_for_a_terminal_is_the_same_json(capsys: pytest.CaptureFixture[str]) -> None:
+    made = record(id="a\x9b31m\u202e\U000e0001", model="\u00e9\u4f60", session="\x7f\n")
+    with plain_worker({"/decisions/r-1": (200, {}, msgspec.json.encode(made))}) as server:
+        status, out, _ = run(capsys, "r-1", "--json", "--url", server.url)
+    assert status == 0
+    assert msgspec.json.decode(out, type=DecisionRecord) == made
+    assert out.replace("\n", "").isprintable()
+    assert '"\u00e9\u4f60"' in out
+
+
+def test_nothing_that_answers_moves_the_cursor_or_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = "\x1b[2J"
+    made = record(worker=odd, policy=odd, outcome=odd, code=odd, endpoint=odd, at=1e300, duration=-1.0)
+    assert "at 1e+300 seconds after 1970" in text(made)
+    assert text(made).replace("\n", "").isprintable()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as client:
+                client.recv(65536)
+                client.sendall(b"\x1b[2J no HTTP\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        status, out, err = run(capsys, "r-1", "--url", f"http://127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
+    assert (status, out) == (NO_ROUTER, "")
+    assert "no router answers at" in err
+    assert err.rstrip("\n").isprintable()
 
 
 def test_where_no_router_answers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,6 +193,11 @@ def test_where_no_router_answers(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ((200, {}, b"<html>"), NO_ROUTER, "is no router that explains decisions"),
         ((200, {}, b"{}"), NO_ROUTER, "is no router that explains decisions"),
+        ((200, {}, b'{"id":"\xff"}'), NO_ROUTER, "is no router that explains decisions"),
+        ((200, {}, b'{"a":' * 10_000), NO_ROUTER, "is no router that explains decisions"),
+        ((302, {"location": "http://127.0.0.1:1/"}, b""), NO_ROUTER, "cannot explain decisions: status 302."),
+        ((404, {}, b'{"error":{"message":"\xff"}}'), NO_ROUTER, "cannot explain decisions: status 404."),
+        ((401, {}, b'{"error":' * 10_000), NOT_ALLOWED, "does not let this key read decisions."),
         ((404, {}, b"nothing"), NO_ROUTER, "cannot explain decisions: status 404."),
         ((503, {}, b""), NO_ROUTER, "status 503"),
         (
@@ -196,6 +237,9 @@ def test_what_an_answer_means(
         (("--url", "10.0.0.1:30000"), "--url is not a URL"),
         (("--url", "http://me:secret@127.0.0.1"), "--url is not a URL"),
         (("--url", "http://127.0.0.1:many"), "--url is not a URL"),
+        (("--url", "http://127.0.0.1/\u00e9"), "--url is not a URL"),
+        (("--url", "http://a..b"), "--url is not a URL"),
+        (("--url", f"http://{'a' * 70}"), "--url is not a URL"),
         (("--api-key", "secret\n"), ""),
         (("--api-key", "secr\xe9t"), "--api-key is not visible ASCII"),
         (("--url", "https://127.0.0.1", "--ca-cert", "/nowhere"), "--ca-cert /nowhere: No such file"),

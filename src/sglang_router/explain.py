@@ -26,9 +26,11 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from sglang_router.errors import ConfigError
+from sglang_router.routing.assignment import HOLDER
 from sglang_router.routing.considered import Considered
 from sglang_router.routing.decision_record import DecisionAttempt, DecisionRecord
 from sglang_router.routing.excluded import REASONS
+from sglang_router.routing.sessions import BRANCH
 from sglang_router.words import counted
 
 NOT_FOUND, NO_ROUTER, NOT_ALLOWED = 1, 3, 4
@@ -38,9 +40,14 @@ _TIMEOUT = 10.0
 _MOST = 1 << 24
 """Bytes of an answer."""
 
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What the decoder raises for content that is no JSON, or no record."""
+
 BRANCHES = {
     "hit": "it is believed to have the longest part of the prompt cached",
-    "miss": "no worker is known to have enough of the prompt, and it had the least cached",
+    "miss": "no worker is known to have enough of the prompt, and it had the least cached, or cost the least",
+    "spill": "another worker has a longer part of the prompt cached, but this one costs less",
+    "capped": "another worker has a longer part of the prompt cached, but too many requests (--cost-load-cap)",
     "imbalance": "loads were too far apart, and it had the fewest requests in flight",
     "no_text": "the request has no prompt to compare, and it had the fewest requests in flight",
     "least": "it had the fewest requests in flight",
@@ -55,9 +62,14 @@ BRANCHES = {
     "vacant": "the routing key was new",
     "occupied_hit": "the routing key is assigned to it",
     "occupied_miss": "the workers to which the routing key is assigned were no candidates",
+    BRANCH: "the context of the session is there",
+    HOLDER: "it keeps the response that the request follows",
     "adopted": "an earlier process of the router had chosen it",
 }
-"""What the branches of the policies mean."""
+"""What the branches mean: those of the policies, and of what sends requests to a worker before they are asked."""
+
+
+_NO_URL = "--url is not a URL such as http://127.0.0.1:30000"
 
 
 class _Failed(Exception):
@@ -79,11 +91,11 @@ def main(words: Sequence[str], prog: str) -> int:
     except _Failed as failed:
         print("error:", failed, file=sys.stderr)
         return failed.status
-    except msgspec.DecodeError:
+    except _UNREADABLE:
         print(f"error: what answers at {shown(url)} is no router that explains decisions.", file=sys.stderr)
         return NO_ROUTER
     if options.json:
-        print(msgspec.json.format(content, indent=2).decode())
+        print(escaped(msgspec.json.format(content, indent=2).decode()))
     else:
         print("\n".join(lines(record)))
     return 0
@@ -119,7 +131,7 @@ def _ask(url: str, request_id: str, key: str, ca_cert: str | None) -> bytes:
     except ValueError:
         scheme, host, port = "", None, None
     if scheme not in ("http", "https") or not host or "@" in parts.netloc:
-        raise ConfigError("--url is not a URL such as http://127.0.0.1:30000")
+        raise ConfigError(_NO_URL)
     if not key.isascii() or not key.isprintable():
         raise ConfigError("--api-key is not visible ASCII")
     path = f"{parts.path.rstrip('/')}/decisions/{quote(request_id, safe='', errors='surrogateescape')}"
@@ -128,8 +140,11 @@ def _ask(url: str, request_id: str, key: str, ca_cert: str | None) -> bytes:
             connection.request("GET", path, headers={"authorization": f"Bearer {key}"} if key else {})
             answer = connection.getresponse()
             status, content = answer.status, answer.read(_MOST)
+    except UnicodeError:
+        raise ConfigError(_NO_URL) from None
     except (OSError, http.client.HTTPException) as error:
-        raise _Failed(NO_ROUTER, f"no router answers at {shown(url)}: {error or type(error).__name__}.") from None
+        why = shown(str(error).strip() or type(error).__name__)
+        raise _Failed(NO_ROUTER, f"no router answers at {shown(url)}: {why}.") from None
     if status == 200:
         return content
     told = f" It says: {message}" if (message := _message(content)) else ""
@@ -171,7 +186,7 @@ def _message(content: bytes) -> str:
     """Return the message of an error of the router; "" for any other content."""
     try:
         return shown(msgspec.json.decode(content, type=_Error).error.message)
-    except msgspec.DecodeError:
+    except _UNREADABLE:
         return ""
 
 
@@ -183,14 +198,27 @@ def shown(text: str) -> str:
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
+def escaped(text: str) -> str:
+    """Return JSON text with escapes in place of what a terminal would not print, but newlines."""
+    return "".join([char if char.isprintable() or char == "\n" else _escape(char) for char in text])
+
+
+def _escape(char: str) -> str:
+    units = char.encode("utf-16-be")
+    return "".join([f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2)])
+
+
 def lines(record: DecisionRecord) -> Iterator[str]:
-    """Yield the lines that explain a decision."""
-    at = datetime.fromtimestamp(record.at, timezone.utc).isoformat(sep=" ", timespec="milliseconds")
+    """Yield the lines that explain a decision, as a terminal may print them."""
+    return map(shown, _lines(record))
+
+
+def _lines(record: DecisionRecord) -> Iterator[str]:
     yield f"Request {shown(record.id)}"
     about = [record.endpoint, *(["stream"] if record.stream else [])]
     about += [f"model {shown(record.model)}"] if record.model else []
     about += [f"session {shown(record.session)}"] if record.session else []
-    yield f"  what      {', '.join(about)}, {counted(record.body_bytes, 'byte')}, at {at.removesuffix('+00:00')} UTC"
+    yield f"  what      {', '.join(about)}, {counted(record.body_bytes, 'byte')}, at {_moment(record.at)}"
     yield f"  worker    {_who(record)}"
     if record.total:
         yield f"  cache     {_share(record.matched, record.total)} of the prompt was believed to be cached there"
@@ -235,6 +263,14 @@ def _tokens(record: DecisionRecord) -> Iterator[str]:
         yield f"{_share(record.cached_tokens, record.prompt_tokens or 0)} of them cached, as the engine says"
     if record.completion_tokens is not None:
         yield f"{record.completion_tokens} of completion"
+
+
+def _moment(at: float) -> str:
+    try:
+        moment = datetime.fromtimestamp(at, timezone.utc)
+    except (OverflowError, OSError, ValueError):  # what answers is no router
+        return f"{at:.3g} seconds after 1970"
+    return f"{moment.replace(tzinfo=None).isoformat(sep=' ', timespec='milliseconds')} UTC"
 
 
 def _seconds(seconds: float) -> str:

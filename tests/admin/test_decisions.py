@@ -188,7 +188,7 @@ def test_filters_and_limit() -> None:
         assert [record["worker"] for record in listed(router, "?outcome=rejected")] == [second.url] * 2
 
 
-@pytest.mark.parametrize("limit", ["0", "1001", "-1", "many", "", "%C2%B2"])
+@pytest.mark.parametrize("limit", ["0", "1001", "-1", "many", "", "%C2%B2", "0000000011234", "1" + "0" * 5000])
 def test_a_limit_that_is_none_is_refused(limit: str) -> None:
     with stack() as router:
         reply = router.get(f"/decisions?limit={limit}")

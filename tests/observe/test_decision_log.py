@@ -119,8 +119,8 @@ def test_a_line_for_each_request_after_a_head(tmp_path: Path) -> None:
     turns, path = Turns(), tmp_path / "log"
     log = DecisionLogWriter(str(path), 0, 1, KEY, turns.later)
     text = b"a secret prompt " * 40
-    log.take(record(), b'"tiny"', text)
-    log.take(record(id="r-2", worker=None, session="", retries=0, first_byte=None), b"", b"")
+    log.take(record(), "s-1", b'"tiny"', text)
+    log.take(record(id="r-2", worker=None, session="", retries=0, first_byte=None), "", b"", b"")
     log.close()
     head, first, second = lines(path)
     assert head == {"key": head["key"], "format": FORMAT, "version": VERSION, "block": BLOCK}
@@ -157,7 +157,7 @@ def test_a_second_start_goes_on_with_the_file_and_the_key(tmp_path: Path) -> Non
     path = tmp_path / "log"
     for _ in range(2):
         log = DecisionLogWriter(str(path), 0, 1, read_key(str(path)), Turns().later)
-        log.take(record(), b"", b"x" * BLOCK)
+        log.take(record(), "s-1", b"", b"x" * BLOCK)
         log.close()
     head, first, second = lines(path)
     assert head["format"] == FORMAT
@@ -169,8 +169,8 @@ def test_one_turn_hashes_a_bounded_number_of_blocks(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(decision_log, "_BLOCKS", 10)
     turns, path = Turns(), tmp_path / "log"
     log = DecisionLogWriter(str(path), 0, 1, KEY, turns.later)
-    log.take(record(id="long"), b"", b"x" * 25 * BLOCK)
-    log.take(record(id="short"), b"", b"x" * 2 * BLOCK)
+    log.take(record(id="long"), "s-1", b"", b"x" * 25 * BLOCK)
+    log.take(record(id="short"), "s-1", b"", b"x" * 2 * BLOCK)
     rounds = 0
     while turns.calls:
         turns.turn()
@@ -185,10 +185,10 @@ def test_what_waits_is_bounded_and_the_rest_is_counted(tmp_path: Path, monkeypat
     turns, path = Turns(), tmp_path / "log"
     log = DecisionLogWriter(str(path), 0, 1, KEY, turns.later)
     for number in range(5):
-        log.take(record(id=f"r-{number}"), b"", b"x" * 4000)
+        log.take(record(id=f"r-{number}"), "s-1", b"", b"x" * 4000)
     assert log.lost == 4
     turns.turn()
-    log.take(record(id="later"), b"", b"x" * 4000)
+    log.take(record(id="later"), "s-1", b"", b"x" * 4000)
     log.close()
     assert [each["id"] for each in lines(path)[1:]] == ["r-0", "later"]
 
@@ -200,15 +200,28 @@ def test_lines_that_cannot_be_written_are_counted_and_told(tmp_path: Path) -> No
     log = DecisionLogWriter(str(path), 0, 1, KEY, turns.later)
     path.unlink()
     path.parent.rmdir()
-    log.take(record(), b"", b"")
+    log.take(record(), "s-1", b"", b"")
     turns.turn()
     assert log._buffer.flush(20.0)
     assert log.lost == 1
     path.parent.mkdir()
-    log.take(record(id="after"), b"", b"")
+    log.take(record(id="after"), "s-1", b"", b"")
     log.close()
     head, missing, after = lines(path)
     assert (head["format"], missing, after["id"]) == (FORMAT, {"missing": 1}, "after")
+
+
+def test_sessions_that_differ_at_their_end_are_different_ones(tmp_path: Path) -> None:
+    """Tokens of one issuer begin alike; a record has the first 64 characters only."""
+    turns, path = Turns(), tmp_path / "log"
+    log = DecisionLogWriter(str(path), 0, 1, KEY, turns.later)
+    for session in ("", "s" * 64, "s" * 65, "s" * 64 + "t", "s" * 65):
+        log.take(record(session=session[:64]), session, b"", b"")
+    log.close()
+    _, none, *others = [line.get("session") for line in lines(path)]
+    assert none == ""
+    assert others[1] == others[3]
+    assert len(set(others)) == 3
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -246,6 +259,31 @@ def test_a_file_that_was_moved_away_is_begun_anew_with_a_head(tmp_path: Path) ->
     written(files, b"2\n")
     files.close()
     assert contents(tmp_path) == {"elsewhere": b"H1\n", "log": b"H2\n"}
+
+
+def test_while_a_large_file_cannot_be_moved_nothing_is_written(tmp_path: Path) -> None:
+    """Not even every other time."""
+    (tmp_path / "log.1").mkdir()
+    files = NumberedFiles(str(tmp_path / "log"), 3, 2, b"H")
+    written(files, b"1\n")
+    for _ in range(3):
+        with pytest.raises(OSError, match="directory"):
+            files.fd()
+    (tmp_path / "log.1").rmdir()
+    written(files, b"2\n")
+    files.close()
+    assert contents(tmp_path) == {"log": b"H2\n", "log.1": b"H1\n"}
+
+
+@pytest.mark.parametrize("name", ["log", "log.key"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_pipes_and_folders_are_refused_and_nobody_waits_for_a_reader(
+    tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"{name} is not a plain file"):
+        read_key(str(tmp_path / "log"))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_what_cannot_be_opened_ends_the_start(tmp_path: Path) -> None:

@@ -323,6 +323,40 @@ def test_a_decision_is_told_to_who_asks_or_to_all(by_id: bool) -> None:
         assert made.decision(tag(False), leg, 2) == (whole if always else b"")
 
 
+@pytest.mark.parametrize(
+    ("request_id", "item"),
+    [
+        (b"a b", b'"a b"'),
+        (b'"\\', b'"\\"\\\\"'),
+        ("f\u00fc\u4f60".encode(), b'%"f%c3%bc%e4%bd%a0"'),
+        (b'50%"\t\x7f', b'%"50%25%22%09%7f"'),
+        (b"\xfc", b'%"%c3%bc"'),
+    ],
+)
+def test_an_id_is_an_item_of_a_structured_field_whatever_is_in_it(request_id: bytes, item: bytes) -> None:
+    made, leg = Answers(RequestIds(random.Random(1).getrandbits)), PlannedLeg(1, TARGET, "hit", 3000, 4000)
+    for planned in (leg, None):
+        first, *_ = made.decision(tag(True, request_id), planned, 0).split(b"\r\n")
+        assert first.endswith(b"; id=" + item)
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n"])
+def test_what_the_router_says_of_a_decision_takes_the_place_of_what_a_router_behind_it_says(framing: bytes) -> None:
+    theirs = b"X-SGLang-Router-Decision: miss; id=1\r\nx-sglang-router-worker: http://inner\r\nServer: b\r\n"
+    head = parse_head(b"HTTP/1.1 200 OK\r\n" + theirs + framing + b"\r\n")
+    assert head is not None
+    made, leg = answers(), PlannedLeg(1, TARGET, "hit", 3000, 4000)
+    for asks in (True, False):
+        told = made.decision(tag(asks), leg, 0)
+        sent = parse_head(made.client_head(head, framing_of(head), asked(b"POST"), b"id-1", True, told)[0])
+        assert sent is not None
+        named = {b"x-sglang-router-decision", b"x-sglang-router-worker"}
+        values = [value for name, value in sent.headers if name in named]
+        ours = [b'hit; matched=3000; total=4000; attempt=1; id="id-1"', b"http://10.0.0.7:30000@1"]
+        assert values == (ours if asks else [b"miss; id=1", b"http://inner"])
+        assert (b"server", b"b") in sent.headers
+
+
 @pytest.mark.parametrize("head", [b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\nConnection: close\r\n"])
 @pytest.mark.parametrize("http10", [False, True])
 @given(request_id=st.from_regex(rb"[ -~]{1,256}", fullmatch=True))

@@ -13,6 +13,7 @@ from sglang_router.relay.injected import UsageHider, wanted, with_ask
 from sglang_router.routing.events import Finished
 from sglang_router.routing.facts import ENDPOINTS, LARGE
 from sglang_router.routing.outcome import Outcome
+from sglang_router.wire.sse import MOST_HELD
 
 CHAT = "/v1/chat/completions"
 BODY = b'{"model": "m", "stream": true,"messages":[{"role":"user","content":"hi"}]}'
@@ -127,6 +128,20 @@ def test_the_client_gets_every_other_byte(size: int, version: str, options: dict
     run(main())
 
 
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("options", [{}, {"resume_streams": True}])
+def test_a_stream_that_comes_in_one_read(version: str, options: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with injecting(**options) as play:
+            client, leg = await asked(play, BODY.replace(b'"stream"', b'"temperature":0,"stream"'), version=version)
+            head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+            await leg.send(head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(ANSWER), ANSWER))
+            assert (await client.response()).body == TEXT + TEXT + DONE
+            assert told((await play.ended(1))[0]) == (455, 454, 8)
+
+    run(main())
+
+
 def test_a_stream_that_ends_by_closing() -> None:
     async def main() -> None:
         async with injecting() as play:
@@ -135,6 +150,22 @@ def test_a_stream_that_ends_by_closing() -> None:
             leg.close()
             assert (await client.response()).body == TEXT + TEXT + DONE
             assert told((await play.ended(1))[0]) == (455, 454, 8)
+
+    run(main())
+
+
+@pytest.mark.parametrize("inject", [True, False])
+def test_no_compressed_stream_is_asked_for(inject: bool) -> None:
+    """Nothing could be hidden in it."""
+
+    async def main() -> None:
+        async with Play(inject_usage=inject, forward_headers="all") as play:
+            client = await play.client()
+            await client.send(post(CHAT, BODY, "Accept-Encoding: gzip"))
+            leg = await play.leg()
+            assert ("accept-encoding" in leg.headers) is not inject
+            await leg.answer(200, b"{}")
+            await client.response()
 
     run(main())
 
@@ -255,6 +286,48 @@ def test_other_events_are_not_dropped(event: bytes) -> None:
     hider = UsageHider()
     assert hider.feed(event) == event
     assert hider.hidden == b""
+
+
+@pytest.mark.parametrize("options", [{}, {"resume_streams": True}])
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+@pytest.mark.parametrize("last", [USAGE, DONE, TEXT])
+def test_a_last_event_need_not_end_with_an_empty_line(last: bytes, end: bytes, options: dict[str, Any]) -> None:
+    """Clients that read by lines would see it."""
+    last = last.rstrip() + end
+
+    async def main() -> None:
+        async with injecting(**options) as play:
+            client, leg = await asked(play, BODY.replace(b'"stream"', b'"temperature":0,"stream"'))
+            await leg.start_stream()
+            await leg.chunk(TEXT + (b"" if last.startswith(USAGE.rstrip()) else USAGE) + last[:9])
+            await leg.chunk(last[9:])
+            await leg.end_stream()
+            response = await client.response()
+            expected = TEXT if last.startswith(USAGE.rstrip()) else TEXT + last
+            assert (response.body, response.complete) == (expected, True)
+            assert told((await play.ended(1))[0]) == (455, 454, 8)
+
+    run(main())
+
+
+@pytest.mark.parametrize("options", [{}, {"resume_streams": True}])
+def test_an_event_that_is_too_long_to_be_kept_loses_nothing(options: dict[str, Any]) -> None:
+    """It comes to the hider in parts, and looks like the one that tells the usage."""
+    long = b'data: {"choices":[],"text":"' + b"x" * (MOST_HELD * 5 // 4) + b'"}\n\n'
+
+    async def main() -> None:
+        async with injecting(**options) as play:
+            client, leg = await asked(play, BODY.replace(b'"stream"', b'"temperature":0,"stream"'))
+            await leg.start_stream()
+            await leg.chunk(TEXT)
+            for at in range(0, len(long), 50_000):
+                await leg.chunk(long[at : at + 50_000])
+            await leg.chunk(USAGE + DONE)
+            await leg.end_stream()
+            assert (await client.response()).body == TEXT + long + DONE
+            assert told((await play.ended(1))[0]) == (455, 454, 8)
+
+    run(main())
 
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])

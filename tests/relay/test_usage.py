@@ -218,3 +218,29 @@ def test_what_is_not_served_is_not_reported() -> None:
             assert play.workers[0].tokens.prompt == 0
 
     run(main())
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", ""), ("GET", "?stream=true"), ("POST", "/cancel")])
+def test_a_stored_response_does_not_take_its_tokens_again(method: str, path: str) -> None:
+    """Who asks for it gets the usage of the answer that made it, each time."""
+    usage = b'"usage":{"input_tokens":455,"input_tokens_details":{"cached_tokens":454},"output_tokens":8}'
+    stored = b'{"id":"resp_1","output":[],' + usage + b"}"
+
+    async def main() -> None:
+        async with Play() as play:
+            client = await play.client()
+            await client.send(post("/v1/responses", b'{"input":"hi"}'))
+            leg = await play.leg()
+            await leg.answer(200, stored)
+            await client.response()
+            for _ in range(2):
+                await client.send(post(f"/v1/responses/resp_1{path}", b"").replace(b"POST", method.encode(), 1))
+                await leg.request()
+                await leg.answer(200, stored)
+                assert (await client.response()).body == stored
+            first, *others = await play.ended(3)
+            assert figures(first.answer.usage) == (455, 454, 8)
+            assert [each.answer.usage for each in others] == [None, None]
+            assert play.workers[0].tokens.prompt == 455
+
+    run(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -20,9 +21,13 @@ def report(cached: int, predicted: int = 1000) -> Usage:
     return usage
 
 
+PROMPTS = itertools.count()
+
+
 def heard(belief: Belief, *cached: int, size: int = SIZE) -> Belief:
+    """Let it hear of prompts that have nothing in common."""
     for tokens in cached:
-        belief.heard(report(tokens), size)
+        belief.heard(report(tokens), size, b"%d, and more" % next(PROMPTS), 11)
     return belief
 
 
@@ -71,6 +76,27 @@ def test_chance_does_not_empty_a_memory() -> None:
             assert not heard(belief, 0 if rng.random() < share else 1000).empty
 
 
+def test_what_is_missed_again_is_not_cached_by_this_engine_at_all() -> None:
+    """Such as requests for the log probabilities of a prompt: an empty cache has it the second time."""
+    belief = heard(Belief(), *[1000] * 600)
+    for number in range(100):
+        belief.heard(report(0), SIZE, b"a prefix of many prompts: %d" % number, 20)
+        assert belief.row <= 1
+    heard(belief, 0, 0, 0, 0, 0)
+    assert not belief.empty, "they are ordinary now"
+    heard(belief, 1000)
+    for start in (b"one", b"two") * 50:
+        belief.heard(report(0), SIZE, start, 3)
+        assert belief.row <= 2
+
+
+def test_a_beginning_that_is_less_than_half_of_what_was_missed_is_no_repetition() -> None:
+    belief = heard(Belief(), *[1000] * 600)
+    for number in range(4):
+        belief.heard(report(0), SIZE, b"all begin so: %d" % number, 15)
+    assert belief.empty
+
+
 def test_the_capacity_is_what_was_remembered_when_misses_began() -> None:
     belief = heard(Belief(), *[1000] * 100)
     assert (belief.share, belief.capacity) == (1.0, 0), "it may hold much more"
@@ -94,7 +120,8 @@ def test_the_capacity_is_near_that_of_the_engine() -> None:
     for number in range(4000):
         name = rng.randrange(min(500, 20 + number // 8))
         if name in recent:
-            belief.heard(report(1000 if recent.index(name) < engine // text else 0), len(recent) * text)
+            cached = 1000 if recent.index(name) < engine // text else 0
+            belief.heard(report(cached), len(recent) * text, b"%d." % name, 9)
             recent.remove(name)
         recent.insert(0, name)
     assert engine < belief.capacity < 1.3 * engine

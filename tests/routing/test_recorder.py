@@ -74,8 +74,38 @@ def test_the_lines_of_all_tables_are_bounded() -> None:
     for _ in range(10):
         b.finish(b.route(b"text"))
     kept = b.recorder.ended()
-    assert len(kept) == 10 * LINES_PER_RECORD // MOST_CONSIDERED
-    assert all(len(each.attempts[0].considered) == MOST_CONSIDERED for each in kept)
+    with_table = 10 * LINES_PER_RECORD // MOST_CONSIDERED
+    assert len(kept) == 10, "a record stays when its table goes"
+    assert all(len(each.attempts[0].considered) == MOST_CONSIDERED for each in kept[:with_table])
+    assert not any(each.attempts for each in kept[with_table:])
+    for _ in range(20):
+        b.finish(b.route(b"text"))
+    assert repr(b.recorder) == f"<Recorder 10 records, {with_table * MOST_CONSIDERED} lines, 0 noted>"
+
+
+@pytest.mark.parametrize("most", [1, 2, 7])
+def test_the_newest_table_is_kept_however_few_records_are(most: int) -> None:
+    b = Desk(40, most=most)
+    for _ in range(3 * most):
+        assert len(b.finish(b.route(b"text")).attempts) == 1
+        assert sum(bool(each.attempts) for each in b.recorder.ended()) == 1
+    plain = Desk(40, most=most, every=2)
+    for _ in range(3 * most):
+        plain.finish(plain.route(b"text"))
+        lines = sum(MOST_CONSIDERED for each in plain.recorder.ended() if each.attempts)
+        assert repr(plain.recorder).endswith(f" {lines} lines, 0 noted>")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [('"tiny"', "tiny"), ('"a\\"b\\""', 'a"b"'), ('"a\\\\"', "a\\"), ('"\\ud800"', "\\ud800"), ("5", "5"), ("", "")],
+)
+def test_a_model_is_called_as_its_client_does(text: str, name: str) -> None:
+    b = Desk(1)
+    tag = RequestTag(1, b"r", 0.0, Route("POST", "/generate", "generate"))
+    tag.model = text
+    b.recorder.finished(Finished(tag, None, Answered(503)))
+    assert b.recorder.ended()[0].model == name
 
 
 def test_of_many_candidates_the_least_loaded_are_shown_and_always_the_chosen_one() -> None:
@@ -144,19 +174,20 @@ def test_of_many_in_flight_the_newest_are_shown_and_each_is_found_by_its_id() ->
 
 def test_nothing_is_left_of_what_has_ended() -> None:
     b = Desk(3, "round_robin")
-    taken: list[tuple[DecisionRecord, bytes, bytes]] = []
+    taken: list[tuple[DecisionRecord, str, bytes, bytes]] = []
     b.recorder.sink = lambda *record: taken.append(record)
     b.finish(b.again(b.again(b.route(b"abc", namespace=b"ns"), Outcome.REFUSED), Outcome.BUSY))
     b.finish(b.route(), Outcome.GONE)
-    b.recorder.finished(
-        Finished(RequestTag(9, b"r9", 0.0, Route("POST", "/generate", "generate")), None, Answered(503))
-    )
+    named = (b"r9", b"s" * 100, b"", None, False)
+    tag = RequestTag(9, b"r9", 0.0, Route("POST", "/generate", "generate"), named=named)
+    b.recorder.finished(Finished(tag, None, Answered(503)))
     assert b.left == (0, 0, 0)
-    assert [(record.id, namespace, text) for record, namespace, text in taken] == [
-        ("r1", b"ns", b"abc"),
-        ("r2", b"", b""),
-        ("r9", b"", b""),
+    assert [(record.id, *others) for record, *others in taken] == [
+        ("r1", "", b"ns", b"abc"),
+        ("r2", "", b"", b""),
+        ("r9", "s" * 100, b"", b""),
     ]
+    assert taken[2][0].session == "s" * 64
     assert (taken[2][0].outcome, taken[2][0].worker, taken[2][0].first_byte) == ("unrouted", None, None)
 
 
@@ -211,8 +242,10 @@ def test_sizes_are_bounded_and_a_model_is_shown_by_its_name() -> None:
 # -- why a worker was no candidate -------------------------------------------------------------------------------------
 
 
-def why(b: Bench, number: int = 0, most_load: int = 0, trail: Trail | None = None, now: float = 0.0) -> str:
-    found = reason(b.workers[number], most_load, trail, now)
+def why(
+    b: Bench, number: int = 0, most_load: int = 0, trail: Trail | None = None, now: float = 0.0, held: bool = False
+) -> str:
+    found = reason(b.workers[number], most_load, trail, now, held)
     assert found in REASONS
     return found
 
@@ -220,9 +253,9 @@ def why(b: Bench, number: int = 0, most_load: int = 0, trail: Trail | None = Non
 def test_reasons() -> None:
     b = Bench(2, rules=FleetRules(breaker=BreakerRules(threshold=1)))
     worker = b.workers[0]
-    assert why(b) == "set_aside"
+    assert (why(b), why(b, held=True), why(b, trail=Trail(facts()))) == ("no_room", "elsewhere", "set_aside")
     worker.warm_at = 5.0
-    assert (why(b), why(b, now=5.0)) == ("slow_start", "set_aside")
+    assert (why(b), why(b, held=True), why(b, now=5.0)) == ("slow_start", "elsewhere", "no_room")
     b.fleet.lease(worker)
     assert (why(b, most_load=1), why(b, most_load=2)) == ("full", "slow_start")
     worker.ejected = "late"
@@ -251,4 +284,17 @@ def test_health_is_a_reason(health: Health) -> None:
 def test_every_reason_can_be_given() -> None:
     told = {each.value for each in Health if each is not Health.HEALTHY}
     others = {"draining", "failed", "breaker_open", "breaker_half_open", "ejected", "full", "slow_start", "set_aside"}
-    assert told | others == REASONS.keys()
+    assert told | others | {"elsewhere", "no_room"} == REASONS.keys()
+
+
+def test_a_request_that_follows_a_stored_response_says_so_of_the_other_workers() -> None:
+    b = Desk(3, "round_robin")
+    first = b.route()
+    b.router.holds(first.leg, b"resp_1")
+    b.finish(first)
+    request = facts(b"text")
+    request.follows = b"resp_1"
+    record = b.finish(b.send(request))
+    (attempt,) = record.attempts
+    assert (record.worker, record.branch, attempt.candidates) == (first.worker.url, "holder", 1)
+    assert [each.excluded for each in attempt.excluded] == ["elsewhere"] * 2

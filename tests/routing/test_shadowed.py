@@ -15,6 +15,7 @@ from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.policies import POLICIES
 from sglang_router.routing.policies.base import Choice, Policy
+from sglang_router.routing.policies.cache_aware import CacheAware
 from sglang_router.routing.policies.shadowed import Shadowed, ShadowTally
 from sglang_router.routing.policies.simple import LeastLoad
 from sglang_router.routing.recorder import Recorder
@@ -276,6 +277,29 @@ def test_a_shadow_that_fails_is_switched_off_and_nothing_else_happens(at: str) -
     assert urls[0] == urls[1]
     assert faults == [f"faulty: {at}"]
     assert tally.failures == 1
+
+
+def test_what_a_shadow_remembers_is_freed_when_it_fails() -> None:
+    class Deaf(CacheAware):
+        def reported(self, choice: Choice, facts: Facts, usage: Usage | None, now: float) -> None:
+            raise ValueError("deaf")
+
+    shadows: list[CacheAware] = []
+
+    def make(settings: PolicySettings, rng: random.Random) -> Policy:
+        shadows.append(Deaf(settings, rng))
+        return Shadowed(LeastLoad(settings, rng), shadows[-1], ShadowTally("deaf"), lambda name, error: None)
+
+    b = Bench(3, make)  # type: ignore[arg-type]
+    attempts = [b.route(b"%d" % number * 5000) for number in range(9)]
+    (shadow,) = [each for each in shadows if each.tree.held]
+    assert shadow.tree.held > 40_000
+    attempts[0].end(Outcome.SERVED, 1.0, Usage(10, 4, 2))
+    while b.fleet.pools.tidy(2.0, 100):
+        pass
+    assert shadow.tree.held == 0
+    b.fleet.remove(b.workers[0])
+    assert b.route(b"x").worker is not b.workers[0]
 
 
 def test_both_hear_what_engines_report() -> None:

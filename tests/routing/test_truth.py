@@ -6,7 +6,7 @@ import pytest
 
 from fleets import Attempt, Bench
 from fleets import facts as facts_of
-from sglang_router.routing.facts import Facts
+from sglang_router.routing.facts import ENDPOINTS, Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.policies.base import Choice
 from sglang_router.routing.policies.simple import LeastLoad
@@ -160,6 +160,38 @@ def test_a_worker_with_nothing_in_its_cache_is_emptied_once() -> None:
         engines.asked(group, 0.0)
         engines.asked(group, 0.0)
     assert engines.emptied == 1, "no second time without a hit"
+
+
+def test_one_client_whose_prompts_are_never_cached_empties_nothing() -> None:
+    """It asks for log probabilities of prompts that begin alike, alone at night, as often as it likes."""
+    engines = Engines()
+    for _ in range(3):
+        engines.warm()
+        for number in range(200):
+            engines.asked(number % 2, 0.0)
+    assert engines.emptied == 0
+    engines.warm()
+    for group in range(20):
+        engines.asked(group, 0.0)
+    assert engines.emptied == 1, "and when its cache is empty, that is seen all the same"
+
+
+def test_an_endpoint_that_never_told_a_hit_says_nothing_of_the_cache() -> None:
+    """Some say 0 whatever they found."""
+    engines = Engines()
+    engines.warm()
+    for group in range(100, 200):
+        for name in ("/generate", "/v1/responses"):
+            asked = engines.send(group)
+            asked.asked.facts.endpoint = ENDPOINTS[name.encode()]
+            engines.serve(asked, 0.0 if name == "/v1/responses" else 1.0)
+        if group > 150:
+            asked = engines.send(group)
+            asked.asked.facts.endpoint = ENDPOINTS[b"/v1/responses"]
+            engines.serve(asked, 0.0)
+    assert engines.bench.workers[0].belief.row == 0
+    assert engines.bench.workers[0].belief.misses > 100
+    assert engines.emptied == 0
 
 
 def test_a_burst_of_one_new_prefix_is_no_evidence() -> None:

@@ -69,6 +69,6 @@ def _book(context: Context) -> DecisionBook:
 
 def _limit(query: Mapping[str, str]) -> int:
     text = query.get("limit", str(_LIMIT))
-    if not (text.isascii() and text.isdigit() and 0 < int(text[:9]) <= _MOST):
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(_MOST)) and 0 < int(text) <= _MOST):
         raise InvalidRequest(f"limit is not a number from 1 to {_MOST}.", param="limit")
     return int(text)

@@ -204,7 +204,7 @@ def forward_rules(args: RouterArgs, access: Access, mark: bytes) -> ForwardRules
         trusted=args.trust_client_routing_fields,
         withheld=access.withholds,
         mark=mark,
-        readable=args.sse_keepalive_secs > 0,
+        readable=args.sse_keepalive_secs > 0 or args.inject_usage,
     )
 
 

@@ -12,7 +12,7 @@ requests ended. A line with `missing` stands for so many that could not be writt
 
     t           when the request was complete, seconds since 1970
     id          of the request; model: as it names it; endpoint: a name of `routing.facts.ENDPOINTS`
-    session     a keyed hash of what the client calls its session; "" without one
+    session     a keyed hash of the whole of what the client calls its session; "" without one
     bytes       of the routing text; of the body of a request without any, and where no worker was asked
     chain       a keyed hash for each whole block of `block` bytes of the routing text. It covers all of the text from
                 its beginning, and the model, adapter and salt: two requests share as many blocks as their chains have
@@ -87,8 +87,8 @@ class NumberedFiles:
     def fd(self) -> int:
         """Return the descriptor to write to now. Raises: OSError."""
         if 0 < self._max_bytes <= self._file.size:
-            self._file.close()
             self._make_room()
+            self._file.close()
         fd = self._file.fd()
         if not os.fstat(fd).st_size:
             os.write(fd, self._head)
@@ -111,9 +111,12 @@ class NumberedFiles:
 def read_key(path: str) -> bytes:
     """Return the key beside a log; make it when there is none.
 
-    Raises: ConfigError, when it cannot be read or written, or is no key.
+    Raises: ConfigError, when it cannot be read or written, or is no key, or when the log is no plain file.
     """
     name = f"{path}.key"
+    for each in (path, name):
+        if os.path.exists(each) and not os.path.isfile(each):  # to open a pipe waits for its reader
+            raise ConfigError(f"--decision-log: {each} is not a plain file")
     try:
         try:
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -175,7 +178,7 @@ class DecisionLogWriter:
         name = blake2b(b"name", digest_size=4, key=key).hexdigest()
         head = _encode(DecisionLogHead(name)) + b"\n"
         self._buffer = LineBuffer(NumberedFiles(path, max_bytes, files, head), _missing)
-        self._queue: deque[tuple[DecisionRecord, int, HashChain]] = deque()
+        self._queue: deque[tuple[DecisionRecord, str, int, HashChain]] = deque()
         self._waiting = 0  # bytes of the texts in the queue
         self._scheduled = False
         self._dropped = 0
@@ -188,14 +191,18 @@ class DecisionLogWriter:
         """Requests that are missing in the log."""
         return self._dropped + self._buffer.lost
 
-    def take(self, record: DecisionRecord, namespace: bytes, text: bytes) -> None:
-        """Log a request that has ended. text: its routing text, b"" when it is not known."""
+    def take(self, record: DecisionRecord, session: str, namespace: bytes, text: bytes) -> None:
+        """Log a request that has ended.
+
+        session  what its client calls its session, however long that is; "" without one
+        text     its routing text, b"" when it is not known
+        """
         size = len(text) + _OVERHEAD
         if self._waiting + size > _MOST_WAITING:
             self._dropped += 1
             return
         self._waiting += size
-        self._queue.append((record, len(text), HashChain(self._key, namespace, text)))
+        self._queue.append((record, self._hashed(session), len(text), HashChain(self._key, namespace, text)))
         if not self._scheduled:
             self._scheduled = True
             self._later(0.0, self._step)
@@ -211,23 +218,23 @@ class DecisionLogWriter:
         """Hash up to so many blocks, and write the lines of the requests that are done."""
         lines, queue = [], self._queue
         while queue and blocks > 0:
-            record, size, chain = queue[0]
+            record, session, size, chain = queue[0]
             done = chain.step(blocks)
             if done == blocks:  # there may be more of it
                 break
             blocks -= done + 1  # a line takes about as long as a block
             queue.popleft()
             self._waiting -= size + _OVERHEAD
-            lines.append(self._line(record, size, chain.hashes))
+            lines.append(self._line(record, session, size, chain.hashes))
         if lines:
             self._buffer.put_all(lines)
 
-    def _line(self, record: DecisionRecord, size: int, chain: list[str]) -> str:
+    def _line(self, record: DecisionRecord, session: str, size: int, chain: list[str]) -> str:
         line = DecisionLine(
             record.at,
             record.id,
             record.model,
-            self._hashed(record.session),
+            session,
             record.endpoint,
             size or record.body_bytes,
             chain,

@@ -30,6 +30,10 @@ CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
 _CORS: Final = b"access-control-"
+_DECISION: Final = b"x-sglang-router-decision"
+_WORKER: Final = b"x-sglang-router-worker"
+_PRINTABLE: Final = bytes(range(0x20, 0x7F))
+_UNESCAPED: Final = frozenset(_PRINTABLE) - frozenset(b'%"')
 _DROPPED: Final = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 
 
@@ -74,31 +78,39 @@ def error_answer(error: RouterError, request_id: bytes, tail: bytes, head: bool 
     return whole[: whole.index(b"\r\n\r\n") + 4] if head else whole
 
 
-def worker_head(head: ResponseHead, request_id: bytes, framing: bytes, connection: bytes, cors: bytes = b"") -> bytes:
+def worker_head(
+    head: ResponseHead, request_id: bytes, framing: bytes, connection: bytes, cors: bytes = b"", decision: bytes = b""
+) -> bytes:
     """Return the head of a worker's answer as the client gets it.
 
     framing     Content-Length or Transfer-Encoding with CRLF; b"" when `head` has the length or the close ends the body
     connection  the Connection field with CRLF, or b""
     cors        the router's own CORS fields, each with CRLF: they replace the worker's; b"": keep the worker's
+    decision    what the router tells of its decision, likewise: a worker may be a router too
     """
     start = b"HTTP/1.1 %d %s" % (head.status, head.reason or _REASONS.get(head.status, b""))
+    replaced: tuple[bytes, ...] = (_CORS,) if cors else ()
+    if decision:
+        replaced += (_DECISION, _WORKER)
+    own = b"%b%b%b\r\n" % (connection, cors, decision)
     if head.plain:  # the usual case: pass the fields on as they came, including Content-Length
-        fields = _without_cors(head) if cors else head.fields
-        return b"".join((start, fields, b"\r\nx-request-id: ", request_id, b"\r\n", connection, cors, b"\r\n"))
+        fields = _without(head, replaced) if replaced else head.fields
+        return b"".join((start, fields, b"\r\nx-request-id: ", request_id, b"\r\n", own))
     dropped = _DROPPED | named_by_connection(head.headers)
     lines = [start, b"\r\n"]
     for name, value in head.headers:
-        if name not in dropped and not (cors and name.startswith(_CORS)):
+        if name not in dropped and not name.startswith(replaced):
             lines += (name, b": ", value, b"\r\n")
-    lines += (b"x-request-id: ", request_id, b"\r\n", framing, connection, cors, b"\r\n")
+    lines += (b"x-request-id: ", request_id, b"\r\n", framing, own)
     return b"".join(lines)
 
 
-def _without_cors(head: ResponseHead) -> bytes:
-    """Return the fields of a head without the worker's CORS fields, each with the CRLF before it."""
-    if _CORS not in head.fields.lower():
+def _without(head: ResponseHead, prefixes: tuple[bytes, ...]) -> bytes:
+    """Return the fields of a head without those whose names begin so, each with the CRLF before it."""
+    spelled = head.fields.lower()
+    if not any(prefix in spelled for prefix in prefixes):
         return head.fields
-    kept = (b"\r\n%s: %s" % field for field in head.headers if not field[0].startswith(_CORS))
+    kept = (b"\r\n%s: %s" % field for field in head.headers if not field[0].startswith(prefixes))
     return b"".join(kept)
 
 
@@ -120,24 +132,37 @@ def decision_fields(tag: RequestTag, leg: PlannedLeg | None, retries: int, by_id
         x-sglang-router-decision: hit; matched=3000; total=4000; attempt=1; id="chatcmpl-4f"
         x-sglang-router-worker: http://10.0.0.7:30000
 
-    The first is a structured field (RFC 9651): the policy's reason, `none` without a worker, with parameters.
+    The first is a structured field (RFC 9651): the policy's reason, `none` without a worker, with parameters. An
+    id that is not printable ASCII is a display string: id=%"f%c3%bcr".
 
     leg    the last one; None: no worker was asked, and the second field is missing
     by_id  call the worker by its id, not by its URL
     """
-    quoted = tag.raw_id.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    shown = _structured(tag.raw_id)
     if leg is None:
-        return b'x-sglang-router-decision: none; attempt=0; id="%s"\r\n' % quoted
+        return b"%s: none; attempt=0; id=%s\r\n" % (_DECISION, shown)
     worker = leg.target.worker_id if by_id else leg.target.name
-    return b'x-sglang-router-decision: %s; matched=%d; total=%d; attempt=%d; id="%s"\r\n%s: %s\r\n' % (
+    return b"%s: %s; matched=%d; total=%d; attempt=%d; id=%s\r\n%s: %s\r\n" % (
+        _DECISION,
         leg.branch.encode(),
         leg.matched,
         leg.total,
         retries + 1,
-        quoted,
-        b"x-sglang-router-worker",
+        shown,
+        _WORKER,
         worker.encode(),
     )
+
+
+def _structured(request_id: bytes) -> bytes:
+    """Return an id as an item of a structured field: a string, or a display string (RFC 9651 3.3.3 and 3.3.8)."""
+    if not request_id.translate(None, _PRINTABLE):
+        return b'"%s"' % request_id.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    try:
+        request_id.decode()
+    except UnicodeDecodeError:
+        request_id = request_id.decode("latin-1").encode()
+    return b'%%"%s"' % b"".join([b"%c" % each if each in _UNESCAPED else b"%%%02x" % each for each in request_id])
 
 
 class Answers:
@@ -215,7 +240,7 @@ class Answers:
         if request.http10 or not keep_alive:
             connection = connection_field(keep_alive, request.http10)
         cors = b"" if self.cors is None else self.cors.fields(request.headers)
-        return worker_head(head, request_id, field, connection + decision, cors), chunked, keep_alive
+        return worker_head(head, request_id, field, connection, cors, decision), chunked, keep_alive
 
     def preflight(self, request: Request, request_id: bytes, keep_alive: bool) -> bytes | None:
         """Return the complete answer to a browser's preflight; None for any other request, or without CORS."""

@@ -57,16 +57,23 @@ class UsageHider:
         return f"<UsageHider {'has' if self.hidden else 'waits for'} the usage>"
 
     def feed(self, events: bytes) -> bytes:
-        """Return whole events without the one that tells the usage."""
+        """Return events without the one that tells the usage. Whole ones, but one that is too long comes in parts."""
         if not any(mark in events for mark in _MARKS):
             return events
         passed = []
+        end = 0
         for event, data in payloads(events):
+            end += len(event)
             if _tells_usage(data):
                 self.hidden = event
             else:
                 passed.append(event)
+        passed.append(events[end:])  # a part of an event that is too long to be kept
         return b"".join(passed)
+
+    def last(self, rest: bytes) -> bytes:
+        """Return what is left at the end of a stream, perhaps an event without its empty line, unless that tells it."""
+        return rest if self.feed(rest.rstrip(b"\r\n") + b"\n\n") else b""
 
 
 def _tells_usage(data: bytes) -> bool:

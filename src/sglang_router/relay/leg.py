@@ -363,8 +363,10 @@ class Leg:
             self._exchange.leg_done(self)
 
     def usage(self) -> Usage | None:
-        """Return what the engine told of the answer that the client was sent; None: nothing."""
-        hider, last = self._exchange.hider, self.last
+        """Return what the engine told of the answer that the client was sent; None: nothing, or of an earlier one."""
+        hider, last, facts = self._exchange.hider, self.last, self._exchange.facts
+        if facts is not None and facts.endpoint.about:  # a stored response repeats what it took when it was made
+            return None
         if hider is not None and hider.hidden:
             last = hider.hidden
         figures = usage_of(self.first, last, self._exchange.tag.streaming)

@@ -67,7 +67,7 @@ def show(exchange: Showing, leg: Leg, head: ResponseHead, data: bytes, done: boo
     bytes_out, leg.chunked, exchange.keep_alive = answers.client_head(
         head, framing, exchange.request, tag.raw_id, keep_alive, answers.decision(tag, leg.planned, exchange.retries)
     )
-    leg.events = not done and head.events
+    leg.events = (not done or handled is not None) and head.events
     if handled is not None and handled.begin(leg, head):
         exchange.say(bytes_out)
         if data or done:

@@ -152,7 +152,7 @@ class WholeEvents:
                 leg.pass_on(chunk(whole) if leg.chunked else whole, False)
                 leg.broken(Outcome.CUT, "The worker broke off inside an event of its answer.")
                 return
-            whole += rest
+            whole += rest if self._hider is None else self._hider.last(rest)
         elif self._returns and not splitter.holds and not splitter.torn and (worker is None or worker.gap == 0):
             self._return(leg)
         sent = chunk(whole) if leg.chunked else whole

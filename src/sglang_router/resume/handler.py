@@ -244,7 +244,10 @@ class ResumableStream:
 
     def end(self) -> bytes:
         """Return what is still held of the answer, and the last chunk."""
-        rest = self._coded(self._splitter.take() + self._failed)
+        rest = self._splitter.take()
+        if self.hider is not None:
+            rest = self.hider.last(rest)
+        rest = self._coded(rest + self._failed)
         return rest + LAST_CHUNK if self._chunked else rest
 
     def is_cut(self) -> bool:

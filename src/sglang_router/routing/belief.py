@@ -18,6 +18,10 @@ another worker, and a prefix that was evicted is best read again where it was be
 A row of evidence in which nearly nothing was cached, and nothing else in between, is that; of so many that it would be
 one chance in a million, given how often this worker misses otherwise: 4 for one that hardly ever does, 20 for one that
 misses half of the time. No single answer empties a memory.
+
+Nor do requests that engines never answer from their cache, such as those for the log probabilities of a prompt, which
+come with the same few beginnings again and again. In an empty cache a beginning is missed once, and then it is there.
+So a miss of which one half was read in the same row already is none of that row, and ends it.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ _NEARLY_NOTHING: Final = 4
 """A miss is cold, if less than the prediction divided by this was cached."""
 _SHORTEST_ROW: Final = 4
 _CHANCE: Final = math.log(1e-6)
+LONGEST_PROMPT: Final = 1 << 14
+"""Bytes of a prompt that are compared with others."""
 _SHARE: Final = 1 / 128
 """How much the last evidence counts in what is averaged."""
 _FIRST_RATE: Final = 0.5
@@ -53,11 +59,10 @@ class Belief:
 
     capacity  bytes of routing text that the cache holds; 0: nothing is known
     misses    surprising misses, evidence or not
-    row       cold misses since anything else was reported
     share     of the predicted tokens that was reported, recently; 1.0 before the first hit
     """
 
-    __slots__ = ("_cached", "_predicted", "_rate", "capacity", "misses", "row", "share")
+    __slots__ = ("_cached", "_predicted", "_rate", "_row", "capacity", "misses", "share")
 
     def __init__(self) -> None:
         self.misses = 0
@@ -68,13 +73,24 @@ class Belief:
 
     def forget(self) -> None:
         """Begin anew: the cache is known to be empty."""
-        self.capacity = self.row = 0
+        self.capacity = 0
+        self._row: list[bytes] = []  # prompts of the cold misses since anything else was reported
         self.share = 1.0
         self._rate = _FIRST_RATE  # of cold misses among the evidence
         self._predicted = self._cached = 0.0  # tokens, averaged; 0: there was no hit yet
 
-    def heard(self, usage: Usage, remembered: int) -> None:
-        """Take evidence. remembered: bytes of prefixes."""
+    @property
+    def row(self) -> int:
+        """Cold misses since anything else was reported."""
+        return len(self._row)
+
+    def heard(self, usage: Usage, remembered: int, prompt: bytes, half: int) -> None:
+        """Take evidence.
+
+        remembered  bytes of prefixes
+        prompt      its namespace, and up to LONGEST_PROMPT bytes of its text
+        half        as many of these bytes stand for a half of the predicted tokens
+        """
         predicted, cached = usage.predicted, min(usage.cached, usage.predicted)
         if not self._predicted:
             if usage.missed:
@@ -87,18 +103,24 @@ class Belief:
             self.capacity = 0
         elif not self.capacity:
             self.capacity = remembered
-        if usage.missed and cached * _NEARLY_NOTHING < predicted:
-            self.row += 1
+        cold = usage.missed and cached * _NEARLY_NOTHING < predicted
+        if cold and not self._has_read(prompt[:half]):
+            self._row.append(prompt)
             return
-        while self.row:
-            self.row -= 1
+        for _ in self._row:
             self._rate += (1.0 - self._rate) * _SHARE
-        self._rate -= self._rate * _SHARE
+        self._row.clear()
+        self._rate += ((1.0 if cold else 0.0) - self._rate) * _SHARE
+
+    def _has_read(self, beginning: bytes) -> bool:
+        """Return whether the engine has read this in the present row."""
+        return any(prompt.startswith(beginning) for prompt in self._row)
 
     @property
     def empty(self) -> bool:
         """Whether the reports say that the cache is empty."""
-        if self.row < _SHORTEST_ROW:
+        row = len(self._row)
+        if row < _SHORTEST_ROW:
             return False
         rate = min(max(self._rate, _LEAST_RATE), _MOST_RATE)
-        return self.row * math.log(rate) <= _CHANCE
+        return row * math.log(rate) <= _CHANCE

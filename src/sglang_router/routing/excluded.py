@@ -19,17 +19,20 @@ REASONS: Final[Mapping[str, str]] = {
     "breaker_half_open": "its circuit breaker lets one request pass at a time, and that is in flight",
     "ejected": "it is ejected as an outlier",
     "full": "it has the most requests that one worker may have",
+    "elsewhere": "another worker keeps the response that the request follows",
     "slow_start": "it has an empty cache, and its share of the load",
+    "no_room": "a session begins, and its cache has no room for the context of another one",
     "set_aside": "others come first in a retry: it is a rank of an engine that failed the request, or on trial",
 }
 """Each reason in words."""
 
 
-def reason(worker: Worker, most_load: int, trail: Trail | None, now: float) -> str:
+def reason(worker: Worker, most_load: int, trail: Trail | None, now: float, held: bool = False) -> str:
     """Return a key of REASONS for a worker that was no candidate.
 
     most_load  requests in flight that one worker may have; 0: no limit
     trail      the failed attempts of the request; None: there are none
+    held       the request went to the worker that keeps the response which it follows
     """
     if not worker.in_rotation:
         return "draining"
@@ -45,4 +48,8 @@ def reason(worker: Worker, most_load: int, trail: Trail | None, now: float) -> s
         return "ejected"
     if most_load and worker.load >= most_load:
         return "full"
-    return "slow_start" if now < worker.warm_at else "set_aside"
+    if held:
+        return "elsewhere"
+    if now < worker.warm_at:
+        return "slow_start"
+    return "no_room" if trail is None else "set_aside"

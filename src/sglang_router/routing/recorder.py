@@ -13,7 +13,8 @@ for one request of `every`, and where a shadow policy would have chosen another 
 
 A policy that fails to explain itself hurts no request: no tables are made from then on, and `failed` hears why.
 
-The records are bounded by number, and so are the lines of all their tables together. The oldest go first.
+The records are bounded by number, and so are the lines of all their tables together. The oldest go first: a record
+may lose its tables before it goes, but never the newest one that has some.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Final
 
+import msgspec
+
+from sglang_router.routing.assignment import HOLDER
 from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.considered import Considered
 from sglang_router.routing.decision_record import DecisionAttempt, DecisionRecord
@@ -46,7 +50,7 @@ _MOST_NOTED: Final = 4096
 """Requests in flight whose tables are kept."""
 _LONGEST_SESSION: Final = 64
 _NEVER: Final = 1 << 62
-Sink = Callable[[DecisionRecord, bytes, bytes], None]
+Sink = Callable[[DecisionRecord, str, bytes, bytes], None]
 _NO_TEXT: Final = (b"", b"")
 _UNROUTED: Final = "unrouted"
 _RUNNING: Final = "running"
@@ -60,7 +64,7 @@ class Recorder(Listener):
     most_load  requests in flight that one worker may have; 0: no limit
     epoch      returns what must be added to a time of the router's clock to get seconds since 1970
     failed     takes the fault of a policy that cannot explain itself
-    sink       takes the record of each ended request, and namespace and routing text of it; None: nobody does
+    sink       takes the record of each ended request, its whole session, its namespace and routing text; None: nobody
     """
 
     def __init__(
@@ -81,7 +85,8 @@ class Recorder(Listener):
         self._fault = failed
         self._explains = True  # the policy has not failed to
         self._records: deque[DecisionRecord] = deque()
-        self._lines = 0  # of the tables in them
+        self._tabled: deque[DecisionRecord] = deque()  # those of them that have tables
+        self._lines = 0  # of these tables
         self._noted: dict[int, list[DecisionAttempt]] = {}  # by number of the request, until it ends
         self._texts: dict[int, tuple[bytes, bytes]] = {}  # namespace and text, until the request ends; for the sink
         self._failed: dict[int, list[str]] = {}  # by number of the request: outcomes of the attempts that were retried
@@ -129,19 +134,21 @@ class Recorder(Listener):
             len(facts.text),
             len(candidates),
             considered,
-            self._excluded(pool, candidates, trail, now),
+            self._excluded(pool, candidates, trail, now, choice.branch == HOLDER),
             "",
             shadow,
         )
         self._noted.setdefault(number, []).append(attempt)
 
-    def _excluded(self, pool: Serving, candidates: Candidates, trail: Trail | None, now: float) -> list[Considered]:
+    def _excluded(
+        self, pool: Serving, candidates: Candidates, trail: Trail | None, now: float, held: bool
+    ) -> list[Considered]:
         """Return workers that are no candidates, with reasons."""
         found: list[Considered] = []
         if len(candidates) < len(pool.workers):
             for worker in pool.workers:
                 if worker not in candidates:
-                    why = reason(worker, self._most_load, trail, now)
+                    why = reason(worker, self._most_load, trail, now, held)
                     found.append(Considered(worker.url, 0, None, None, worker.load, why))
                     if len(found) == MOST_CONSIDERED:
                         break
@@ -160,6 +167,7 @@ class Recorder(Listener):
     def finished_all(self, events: Sequence[Finished]) -> None:
         """Keep the records of requests that ended."""
         records, noted, policy, epoch, sink = self._records, self._noted, self._policy, self._epoch(), self.sink
+        tabled, most_lines = self._tabled, self.most * LINES_PER_RECORD
         for event in events:
             tag, leg, answer = event.tag, event.leg, event.answer
             endpoint, outcome, first = tag.route.endpoint, answer.outcome, answer.first_byte
@@ -175,7 +183,7 @@ class Recorder(Listener):
                 tag.id,
                 tag.start + epoch,
                 endpoint,
-                tag.model.strip('"'),
+                _model(tag.model),
                 _session(tag) if tag.named[1] else "",
                 tag.streaming,
                 tag.received,
@@ -198,12 +206,14 @@ class Recorder(Listener):
             elif self._failed:
                 self._failed.pop(tag.number, None)
             if sink is not None:
-                sink(record, *self._texts.pop(tag.number, _NO_TEXT))
+                sink(record, tag.session if tag.named[1] else "", *self._texts.pop(tag.number, _NO_TEXT))
             records.append(record)
-        while len(records) > self.most or self._lines > self.most * LINES_PER_RECORD:
-            oldest = records.popleft()
-            if oldest.attempts:
-                self._lines -= _lines_of(oldest)
+        while len(records) > self.most:
+            if records.popleft().attempts:
+                self._lines -= _lines_of(tabled.popleft())
+        while self._lines > most_lines and len(tabled) > 1:
+            self._lines -= _lines_of(tabled[0])
+            tabled.popleft().attempts = ()
 
     def _complete(self, record: DecisionRecord, attempts: list[DecisionAttempt], failed: list[str]) -> None:
         """Add the attempts to a record, with how each ended."""
@@ -211,6 +221,7 @@ class Recorder(Listener):
             number = attempt.attempt
             attempt.outcome = failed[number - 1] if number <= len(failed) else record.outcome
         record.attempts = tuple(attempts)
+        self._tabled.append(record)
         self._lines += _lines_of(record)
 
     # -- questions -----------------------------------------------------------------------------------------------------
@@ -235,7 +246,7 @@ class Recorder(Listener):
                 tag.id,
                 tag.start + epoch,
                 tag.route.endpoint,
-                tag.model.strip('"'),
+                _model(tag.model),
                 _session(tag),
                 tag.streaming,
                 tag.received,
@@ -280,6 +291,18 @@ def _some_of(candidates: Candidates, choice: Choice) -> Candidates:
 
 def _session(tag: RequestTag) -> str:
     return tag.session[:_LONGEST_SESSION]
+
+
+def _model(text: str) -> str:
+    """Return the name of a model from its JSON text; what is no text as it is."""
+    if not text.startswith('"'):
+        return text
+    if "\\" in text:
+        try:
+            return msgspec.json.decode(text, type=str)
+        except (msgspec.MsgspecError, UnicodeError):
+            pass
+    return text[1:-1]
 
 
 def _lines_of(record: DecisionRecord) -> int:

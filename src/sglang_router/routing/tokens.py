@@ -77,6 +77,10 @@ class Tokens:
         if completion > 0:
             self.completion += completion
 
+    def tells(self, endpoint: str) -> bool:
+        """Return whether an endpoint has told cached tokens, and so is known to tell them."""
+        return endpoint in self._telling
+
     def predict(self, matched: int, total: int, prompt: int) -> int:
         """Return how many tokens of a prompt are believed to be cached.
 

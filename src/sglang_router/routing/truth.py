@@ -5,7 +5,8 @@
                                                      '--> the memory of the worker is emptied
                                                --> Policy.reported
 
-Engines that tell no cached tokens, and policies that remember no prefixes, are not judged.
+Engines that tell no cached tokens, and policies that remember no prefixes, are not judged. Nor is a worker by
+the answers of an endpoint that has told no hit of it yet: some say 0 whatever they found.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from sglang_router.routing.belief import FEW, surprising
+from sglang_router.routing.belief import FEW, LONGEST_PROMPT, surprising
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.lease import Lease
 from sglang_router.routing.pools import Pool
@@ -71,7 +72,10 @@ class Truth:
             return
         usage.missed = surprising(usage)
         worker.belief.misses += usage.missed
-        if lease.alone and lease.life == worker.life:
-            worker.belief.heard(usage, pool.remembered(worker))
+        facts = lease.facts
+        if lease.alone and lease.life == worker.life and worker.tokens.tells(facts.endpoint.name):
+            start, half = facts.namespace + b"\0", facts.scaffold + choice.matched // 2
+            prompt = start + facts.text[:LONGEST_PROMPT] if usage.missed else b""
+            worker.belief.heard(usage, pool.remembered(worker), prompt, len(start) + half)
             if usage.missed and worker.belief.empty:
                 self._fleet.found_empty(worker)

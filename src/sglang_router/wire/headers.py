@@ -78,7 +78,7 @@ class ForwardRules:
     trusted     clients may choose engines and ranks (`ROUTING`, `routing.reserved`)
     withheld    says of a credential whether it is a key of this router's control plane, which no worker may see
     mark        this process in Via
-    readable    workers are not asked for compressed answers, into which the router could write nothing
+    readable    workers are not asked for compressed answers, in which the router could neither write nor hide anything
     tail        the end of each head: the Via field, if there is a mark, and the empty line
     never_sent  names of fields that are never forwarded as they came
     prefixes    beginnings of names that are forwarded, besides the whitelist

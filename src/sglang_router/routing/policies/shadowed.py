@@ -11,11 +11,12 @@ Workers have one seat, one slot in a memory of prefixes and one roster, which ar
 the shadow sees *twins* of the workers, with the same figures, and seats of their own. They are brought up to date for
 each decision, which takes 0.8 us for each candidate. Without a shadow, this module is not used at all.
 
-A shadow that fails never hurts a request: it is switched off, and `failed` hears why.
+A shadow that fails never hurts a request: it is switched off, what it remembers is freed, and `failed` hears why.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,7 @@ class Shadowed(Policy):
         self._tally = tally
         self._failed = failed
         self._on = True  # the shadow has not failed
+        self._tidies = True  # and can free what it remembers, also when it has failed at something else
         self._twins: dict[Worker, Worker] = {}
 
     def __repr__(self) -> str:
@@ -191,12 +193,14 @@ class Shadowed(Policy):
     def tidy(self, now: float, budget: int) -> bool:
         """Clean up both memories."""
         busy = self._obeyed.tidy(now, budget)
-        if not self._on:
+        if not self._tidies:
             return busy
         try:
             return self._shadow.tidy(now, budget) or busy
         except Exception as error:  # a fault of the shadow
-            self._switch_off(error)
+            self._tidies = False
+            if self._on:
+                self._switch_off(error)
             return busy
 
     # -- twins ---------------------------------------------------------------------------------------------------------
@@ -234,6 +238,9 @@ class Shadowed(Policy):
 
     def _switch_off(self, error: Exception) -> None:
         self._on = False
+        for twin in self._twins.values():
+            with contextlib.suppress(Exception):  # let it forget everything, if it can: `tidy` frees it
+                self._shadow.removed(twin)
         self._tally.failures += 1
         self._failed(self._shadow.label, error)
 
