@@ -280,11 +280,35 @@ def test_a_shadow_that_fails_is_switched_off_and_nothing_else_happens(at: str) -
 
 
 def test_what_a_shadow_remembers_is_freed_when_it_fails() -> None:
-    class Deaf(CacheAware):
+    class Deaf(Policy):
+        """Remembers as cache_aware does, and fails to hear."""
+
+        name = "deaf"
+
+        def __init__(self, settings: PolicySettings, rng: random.Random) -> None:
+            super().__init__(settings, rng)
+            self.inner = CacheAware(settings, rng)
+            self.memory = self.inner.memory
+
+        def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
+            return self.inner.choose(facts, candidates, now)
+
+        def chosen(self, choice: Choice, facts: Facts, now: float) -> None:
+            self.inner.chosen(choice, facts, now)
+
+        def added(self, worker: Worker) -> None:
+            self.inner.added(worker)
+
+        def removed(self, worker: Worker) -> None:
+            self.inner.removed(worker)
+
+        def tidy(self, now: float, budget: int) -> bool:
+            return self.inner.tidy(now, budget)
+
         def reported(self, choice: Choice, facts: Facts, usage: Usage | None, now: float) -> None:
             raise ValueError("deaf")
 
-    shadows: list[CacheAware] = []
+    shadows: list[Deaf] = []
 
     def make(settings: PolicySettings, rng: random.Random) -> Policy:
         shadows.append(Deaf(settings, rng))
@@ -292,7 +316,7 @@ def test_what_a_shadow_remembers_is_freed_when_it_fails() -> None:
 
     b = Bench(3, make)  # type: ignore[arg-type]
     attempts = [b.route(b"%d" % number * 5000) for number in range(9)]
-    (shadow,) = [each for each in shadows if each.tree.held]
+    (shadow,) = [each.inner for each in shadows if each.inner.tree.held]
     assert shadow.tree.held > 40_000
     attempts[0].end(Outcome.SERVED, 1.0, Usage(10, 4, 2))
     while b.fleet.pools.tidy(2.0, 100):
@@ -303,10 +327,15 @@ def test_what_a_shadow_remembers_is_freed_when_it_fails() -> None:
 
 
 def test_both_hear_what_engines_report() -> None:
-    class HearsToo(LeastLoad):
+    class HearsToo(Policy):
+        name = "hears"
+
         def __init__(self, settings: PolicySettings, rng: random.Random) -> None:
             super().__init__(settings, rng)
             self.heard: list[tuple[str, Usage | None]] = []
+
+        def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
+            return self.least_loaded(candidates, "least")
 
         def reported(self, choice: Choice, facts: Facts, usage: Usage | None, now: float) -> None:
             self.heard.append((choice.worker.url, usage))

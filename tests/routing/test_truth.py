@@ -6,19 +6,24 @@ import pytest
 
 from fleets import Attempt, Bench
 from fleets import facts as facts_of
+from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.facts import ENDPOINTS, Facts
 from sglang_router.routing.outcome import Outcome
-from sglang_router.routing.policies.base import Choice
-from sglang_router.routing.policies.simple import LeastLoad
+from sglang_router.routing.policies.base import Choice, Policy
 from sglang_router.routing.usage import Usage
 
 
-class Hears(LeastLoad):
+class Hears(Policy):
     """Keeps what is reported to it."""
 
-    def __init__(self, policy: LeastLoad) -> None:
+    name = "hears"
+
+    def __init__(self, policy: Policy) -> None:
         super().__init__(policy.settings, policy.rng)
         self.reports: list[tuple[str, bytes, Usage | None, float]] = []
+
+    def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
+        return self.least_loaded(candidates, "least")
 
     def reported(self, choice: Choice, facts: Facts, usage: Usage | None, now: float) -> None:
         self.reports.append((choice.worker.url, facts.text, usage, now))
@@ -26,9 +31,7 @@ class Hears(LeastLoad):
 
 def hearing(count: int = 1) -> tuple[Bench, Hears]:
     bench = Bench(count, "least_load")
-    policy = bench.pool.policy
-    assert isinstance(policy, LeastLoad)
-    bench.pool.policy = hears = Hears(policy)
+    bench.pool.policy = hears = Hears(bench.pool.policy)
     return bench, hears
 
 

@@ -76,7 +76,7 @@ class MessageChains:
 def boundaries(text: bytes) -> tuple[list[int], bool]:
     """Return where the last boundaries of a text are, in order, and whether its end is one: else it is cut off."""
     end = len(text.rstrip()) if text[-1:].isspace() else len(text)
-    whole = text[end - 1 : end] == b"}"
+    whole = text.endswith(b"}", 0, end)
     found = [end] if whole else []
     at = end
     for _ in range(_MOST_TRIED):

@@ -65,7 +65,9 @@ def usage_of(first: bytes, last: bytes, streaming: bool) -> Figures | None:
     """
     form = None
     start, end = last.find(b"{"), last.rfind(b"}") + 1
-    if end - start <= SHORT_ANSWER and (streaming or start == 0 or last[start - 2 : start] == b"\r\n"):
+    if 0 <= start < end <= start + SHORT_ANSWER and (
+        streaming or start == 0 or last.startswith(b"\r\n", max(start - 2, 0))
+    ):
         form = _read(last[start:end])  # the usual case: a short answer, or one event
     found = _at_end(last, streaming) if form is None else _figures(form)
     if streaming:
