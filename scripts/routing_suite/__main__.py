@@ -8,11 +8,13 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import datetime, timezone
 from pathlib import Path
+from types import FrameType
 
 from scripts.benchmark.processes import BenchError
 from scripts.reporting import machine
@@ -145,11 +147,18 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    options = parse(words)
+    options, pressed = parse(words), threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        raise KeyboardInterrupt
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # also if the parent process ignored SIGINT
+        signal.signal(number, interrupt)  # also if the parent process ignored SIGINT
     try:
         text = run(options, words)
+        if pressed.is_set():  # Python loses an exception that comes while it forks or frees an object
+            raise KeyboardInterrupt
     except (SuiteError, BenchError, OSError) as error:
         say(f"routing-suite: {error}")
         return 2

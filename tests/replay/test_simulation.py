@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sglang_router.config import RouterArgs
@@ -264,6 +264,8 @@ def test_another_seed_gives_another_result() -> None:
     st.sampled_from([0, 2, 30]),
     st.integers(0, 1000),
 )
+@example("strangers", "cost", 1, 5000, [], 0, 0)
+@example("hot-prefix", "consistent_hashing", 2, 5000, [FleetChange("restart", 0.5, 0, 0.5)], 0, 0)
 def test_every_request_ends_once_whatever_happens(
     shape: str, policy: str, workers: int, capacity: int, changes: list[FleetChange], most: int, seed: int
 ) -> None:

@@ -1,7 +1,8 @@
 """What no placement can beat: the clairvoyant bounds that regret is measured against.
 
 *Cached tokens.* One unlimited cache that all engines share and that holds a prompt and its answer as soon as the
-request arrives (`Served.reusable`). Real engines evict, compute before they hold, and do not share.
+request arrives (`Served.reusable`); of a request that is sent again, all but its last page. Real engines evict, compute
+before they hold, and do not share.
 
 *Time to first token.* With that cache, each request has to compute what is not in it. It takes at least what the
 fastest engine needs for that alone, when it is idle: this bounds each request, and so each quantile. And it has to

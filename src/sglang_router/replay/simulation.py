@@ -164,6 +164,8 @@ class Simulation:
         flight.waits = None
         if isinstance(answer, Plan):
             (flight.leg,) = answer.legs
+            if answer.retries:  # it may find what came meanwhile, and what its first attempt left
+                flight.served.reusable = (flight.ask.prompt - 1) // self.setup.page * self.setup.page
             if answer.delay:
                 self.timeline.plan(self.timeline.now + answer.delay, self._send, flight)
             else:
