@@ -152,9 +152,4 @@ class CacheAware(Policy):
 
     def tidy(self, now: float, budget: int) -> bool:
         """Free the nodes of removed workers; evict what is too much, then what was unused for `max_idle` seconds."""
-        done = self.tree.reclaim(budget)
-        if done < budget:
-            done += self.tree.trim(budget - done)
-        if done < budget:
-            done += self.tree.expire(now - self.settings.max_idle, budget - done)
-        return done >= budget
+        return self._memory.tidy(now - self.settings.max_idle, budget) >= budget

@@ -320,11 +320,7 @@ class Cost(Policy):
 
     def tidy(self, now: float, budget: int) -> bool:
         """Free the nodes of removed workers; evict what is too much, then what was unused for `max_idle` seconds."""
-        done = self.tree.reclaim(budget)
-        if done < budget:
-            done += self.tree.trim(budget - done)
-        if done < budget:
-            done += self.tree.expire(now - self.settings.max_idle, budget - done)
+        done = self._memory.tidy(now - self.settings.max_idle, budget)
         if done < budget:  # the last call of a clean-up
             for worker in self._by_slot.values():
                 worker.work.forget(now)

@@ -56,6 +56,18 @@ class TreeMemory:
         self.tree.retire(slot)
         return slot
 
+    def tidy(self, before: float, budget: int) -> int:
+        """Free the nodes of removed workers; evict what is too much, then what was last used before a time.
+
+        Do at most `budget` steps; return how many.
+        """
+        done = self.tree.reclaim(budget)
+        if done < budget:
+            done += self.tree.trim(budget - done)
+        if done < budget:
+            done += self.tree.expire(before, budget - done)
+        return done
+
     # -- PrefixMemory ------------------------------------------------------------------------------------------------
 
     @property
