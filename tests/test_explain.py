@@ -6,11 +6,11 @@ import ast
 import socket
 import threading
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
+from decision_records import A, record
 from routers import free_port, plain_worker
 from sglang_router import explain
 from sglang_router.errors import ConfigError
@@ -21,31 +21,7 @@ from sglang_router.routing.considered import Considered
 from sglang_router.routing.decision_record import DecisionAttempt, DecisionRecord, ShadowChoice
 from sglang_router.routing.sessions import BRANCH
 
-A, B, C = "http://10.0.0.7:30000", "http://10.0.0.8:30000", "http://10.0.0.9:30000"
-
-
-def record(**changes: object) -> DecisionRecord:
-    fields: dict[str, Any] = {
-        "id": "r-1",
-        "at": 1764279852.25,
-        "endpoint": "chat",
-        "model": "tiny",
-        "session": "s-1",
-        "stream": True,
-        "body_bytes": 5120,
-        "policy": "cache_aware",
-        "worker": A,
-        "branch": "hit",
-        "matched": 3000,
-        "total": 4000,
-        "retries": 0,
-        "outcome": "served",
-        "status": 200,
-        "code": "",
-        "first_byte": 0.095,
-        "duration": 1.5,
-    }
-    return DecisionRecord(**(fields | changes))
+B, C = "http://10.0.0.8:30000", "http://10.0.0.9:30000"
 
 
 def text(made: DecisionRecord) -> str:

@@ -14,38 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from decision_records import A, record
 from sglang_router.errors import ConfigError
 from sglang_router.observe import decision_log
 from sglang_router.observe.decision_line import BLOCK, FORMAT, VERSION
 from sglang_router.observe.decision_log import DecisionLogWriter, HashChain, NumberedFiles, read_key
-from sglang_router.routing.decision_record import DecisionRecord
 
 KEY = b"k" * 32
-A = "http://10.0.0.7:30000"
-
-
-def record(**changes: object) -> DecisionRecord:
-    fields: dict[str, Any] = {
-        "id": "r-1",
-        "at": 1764279852.25,
-        "endpoint": "chat",
-        "model": "tiny",
-        "session": "s-1",
-        "stream": True,
-        "body_bytes": 5120,
-        "policy": "cache_aware",
-        "worker": A,
-        "branch": "hit",
-        "matched": 3000,
-        "total": 4000,
-        "retries": 1,
-        "outcome": "served",
-        "status": 200,
-        "code": "",
-        "first_byte": 0.095,
-        "duration": 1.5,
-    }
-    return DecisionRecord(**(fields | changes))
 
 
 def alike(first: Sequence[object], second: Sequence[object]) -> int:
@@ -119,7 +94,7 @@ def test_a_line_for_each_request_after_a_head(tmp_path: Path) -> None:
     turns, path = Turns(), tmp_path / "log"
     log = DecisionLogWriter(str(path), 0, 1, KEY, turns.later)
     text = b"a secret prompt " * 40
-    log.take(record(), "s-1", b'"tiny"', text)
+    log.take(record(retries=1), "s-1", b'"tiny"', text)
     log.take(record(id="r-2", worker=None, session="", retries=0, first_byte=None), "", b"", b"")
     log.close()
     head, first, second = lines(path)
@@ -157,7 +132,7 @@ def test_a_second_start_goes_on_with_the_file_and_the_key(tmp_path: Path) -> Non
     path = tmp_path / "log"
     for _ in range(2):
         log = DecisionLogWriter(str(path), 0, 1, read_key(str(path)), Turns().later)
-        log.take(record(), "s-1", b"", b"x" * BLOCK)
+        log.take(record(retries=1), "s-1", b"", b"x" * BLOCK)
         log.close()
     head, first, second = lines(path)
     assert head["format"] == FORMAT
@@ -200,7 +175,7 @@ def test_lines_that_cannot_be_written_are_counted_and_told(tmp_path: Path) -> No
     log = DecisionLogWriter(str(path), 0, 1, KEY, turns.later)
     path.unlink()
     path.parent.rmdir()
-    log.take(record(), "s-1", b"", b"")
+    log.take(record(retries=1), "s-1", b"", b"")
     turns.turn()
     assert log._buffer.flush(20.0)
     assert log.lost == 1
