@@ -12,6 +12,7 @@ from fleets import ROUTE, facts
 from sglang_router.errors import DeciderGone
 from sglang_router.processes import messages
 from sglang_router.processes.link import Link, decode_from_decider, decode_from_relay
+from sglang_router.processes.message import PlannedOne
 from sglang_router.processes.remote import GRACE, MOST, RemoteDecider, Reporter
 from sglang_router.processes.texts import SHARED, TextRing
 from sglang_router.routing.decider import Delivered
@@ -85,7 +86,7 @@ class Relay:
         return tag
 
     def plan(self, number: int, lease: int) -> PlannedLeg:
-        self.remote.planned(messages.Planned(number, [messages.PlannedOne(lease, 1, "hit", 1, 2, b"")], 0.0, 0))
+        self.remote.planned(messages.Planned(number, [PlannedOne(lease, 1, "hit", 1, 2, b"", b"")], 0.0, 0, False))
         return PlannedLeg(lease, TARGET, "hit", 1, 2)
 
 

@@ -22,7 +22,8 @@ from sglang_router.errors import InternalError, RouterError
 from sglang_router.processes import messages
 from sglang_router.processes.facing import OUTCOMES, answered_of, facts_of, tag_of, tag_unasked, usage_of
 from sglang_router.processes.failures import failure_of
-from sglang_router.processes.messages import OpenLeg, Planned, PlannedOne
+from sglang_router.processes.message import PlannedOne
+from sglang_router.processes.messages import OpenLeg, Planned
 from sglang_router.processes.ports import RelayPort
 from sglang_router.routing.decider import Delivered
 from sglang_router.routing.events import Answered, Finished, FirstByte, Listener
@@ -181,8 +182,8 @@ class Desk:
         for leg in legs:
             port.leases[leg.lease] = each
             place = self._place(leg.target)
-            sent.append(PlannedOne(leg.lease, place, leg.branch, leg.matched, leg.total, leg.splice))
-        port.put(Planned(each.number, sent, plan.delay, plan.retries))
+            sent.append(PlannedOne(leg.lease, place, leg.branch, leg.matched, leg.total, leg.splice, leg.rid))
+        port.put(Planned(each.number, sent, plan.delay, plan.retries, plan.handoff))
 
     def _unqueue(self, each: OpenedRequest) -> None:
         if each.until is not None:

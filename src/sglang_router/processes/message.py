@@ -20,6 +20,18 @@ def as_text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+class PlannedOne(Message, tag=32):
+    """One leg of a plan; see PlannedLeg."""
+
+    lease: int
+    worker: int
+    branch: str
+    matched: int
+    total: int
+    splice: bytes
+    rid: bytes
+
+
 class ErrorSent(Message, tag=35):
     """An error of `errors`: its class, and what one of them may have of its own."""
 

@@ -28,6 +28,7 @@ from sglang_router.processes.message import (
     AppWants,
     ErrorSent,
     Message,
+    PlannedOne,
 )
 
 # -- relay to decider --------------------------------------------------------------------------------------------------
@@ -241,17 +242,6 @@ class Hello(Message, tag=16):
 # -- decider to relay --------------------------------------------------------------------------------------------------
 
 
-class PlannedOne(Message, tag=32):
-    """One leg of a plan; see PlannedLeg."""
-
-    lease: int
-    worker: int
-    branch: str
-    matched: int
-    total: int
-    splice: bytes
-
-
 class Planned(Message, tag=33):
     """A plan."""
 
@@ -259,6 +249,7 @@ class Planned(Message, tag=33):
     legs: list[PlannedOne]
     delay: float
     retries: int
+    handoff: bool
 
 
 class Waits(Message, tag=34):

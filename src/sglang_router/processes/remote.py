@@ -229,7 +229,7 @@ class RemoteDecider:
         if asked is None:
             return
         legs = tuple(
-            PlannedLeg(leg.lease, self.targets[leg.worker], leg.branch, leg.matched, leg.total, leg.splice)
+            PlannedLeg(leg.lease, self.targets[leg.worker], leg.branch, leg.matched, leg.total, leg.splice, leg.rid)
             for leg in plan.legs
         )
         if asked.failed is not None:
@@ -238,7 +238,7 @@ class RemoteDecider:
         now = self._clock() + plan.delay
         for leg in legs:
             asked.legs[leg.lease] = (leg, now)
-        self._final(asked, Plan(legs, plan.delay, plan.retries))
+        self._final(asked, Plan(legs, plan.delay, plan.retries, plan.handoff))
 
     def waits(self, wait: messages.Waits) -> None:
         """Take note that the request is queued."""

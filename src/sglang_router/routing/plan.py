@@ -1,7 +1,7 @@
 """The decision as data: values that could be sent to another process.
 
     RequestTag     identifies a request in events and logs
-    Plan           legs = (PlannedLeg, ...)       one leg; two for prefill and decode
+    Plan           legs = (PlannedLeg, ...)       one leg; two for prefill and decode, and in which order they are sent
       PlannedLeg   target, lease, branch          where the leg goes, the number of its lease, why there
         Target     URL, rank, key                 one worker, as the relay needs it
     Wait           until, why                     no plan yet: the request is queued
@@ -49,12 +49,21 @@ class PlannedLeg:
     matched  bytes of the routing text that the worker is believed to have cached
     total    bytes of the routing text; 0 when the policy does not compare texts
     splice   JSON members to add at the end of the body, without the comma before them; b"" for none
+    rid      the engine's name for the leg, set in the splice: the engine is asked to abort it when the leg is given up;
+             b"": closing the connection ends the leg
     """
 
-    __slots__ = ("branch", "lease", "matched", "splice", "target", "total")
+    __slots__ = ("branch", "lease", "matched", "rid", "splice", "target", "total")
 
     def __init__(
-        self, lease: int, target: Target, branch: str, matched: int = 0, total: int = 0, splice: bytes = b""
+        self,
+        lease: int,
+        target: Target,
+        branch: str,
+        matched: int = 0,
+        total: int = 0,
+        splice: bytes = b"",
+        rid: bytes = b"",
     ) -> None:
         self.lease = lease
         self.target = target
@@ -62,6 +71,7 @@ class PlannedLeg:
         self.matched = matched
         self.total = total
         self.splice = splice
+        self.rid = rid
 
     def __repr__(self) -> str:
         return f"<PlannedLeg {self.lease} {self.target.name} {self.branch} {self.matched}/{self.total}>"
@@ -73,14 +83,19 @@ class Plan:
     legs     the client gets the answer of the last one
     delay    seconds to wait before the legs are sent
     retries  attempts before this one
+    handoff  the last leg is sent when the first one has answered, with what that answer hands over (vLLM); of a plan
+             with one leg: what an earlier attempt was handed. False: all legs are sent at the same time
     """
 
-    __slots__ = ("delay", "legs", "retries")
+    __slots__ = ("delay", "handoff", "legs", "retries")
 
-    def __init__(self, legs: tuple[PlannedLeg, ...], delay: float = 0.0, retries: int = 0) -> None:
+    def __init__(
+        self, legs: tuple[PlannedLeg, ...], delay: float = 0.0, retries: int = 0, handoff: bool = False
+    ) -> None:
         self.legs = legs
         self.delay = delay
         self.retries = retries
+        self.handoff = handoff
 
     def __repr__(self) -> str:
         pause = f" after {self.delay:.3g} s" if self.delay else ""
