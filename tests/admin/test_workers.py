@@ -270,6 +270,19 @@ def test_a_posted_worker_is_accepted_and_described() -> None:
         assert "job_status" not in info
 
 
+def test_roles_and_bootstrap_ports_are_taken_and_shown() -> None:
+    with stack() as router:
+        prefill, decode = router.fake({}), router.fake({})
+        wanted = {"url": prefill.url, "worker_type": "prefill", "bootstrap_port": 8998}
+        assert router.post("/workers", wanted).status == 202
+        assert router.post("/workers", {"url": decode.url, "worker_type": "decode"}).status == 202
+        listed = router.get("/workers").json()
+        assert [worker["worker_type"] for worker in listed["workers"]] == ["prefill", "decode"]
+        assert [worker.get("bootstrap_port") for worker in listed["workers"]] == [8998, None]
+        counts = {name: listed["stats"][name] for name in ("prefill_count", "decode_count", "regular_count")}
+        assert counts == {"prefill_count": 1, "decode_count": 1, "regular_count": 0}
+
+
 def test_workers_are_listed_with_counts() -> None:
     with stack() as router:
         assert router.get("/workers").json()["total"] == 0
@@ -297,7 +310,10 @@ def test_workers_are_listed_with_counts() -> None:
         (b'{"url": "http://h", "api_key": "a b"}', 422, "$.api_key"),
         (b'{"url": "http://h", "labels": {"a": 1}}', 422, "$.labels"),
         (b'{"url": "http://h", "api_kye": "k"}', 422, 'no field "api_kye"; did you mean api_key?'),
-        (b'{"url": "http://h", "worker_type": "prefill"}', 400, "regular"),
+        (b'{"url": "http://h", "worker_type": "encode"}', 422, "$.worker_type"),
+        (b'{"url": "http://h", "worker_type": "prefill", "bootstrap_port": 0}', 422, "$.bootstrap_port"),
+        (b'{"url": "http://h", "worker_type": "prefill", "bootstrap_port": 65536}', 422, "$.bootstrap_port"),
+        (b'{"url": "http://h", "worker_type": "decode", "bootstrap_port": 8998}', 400, "prefill worker"),
     ],
 )
 def test_descriptions_are_checked(body: bytes, status: int, said: str) -> None:

@@ -19,7 +19,7 @@ from sglang_router.routing.model_names import Names
 from sglang_router.routing.prefix_tree.memory import TreeMemory
 from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.source import Source
-from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.spec import ROLES, WorkerSpec
 from sglang_router.routing.worker import Worker
 from sglang_router.workers.sources import ConfiguredWorkers, WorkerDefaults, configured_specs
 
@@ -205,7 +205,8 @@ CHANGES = st.fixed_dictionaries(
         "model_id": st.none() | st.text(),
         "priority": st.integers(-(2**31), 2**31 - 1),
         "cost": st.floats(allow_nan=False),
-        "worker_type": st.sampled_from(["regular", "prefill"]),
+        "worker_type": st.sampled_from(ROLES),
+        "bootstrap_port": st.none() | st.integers(1, 65535),
         "runtime": st.none() | st.text(),
         "labels": st.dictionaries(st.text(), st.text(), max_size=2),
         "health": st.builds(HealthRules, interval=st.floats(1.0, 9.0), enabled=st.booleans()),
@@ -274,6 +275,8 @@ def head(*workers: Worker, **changed: object) -> Head:
         (head(worker(health=HealthRules(timeout=float("nan")))), "health checks"),
         (head(worker(health=HealthRules(failure_threshold=0))), "too small"),
         (head(worker(dp_rank=-1)), "too small"),
+        (head(worker(worker_type="encode")), "role"),
+        (head(worker(worker_type="prefill", bootstrap_port=0)), "port"),
         (head(now=float("inf")), "time"),
     ],
 )

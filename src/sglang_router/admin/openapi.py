@@ -229,8 +229,6 @@ def _schemas() -> Schema:
     found = {name: _for_clients(schema) for name, schema in schemas.items()}
     refined = found["Registration"]["properties"]
     refined["url"] |= {"description": WORKER_URL, "pattern": r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"}
-    refined["worker_type"]["enum"] = ["regular"]
-    refined["bootstrap_port"] = {"type": "null"}
     for body in (workers.Registration, workers.Change):
         found[body.__name__]["additionalProperties"] = False
         found[body.__name__]["properties"] |= {name: {"description": "Ignored."} for name in workers.IGNORED}

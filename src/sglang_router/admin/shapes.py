@@ -172,7 +172,7 @@ class WorkerState(Shape):
     model_id: str
     priority: int
     cost: float
-    worker_type: str
+    worker_type: Literal["regular", "prefill", "decode"]
     is_healthy: bool
     load: int
     waiting: int
@@ -190,6 +190,7 @@ class WorkerState(Shape):
     engine: EngineReport
     base_url: str | UnsetType = UNSET
     dp_rank: int | UnsetType = UNSET
+    bootstrap_port: int | UnsetType = UNSET
     runtime_type: str | UnsetType = UNSET
     replica: ReplicaInfo | UnsetType = UNSET
     job_status: AddWorkerJob | UnsetType = UNSET

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Annotated, Any, TypeVar
+from collections import Counter
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -39,7 +40,7 @@ from sglang_router.errors import (
     WorkerNotFound,
 )
 from sglang_router.routing.rules import HealthRules
-from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.spec import HIGHEST_PORT, ROLES, WorkerSpec
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
 from sglang_router.words import counted
@@ -49,6 +50,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 _Priority = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+_Port = Annotated[int, msgspec.Meta(ge=1, le=HIGHEST_PORT)]
 _URL = Annotated[str, msgspec.Meta(max_length=2048)]
 _Key = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]*\Z")]
 """Visible ASCII, so that it can be sent in a header; empty: no key."""
@@ -75,9 +77,9 @@ class Registration(Change, kw_only=True):
     """The body of POST /workers."""
 
     url: _URL
-    worker_type: str = "regular"
+    worker_type: Literal["regular", "prefill", "decode"] = "regular"
     runtime: str | None = None
-    bootstrap_port: int | None = None
+    bootstrap_port: _Port | None = None
     dp_aware: bool | None = None
 
 
@@ -142,13 +144,21 @@ async def create(context: Context, request: Request) -> Response:
     """Register a worker and answer at once; it takes requests once a health check finds it healthy."""
     wanted = await _read(request, Registration)
     url = _checked_url(wanted.url)
-    if wanted.worker_type != "regular" or wanted.bootstrap_port is not None:
-        raise InvalidRequest("Only regular workers are supported.", param="worker_type")
+    if wanted.bootstrap_port is not None and wanted.worker_type != "prefill":
+        raise InvalidRequest("Only a prefill worker has a bootstrap_port.", param="bootstrap_port")
     if context.fleet.entries(url):
         raise Conflict(f"Worker {url} already exists", param="url")
     rules = context.add_rules
     aware = rules.dp_aware if wanted.dp_aware is None else wanted.dp_aware
-    spec = WorkerSpec(url=url, api_key=rules.api_key, runtime=wanted.runtime, dp_aware=aware, health=rules.health)
+    spec = WorkerSpec(
+        url=url,
+        api_key=rules.api_key,
+        worker_type=wanted.worker_type,
+        bootstrap_port=wanted.bootstrap_port,
+        runtime=wanted.runtime,
+        dp_aware=aware,
+        health=rules.health,
+    )
     worker = context.fleet.add(_changed(spec, wanted), context.clock())
     location = f"/workers/{worker.id}"
     accepted = {"status": "accepted", "worker_id": worker.id, "url": url, "location": location}
@@ -161,7 +171,8 @@ async def index(context: Context, request: Request) -> Response:
     # In slices, each worker encoded by itself: a thousand of them take some 20 ms.
     workers = await in_slices(msgspec.Raw(msgspec.json.encode(describe(context, each))) for each in list(context.fleet))
     healthy = sum(worker.health is Health.HEALTHY for worker in context.fleet)
-    kinds = {"prefill_count": 0, "decode_count": 0, "regular_count": len(workers)}
+    roles = Counter(worker.spec.worker_type for worker in context.fleet)
+    kinds = {f"{role}_count": roles[role] for role in ROLES}
     return JSON({"workers": workers, "total": len(workers), "stats": {**kinds, "healthy_count": healthy}})
 
 
@@ -315,6 +326,8 @@ def _optional(context: Context, worker: Worker) -> dict[str, Any]:
     info: dict[str, Any] = {}
     if worker.dp_rank is not None:
         info |= {"base_url": worker.spec.url, "dp_rank": worker.dp_rank}
+    if worker.spec.bootstrap_port is not None:
+        info["bootstrap_port"] = worker.spec.bootstrap_port
     if worker.spec.runtime is not None:
         info["runtime_type"] = worker.spec.runtime
     if context.replicas is not None and (replica := context.replicas.describe(worker)) is not None:

@@ -22,7 +22,7 @@ from sglang_router.config import parse_worker_url
 from sglang_router.config.checks import bearer_key
 from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.source import Source
-from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.spec import HIGHEST_PORT, ROLES, WorkerSpec
 from sglang_router.routing.worker import Worker
 from sglang_router.workers.sources import ConfiguredWorkers
 
@@ -35,6 +35,7 @@ class SpecChanges(msgspec.Struct, kw_only=True):
     priority: int | UnsetType = UNSET
     cost: float | UnsetType = UNSET
     worker_type: str | UnsetType = UNSET
+    bootstrap_port: int | UnsetType | None = UNSET
     runtime: str | UnsetType | None = UNSET
     labels: dict[str, str] | UnsetType = UNSET
     health: HealthRules | UnsetType = UNSET
@@ -119,6 +120,12 @@ def _check_one(saved: SavedWorker) -> None:
     key, rules = saved.changes.api_key, saved.changes.health
     if isinstance(key, str):
         bearer_key(key)
+    known = saved.changes.known()
+    if known.get("worker_type", "regular") not in ROLES:
+        raise ValueError("a role is unknown")
+    port = known.get("bootstrap_port")
+    if port is not None and not 1 <= port <= HIGHEST_PORT:
+        raise ValueError("a bootstrap port is out of range")
     if rules is UNSET:
         return
     if not (0 < rules.interval < math.inf and 0 < rules.timeout < math.inf and rules.endpoint.startswith("/")):

@@ -62,7 +62,8 @@ class SavedWorkerV1(msgspec.Struct, kw_only=True):
 
     def _changes(self) -> SpecChanges:
         before, now = msgspec.structs.asdict(WorkerSpec(url=self.spec.url)), msgspec.structs.asdict(self.spec)
-        changes = {name: now[name] for name in SpecChanges.__struct_fields__ if now[name] != before[name]}
+        known = [name for name in SpecChanges.__struct_fields__ if name in now]
+        changes = {name: now[name] for name in known if now[name] != before[name]}
         for name, default in (("api_key", self.default_key), ("health", self.default_health)):
             changes.pop(name, None)
             if not default:  # also where the worker has no key at all
