@@ -17,19 +17,20 @@ from pathlib import Path
 from types import FrameType
 
 from scripts.benchmark.processes import BenchError
+from scripts.real_engines.engines import SetupError
 from scripts.reporting import machine
-from scripts.routing_suite import live, page
+from scripts.routing_suite import live, page, real
 from scripts.routing_suite.replays import policies, replay, takes
 from scripts.routing_suite.routers import Contender, contenders
-from scripts.routing_suite.rows import AGENTS, AZURE, LIVED, MOONCAKE, Lived, SuiteError, replayed
-from scripts.routing_suite.samples import FILE, PROCESSES, REPLAYS, About, Cell, Samples
+from scripts.routing_suite.rows import AGENTS, AZURE, ENGINED, LIVED, MOONCAKE, Engined, Lived, SuiteError, replayed
+from scripts.routing_suite.samples import FILE, PROCESSES, REAL, REPLAYS, About, Cell, Samples
 from scripts.routing_suite.scripted import Chain, script
 
 from sglang_router.replay.comparison import figure_of
 
 QUICK = 40
 """Requests of each load with --quick and --processes."""
-SEEDS = {REPLAYS: 3, PROCESSES: 1}
+SEEDS = {REPLAYS: 3, PROCESSES: 1, REAL: 1}
 
 
 def say(text: str) -> None:
@@ -62,12 +63,7 @@ def run_processes(options: argparse.Namespace, samples: Samples) -> None:
     """Run the loads through each router. Raises: SuiteError, BenchError."""
     chosen = [load for load in LIVED if options.only in load.name]
     with tempfile.TemporaryDirectory(prefix="routing-suite-") as folder:
-        found = list(contenders(Path(folder), options.routers))
-        for missing in (each for each in found if isinstance(each, str)):
-            say(f"left out: {missing}")
-        routers = [each for each in found if isinstance(each, Contender)]
-        if not chosen or not routers:
-            raise SuiteError(f"no load has {options.only!r} in its name, or no router {options.routers!r}")
+        routers = routers_for(options, Path(folder), chosen)
         for load in chosen:
             trace = load.trace + (f",requests={QUICK}" if options.quick else "")
             scripts = [script(trace, seed) for seed in range(1, options.seeds + 1)]
@@ -77,25 +73,61 @@ def run_processes(options: argparse.Namespace, samples: Samples) -> None:
                     samples.add(cell)
 
 
+def routers_for(options: argparse.Namespace, folder: Path, loads: Sequence[object]) -> list[Contender]:
+    """Return the routers that are asked for and can be started here. Raises: SuiteError without any, or any load."""
+    found = list(contenders(folder, options.routers))
+    for missing in (each for each in found if isinstance(each, str)):
+        say(f"left out: {missing}")
+    routers = [each for each in found if isinstance(each, Contender)]
+    if not loads or not routers:
+        raise SuiteError(f"no load has {options.only!r} in its name, or no router {options.routers!r}")
+    return routers
+
+
+def run_engines(options: argparse.Namespace, samples: Samples) -> None:
+    """Run the loads for real engines through each router. Raises: SuiteError, BenchError, SetupError, OSError."""
+    chosen = [load for load in ENGINED if options.only in load.name]
+    with tempfile.TemporaryDirectory(prefix="routing-suite-") as folder:
+        routers = [each for each in routers_for(options, Path(folder), chosen) if "session" not in each.name]
+        for load in chosen:
+            loaded, began = os.getloadavg()[0], time.time()
+            runs: list[list[real.Outcome]] = [[] for _ in routers]
+            for number, outcome in real.run(load, routers, options.seeds, QUICK if options.quick else 0):
+                runs[number].append(outcome)
+                say(told(load, routers[number].name, outcome.figures))
+            for router, outcomes in zip(routers, runs, strict=True):
+                samples.add(merged(REAL, load, router, outcomes, loaded, began))
+
+
+def told(load: Lived | Engined, name: str, figures: dict[str, float]) -> str:
+    """Return one run in a line."""
+    return (
+        f"{load.name}: {name}: {figures['hit']:.3f} cached, TTFT p90 {figures['ttft_p90'] * 1000:.0f} ms, "
+        f"{figures['failed']:.0f} of {figures['requests']:.0f} failed, {figures['wall']:.0f} s, "
+        f"{figures['cpu_machine']:.0%} of the machine busy"
+    )
+
+
 def measured(load: Lived, routers: Sequence[Contender], scripts: Sequence[list[Chain]]) -> list[Cell]:
     """Return the figures of one load with some routers, side by side, over all seeds. Raises: BenchError."""
     loaded, began = os.getloadavg()[0], time.time()
     runs = [live.run(load, routers, chains) for chains in scripts]
     cells = [
-        merged(load, router, [of_all[number] for of_all in runs], loaded, began)
+        merged(PROCESSES, load, router, [of_all[number] for of_all in runs], loaded, began)
         for number, router in enumerate(routers)
     ]
     for cell in cells:
-        say(
-            f"{load.name}: {cell.contender}: {cell.mean('hit'):.3f} cached, TTFT p90 {cell.mean('ttft_p90') * 1000:.0f}"
-            f" ms, {cell.mean('failed'):.0f} of {cell.mean('requests'):.0f} failed, {cell.mean('wall'):.0f} s, "
-            f"{cell.mean('cpu_machine'):.0%} of the machine busy"
-        )
+        say(told(load, cell.contender, {name: cell.mean(name) for name in cell.figures}))
     return cells
 
 
 def merged(
-    load: Lived, router: Contender, runs: Sequence[tuple[dict[str, float], dict[str, int]]], loaded: float, began: float
+    kind: str,
+    load: Lived | Engined,
+    router: Contender,
+    runs: Sequence[tuple[dict[str, float], dict[str, int]]],
+    loaded: float,
+    began: float,
 ) -> Cell:
     """Return what the runs with all seeds gave."""
     why: dict[str, int] = {}
@@ -105,12 +137,13 @@ def merged(
     means = {name: figure_of([figures[name] for figures, _ in runs]) for name in runs[0][0]}
     several = len(runs) > 1
     shown = {name: {"mean": each.mean, "half_width": each.half if several else None} for name, each in means.items()}
-    return Cell(PROCESSES, load.name, router.name, len(runs), shown, why, loaded, began)
+    return Cell(kind, load.name, router.name, len(runs), shown, why, loaded, began)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/routing-suite", description=__doc__.partition("\n")[0])
     parser.add_argument("--processes", action="store_true", help="routers as processes, in real time")
+    parser.add_argument("--engines", action="store_true", help="routers as processes, before real engines")
     parser.add_argument("--traces", type=Path, help=f"folder with {AGENTS}, {MOONCAKE} and {AZURE}")
     parser.add_argument("--only", default="", help="the loads whose name has this word")
     parser.add_argument("--routers", default="", help="the policies or routers whose name has this word")
@@ -119,20 +152,25 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--docs", action="store_true", help="write docs/routing.md from what was kept; run nothing")
     parser.add_argument("--jobs", type=int, default=2, help="replays, or routers, at a time [default: 2]")
     options = parser.parse_args(words)
-    kind = PROCESSES if options.processes else REPLAYS
+    if options.engines and options.processes:
+        parser.error("--engines and --processes are two runs")
+    options.kind = kind = REAL if options.engines else PROCESSES if options.processes else REPLAYS
     options.seeds = 1 if options.quick else options.seeds or SEEDS[kind]
     if min(options.seeds, options.jobs) < 1:
         parser.error("--seeds and --jobs must be above 0")
     return options
 
 
+_RUNS = {REPLAYS: run_replays, PROCESSES: run_processes, REAL: run_engines}
+
+
 def run(options: argparse.Namespace, words: Sequence[str]) -> str:
-    """Do what the options ask for; return the tables. Raises: SuiteError, BenchError, OSError."""
+    """Do what the options ask for; return the tables. Raises: SuiteError, BenchError, SetupError, OSError."""
     if options.docs:
         samples = Samples(FILE)
         page.write(samples)
         return ""
-    kind = PROCESSES if options.processes else REPLAYS
+    kind = options.kind
     partly = bool(options.only or options.routers)
     with tempfile.TemporaryDirectory(prefix="routing-suite-") as folder:
         samples = Samples(Path(folder) / FILE.name if options.quick else FILE)
@@ -140,10 +178,10 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> str:
             samples.forget(kind)
         command = shlex.join(["sh", "scripts/routing-suite", *words])
         samples.add(About(kind, command, f"{datetime.now(timezone.utc):%Y-%m-%d}", machine(())))
-        (run_processes if options.processes else run_replays)(options, samples)
+        _RUNS[kind](options, samples)
         if not (options.quick or partly):
             page.write(samples)
-        return (page.processes_text if options.processes else page.replays_text)(samples)
+        return page.TEXTS[kind](samples)
 
 
 def main(words: Sequence[str]) -> int:
@@ -159,7 +197,7 @@ def main(words: Sequence[str]) -> int:
         text = run(options, words)
         if pressed.is_set():  # Python loses an exception that comes while it forks or frees an object
             raise KeyboardInterrupt
-    except (SuiteError, BenchError, OSError) as error:
+    except (SuiteError, BenchError, SetupError, OSError) as error:
         say(f"routing-suite: {error}")
         return 2
     except KeyboardInterrupt:

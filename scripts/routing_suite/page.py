@@ -7,9 +7,18 @@ from pathlib import Path
 from scripts.reporting import ROOT
 from scripts.routing_suite.replays import policies
 from scripts.routing_suite.routers import OWN
-from scripts.routing_suite.rows import LIVED, REPLAYED, SuiteError
-from scripts.routing_suite.samples import PROCESSES, REPLAYS, Samples
-from scripts.routing_suite.tables import COMPARED, PROCESS_COLUMNS, REPLAY_COLUMNS, Grid, details, summary, verdict
+from scripts.routing_suite.rows import ENGINED, LIVED, REPLAYED, SuiteError
+from scripts.routing_suite.samples import PROCESSES, REAL, REPLAYS, Samples
+from scripts.routing_suite.tables import (
+    COMPARED,
+    PROCESS_COLUMNS,
+    REAL_COLUMNS,
+    REPLAY_COLUMNS,
+    Grid,
+    details,
+    summary,
+    verdict,
+)
 
 PAGE = ROOT / "docs" / "routing.md"
 SUBJECT = "cost"
@@ -53,6 +62,20 @@ def processes_text(samples: Samples) -> str:
     return "\n".join([f"{samples.about(PROCESSES)} {noise}\n", *_tables(grid), judged, *folded])
 
 
+def engines_text(samples: Samples) -> str:
+    """Return what is said about real engines; "" without any."""
+    grid = samples.grid(REAL, [load.name for load in ENGINED])
+    if not grid:
+        return ""
+    abouts = {load.name: load.about for load in ENGINED}
+    folded = [details(load, abouts[load], row, REAL_COLUMNS) for load, row in grid.items()]
+    return "\n".join([f"{samples.about(REAL)}\n", *_tables(grid), *folded])
+
+
+TEXTS = {REPLAYS: replays_text, PROCESSES: processes_text, REAL: engines_text}
+"""What makes the text of each part of the page."""
+
+
 def replaced(page: str, name: str, text: str) -> str:
     """Return a page with new text between the markers of this name. Raises: SuiteError if a marker is missing."""
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
@@ -66,7 +89,7 @@ def replaced(page: str, name: str, text: str) -> str:
 def write(samples: Samples) -> None:
     """Rewrite the page with what there is. Raises: SuiteError, OSError."""
     page = PAGE.read_text()
-    for name, text in ((REPLAYS, replays_text(samples)), (PROCESSES, processes_text(samples))):
-        if text:
+    for name, text_of in TEXTS.items():
+        if text := text_of(samples):
             page = replaced(page, name, text)
     PAGE.write_text(page)

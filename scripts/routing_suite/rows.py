@@ -1,4 +1,4 @@
-"""The loads, as two tables: those that are replayed, and those that routers get as processes."""
+"""The loads, as tables: those that are replayed, those that routers get as processes, and those for real engines."""
 
 from __future__ import annotations
 
@@ -59,6 +59,28 @@ class Lived(NamedTuple):
         )
 
 
+class Engined(NamedTuple):
+    """One load for real engines. A word of the generator is five tokens of their model.
+
+    engine   of `real_engines.engines.ENGINES`
+    engines  how many
+    trace    what `gen:` is followed by
+    flags    added to those of the engine
+    """
+
+    name: str
+    engine: str
+    engines: int
+    trace: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def about(self) -> str:
+        """The load and its engines, in words."""
+        added = f" with `{' '.join(self.flags)}`" if self.flags else ""
+        return f"`{GENERATOR}{self.trace}` (a word is five tokens), {self.engines} x {self.engine}{added}"
+
+
 def _load(name: str, trace: str, flags: str) -> Replayed:
     return Replayed(name, trace, tuple(flags.split()))
 
@@ -96,6 +118,14 @@ LIVED = (
     Lived("sessions, one system prompt", "sessions,requests=640,rate=2.5,turns=6,think=3", sessions=True),
     Lived("flash crowds", "bursts,requests=480,rate=10,every=20"),
     Lived("one engine restarts", "groups,requests=640,rate=16", restart=15.0),
+)
+
+_REAL_GROUPS = "groups,groups=24,prefix=320,tail=32,output=8,requests=240,rate=5"
+ENGINED = (
+    Engined("3 x SGLang, scarce cache", "sglang", 3, _REAL_GROUPS, ("--max-total-tokens", "16384")),
+    Engined("3 x SGLang", "sglang", 3, _REAL_GROUPS, ("--max-total-tokens", "40960")),
+    Engined("2 x vLLM", "vllm", 2, _REAL_GROUPS),
+    Engined("2 x llama.cpp", "llamacpp", 2, "groups,groups=8,prefix=320,tail=32,output=8,requests=160,rate=4"),
 )
 
 

@@ -12,7 +12,7 @@ import msgspec
 from scripts.benchmark.options import PLACE
 from scripts.routing_suite.rows import SuiteError
 
-REPLAYS, PROCESSES = "replays", "processes"
+REPLAYS, PROCESSES, REAL = "replays", "processes", "engines"
 FILE = PLACE / "routing.jsonl"
 
 LATE = 0.1
@@ -24,7 +24,7 @@ Figures = dict[str, dict[str, float | None]]
 class Cell(msgspec.Struct):
     """One load with one contender.
 
-    kind     REPLAYS or PROCESSES
+    kind     REPLAYS, PROCESSES or REAL
     reasons  why requests failed, and how many
     loaded   load average of the machine when it began
     began    when it began, in seconds since 1970: the same for those that ran side by side

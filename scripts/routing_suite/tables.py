@@ -122,6 +122,14 @@ PROCESS_COLUMNS = (
     Column("machine", "cpu_machine", percent),
 )
 
+REAL_COLUMNS = (
+    *_COMMON,
+    *_LAST,
+    Column("predicted", "predicted", lambda value: share(value) if value >= 0 else "-"),
+    Column("sent late p99", "late_p99", seconds),
+    Column("machine", "cpu_machine", percent),
+)
+
 
 def details(load: str, about: str, row: Mapping[str, Cell], columns: Sequence[Column]) -> str:
     """Return the table of one load, folded, with the reasons of failures."""
@@ -135,7 +143,7 @@ def details(load: str, about: str, row: Mapping[str, Cell], columns: Sequence[Co
         for name, cell in row.items()
         if cell.reasons
     ]
-    text = table(["router" if columns is PROCESS_COLUMNS else "policy", *(each.title for each in shown)], lines, True)
+    text = table(["policy" if columns is REPLAY_COLUMNS else "router", *(each.title for each in shown)], lines, True)
     return f"<details><summary>{load}</summary>\n\n{about}\n\n{text}\n{''.join(failures)}\n</details>\n"
 
 
