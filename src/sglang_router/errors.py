@@ -47,9 +47,9 @@ class RouterError(Exception):
     fields       further header fields of the answer
     """
 
-    status: ClassVar[int] = 500
-    code: ClassVar[str] = "internal_error"
-    type: ClassVar[str] = "server_error"
+    status: int = 500
+    code: str = "internal_error"
+    type: str = "server_error"
     message: ClassVar[str] = "The router failed to handle this request. See the router's log for the reason."
     close: ClassVar[bool] = False
     fields: tuple[tuple[str, str], ...] = ()
@@ -368,6 +368,46 @@ class WorkerUnreachable(WorkerBroken):
 class WorkerInvalid(WorkerBroken):
     code = "worker_invalid_response"
     message = "The worker's answer is not well-formed HTTP."
+
+
+class PrefillFailed(WorkerBroken):
+    """The prefill worker of a pair answered with a failing status: the code is `prefill_` and what the status says."""
+
+    code = "prefill_error"
+    message = "The prefill worker did not prefill the prompt."
+
+    def __init__(self, status: int = 502, body: bytes = b"", retry_after: bytes | None = None) -> None:
+        """status: the worker's; body: of its answer, JSON if it is an engine's; retry_after: its Retry-After."""
+        super().__init__(f"The prefill worker answered with status {status}{_said(body)}.")
+        if retry_after is not None and retry_after.isdigit():
+            self.retry_after = float(retry_after[:9])
+        if 400 <= status < 600:
+            self.status = status
+            self.code = _PREFILL_CODES.get(status, "prefill_error")
+            if status < 500:
+                self.type = InvalidRequest.type
+
+
+_PREFILL_CODES = {
+    400: "prefill_bad_request",
+    404: "prefill_not_found",
+    500: "prefill_internal_error",
+    502: "prefill_bad_gateway",
+    503: "prefill_unavailable",
+}
+_MOST_SAID = 1000
+"""Characters of an engine's message that the client is told."""
+
+
+def _said(body: bytes) -> str:
+    """Return the message in the body of an engine's error, with a colon before it; "" without one."""
+    try:
+        answer = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return ""
+    error = answer.get("error", answer) if isinstance(answer, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    return f": {message[:_MOST_SAID].rstrip('.')}" if isinstance(message, str) and message else ""
 
 
 class WorkerTimeout(RouterError):

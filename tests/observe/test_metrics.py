@@ -477,6 +477,20 @@ def test_streams_that_another_worker_went_on_with() -> None:
     }
 
 
+def test_requests_of_pairs_are_counted_by_what_was_handed_over() -> None:
+    rig = Rig()
+    one = rig.worker(W1)
+    for result in ("given", "absent", "given", ""):
+        event = finished(leg(one), outcome=Outcome.SERVED)
+        event.answer.handoff = result
+        rig.metrics.finished(event)
+    name = "sgl_router_handoffs_total"
+    assert rig.samples(name) == {
+        (name, frozenset({("result", "given")})): 2,
+        (name, frozenset({("result", "absent")})): 1,
+    }
+
+
 def test_tokens_are_counted_per_worker_and_model_as_far_as_they_are_told() -> None:
     rig = Rig()
     one, two = rig.worker(W1), rig.worker(W2)
@@ -519,6 +533,9 @@ def busy(policy: str) -> Rig:
         rig.metrics.worker_changed(WorkerChanged(one, "breaker", "closed", state))
     rig.metrics.finished(finished(leg(one), outcome=Outcome.FAILED))
     rig.metrics.finished(finished(leg(one), outcome=Outcome.CUT, resumed=2, unresumed="no_retry"))
+    handed = finished(leg(one))
+    handed.answer.handoff = "given"
+    rig.metrics.finished(handed)
     rig.fleet.reported(one, FULL)
     rig.metrics.finished(finished(leg(one), usage=Usage(10, 4, 2)))
     one.belief.capacity = 1 << 20

@@ -21,10 +21,12 @@ from sglang_router.errors import (
     Unavailable,
 )
 from sglang_router.processes import facing, failures
+from sglang_router.processes.facing import answer_of, answered_of
 from sglang_router.processes.link import Link, decode_from_decider, decode_from_relay, frame
 from sglang_router.processes.logs import RelayLog
 from sglang_router.processes.message import Message
 from sglang_router.processes.messages import FromDecider, FromRelay, Said, Withdraw
+from sglang_router.routing.events import Answered
 from sglang_router.routing.facts import ENDPOINTS, Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag, Route, Target
@@ -187,6 +189,12 @@ def test_outcomes_and_workers_keep_their_identity() -> None:
 
 HALF = "/keys/\udcff"
 """A file's name that is not UTF-8, as Python has it. It cannot cross: the whole frame was lost with it."""
+
+
+def test_what_became_of_a_handoff_crosses() -> None:
+    answered = Answered(200, outcome=Outcome.SERVED)
+    answered.handoff = "absent"
+    assert answered_of(answer_of(answered)).handoff == "absent"
 
 
 def test_half_of_a_surrogate_pair_crosses_as_an_escape() -> None:

@@ -311,6 +311,7 @@ class Life:
         await app.survey.close()
         if app.kv_events is not None:
             await app.kv_events.close()
+        await app.relay.aborts.settle()
         await app.connections.close()
         app.deferred.flush()
         if self._decisions is not None:

@@ -82,6 +82,11 @@ METRICS = (
         lambda counts: [((reason,), count) for reason, count in counts.unresumed.items()],
     ),
     Family(
+        "sgl_router_handoffs_total", COUNTER, ("result",),
+        "Requests of vLLM pairs by what became of what the prefill worker handed over: given, absent, expired, used.",
+        lambda counts: [((result,), count) for result, count in counts.handoffs.items()],
+    ),
+    Family(
         "sgl_router_request_bytes_total", COUNTER, ROUTE,
         "Bytes of request bodies.", read.requests(read.route, lambda s: s.received, read.relayed),
     ),

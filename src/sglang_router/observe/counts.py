@@ -2,7 +2,7 @@
 
     observe.metrics (listener) --writes--> MetricCounts <--reads-- observe.readings <-- observe.catalogue
                                              |
-                                             +-- tallies, removed, series, changes, unresumed    counted here
+                                             +-- tallies, removed, series, changes, unresumed, handoffs    counted here
                                              +-- fleet, memory, sources                          read at the scrape
 
 Owner: `observe.metrics.Metrics`, on the event loop's thread.
@@ -55,6 +55,7 @@ class MetricCounts:
     series     by kind, labels bounded
     changes    changes of workers, by what changed and the new state
     unresumed  streams that broke and were not continued, by reason
+    handoffs   requests of vLLM pairs, by what became of what the prefill worker handed over
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class MetricCounts:
         self.series: dict[SeriesKind, Series] = {}
         self.changes: dict[tuple[str, str], int] = {}
         self.unresumed: dict[str, int] = {}
+        self.handoffs: dict[str, int] = {}
 
     def __repr__(self) -> str:
         return f"<MetricCounts {len(self.tallies)} workers, {len(self.series)} series>"

@@ -110,7 +110,7 @@ class Metrics(Listener):
                 outcomes[label] = outcomes.get(label, 0) + 1
                 if answer.usage is not None:
                     tally.told(series.model, answer.usage)
-            if outcome is not _SERVED or answer.retries:
+            if outcome is not _SERVED or answer.retries or answer.handoff:
                 self._failed_or_retried(series, answer)
 
     # -- off the hot path --------------------------------------------------------------------------------
@@ -133,8 +133,8 @@ class Metrics(Listener):
             counts.tallies[worker.id].moved(event.old, event.new)
 
     def _failed_or_retried(self, series: Series, answer: Answered) -> None:
-        """Count what only requests have that their first leg did not serve."""
-        outcome, unresumed = answer.outcome, self.counts.unresumed
+        """Count what only requests have that their first leg did not serve, or served with another worker."""
+        outcome, unresumed, handoffs = answer.outcome, self.counts.unresumed, self.counts.handoffs
         series.legs += answer.retries
         series.retries += answer.retries
         series.exhausted += outcome is not None and outcome.retryable
@@ -142,6 +142,8 @@ class Metrics(Listener):
         series.resumed += answer.resumed > 0
         if answer.unresumed:
             unresumed[answer.unresumed] = unresumed.get(answer.unresumed, 0) + 1
+        if answer.handoff:
+            handoffs[answer.handoff] = handoffs.get(answer.handoff, 0) + 1
 
     def _other_series(self, kind: SeriesKind, endpoint: str) -> Series:
         """Return the series of a kind that is new, or whose labels are folded."""

@@ -104,6 +104,7 @@ def answer_of(answer: Answered) -> Answer:
         prompt,
         cached,
         completion,
+        answer.handoff,
     )
 
 
@@ -121,7 +122,7 @@ def usage_of(told: Answer | Ended) -> Usage | None:
 def answered_of(answer: Answer) -> Answered:
     """Return what became of a request."""
     outcome = None if answer.outcome < 0 else OUTCOMES[answer.outcome]
-    return Answered(
+    answered = Answered(
         answer.status,
         answer.code,
         outcome,
@@ -133,6 +134,8 @@ def answered_of(answer: Answer) -> Answered:
         answer.unresumed,
         usage_of(answer),
     )
+    answered.handoff = answer.handoff
+    return answered
 
 
 def open_leg(leg: PlannedLeg, began: bool = True, since: float = 0.0) -> OpenLeg:

@@ -117,6 +117,7 @@ class Answer(Message, tag=5):
     prompt: int = -1
     cached: int = -1
     completion: int = -1
+    handoff: str = ""
 
 
 class Done(Message, tag=6):

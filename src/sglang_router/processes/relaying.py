@@ -89,6 +89,7 @@ class RelayProcess:
         self._clients, _ = front.clients_of(args, clock, connections)
         rules = front.relay_rules(args, forward)
         relay = Relay(loop, clock, remote, connections, answers, reporter, rules)
+        self._aborts = relay.aborts
         self._control = ControlProxy()
         timeout = args.request_timeout_secs
         plane = ControlPlane(self._control, loop, clock, answers, listener=reporter, timeout=timeout)
@@ -152,6 +153,7 @@ class RelayProcess:
             await self._lost.wait()
         self._jobs.close()
         self._clients.cut()
+        await self._aborts.settle()
         await self._connections.close()
         return 0
 

@@ -27,8 +27,9 @@ from sglang_router.relay.deadlines import DUE_REQUEST, NEVER, Deadline, Due
 from sglang_router.relay.early import Early
 from sglang_router.relay.handled import Handled
 from sglang_router.relay.injected import UsageHider
-from sglang_router.relay.leg import Leg, send_all
+from sglang_router.relay.leg import Leg
 from sglang_router.relay.moves import EXCHANGE_MOVES, IllegalMove
+from sglang_router.relay.pair import Pair, follow_pair
 from sglang_router.relay.pending import Pending, error_of
 from sglang_router.relay.reading import read_and_ask
 from sglang_router.relay.relay import Relay
@@ -54,7 +55,8 @@ class Exchange:
     handled     the body handler, where a stream has one
     hider       hides the usage that the engine is asked for and the client has not; None: nothing is added to the body
     keep_alive  the client's connection stays open after the answer
-    legs        those in flight; the client gets the answer of the last one
+    legs        the leg in flight, whose answer the client gets; none before it is sent
+    pair        the last pair of legs; None: the request had none
     relay       what all exchanges share
     request     the client's request; with another body for the leg that continues a stream
     shown       the leg whose answer the client gets; None before its head was sent
@@ -76,6 +78,7 @@ class Exchange:
         "hider",
         "keep_alive",
         "legs",
+        "pair",
         "relay",
         "request",
         "shown",
@@ -100,6 +103,7 @@ class Exchange:
         # per attempt
         self._plan: Plan | None = None
         self.legs: tuple[Leg, ...] = ()
+        self.pair: Pair | None = None
         self._pending: Pending | None = None  # a failed leg whose retry the decider has not decided yet
         # per answer
         self.early: Early | None = None
@@ -223,10 +227,8 @@ class Exchange:
         if len(planned) == 1 and not plan.retries:
             self.legs = (last,)
             relay.batch.leg(last)
-            return
-        silent = [Leg(self, each, relay.batch, self.client.transport, decoding) for each in planned[:-1]]
-        self.legs = (*silent, last)
-        send_all(self.legs, plan, relay, fresh)
+        else:
+            follow_pair(self, plan, last, fresh)
 
     def sending(self, leg: Leg) -> None:
         """Set the deadline for the first byte of a stream whose leg is sent now."""
@@ -245,11 +247,7 @@ class Exchange:
             return
         if head.status >= 400 and failover.retry_status(self, leg, head, data, done):
             return
-        if leg.silent:
-            self._begin(leg)
-            if done:
-                self.leg_done(leg)
-        else:
+        if self.pair is None or not self.pair.holds(head, data, done):
             self.pass_on(leg, head, data, done)
 
     def _begin(self, leg: Leg) -> float:
@@ -282,11 +280,8 @@ class Exchange:
         self.relay.batch.write(self.client.transport, data)
 
     def leg_done(self, leg: Leg) -> None:
-        """End a leg whose answer is complete, and the exchange with it unless the leg is silent."""
-        if leg.silent:
-            self.relay.decider.ended(self.tag, leg.planned, leg.outcome, self.relay.clock())
-        else:
-            self.finish(leg.outcome)
+        """End the exchange: the leg's answer is complete."""
+        self.finish(leg.outcome)
 
     def leg_broken(self, leg: Leg, outcome: Outcome, detail: str) -> None:
         """Retry a broken leg if the client has no head yet; fail otherwise. A stale connection is simply replaced."""
@@ -295,13 +290,15 @@ class Exchange:
             return
         self.relay.decider.suspect(leg.planned)
         error = error_of(outcome, detail)
-        if leg.silent and self.state is ANSWERING:  # the client has the answer of the last leg, which goes on
-            leg.outcome = outcome
-            self.leg_done(leg)
-        elif self._pending is not None:  # it had answered with a failing status: that answer cannot be passed on now
+        if self._pending is not None:  # it had answered with a failing status: that answer cannot be passed on now
             self._pending.error = error
-        elif self.state is ANSWERING or not failover.retry(self, Pending(leg, outcome, error)):
-            self.failed(outcome, error)
+        else:
+            self.leg_failed(Pending(leg, outcome, error), error)
+
+    def leg_failed(self, pending: Pending, error: RouterError) -> None:
+        """Retry a failed leg if the client has no head yet; fail otherwise."""
+        if self.state is ANSWERING or not failover.retry(self, pending):
+            self.failed(pending.outcome, error)
 
     # -- for the body handler (Continuable) ----------------------------------------------------------------------------
 
@@ -324,14 +321,6 @@ class Exchange:
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
-    def give_up_legs(self, failed: Leg | None = None) -> None:
-        """Abort all legs in flight; they report nothing more. failed: spare this one, and end those beside it."""
-        for leg in self.legs:
-            if leg is not failed:
-                leg.abort()
-                if failed is not None:
-                    self.relay.decider.ended(self.tag, leg.planned, Outcome.ABANDONED, self.relay.clock())
-
     def finish(self, outcome: Outcome) -> None:
         """End the exchange: the whole answer is written."""
         now = self.relay.clock()
@@ -340,7 +329,8 @@ class Exchange:
 
     def failed(self, outcome: Outcome, error: RouterError) -> None:
         """Fail, unless a body handler can continue the answer: there is no retry."""
-        self.give_up_legs()
+        for leg in self.legs:
+            leg.abort()
         if self.state is ANSWERING and outcome is not Outcome.TIMEOUT:
             if self.handled is not None and self.handled.broke(Pending(self.legs[-1], outcome, error)):
                 return
@@ -381,6 +371,8 @@ class Exchange:
         relay, tag, shown = self.relay, self.tag, self.shown
         planned: PlannedLeg | None = None
         usage = shown.usage() if shown is not None and outcome is Outcome.SERVED else None
+        if (pair := self.pair) is not None:
+            planned = pair.end(outcome, usage)
         for leg in self.legs:
             planned = leg.planned
             if leg.connection is not None:
@@ -392,9 +384,11 @@ class Exchange:
         sent = shown.sent if shown else 0
         answer = Answered(self.status, code, outcome, now - tag.start, self.first_byte, sent, self.retries)
         answer.usage = usage
+        if pair is not None:
+            answer.handoff = pair.handoff
         if self.handled is not None:
             answer.resumed, answer.unresumed = self.handled.handler.resumed, self.handled.handler.unresumed
         relay.listener.finished(Finished(tag, planned, answer))
         if tag.received > LARGE:
             relay.batch.bulk.discard(self.request)
-        self.legs, self.shown, self.handled, self._pending = (), None, None, None  # they refer to it: leave no cycle
+        self.legs, self.shown, self.handled, self._pending, self.pair = (), None, None, None, None  # leave no cycle

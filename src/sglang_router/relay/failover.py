@@ -5,20 +5,26 @@ retry(exchange, pending)      asks the decider: Plan    --> the failed legs are 
                                                 Wait    --> the exchange keeps `pending` until `decided`
                                                 None    --> False: no retry
 decided(exchange, pending, answer)                          the same for the decider's late answer
+
+Of a prefill/decode pair, the leg that is not to blame is given up before the decider is asked (`relay.pair`).
 """
 
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Final, Protocol
 
 from sglang_router.errors import RouterError
+from sglang_router.relay.gathered import Gathered
 from sglang_router.relay.handled import Handled
 from sglang_router.relay.leg import Leg
+from sglang_router.relay.pair import Pair
 from sglang_router.relay.pending import Pending
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import ROUTED, ExchangeState
 from sglang_router.routing.facts import Facts
+from sglang_router.routing.guilt import MOST_READ
 from sglang_router.routing.outcome import BREAKS, Outcome
 from sglang_router.routing.plan import Plan, RequestTag, Wait
 from sglang_router.wire.response import ResponseHead
@@ -33,16 +39,17 @@ class Failing(Protocol):
     tag: RequestTag
     facts: Facts | None
     handled: Handled | None
+    pair: Pair | None
     state: ExchangeState
+
+    def answered(self, leg: Leg, head: ResponseHead, data: bytes, done: bool) -> None:
+        """Take the head of an answer, with the bytes of its body so far."""
 
     def queue(self, wait: Wait, pending: Pending | None) -> None:
         """Wait for the decider's late answer."""
 
     def follow(self, plan: Plan, fresh: bool = False) -> None:
         """Send the legs of a plan. fresh: those of a retry go on new connections."""
-
-    def give_up_legs(self, failed: Leg | None = None) -> None:
-        """Abort all legs in flight but the failed one, and end those beside it."""
 
     def pass_on(self, leg: Leg, head: ResponseHead, data: bytes, done: bool) -> None:
         """Pass the leg's answer on to the client."""
@@ -67,12 +74,17 @@ def retry_status(exchange: Failing, leg: Leg, head: ResponseHead, data: bytes, d
     if exchange.state is not ROUTED:  # the client has the head of another leg's answer
         return False
     pending = Pending(leg, outcome)
+    pair = exchange.pair
+    if pair is not None and pair.live and outcome is Outcome.FAILED:
+        if not done and len(data) <= MOST_READ:
+            leg.handled = Gathered(head, MOST_READ, partial(exchange.answered, leg))
+            leg.handled.data(leg, data, done)
+            return True
+        if done and pair.blames_prefill(data):
+            pending.blamed = pair.prefill
     pending.status = head.status
     pending.head, pending.data, pending.done = head, data, done
-    if retry(exchange, pending):
-        return True
-    leg.speak()
-    return False
+    return retry(exchange, pending)
 
 
 def retry(exchange: Failing, pending: Pending, facts: Facts | None = None) -> bool:
@@ -82,12 +94,14 @@ def retry(exchange: Failing, pending: Pending, facts: Facts | None = None) -> bo
 
     facts  of the request for the rest of a broken stream; None: the leg failed before the head of an answer
     """
-    relay, leg = exchange.relay, pending.leg
+    relay, leg, blamed, pair = exchange.relay, pending.leg, pending.blamed, exchange.pair
+    if pair is not None:
+        pair.give_up_but(blamed, pending.outcome)
     known = facts or exchange.facts
     assert known is not None
     try:
         answer = relay.decider.retry(
-            exchange.tag, leg.planned, known, pending.outcome, relay.clock(), facts is not None, pending.status
+            exchange.tag, blamed.planned, known, pending.outcome, relay.clock(), facts is not None, pending.status
         )
     except Exception:  # a fault, of a policy for instance: the failed leg's own answer is final
         log.exception("a retry of %s could not be decided", exchange.tag.id)
@@ -95,7 +109,6 @@ def retry(exchange: Failing, pending: Pending, facts: Facts | None = None) -> bo
     if isinstance(answer, Plan):
         _follow(exchange, pending, answer)
         return True
-    exchange.give_up_legs(leg)  # nothing else may answer, and the failure of this leg is not theirs
     if answer is None:
         return False
     leg.pause()
@@ -115,7 +128,6 @@ def decided(exchange: Failing, pending: Pending, answer: Plan | RouterError | No
         exchange.fail(pending.outcome, pending.error)
         return
     leg.resume()
-    leg.speak()
     if pending.head is not None:
         exchange.pass_on(leg, pending.head, pending.data, pending.done)
     elif handled is not None:
@@ -125,7 +137,6 @@ def decided(exchange: Failing, pending: Pending, answer: Plan | RouterError | No
 def _follow(exchange: Failing, pending: Pending, plan: Plan) -> None:
     """Follow another plan after a failed leg."""
     pending.leg.abort()
-    exchange.give_up_legs(pending.leg)
     if pending.step is not None and exchange.handled is not None:
         exchange.handled.follow(pending.step)
     # What broke one worker is never sent twice to the next, as it may be where a kept connection ends.

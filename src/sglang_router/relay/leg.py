@@ -10,7 +10,7 @@ A leg is the Sink of its connection. It reports the head and the end to its exch
 so an exchange can have several legs. The bytes in between go straight to the client: per chunk the connection parses
 the framing, the leg counts bytes and the batch writes; no object is created.
 
-The body of a `silent` leg (the prefill leg of a prefill/decode pair) is dropped.
+The owner of a leg is its exchange; that of a prefill leg is `relay.pair`, which drops its body.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from sglang_router.errors import RouterError, StreamBroken
 from sglang_router.relay.batch import Batch
 from sglang_router.relay.beginning import Beginning, begins
 from sglang_router.relay.early import OneEvent
+from sglang_router.relay.gathered import Gathered
 from sglang_router.relay.injected import UsageHider, with_ask
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import DONE, ExchangeState
+from sglang_router.relay.upstream import UpstreamConnection
 from sglang_router.relay.whole_events import ANY_END, CHUNKED_ENDS, PLAIN_ENDS, WholeEvents, split
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
@@ -45,6 +47,8 @@ LOOKS: Final = 4
 
 _NOT_SENT: Final = (Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.UNCONNECTED)
 """After a kept connection broke, these say that it was the worker's end, and not the end of an idle connection."""
+_MAY_GO_ON: Final = (Outcome.BROKEN, Outcome.CUT, Outcome.INVALID)
+"""After these the engine may still have the leg."""
 
 
 class Carrier(Protocol):
@@ -67,8 +71,11 @@ class Owner(Protocol):
     hider: UsageHider | None
     relay: Relay
     request: Request
-    state: ExchangeState
     tag: RequestTag
+
+    @property
+    def state(self) -> ExchangeState:
+        """How far the exchange is."""
 
     def sending(self, leg: Leg) -> None:
         """Prepare for a stream's answer: the leg is sent now."""
@@ -94,20 +101,6 @@ class BodySink(Protocol):
 
     def data(self, leg: Leg, data: bytes, done: bool) -> None:
         """Take bytes of the body; `done`: they are the last."""
-
-
-class Dropped:
-    """Drops the body of a silent leg, and reports its end."""
-
-    __slots__ = ("_exchange",)
-
-    def __init__(self, exchange: Owner) -> None:
-        self._exchange = exchange
-
-    def data(self, leg: Leg, data: bytes, done: bool) -> None:
-        """Drop bytes; report the end."""
-        if done:
-            self._exchange.leg_done(leg)
 
 
 class Pause:
@@ -143,9 +136,9 @@ class Leg:
     events      the answer is a stream of events
     fresh       it is sent on a new connection: the end of a kept one could not be told from a break
     handled     takes the body; None: it goes to the client unchanged
-    silent      the answer is not sent to the client
     first       how the body that the client was sent begins: the first read
     last        how it ends: the last read of a stream in which usage may stand, else up to `wire.usage.TAIL` bytes
+    transport   of the client's connection
     """
 
     __slots__ = (
@@ -154,7 +147,6 @@ class Leg:
         "_quiet",
         "_resent",
         "_seen",
-        "_transport",
         "chunked",
         "connection",
         "decoding",
@@ -168,7 +160,7 @@ class Leg:
         "outcome",
         "planned",
         "sent",
-        "silent",
+        "transport",
     )
 
     def __init__(
@@ -176,11 +168,10 @@ class Leg:
     ) -> None:
         self._exchange = exchange
         self._batch = batch
-        self._transport = transport
+        self.transport = transport
         self.planned = planned
         self.connection: Carrier | None = None
         self.decoding = decoding
-        self.silent = False
         self.fresh = False
         self._resent = False  # a kept connection broke on it, and it was sent again
         # per answer
@@ -225,20 +216,18 @@ class Leg:
         """Send the leg's request in `delay` seconds."""
         self.connection = Pause(call_later(delay, self.send))
 
-    def silence(self) -> None:
-        """Keep the answer from the client; its end is reported all the same."""
-        self.silent, self.handled = True, Dropped(self._exchange)
-
-    def speak(self) -> None:
-        """Let the client get the answer after all: it is a failure, and no retry follows."""
-        if self.silent:
-            self.silent, self.handled = False, None
-
     def abort(self) -> None:
-        """Give the leg up: its exchange hears nothing more of it."""
+        """Give the leg up: its exchange hears nothing more of it, and its engine is asked to end it."""
         connection, self.connection = self.connection, None
         if connection is not None:
             connection.abort()
+            if self.planned.rid and isinstance(connection, UpstreamConnection):  # it was sent
+                self._disown()
+
+    def _disown(self) -> None:
+        """Ask the engine to end the leg, which would wait for its partner."""
+        exchange = self._exchange
+        exchange.relay.aborts.abort(self.planned, exchange.request.headers)
 
     def pause(self) -> None:
         """Stop reading the answer: the client does not read."""
@@ -280,7 +269,6 @@ class Leg:
         if (
             (done and head.plain and not self._exchange.tag.streaming)  # usual
             or head.status >= 429
-            or self.silent
             or begins(head, framing, data, done)
         ):
             self._exchange.answered(self, head, data, done)
@@ -304,16 +292,18 @@ class Leg:
             self.last = joined(self.last, data)
         elif size > SHORT:
             self.last = data
-        self._batch.write(self._transport, data)
+        self._batch.write(self.transport, data)
         if done:
             self._exchange.leg_done(self)
 
     def broken(self, outcome: Outcome, detail: str) -> None:
         """Report the end of the leg without a complete answer."""
         self.connection = None
+        if self.planned.rid and outcome in _MAY_GO_ON:
+            self._disown()
         if self._resent and outcome in _NOT_SENT:
             outcome = Outcome.LOST
-        elif isinstance(self.handled, Beginning):
+        elif isinstance(self.handled, (Beginning, Gathered)):
             if outcome is Outcome.CUT:
                 outcome, detail = Outcome.BROKEN, "The worker closed the connection after the head of its answer."
         elif outcome is Outcome.INVALID and self.framing is not None:
@@ -338,9 +328,9 @@ class Leg:
         if done or data.endswith(self.ends):
             self.sent = len(data)
             self.first = self.last = data
-            self._batch.write(self._transport, head + data)
+            self._batch.write(self.transport, head + data)
         else:
-            self._batch.write(self._transport, head)
+            self._batch.write(self.transport, head)
             split(self, data)
 
     def handle_by(self, sink: WholeEvents | OneEvent | None) -> None:
@@ -356,7 +346,7 @@ class Leg:
                 self.last = joined(self.last, data)
             elif len(data) > SHORT:
                 self.last = data
-            self._batch.write(self._transport, data)
+            self._batch.write(self.transport, data)
         else:
             self.forget_looks()
         if done:
@@ -377,18 +367,11 @@ class Leg:
         self._exchange.fail(self.outcome, StreamBroken(detail), event)
 
 
-def send_all(legs: tuple[Leg, ...], plan: Plan, relay: Relay, fresh: bool) -> None:
-    """Send the legs of a plan in order: after its delay, at once for a retry, else with this turn's batch.
-
-    The client gets the answer of the last leg; the others are silent.
-    """
-    for leg in legs:
-        leg.fresh = fresh
-        if leg is not legs[-1]:
-            leg.silence()
-        if plan.delay:
-            leg.send_after(plan.delay, relay.call_later)
-        elif plan.retries:
-            leg.send()
-        else:
-            relay.batch.leg(leg)
+def dispatch(leg: Leg, plan: Plan, relay: Relay) -> None:
+    """Send a leg of a plan: after its delay, at once for a retry, else with this turn's batch."""
+    if plan.delay:
+        leg.send_after(plan.delay, relay.call_later)
+    elif plan.retries:
+        leg.send()
+    else:
+        relay.batch.leg(leg)

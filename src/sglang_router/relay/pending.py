@@ -44,6 +44,7 @@ class Pending:
     """A failed leg for which the decider is asked for a retry; it may answer later.
 
     leg               the leg that failed
+    blamed            the leg whose worker is to blame: the same, or the prefill leg of its pair
     outcome           how it ended
     status            of its failing answer; 0 without one
     error             the answer if there is no retry
@@ -51,10 +52,10 @@ class Pending:
     step              the body handler's next leg, to be sent with the new plan; None when no stream is continued
     """
 
-    __slots__ = ("data", "done", "error", "head", "leg", "outcome", "status", "step")
+    __slots__ = ("blamed", "data", "done", "error", "head", "leg", "outcome", "status", "step")
 
     def __init__(self, leg: Leg, outcome: Outcome, error: RouterError | None = None) -> None:
-        self.leg = leg
+        self.leg = self.blamed = leg
         self.outcome = outcome
         self.status = 0
         self.error = error

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
+from sglang_router.relay.aborts import Aborts
 from sglang_router.relay.answers import Answers
 from sglang_router.relay.body import Handlers
 from sglang_router.relay.connection_pool import ConnectionPool
@@ -60,6 +61,7 @@ class Relay:
     """See the module. clock: returns seconds and never goes back."""
 
     __slots__ = (
+        "aborts",
         "answers",
         "batch",
         "call_later",
@@ -101,6 +103,7 @@ class Relay:
         self.most_text = rules.most_text
         self.inject_usage = rules.inject_usage
         self.hints = rules.hints
+        self.aborts = Aborts(connections, loop.call_later, rules.forward)
         self.queued: dict[int, Undecided] = {}
         decider.deliver = self.deliver
 

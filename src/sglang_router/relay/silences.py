@@ -59,7 +59,7 @@ def silence(exchange: Exchange) -> int | None:
     if not exchange.tag.streaming or exchange.stalled:
         return None
     if shown is None:
-        return 0 if exchange.state is ROUTED and exchange.legs else None
+        return 0 if exchange.state is ROUTED else None
     return shown.sent if exchange.state is ANSWERING and shown.events and not _torn(exchange, shown) else None
 
 

@@ -19,7 +19,7 @@ from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import ROUTED, ExchangeState
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
-from sglang_router.routing.plan import RequestTag
+from sglang_router.routing.plan import PlannedLeg, RequestTag
 
 
 class Timed(Protocol):
@@ -33,6 +33,10 @@ class Timed(Protocol):
     shown: Leg | None
     state: ExchangeState
     tag: RequestTag
+
+    @property
+    def planned(self) -> PlannedLeg | None:
+        """The last leg; None: no worker was asked."""
 
     @property
     def stalled(self) -> bool:
@@ -68,9 +72,9 @@ def watch(exchange: Timed, now: float) -> None:
     exchange.deadline = (DUE_PROGRESS, look) if look < end else (DUE_REQUEST, end)
 
 
-def sending(exchange: Timed) -> None:
-    """Set the deadline for the first byte of a stream whose leg is sent now."""
-    first = exchange.relay.clock() + exchange.relay.timeouts.first_byte
+def sending(exchange: Timed, delay: float = 0.0) -> None:
+    """Set the deadline for the first byte of a stream whose leg is sent now, or in `delay` seconds."""
+    first = exchange.relay.clock() + delay + exchange.relay.timeouts.first_byte
     if first < exchange.deadline[1]:
         exchange.deadline = (DUE_FIRST_BYTE if exchange.state is ROUTED else DUE_PROGRESS, first)
 
@@ -88,9 +92,9 @@ def unanswered(exchange: Timed) -> tuple[float, int, bool] | None:
     facts, tag = exchange.facts, exchange.tag
     if exchange.first_byte >= 0.0 or facts is None:
         return None
-    if not exchange.legs:
+    planned = exchange.planned
+    if planned is None:
         return tag.start, len(facts.text), True
     if not facts.streaming:
         return None  # its answer comes all at once, so most of it may be computed already
-    planned = exchange.legs[-1].planned
     return tag.start, planned.total - planned.matched, False

@@ -27,7 +27,7 @@ def take_back(exchanges: Iterable[AnyExchange], name: str) -> None:
             continue
         if exchange.tag.number in exchange.relay.queued:
             continue  # its leg failed already, and another one is awaited
-        for leg in exchange.legs:
+        for leg in exchange.legs if exchange.pair is None else exchange.pair.in_flight():
             if leg.planned.target.name == name:
                 leg.abort()
                 leg.broken(Outcome.VANISHED, "The worker's host does not answer any more.")

@@ -57,7 +57,8 @@ class Decider(Protocol):
     ) -> Plan | Wait | None:
         """Return where a request goes after a leg failed; None: no retry.
 
-        A plan ends the failed leg; otherwise the relay calls `ended` for it.
+        A plan ends the failed leg; otherwise the relay calls `ended` for it. Of a pair, the leg that is not to blame
+        was ended before this.
 
         facts      of the request; of the request for the rest when a stream is continued
         outcome    how the leg failed

@@ -83,10 +83,12 @@ class Answered:
     resumed     how often another worker continued the stream, or the router completed it
     unresumed   why a stream that broke was not continued, a key of resume.continuation.REASONS; "" otherwise
     usage       what the engine told of the whole answer; None: nothing
+    handoff     what became of what a prefill worker handed over, see relay.handoff.RESULTS; "" otherwise
     """
 
     __slots__ = (
-        *("code", "duration", "first_byte", "outcome", "resumed", "retries", "sent", "status", "unresumed", "usage"),
+        *("code", "duration", "first_byte", "handoff", "outcome", "resumed"),
+        *("retries", "sent", "status", "unresumed", "usage"),
     )
 
     def __init__(
@@ -112,6 +114,7 @@ class Answered:
         self.resumed = resumed
         self.unresumed = unresumed
         self.usage = usage
+        self.handoff = ""
 
 
 class Finished:

@@ -95,6 +95,10 @@ class ResponseHead:
         """The fields as a list, names in lower case."""
         return [(name.lower(), value.rstrip(b" \t")) for name, value in _FIELD.findall(self.fields)]
 
+    def resized(self, length: int) -> ResponseHead:
+        """Return the head of the same answer with another body, of `length` bytes and without a transfer coding."""
+        return ResponseHead(self.status, self.reason, self.fields, False, self.keep_alive, False, length, 0)
+
     def header(self, name: bytes) -> bytes | None:
         """Return the first value of a field, by its name in lower case; None without one."""
         if name not in self.fields.lower():

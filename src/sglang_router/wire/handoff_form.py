@@ -1,0 +1,11 @@
+"""What the answer of a prefill worker hands over, as vLLM writes it: a record of its own, which is not compiled."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class HandoffForm(msgspec.Struct, gc=False):
+    """An answer of a prefill worker. kv_transfer_params: as it came; b"null" or b"" for nothing."""
+
+    kv_transfer_params: msgspec.Raw = msgspec.Raw(b"")
