@@ -28,8 +28,9 @@ from dataclasses import dataclass
 from sglang_router.app import settings
 from sglang_router.app.deciding import in_shadow, recorder_of, shadows_of
 from sglang_router.config import RouterArgs
+from sglang_router.routing.endpoints import ENDPOINTS
 from sglang_router.routing.events import Answered, Finished, Listener
-from sglang_router.routing.facts import ENDPOINTS, read
+from sglang_router.routing.facts import read
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.lease import Lease
 from sglang_router.routing.outcome import Outcome

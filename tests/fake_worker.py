@@ -89,6 +89,10 @@ class FakeWorker:
 
         await asyncio.wait_for(none_left(), 10.0)
 
+    def reply_to(self, seen: Seen, scripted: bytes | Gate) -> bytes | Gate:
+        """Return what answers a request. scripted: what the script has for it."""
+        return scripted
+
     def count(self, route: str) -> int:
         return sum(seen.route == route for seen in self.seen)
 
@@ -132,7 +136,7 @@ class FakeWorker:
         route = f"{method} {target}"
         self.seen.append(Seen(route, headers, body))
         self._news.set()
-        reply = self.script.get(route, answer(404))
+        reply = self.reply_to(self.seen[-1], self.script.get(route, answer(404)))
         if isinstance(reply, Gate):
             await reply.open.wait()
             reply = reply.answer

@@ -24,8 +24,9 @@ from typing import Any
 
 from sglang_router.routing.candidates import candidates_of
 from sglang_router.routing.decider import Delivered
+from sglang_router.routing.endpoints import ENDPOINTS
 from sglang_router.routing.events import Listener, Listeners, Routed, WorkerChanged
-from sglang_router.routing.facts import ENDPOINTS, Facts
+from sglang_router.routing.facts import Facts
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, RequestTag, Route, Wait

@@ -28,8 +28,8 @@ from sglang_router.config import RouterArgs
 from sglang_router.relay.client import ClientConnection
 from sglang_router.relay.deadlines import Due
 from sglang_router.routing.decider import Decider
+from sglang_router.routing.endpoints import ENDPOINTS, Endpoint
 from sglang_router.routing.events import Finished, FirstByte, Listener, Routed, WorkerChanged
-from sglang_router.routing.facts import ENDPOINTS, Endpoint
 from sglang_router.routing.router import Router
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.worker import Worker

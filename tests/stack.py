@@ -209,6 +209,12 @@ class Stack:
             self.until_healthy(fake.url)
         return made
 
+    def join(self, fake: FakeWorker) -> None:
+        """Register a fake worker that was started elsewhere, and wait until it is healthy."""
+        self._fakes.append(fake)
+        self.add(fake.url)
+        self.until_healthy(fake.url)
+
     def worker(self, url: str) -> Worker:
         worker = self.call(lambda: self.fleet.by_url(url))
         assert worker is not None, url

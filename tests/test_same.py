@@ -27,7 +27,7 @@ from hostile.arena import Client, Leg, LyingWorker, lying_worker, post
 from hostile.test_bodies import BODIES
 from routers import RouterProcess, router_process
 from sglang_router import version
-from sglang_router.routing.facts import ENDPOINTS
+from sglang_router.routing.endpoints import ENDPOINTS
 from sglang_router.routing.reserved import HOLDERS, RESERVED
 from wire_corpus import corpus
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sglang_router.resume.generation import DONE
-from sglang_router.routing.facts import ENDPOINTS, Endpoint
+from sglang_router.routing.endpoints import ENDPOINTS, Endpoint
 
 TOKENS = ("Hel", "lo", ' "wör', "ld\\", "\n", " and", " \U0001f600", " more", ".")
 IDS = tuple(range(101, 101 + len(TOKENS) + 1))  # the last one ends the text, and has none

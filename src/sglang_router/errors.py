@@ -5,6 +5,7 @@ message for people that says what to do. Only `RouterError.body` knows the shape
 
     {"error": {"message": "...", "type": "...", "code": "...", "param": null}}      OpenAI's, on every path but these:
     {"type": "error", "error": {"type": "...", "message": "..."}}                   Anthropic's, on /v1/messages
+    {"error": "..."}                                                                Ollama's, on /api
 
 The code is also sent in the header `x-smg-error-code` (the reference router's name for it). Error answers of workers
 are not in this file: they pass through unchanged.
@@ -18,6 +19,7 @@ from typing import ClassVar
 import msgspec
 
 _MESSAGES = b"/v1/messages"
+_OLLAMA = b"/api/"
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -65,6 +67,8 @@ class RouterError(Exception):
             return msgspec.json.encode(
                 {"type": "error", "error": {"type": self._anthropic_type(), "message": str(self)}}
             )
+        if path.startswith(_OLLAMA):
+            return msgspec.json.encode({"error": str(self)})
         return msgspec.json.encode(
             {"error": {"message": str(self), "type": self.type, "code": self.code, "param": self.param}}
         )

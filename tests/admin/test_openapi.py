@@ -27,6 +27,7 @@ from sglang_router.admin import (
     decisions,
     engine_metrics,
     info,
+    lists,
     openapi,
     replicas,
     shapes,
@@ -103,7 +104,7 @@ def test_regular_expressions_are_those_of_json_schema() -> None:
 
 # -- the code of handlers ----------------------------------------------------------------------------------------------
 
-MODULES = (adding, ask, broadcast, context, decisions, engine_metrics, info, replicas, workers)
+MODULES = (adding, ask, broadcast, context, decisions, engine_metrics, info, lists, replicas, workers)
 DEEPER: dict[str, tuple[type[RouterError], ...]] = {
     "unavailable": contract.NO_WORKER,
     "restart_worker": (Conflict,),
@@ -185,7 +186,12 @@ WELL = {
     "GET /get_model_info": answer(200, {}),
     "GET /get_server_info": answer(200, {}),
     "GET /metrics": answer(200, b"up 1\n"),
+    "GET /v1/files": answer(200, {"object": "list", "data": [{"id": "file-1"}], "has_more": False}),
+    "GET /v1/batches": answer(200, {"object": "list", "data": []}),
+    "GET /api/tags": answer(200, {"models": [{"name": "m"}]}),
+    "GET /api/ps": answer(200, {"models": []}),
 }
+LISTS = ("/v1/files", "/v1/batches", "/api/tags", "/api/ps")
 ILL = {f"GET {path}": CLOSE for path in ("/health_generate", "/metrics", "/get_model_info", "/get_server_info")}
 TOLD = [row.path for row in ROWS if row.handler in (broadcast.broadcast, broadcast.update_weights)]
 BY_KEYS = {"401", "403"}
@@ -287,9 +293,19 @@ def with_two_workers(ask: Asker) -> None:
             fake.script[f"GET {path}"] = answer(404)
     for path in own_words:
         ask(f"GET {path}")
+    for path in LISTS:
+        fakes[1].script[f"GET {path}"] = CLOSE
+        assert ask(f"GET {path}").json()["unavailable_workers"] == 1
+        for fake in fakes:
+            fake.script[f"GET {path}"] = answer(404)
+        ask(f"GET {path}")
+        fakes[0].script[f"GET {path}"] = answer(422, {})
+        ask(f"GET {path}")
+    for path in LISTS[:2]:
+        ask(f"GET {path}?limit=none")
     for fake in fakes:
-        fake.script.update(ILL | {f"GET {path}": CLOSE for path in own_words})
-    for path in (*own_words, "/engine_metrics", "/health_generate"):
+        fake.script.update(ILL | {f"GET {path}": CLOSE for path in (*own_words, *LISTS)})
+    for path in (*own_words, *LISTS, "/engine_metrics", "/health_generate"):
         ask(f"GET {path}")
 
 

@@ -26,8 +26,9 @@ from sglang_router.processes.link import Link, decode_from_decider, decode_from_
 from sglang_router.processes.logs import RelayLog
 from sglang_router.processes.message import Message
 from sglang_router.processes.messages import FromDecider, FromRelay, Said, Withdraw
+from sglang_router.routing.endpoints import ENDPOINTS
 from sglang_router.routing.events import Answered
-from sglang_router.routing.facts import ENDPOINTS, Facts
+from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag, Route, Target
 

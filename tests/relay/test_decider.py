@@ -26,7 +26,8 @@ from sglang_router.relay.exchange import Exchange
 from sglang_router.relay.moves import EXCHANGE_MOVES, IllegalMove
 from sglang_router.relay.states import ExchangeState
 from sglang_router.routing.decider import Deliver
-from sglang_router.routing.facts import Endpoint, Facts
+from sglang_router.routing.endpoints import Endpoint
+from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Route, Target, Wait
 from sglang_router.routing.usage import Usage

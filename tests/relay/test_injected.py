@@ -10,8 +10,9 @@ import pytest
 from fleets import facts as facts_of
 from played import Client, Leg, Play, post, run
 from sglang_router.relay.injected import UsageHider, wanted, with_ask
+from sglang_router.routing.endpoints import ENDPOINTS
 from sglang_router.routing.events import Finished
-from sglang_router.routing.facts import ENDPOINTS, LARGE
+from sglang_router.routing.facts import LARGE
 from sglang_router.routing.outcome import Outcome
 from sglang_router.wire.sse import MOST_HELD
 

@@ -30,8 +30,9 @@ from sglang_router.relay.relay import Relay, RelayRules
 from sglang_router.relay.rules import Timeouts
 from sglang_router.relay.states import LINGERING, NEW
 from sglang_router.relay.upstream import UpstreamConnection
+from sglang_router.routing.endpoints import ENDPOINTS
 from sglang_router.routing.events import Listeners
-from sglang_router.routing.facts import ENDPOINTS, LARGE, MOST_TEXT, QUICK, TINY, Facts, read
+from sglang_router.routing.facts import LARGE, MOST_TEXT, QUICK, TINY, Facts, read
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag, Route, Wait
 from sglang_router.wire.headers import ForwardRules
@@ -119,6 +120,7 @@ class Sink:
     """Takes an answer; keeps its bytes."""
 
     decoding = False
+    bodyless = False
 
     def __init__(self) -> None:
         self.got = b""

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pair_deciders import Pairs, finish, on_loop, streamed
 from played import Client, Play, post
 from sglang_router.relay.logprobs import MOST, PromptLogprobs, asked
-from sglang_router.routing.facts import ENDPOINTS, read
+from sglang_router.routing.endpoints import ENDPOINTS
+from sglang_router.routing.facts import read
 from sglang_router.routing.outcome import Outcome
 
 GENERATE = ENDPOINTS[b"/generate"]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_router.resume.continuation import GENERATIONS, REASONS, ResumeRules, go_on, refusal
-from sglang_router.routing.facts import ENDPOINTS
+from sglang_router.routing.endpoints import ENDPOINTS
 from token_streams import STYLES, TOKENS, Style, answer, ask, seen
 
 RULES = ResumeRules()

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fleets import Bench
 from sglang_router.errors import InvalidJSON
 from sglang_router.routing.body_reader import NAMESPACE
-from sglang_router.routing.facts import ENDPOINTS, LARGE, Facts, Skimming, read
+from sglang_router.routing.endpoints import ENDPOINTS, UNKNOWN
+from sglang_router.routing.facts import LARGE, Facts, Skimming, read
 from sglang_router.routing.reserved import HOLDERS, LONGEST_HELD, RESERVED
 from sglang_router.routing.tolerant import members
 
@@ -68,6 +69,48 @@ TEXTS = [
     ("/v1/responses/{id}", b"", b""),
     ("/v1/responses/{id}/cancel", b"{}", b""),
     ("/v1/responses/{id}/input_items", b"", b""),
+    ("/v1/messages/count_tokens", b'{"messages":[{"role":"user","content":"q"}]}', b""),
+    ("/invocations", b'{"messages":[{"role":"user","content":"q"}]}', b'[{"role":"user","content":"q"}'),
+    ("/invocations", b'{"prompt":"hello"}', b'"hello'),
+    ("/completion", b'{"n_predict":1,"prompt":[1,"a",2]}', b'[1,"a",2'),
+    (
+        "/infill",
+        b'{"prompt":"d","input_suffix":"s","input_prefix":"p","input_extra":[{"text":"x"}]}',
+        b'[{"text":"x"}]"p""s""d',
+    ),
+    ("/api/generate", b'{"prompt":"q","system":"S","context":[1,2]}', b'"S"[1,2]"q'),
+    ("/api/chat", b'{"messages":[{"role":"user"}],"tools":[1]}', b'[1][{"role":"user"}'),
+    ("/api/embed", b'{"input":["a"]}', b'["a"'),
+    ("/api/embeddings", b'{"prompt":"a"}', b'"a'),
+    ("/pooling", b'{"input":"a"}', b'"a'),
+    ("/classify", b'{"input":"b"}', b'"b'),
+    ("/score", b'{"text_2":["b"],"text_1":"a"}', b'"a"["b"'),
+    ("/v1/moderations", b'{"input":["a"]}', b'["a"'),
+    ("/v1/audio/translations", b"--x\r\nnot JSON\r\n--x--", b""),
+    ("/v1/audio/speech", b'{"input":"say it","voice":"v"}', b""),
+    ("/v1/images/generations", b'{"prompt":"a cat"}', b""),
+    ("/v1/images/edits", b"--x\r\nnot JSON\r\n--x--", b""),
+    ("/v1/images/variations", b"--x\r\nnot JSON\r\n--x--", b""),
+    ("/tokenize", b'{"prompt":"hello"}', b""),
+    ("/detokenize", b'{"tokens":[1]}', b""),
+    ("/parse/{name}", b'{"text":"a"}', b""),
+    ("/parse_function_call", b'{"text":"a","tools":[1]}', b""),
+    ("/separate_reasoning", b'{"text":"a"}', b""),
+    ("/props", b"", b""),
+    ("/slots", b"", b""),
+    ("/slots/{slot}", b'{"filename":"f"}', b""),
+    ("/api/show", b'{"model":"m"}', b""),
+    ("/api/version", b"", b""),
+    ("/v1/conversations", b"", b""),
+    ("/v1/conversations/{id}", b"", b""),
+    ("/v1/conversations/{id}/items", b"not JSON", b""),
+    ("/v1/conversations/{id}/items/{item}", b"", b""),
+    ("/v1/files", b"--x\r\nnot JSON\r\n--x--", b""),
+    ("/v1/files/{id}", b"", b""),
+    ("/v1/files/{id}/content", b"", b""),
+    ("/v1/batches", b'{"input_file_id":"file-1","endpoint":"/v1/chat/completions"}', b""),
+    ("/v1/batches/{id}", b"", b""),
+    ("/v1/batches/{id}/cancel", b"", b""),
     ("/generate", b'{"text":7}', b"7"),
     ("/v1/messages", b'{"messages":{"a":[]}}', b'{"a":[]}'),
 ]
@@ -100,6 +143,36 @@ def test_a_text_that_goes_on_begins_with_the_whole_text_before(path: bytes, firs
 
 def test_every_path_of_the_contract_is_there() -> None:
     assert {path.encode() for path, *_ in TEXTS} == set(ENDPOINTS)
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/api/chat"])
+@pytest.mark.parametrize(
+    ("body", "streaming"),
+    [
+        (b"{}", True),
+        (b'{"stream":null}', True),
+        (b'{"stream":true}', True),
+        (b'{"stream": false}', False),
+        (b'{"stream":false,"prompt":"%b"}' % (b"x" * LARGE), False),
+        (b'{"prompt":"%b"}' % (b"x" * LARGE), True),
+    ],
+)
+def test_ollama_streams_unless_it_is_told_not_to(path: str, body: bytes, streaming: bool) -> None:
+    assert facts(path.encode(), body).streaming is streaming
+    assert facts(b"/generate", body).streaming is (b"true" in body)
+
+
+def test_a_batch_uses_the_file_that_it_names() -> None:
+    assert facts(b"/v1/batches", b'{"input_file_id":"file-1"}').follows == b"file-1"
+    assert facts(b"/v1/batches", b'{"input_file_id":null}').follows == b""
+
+
+def test_the_model_is_read_from_forms_and_from_nothing_else_that_is_no_json() -> None:
+    form = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--x--\r\n'
+    forms = {path for path, endpoint in ENDPOINTS.items() if not endpoint.json and read(endpoint, form).model == b'"m"'}
+    audio = {b"/v1/audio/transcriptions", b"/v1/audio/translations"}
+    assert forms == {*audio, b"/v1/images/edits", b"/v1/images/variations"}
+    assert read(UNKNOWN, form).model == b""
 
 
 def test_nothing_is_decoded() -> None:
@@ -436,7 +509,8 @@ def test_any_object_is_read(path: bytes, body: dict[str, Any], indent: int | Non
         return json.dumps(value, indent=indent, ensure_ascii=ascii_only)
 
     read_facts = facts(path, dump(body).encode())
-    assert read_facts.streaming is (ENDPOINTS[path].json and body.get("stream") is True)
+    asked, lines = body.get("stream"), ENDPOINTS[path].lines and body.get("stream") in (None, "", [])
+    assert read_facts.streaming is (ENDPOINTS[path].json and (asked is True or lines))
     assert 0 <= read_facts.scaffold <= len(read_facts.text)
     if ENDPOINTS[path].json:
         parts = [body[name] for name in ENDPOINTS[path].text if body.get(name) not in (None, "", [])]

@@ -9,7 +9,8 @@ import pytest
 
 from fleets import Bench
 from sglang_router.routing.candidates import candidates_of
-from sglang_router.routing.facts import ENDPOINTS, Facts, read
+from sglang_router.routing.endpoints import ENDPOINTS
+from sglang_router.routing.facts import Facts, read
 from sglang_router.routing.kv_blocks import Holder, Stored
 from sglang_router.routing.kv_index import KVIndex
 from sglang_router.routing.policies.cache_aware import CacheAware

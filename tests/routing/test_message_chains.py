@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_router.routing.facts import ENDPOINTS, Facts, read
+from sglang_router.routing.endpoints import ENDPOINTS
+from sglang_router.routing.facts import Facts, read
 from sglang_router.routing.message_chains import MessageChains, boundaries
 
 CHAT = ENDPOINTS[b"/v1/chat/completions"]

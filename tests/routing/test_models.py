@@ -9,7 +9,8 @@ import pytest
 
 from fleets import Bench, facts, spec
 from sglang_router.errors import ModelNotFound, ModelRequired, NoWorkers, Unavailable
-from sglang_router.routing.facts import ENDPOINTS, read
+from sglang_router.routing.endpoints import ENDPOINTS
+from sglang_router.routing.facts import read
 from sglang_router.routing.model_names import LONGEST_NAME, LONGEST_TEXT, MOST_NAMES, NO_NAMES, Names, names_of
 from sglang_router.routing.multipart import model_of
 from sglang_router.routing.outcome import Outcome

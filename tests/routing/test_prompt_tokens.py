@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_router.routing.facts import ENDPOINTS, Facts, read
+from sglang_router.routing.endpoints import ENDPOINTS
+from sglang_router.routing.facts import Facts, read
 from sglang_router.routing.prompt_tokens import MOST_IDS, MOST_TEXT, MOST_TOKENS, Prompt, prompt_of
 
 

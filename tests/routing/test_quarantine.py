@@ -8,8 +8,9 @@ import pytest
 
 from fleets import Attempt, Bench, facts
 from sglang_router.errors import RequestBreaksWorkers
+from sglang_router.routing.endpoints import ENDPOINTS
 from sglang_router.routing.events import Listener, Quarantined
-from sglang_router.routing.facts import ENDPOINTS, Facts
+from sglang_router.routing.facts import Facts
 from sglang_router.routing.imprint import Imprint
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.quarantine import LATER, MOST, SOON, Quarantine, fingerprint

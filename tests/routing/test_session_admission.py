@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from fleets import Asked, Bench, facts, spec
 from sglang_router.errors import SessionsFull
+from sglang_router.routing.endpoints import ENDPOINTS
 from sglang_router.routing.engine_report import EngineReport
-from sglang_router.routing.facts import ENDPOINTS, Facts, read
+from sglang_router.routing.facts import Facts, read
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan
 from sglang_router.routing.queue import ROOM, SESSION

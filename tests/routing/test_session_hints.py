@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_router.routing.facts import ENDPOINTS, LARGE, MOST_TEXT, Skimming, read_quickly, read_slowly
+from sglang_router.routing.endpoints import ENDPOINTS
+from sglang_router.routing.facts import LARGE, MOST_TEXT, Skimming, read_quickly, read_slowly
 from sglang_router.routing.keys import LONGEST
 from sglang_router.routing.reserved import HOLDERS, RESERVED
 from sglang_router.routing.session_hints import FIELDS, HEADERS, SessionHints
@@ -112,7 +113,8 @@ def test_fields_that_have_another_meaning_are_not_searched() -> None:
 def test_an_endpoint_that_generates_nothing_has_no_sessions() -> None:
     assert ALL.begin("embeddings", [(b"x-session-id", b"s")], ID) is None
     rows = {row.name for row in ENDPOINTS.values() if row.generates}
-    assert rows == {"generate", "chat", "completions", "responses", "messages"}
+    others = {"invocations", "completion", "infill", "api_generate", "api_chat"}
+    assert rows == {"generate", "chat", "completions", "responses", "messages", *others}
 
 
 def test_a_body_that_only_python_reads_names_its_session() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sglang_router.errors import InvalidJSON, InvalidRequest
 from sglang_router.routing.body_reader import NAMESPACE
-from sglang_router.routing.facts import ENDPOINTS, LARGE, MOST_TEXT, Endpoint, Facts, Skimming, read
+from sglang_router.routing.endpoints import ENDPOINTS, Endpoint
+from sglang_router.routing.facts import LARGE, MOST_TEXT, Facts, Skimming, read
 from sglang_router.routing.skim import WINDOWS, WORK, Skim
 
 CHAT = ENDPOINTS[b"/v1/chat/completions"]

@@ -7,7 +7,8 @@ import pytest
 from fleets import Attempt, Bench
 from fleets import facts as facts_of
 from sglang_router.routing.candidates import Candidates
-from sglang_router.routing.facts import ENDPOINTS, Facts
+from sglang_router.routing.endpoints import ENDPOINTS
+from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.policies.base import Choice, Policy
 from sglang_router.routing.usage import Usage

@@ -329,3 +329,22 @@ def test_a_chunk_in_a_read_of_its_own() -> None:
     assert framing.gap == 0
     assert framing.feed(b"0\r\n\r\n") == 5
     assert Chunked().feed(b"0\r\n\r\nx\r\n") == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "events", "lines"),
+    [
+        ("Content-Type: text/event-stream; charset=utf-8", True, False),
+        ("content-type: application/x-ndjson", False, True),
+        ("Content-Type: Application/NDJSON; charset=utf-8", False, True),
+        ("content-type: application/x-ndjson\r\ncontent-encoding: gzip", False, False),
+        ("content-type: text/event-stream\r\nContent-Encoding: br", False, False),
+        ("content-type: text/event-stream\r\ncontent-encoding: Identity", True, False),
+        ("content-type: application/json\r\nx-as: application/x-ndjson, text/event-stream", False, False),
+        ("x-nothing: 1", False, False),
+    ],
+)
+def test_a_head_says_what_kind_of_stream_follows(fields: str, events: bool, lines: bool) -> None:
+    head = parse_head(f"HTTP/1.1 200 OK\r\n{fields}\r\n\r\n".encode())
+    assert head is not None
+    assert (head.events, head.lines) == (events, lines)

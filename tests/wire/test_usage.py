@@ -223,3 +223,24 @@ def test_the_end_is_put_together_from_small_reads() -> None:
         assert len(last) <= TAIL + 37
     assert usage_of(body[:37], last, False) == (5, -1, 1)
     assert joined(last, body) is body
+
+
+OLLAMA = b'{"model":"m","response":"","done":true,"context":[1,2],"prompt_eval_count":26,"eval_count":9}'
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "streaming", "told"),
+    [
+        (b'{"response":"Hi","done":false}\n', b'{"response":"Hi","done":false}\n' + OLLAMA + b"\n", True, (26, -1, 9)),
+        (b"", b'1f\r\n{"response":"Hi","done":false}\n\r\n5f\r\n' + OLLAMA + b"\n\r\n0\r\n\r\n", True, (26, -1, 9)),
+        (OLLAMA, OLLAMA, False, (26, -1, 9)),
+        (b'{"message":{"role":"assistant","content":"Hi"},"eval_count":9}', b"", False, (-1, -1, 9)),
+        (b'{"message":{"role":"assistant","content":"Hi"},"done":true}', b"", False, None),
+        (b"", b'{"response":"\\"prompt_eval_count\\":7","done":false}\n', True, None),
+        (b"", b'{"done":true,"prompt_eval_count":-1,"eval_count":9}\n', True, None),
+    ],
+)
+def test_ollama_tells_its_tokens_in_the_last_line(
+    first: bytes, last: bytes, streaming: bool, told: Figures | None
+) -> None:
+    assert usage_of(first, last or first, streaming) == told

@@ -32,6 +32,7 @@ class _ControlPath:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._rows: dict[str, ControlRow] = {}
+        self._relayed: list[str] = []
 
     def add(self, row: ControlRow) -> None:
         """Add a row; GET also serves HEAD."""
@@ -39,10 +40,14 @@ class _ControlPath:
         if "GET" in row.methods:
             self._rows["HEAD"] = row
 
+    def add_relayed(self, method: str) -> None:
+        """Add a method that is relayed: its requests do not come here."""
+        self._relayed.append(method)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         row = self._rows.get(scope["method"])
         if row is None:
-            raise MethodNotAllowed(allow=self._rows)
+            raise MethodNotAllowed(allow=[*self._rows, *self._relayed])
         scope["state"]["path"] = row.path  # for requests to workers: the client's own path came decoded
         response = await guarded(self._context, row.kind, row.handler, Request(scope, receive))
         await response(scope, receive, send)
@@ -55,8 +60,8 @@ class _RelayedPath:
         self._methods: list[str] = []
 
     def add(self, method: str) -> None:
-        """Add a method that is relayed."""
-        self._methods.append(method)
+        """Add a method that is relayed; GET also serves HEAD."""
+        self._methods += (method, "HEAD") if method == "GET" else (method,)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> NoReturn:
         raise MethodNotAllowed(allow=self._methods)
@@ -70,7 +75,10 @@ def create_app(context: Context) -> ASGIApp:
             own.setdefault(row.path, _ControlPath(context)).add(row)
     relayed: dict[str, _RelayedPath] = {}
     for endpoint in relayed_rows():
-        relayed.setdefault(endpoint.path, _RelayedPath()).add(endpoint.method)
+        if endpoint.path in own:
+            own[endpoint.path].add_relayed(endpoint.method)
+        else:
+            relayed.setdefault(endpoint.path, _RelayedPath()).add(endpoint.method)
     apps: dict[str, ASGIApp] = {**own, **relayed}
     routes = [Route(path, app) for path, app in apps.items()]
     return Router(routes, redirect_slashes=False, default=_unknown_path)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from sglang_router.admin import adding, broadcast, decisions, engine_metrics, info, replicas, shapes, workers
+from sglang_router.admin import adding, broadcast, decisions, engine_metrics, info, lists, replicas, shapes, workers
 from sglang_router.admin.rows import Handler
 from sglang_router.errors import (
     Conflict,
@@ -98,10 +98,11 @@ def _broadcast(shape: type[msgspec.Struct]) -> tuple[DeclaredAnswer, ...]:
     return tuple(DeclaredAnswer(about, status, shape) for status, about in abouts.items())
 
 
+_OF_ENGINE = DeclaredAnswer("An error of the engine, unchanged.", "4XX", media=_ANY)
 _PASSED_ON = Contract(
     (
         DeclaredAnswer("The answer of the engine, unchanged."),
-        DeclaredAnswer("An error of the engine, unchanged.", "4XX", media=_ANY),
+        _OF_ENGINE,
     ),
     (WorkerUnreachable, *NO_WORKER),
 )
@@ -119,6 +120,22 @@ CONTRACTS: dict[Handler, Contract] = {
     info.models: Contract((DeclaredAnswer("All models.", shape=shapes.Models),), NO_WORKER),
     info.model: Contract((DeclaredAnswer("The model, as its engine describes it."),), (NotFound, *NO_WORKER)),
     info.from_a_worker: _PASSED_ON,
+    lists.objects: Contract(
+        (DeclaredAnswer("One page.", shape=shapes.KeptObjects), _OF_ENGINE),
+        (InvalidRequest, NotFound, WorkerUnreachable, *NO_WORKER),
+        (
+            QueryParameter(
+                "limit",
+                "Most entries in the answer: 1 to 10000, by default as the engines have it.",
+                pattern="^([1-9][0-9]{0,3}|10000)$",
+            ),
+            QueryParameter("after", "The id of the last entry of the page before."),
+        ),
+    ),
+    lists.models: Contract(
+        (DeclaredAnswer("The models.", shape=shapes.OllamaModels), _OF_ENGINE),
+        (NotFound, WorkerUnreachable, *NO_WORKER),
+    ),
     info.loads: Contract((DeclaredAnswer("All workers.", shape=shapes.Loads),)),
     decisions.index: Contract(
         (DeclaredAnswer("Those that pass all filters, the newest first.", shape=shapes.DecisionList),),

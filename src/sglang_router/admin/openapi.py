@@ -34,7 +34,7 @@ from sglang_router.errors import RouterError
 from sglang_router.routing.body_reader import NAMESPACE
 
 PATH = "/openapi.json"
-_KEPT = "Relayed to the worker that keeps the response; when that is not known, the workers are asked in turn."
+_KEPT = "Relayed to the worker that keeps this; when that is not known, the workers are asked in turn."
 _ITSELF = Contract((DeclaredAnswer("This document."),))
 
 Schema = dict[str, Any]
@@ -105,7 +105,8 @@ def _operation(group: str, row: ControlRow, method: str) -> Schema:
         content = {"application/json": {"schema": _ref(contract.body) if known else {}}}
         operation["requestBody"] = {"required": known, "content": content}
     operation["security"] = _KEYS[row.kind]
-    operation["responses"] = _responses(contract, () if row.kind is AccessKind.PUBLIC else REFUSED)
+    shape = shapes.OllamaError if row.path.startswith("/api/") else shapes.Error
+    operation["responses"] = _responses(contract, () if row.kind is AccessKind.PUBLIC else REFUSED, shape)
     return operation
 
 
@@ -118,12 +119,18 @@ _PATH_PARAMETERS = {
     "model": "The name of a model; it may contain slashes.",
     "request": "The id of a request, percent-encoded.",
 }
+_RELAYED_PARAMETERS = {
+    "id": "The id that the engine gave.",
+    "item": "The id of an item, which the engine gave.",
+    "name": "What is parsed: `function_call` or `reasoning`.",
+    "slot": "The number of a slot of one engine.",
+}
 
 
-def _path_parameters(path: str) -> list[Schema]:
+def _path_parameters(path: str, abouts: Mapping[str, str] = _PATH_PARAMETERS) -> list[Schema]:
     about = {"in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     names = re.findall(r"\{(\w+)", path)
-    return [{"name": name, **about, "description": _PATH_PARAMETERS[name]} for name in names]
+    return [{"name": name, **about, "description": abouts[name]} for name in names]
 
 
 def _query_parameter(parameter: QueryParameter) -> Schema:
@@ -134,10 +141,10 @@ def _query_parameter(parameter: QueryParameter) -> Schema:
     return {**about, "required": parameter.required, "schema": schema}
 
 
-def _responses(contract: Contract, more: tuple[type[RouterError], ...]) -> Schema:
-    """The answers by status, and the one that any path may give."""
+def _responses(contract: Contract, more: tuple[type[RouterError], ...], shape: type[shapes.Shape]) -> Schema:
+    """The answers by status, and the one that any path may give. shape: of errors."""
     answers = {answer.status: _answer(answer) for answer in contract.answers}
-    responses: Schema = dict(sorted({**answers, **dict(_errors((*contract.errors, *more)))}.items()))
+    responses: Schema = dict(sorted({**answers, **dict(_errors((*contract.errors, *more), shape))}.items()))
     return responses | {"default": {"$ref": "#/components/responses/AnyError"}}
 
 
@@ -152,20 +159,22 @@ def _answer(answer: DeclaredAnswer) -> Schema:
     return response
 
 
-def _errors(errors: Iterable[type[RouterError]]) -> Iterator[tuple[str, Schema]]:
+def _errors(
+    errors: Iterable[type[RouterError]], shape: type[shapes.Shape] = shapes.Error
+) -> Iterator[tuple[str, Schema]]:
     codes: dict[str, list[str]] = {}
     for error in errors:
         codes.setdefault(str(error.status), []).append(f"`{error.code}`: {error.message}")
     for status, lines in codes.items():
-        yield status, _error("\n".join(dict.fromkeys(f"- {line}" for line in lines)))
+        yield status, _error("\n".join(dict.fromkeys(f"- {line}" for line in lines)), shape)
 
 
-def _error(about: str) -> Schema:
+def _error(about: str, shape: type[shapes.Shape] = shapes.Error) -> Schema:
     headers = {
         "x-smg-error-code": {"$ref": "#/components/headers/ErrorCode"},
         "retry-after": {"$ref": "#/components/headers/RetryAfter"},
     }
-    return {"description": about, "headers": headers, "content": {"application/json": {"schema": _ref(shapes.Error)}}}
+    return {"description": about, "headers": headers, "content": {"application/json": {"schema": _ref(shape)}}}
 
 
 def _any_error() -> Schema:
@@ -179,26 +188,30 @@ def _relayed(row: RelayedRow) -> Schema:
     operation: Schema = {
         "operationId": _name(row.method, row.path),
         "tags": ["Inference"],
-        "summary": _KEPT if row.about else "Relayed to the worker that the policy chooses.",
+        "summary": _KEPT if row.endpoint.about else "Relayed to the worker that the policy chooses.",
     }
-    if parameters := _path_parameters(row.path):
+    if parameters := _path_parameters(row.path, _RELAYED_PARAMETERS):
         operation["parameters"] = parameters
-    if row.method == "POST" and not row.about:
+    if row.method == "POST" and not row.endpoint.about:
         operation["requestBody"] = {"required": True, "content": _relayed_body(row)}
     return {**operation, "security": _KEYS[AccessKind.INFERENCE], "responses": _relayed_responses()}
 
 
 def _relayed_body(row: RelayedRow) -> Schema:
-    if not row.json:
+    endpoint = row.endpoint
+    if endpoint.form:
         return {"multipart/form-data": {"schema": {"type": "object"}}}
-    fields: Schema = {name: {} for name in dict.fromkeys((*row.text, *NAMESPACE))} | {"stream": {}}
+    if not endpoint.json:
+        return {"*/*": {}}
+    fields: Schema = {name: {} for name in dict.fromkeys((*endpoint.text, *endpoint.links, *NAMESPACE))}
+    fields["stream"] = {}
     about = "The engine decides what it may contain."
     return {"application/json": {"schema": {"type": "object", "description": about, "properties": fields}}}
 
 
 def _relayed_responses() -> Schema:
     """The worker's answer or an error of the router may have the same status."""
-    content = {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}
+    content = {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}, "*/*": {}}
     responses: Schema = {"200": {"description": "The worker's answer, byte for byte.", "content": content}}
     for status, error in _errors(RELAYED):
         about = f"The worker's answer, or, with x-smg-error-code:\n{error['description']}"
@@ -216,7 +229,7 @@ def _ref(shape: type[msgspec.Struct]) -> Schema:
 
 def structs() -> list[type[msgspec.Struct]]:
     """Every struct that an operation names."""
-    named: dict[type[msgspec.Struct], None] = {shapes.Error: None}
+    named: dict[type[msgspec.Struct], None] = {shapes.Error: None, shapes.OllamaError: None}
     for contract in CONTRACTS.values():
         named.update(dict.fromkeys(answer.shape for answer in contract.answers if answer.shape is not None))
         if contract.body not in (None, AnyBody):

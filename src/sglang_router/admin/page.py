@@ -11,11 +11,12 @@ from sglang_router.admin.rows import RelayedRow, plain_path, relayed_rows
 _HEAD = """\
 # Endpoints
 
-Made by `python -m sglang_router.admin.app --markdown` from the tables in `admin/routes.py` and `routing/facts.py`:
+Made by `python -m sglang_router.admin.app --markdown` from the tables in `admin/routes.py` and `routing/endpoints.py`:
 edit those, not this page.
 
-Every error of the router has one shape, `{"error": {"message", "type", "code", "param"}}`, and its code is in the
-header `x-smg-error-code`, too. Every answer has `x-request-id`. A path that takes GET takes HEAD as well.
+Every error of the router has one shape, `{"error": {"message", "type", "code", "param"}}` (on `/v1/messages` and `/api`
+that of Anthropic and of Ollama), and its code is in the header `x-smg-error-code`, too. Every answer has
+`x-request-id`. A path that takes GET takes HEAD as well.
 
 The column "for" says who may ask once keys are configured; see [security.md](security.md). The relayed paths are for
 clients.
@@ -23,7 +24,28 @@ clients.
 ## Relayed to a worker
 
 The policy chooses the worker; body and answer pass byte for byte. The routing text consists of the fields named here,
-in this order.
+in this order. The worker must serve the model that the body or the form names; where it says *any worker*, the model
+may be missing, or stand in the query (`?model=`).
+
+What a worker keeps (responses, conversations, files, batches) is asked for at that worker: the router remembers the
+last 65,536 ids that answers gave, and asks the workers in turn about any other, until one answers something else than
+404. A batch goes to the worker that keeps its `input_file_id`. Files are not copied between workers, and end with them.
+
+What creates or changes something (*sent once*) goes on a new connection, and is sent to another worker only if the
+first one has refused the connection or answered that it is busy (429, 503 with Retry-After). Uploads are relayed
+unchanged, up to `--max-payload-size`; each is in memory while it is sent.
+
+The numbers of `/slots` are those of one engine: with several workers, ask the engine itself, or use a policy that keeps
+a routing key at one worker (`manual`, `consistent_hashing`) and send `x-smg-routing-key`. Streams of `/api/generate`
+and `/api/chat` are lines of JSON: a first line with an `error` is retried like a status 500; one that breaks between
+two lines ends with such a line, and without a clean end. `/parse/{name}` is the reference router's own; here an engine
+must have it. SGLang's engines have `/parse_function_call` and `/separate_reasoning` for the same.
+
+With `--relay-unknown-paths`, requests for paths that are not on this page are relayed too, whatever their method, to
+any worker and unread: no model, no prompt, no reserved field is looked for. Clients then reach all that the engines
+serve, such as `/sleep` or `/collective_rpc` of vLLM, so set it only where every client may. Not relayed are other
+spellings of the router's own paths (`/%77orkers`, `/workers/`), and paths with `..`, `//`, a backslash or a doubly
+encoded character.
 
 | method | path | routing text |
 |---|---|---|"""
@@ -42,10 +64,19 @@ def markdown() -> str:
 
 
 def _relayed(row: RelayedRow) -> str:
-    text = ", ".join(f"`{name}`" for name in row.text)
-    reason = "none: the cache does not matter" if row.json else "none: the router does not read the body"
-    if row.about:
-        reason = "none: it goes to the worker that keeps the response"
+    endpoint = row.endpoint
+    text = ", ".join(f"`{name}`" for name in endpoint.text)
+    reason = "none: the cache does not matter" if endpoint.json else "none: the router does not read the body"
+    if endpoint.form:
+        reason = "none: the router reads the model in the form"
+    if endpoint.about:
+        reason = "none: it goes to the worker that keeps this"
+    elif endpoint.anywhere:
+        reason += "; any worker"
+    if endpoint.links and not endpoint.text:
+        reason = f"none: it goes to the worker that keeps `{endpoint.links[0]}`"
+    if endpoint.once and row.method == "POST":
+        reason += "; sent once"
     return f"| {row.method} | `{plain_path(row.path)}` | {text or reason} |"
 
 

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sglang_router.access.permissions import AccessKind
-from sglang_router.admin import adding, broadcast, decisions, engine_metrics, info, openapi, replicas, workers
+from sglang_router.admin import adding, broadcast, decisions, engine_metrics, info, lists, openapi, replicas, workers
 from sglang_router.admin.context import Context
 from sglang_router.admin.rows import ControlRow as Row
 
@@ -66,6 +66,10 @@ ROUTES: dict[str, tuple[Row, ...]] = {
             CLIENTS,
         ),
         Row("GET /server_info", info.from_a_worker, "The same, under its newer name.", CLIENTS),
+        Row("GET /v1/files", lists.objects, "The files of all workers, one worker after the other.", CLIENTS),
+        Row("GET /v1/batches", lists.objects, "The batches of all workers, one worker after the other.", CLIENTS),
+        Row("GET /api/tags", lists.models, "The models that workers can load, in Ollama's form.", CLIENTS),
+        Row("GET /api/ps", lists.models, "The models that workers have loaded, in Ollama's form.", CLIENTS),
         Row("GET /get_loads", info.loads, "The load of each worker: tokens if the engine reports them, else requests."),
         Row(
             "GET /decisions",

@@ -1,7 +1,7 @@
 """The rows from which paths, docs/endpoints.md and the OpenAPI document are made.
 
 ControlRow   one line of `admin.routes.ROUTES`: the control plane answers
-RelayedRow   one method and path of `routing.facts.ENDPOINTS`: a worker answers
+RelayedRow   one method and path of `routing.endpoints.ENDPOINTS`: a worker answers
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from sglang_router.access.permissions import AccessKind
 from sglang_router.admin.context import Context
-from sglang_router.routing.facts import ENDPOINTS
+from sglang_router.routing.endpoints import ENDPOINTS, Endpoint
 
 Handler = Callable[[Context, Request], Awaitable[Response]]
 """A coroutine function that answers one row's requests."""
@@ -55,22 +55,18 @@ class ControlRow(NamedTuple):
 class RelayedRow(NamedTuple):
     """A method and path that is relayed.
 
-    text   fields of the routing text, in order
-    json   the body is JSON
-    about  it is about a stored response
+    endpoint  its row of `routing.endpoints`
     """
 
     method: str
     path: str
-    text: tuple[str, ...]
-    json: bool
-    about: bool
+    endpoint: Endpoint
 
 
 def relayed_rows() -> list[RelayedRow]:
     """Everything that is relayed. This is the only place in `admin` that reads the table of endpoints."""
     return [
-        RelayedRow(method.decode(), path.decode(), endpoint.text, endpoint.json, endpoint.about)
+        RelayedRow(method.decode(), path.decode(), endpoint)
         for path, endpoint in ENDPOINTS.items()
         for method in endpoint.methods
     ]

@@ -41,6 +41,12 @@ class Error(Shape):
     error: ErrorDetail
 
 
+class OllamaError(Shape):
+    """Every error of the router on the paths of Ollama (/api). Its code is in x-smg-error-code."""
+
+    error: str
+
+
 class Readiness(Shape):
     """Whether a healthy worker can take requests."""
 
@@ -65,6 +71,24 @@ class Models(Shape):
 
     object: Literal["list"]
     data: list[dict[str, Any]]
+
+
+class KeptObjects(Shape):
+    """What all workers keep, one after the other. `unavailable_workers`: so many did not answer; missing for none."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    has_more: bool
+    first_id: str | UnsetType = UNSET
+    last_id: str | UnsetType = UNSET
+    unavailable_workers: int | UnsetType = UNSET
+
+
+class OllamaModels(Shape):
+    """The models of all workers, as their engines describe them."""
+
+    models: list[dict[str, Any]]
+    unavailable_workers: int | UnsetType = UNSET
 
 
 class WorkerLoad(Shape):

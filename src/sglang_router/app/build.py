@@ -52,8 +52,8 @@ from sglang_router.relay.relay import Relay
 from sglang_router.relay.routes import Routes
 from sglang_router.relay.vanished import take_back
 from sglang_router.routing.decider import Decider
+from sglang_router.routing.endpoints import ENDPOINTS, Endpoint
 from sglang_router.routing.events import Listeners
-from sglang_router.routing.facts import ENDPOINTS, Endpoint
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.prefix_tree.informed import KVCaches
@@ -146,7 +146,7 @@ def build(
     serve = partial(ControlPlane, loop=loop, clock=clock, answers=answers, timeout=args.request_timeout_secs)
     plane = serve(seams.app or create_app(control), listener=listeners)
     scrape = serve(create_metrics_app(render), listener=Listeners(), timeout=_SCRAPED_WITHIN)
-    routes = front.routes_of(plane, relay, seams.endpoints)
+    routes = front.routes_of(args, plane, relay, seams.endpoints)
     ports = partial(Frontend, batch=connections.batch, answers=answers)
     app = App(
         args=args,

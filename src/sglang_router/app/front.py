@@ -18,6 +18,7 @@ from functools import partial
 
 from sglang_router.access.tls import TLSFiles
 from sglang_router.admin.exchange import ControlPlane
+from sglang_router.admin.routes import ROUTES
 from sglang_router.app import settings
 from sglang_router.config import RouterArgs
 from sglang_router.relay.addresses import Addresses, LookUp
@@ -25,16 +26,19 @@ from sglang_router.relay.answers import Answers
 from sglang_router.relay.batch import Batch
 from sglang_router.relay.body import no_handler
 from sglang_router.relay.budget import ByteBudget
+from sglang_router.relay.client import ClientConnection
 from sglang_router.relay.clients import Clients
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.relay.exchange import Exchange
 from sglang_router.relay.relay import Relay, RelayRules
 from sglang_router.relay.routes import Routes
 from sglang_router.relay.silences import KeepAlives
+from sglang_router.relay.unknown_paths import METHODS, UnknownPaths
 from sglang_router.resume.handler import handlers_of
-from sglang_router.routing.facts import Endpoint
+from sglang_router.routing.endpoints import ENDPOINTS, READS, UNKNOWN, UNKNOWN_READ, Endpoint
 from sglang_router.wire.cors import Cors
 from sglang_router.wire.headers import ForwardRules
+from sglang_router.wire.request import Request
 from sglang_router.wire.request_id import REQUEST_ID_HEADERS, RequestIds
 
 _MAX_IDLE = 512
@@ -95,10 +99,28 @@ def keepalives_of(args: RouterArgs, clients: Clients) -> KeepAlives | None:
     return KeepAlives(clients.exchanges, clients.clock, seconds) if seconds else None
 
 
-def routes_of(plane: ControlPlane, relay: Relay, endpoints: Mapping[bytes, Endpoint]) -> Routes:
-    """Make the routes of the main port: the relayed endpoints; everything else goes to the control plane."""
+def routes_of(
+    args: RouterArgs, plane: ControlPlane, relay: Relay, endpoints: Mapping[bytes, Endpoint] = ENDPOINTS
+) -> Routes:
+    """Make the routes of the main port: the relayed endpoints; everything else goes to the control plane.
+
+    A path that takes GET takes HEAD as well. With `--relay-unknown-paths` the control plane gets only its own paths,
+    and the questions of browsers (OPTIONS) as far as the router answers these.
+    """
     routes = Routes(plane.exchange)
     for endpoint in endpoints.values():
+        factory = partial(Exchange, relay, endpoint)
         for method in endpoint.methods:
-            routes.add(method, endpoint.path, partial(Exchange, relay, endpoint))
+            routes.add(method, endpoint.path, factory)
+        if b"GET" in endpoint.methods:
+            routes.add(b"HEAD", endpoint.path, factory)
+    if args.relay_unknown_paths:
+        own = [row.path.encode() for rows in ROUTES.values() for row in rows]
+        methods = METHODS if relay.answers.cors is None else METHODS - {b"OPTIONS"}
+        routes.add_unknown(UnknownPaths([*own, *endpoints], methods), partial(_unknown, relay))
     return routes
+
+
+def _unknown(relay: Relay, client: ClientConnection, request: Request) -> Exchange:
+    """Make the exchange of a request for an unknown path."""
+    return Exchange(relay, UNKNOWN_READ if request.method in READS else UNKNOWN, client, request)

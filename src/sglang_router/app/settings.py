@@ -17,7 +17,8 @@ from sglang_router.admin.context import AddRules
 from sglang_router.config import RouterArgs, keys
 from sglang_router.relay.rules import Timeouts
 from sglang_router.resume.continuation import ResumeRules
-from sglang_router.routing.facts import ENDPOINTS, MOST_TEXT
+from sglang_router.routing.endpoints import ENDPOINTS
+from sglang_router.routing.facts import MOST_TEXT
 from sglang_router.routing.prefix_tree.informed import KVCaches
 from sglang_router.routing.rules import (
     BreakerRules,

@@ -464,6 +464,13 @@ class HTTPOptions:
         " engine.",
         REQUESTS,
     )
+    relay_unknown_paths: bool = option(
+        False,
+        "Relay requests for paths that the router does not know, with any method, to a worker that the policy chooses:"
+        " unread, so that no model, prompt or reserved field is looked for. Clients then reach every path of the"
+        " engines but those that the router has itself, also paths that change an engine.",
+        REQUESTS,
+    )
     request_id_headers: list[str] | None = option(
         None,
         "Request headers to read the request id from; the first one that is present counts.",

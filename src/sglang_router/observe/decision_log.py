@@ -11,7 +11,7 @@ that it does not know, here and below. Each further line that has `t` is a reque
 requests ended. A line with `missing` stands for so many that could not be written.
 
     t           when the request was complete, seconds since 1970
-    id          of the request; model: as it names it; endpoint: a name of `routing.facts.ENDPOINTS`
+    id          of the request; model: as it names it; endpoint: a name of `routing.endpoints.ENDPOINTS`
     session     a keyed hash of the whole of what the client calls its session; "" without one
     bytes       of the routing text; of the body of a request without any, and where no worker was asked
     chain       a keyed hash for each whole block of `block` bytes of the routing text. It covers all of the text from

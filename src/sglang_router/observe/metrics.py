@@ -24,8 +24,8 @@ from sglang_router.observe.catalogue import METRICS
 from sglang_router.observe.counts import MetricCounts, RememberedPrefixes
 from sglang_router.observe.live_sources import LiveSources
 from sglang_router.observe.tallies import OTHER, Labels, Series, SeriesKind
+from sglang_router.routing.endpoints import ENDPOINTS, UNKNOWN
 from sglang_router.routing.events import Answered, Finished, Listener, Retried, WorkerChanged
-from sglang_router.routing.facts import ENDPOINTS
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.worker import Worker
 
@@ -38,6 +38,8 @@ DURATION_BUCKETS: Final = (
 _PROCESS: Final[dict[bool, Callable[[CollectorRegistry], bytes]]] = {False: generate_latest, True: generate_openmetrics}
 """Writes what is told of the process, by whether in OpenMetrics."""
 _MOST_KINDS: Final = 20_000
+_UNKNOWN: Final = UNKNOWN.path.decode()
+"""The label of all paths that `--relay-unknown-paths` relays; those that nobody has are "other"."""
 _SERVED: Final = Outcome.SERVED  # a global is quicker than a member of an enumeration
 _GONE: Final = Outcome.GONE
 
@@ -147,12 +149,13 @@ class Metrics(Listener):
 
     def _other_series(self, kind: SeriesKind, endpoint: str) -> Series:
         """Return the series of a kind that is new, or whose labels are folded."""
-        return self.counts.series_of(self._bounded(kind), endpoint)
+        return self.counts.series_of(self._bounded(kind, endpoint), endpoint)
 
-    def _bounded(self, kind: SeriesKind) -> SeriesKind:
+    def _bounded(self, kind: SeriesKind, endpoint: str) -> SeriesKind:
         """Return the kind with labels that clients cannot multiply; that of its model is one already."""
         method, path, model, streaming, status, code = kind
-        method, path = self._labels.method(method), self._labels.path(path)
+        method = self._labels.method(method)
+        path = _UNKNOWN if endpoint == UNKNOWN.name else self._labels.path(path)
         bounded = (method, path, model, streaming, status, code)
         if bounded not in self.counts.series and len(self.counts.series) >= _MOST_KINDS:
             return (method, path, OTHER, streaming, status, code)

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from sglang_router.processes.messages import Answer, Ask, Ended, Known, OpenLeg, Unasked
+from sglang_router.routing.endpoints import ENDPOINTS, UNKNOWN, UNKNOWN_READ, Endpoint
 from sglang_router.routing.events import Answered, Finished
-from sglang_router.routing.facts import ENDPOINTS, Endpoint, Facts
+from sglang_router.routing.facts import Facts
 from sglang_router.routing.imprint import Imprint
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg, RequestTag, Route, Target
 from sglang_router.routing.usage import Usage
 
-ROWS: Final[Sequence[Endpoint]] = tuple(ENDPOINTS.values())
+ROWS: Final[Sequence[Endpoint]] = (*ENDPOINTS.values(), UNKNOWN, UNKNOWN_READ)
 PLACES: Final = {id(endpoint): place for place, endpoint in enumerate(ROWS)}
 """The place of each endpoint in ROWS."""
 OUTCOMES: Final = tuple(Outcome)

@@ -40,7 +40,6 @@ from sglang_router.relay.addresses import system_look_up
 from sglang_router.relay.frontend import Frontend
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.vanished import take_back
-from sglang_router.routing.facts import ENDPOINTS
 
 log = logging.getLogger("sglang_router.processes")
 
@@ -93,7 +92,7 @@ class RelayProcess:
         self._control = ControlProxy()
         timeout = args.request_timeout_secs
         plane = ControlPlane(self._control, loop, clock, answers, listener=reporter, timeout=timeout)
-        routes = front.routes_of(plane, relay, ENDPOINTS)
+        routes = front.routes_of(args, plane, relay)
         self._frontend = Frontend(
             routes,
             self._clients,

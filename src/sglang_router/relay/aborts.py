@@ -39,10 +39,10 @@ log: Final = logging.getLogger("sglang_router.relay")
 class Abort:
     """One abort: the sink of its answer, which is dropped."""
 
-    __slots__ = ("_aborts", "_body", "_connection", "_head", "_timer", "decoding", "target")
+    __slots__ = ("_aborts", "_body", "_connection", "_head", "_timer", "bodyless", "decoding", "target")
 
     def __init__(self, aborts: Aborts, target: Target, head: bytes, body: bytes) -> None:
-        self.decoding = False
+        self.bodyless = self.decoding = False
         self.target = target
         self._aborts = aborts
         self._head = head

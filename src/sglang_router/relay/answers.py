@@ -229,7 +229,7 @@ class Answers:
         field = connection = b""
         chunked = False
         if isinstance(framing, Sized):
-            if not head.plain and head.status != 204:
+            if not head.plain and head.status != 204 and (head.content_length is not None or request.method != b"HEAD"):
                 field = b"content-length: %d\r\n" % (head.content_length or 0)
         else:
             chunked = not (isinstance(framing, UntilClose) or request.http10)

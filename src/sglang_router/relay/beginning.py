@@ -2,11 +2,13 @@
 
     answer                  begins with                       until then
     a stream of events      its first whole event             nothing goes to the client; a break is retried elsewhere
+    lines of JSON           its first whole line              the same (Ollama's streams)
     any other answer        the first byte of its body        the same
 
 Comments and pings are no event: they are held too, and sent with the first event. A first event that is an error with
 a status makes the answer one with that status: 429 and 5xx are retried, and what is not retried reaches the client
-with that status, and the event's data as JSON. An error without a known status is passed on as it came.
+with that status, and the event's data as JSON. An error without a known status is passed on as it came. A first line
+that is an error has no status, and stands for 500.
 
 What has visibly begun, which is the usual case, is never held (`begins`). A beginning of more than MOST_HELD bytes is
 passed on.
@@ -14,7 +16,8 @@ passed on.
 
 from __future__ import annotations
 
-from typing import Protocol
+import re
+from typing import Final, Protocol
 
 from sglang_router.relay.whole_events import USUAL_ENDS
 from sglang_router.routing.outcome import Outcome
@@ -22,6 +25,10 @@ from sglang_router.wire.error_events import FirstEvent, first_event
 from sglang_router.wire.framing import Chunked, Framing, Sized, UntilClose
 from sglang_router.wire.response import ResponseHead, json_head
 from sglang_router.wire.sse import MOST_HELD, EventSplitter
+
+_LONGEST_LINE: Final = 1 << 16
+"""Bytes of a first line from which on it is passed on although it may go on: an error is shorter."""
+_ERROR: Final = re.compile(rb'\{\s*"error"\s*:')
 
 
 class HeldLeg(Protocol):
@@ -53,11 +60,13 @@ def begins(head: ResponseHead, framing: Framing, data: bytes, done: bool) -> boo
 class Beginning:
     """The beginning of one leg's answer, while it is held. It is the sink of the leg's body."""
 
-    __slots__ = ("_coding", "_events", "_head", "_held", "_size", "_splitter")
+    __slots__ = ("_coding", "_events", "_head", "_held", "_line", "_lines", "_size", "_splitter")
 
     def __init__(self, head: ResponseHead, framing: Framing, decoding: bool) -> None:
         self._head = head
         self._events = head.events
+        self._lines = head.lines
+        self._line = b""  # the beginning of a first line
         self._coding = Chunked() if isinstance(framing, Chunked) and not decoding else None
         self._splitter = EventSplitter()
         self._held: list[bytes] = []  # as it came
@@ -91,12 +100,21 @@ class Beginning:
 
         ended  the worker ended the answer: it need not end its last event
         """
+        if self._lines:
+            return self._first_line(content, ended)
         if not self._events:
             return FirstEvent() if content else None
         whole = self._splitter.feed(content)
         if ended and self._splitter.holds:
             whole += self._splitter.take() + b"\n\n"
         return first_event(whole) if whole else None
+
+    def _first_line(self, content: bytes, ended: bool) -> FirstEvent | None:
+        """Return the first line of a stream of JSON lines, once it is there."""
+        self._line = line = (self._line + content).lstrip()
+        if not line or not (b"\n" in line or ended or len(line) > _LONGEST_LINE):
+            return None
+        return FirstEvent(500, line.partition(b"\n")[0]) if _ERROR.match(line) else FirstEvent()
 
     def _fail(self, leg: HeldLeg, first: FirstEvent, done: bool) -> None:
         """Make the answer one with the status of its first event."""

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from sglang_router.relay.injected import UsageHider
-from sglang_router.routing.facts import Endpoint, Facts
+from sglang_router.routing.endpoints import Endpoint
+from sglang_router.routing.facts import Facts
 from sglang_router.wire.framing import Framing
 from sglang_router.wire.gathering import Body
 from sglang_router.wire.response import ResponseHead

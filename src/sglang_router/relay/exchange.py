@@ -11,17 +11,18 @@
     ANSWERING   the client has the head                      PROGRESS, REQUEST      the answer breaks
     DONE        ended; later events are ignored              none
 
-An answer begins with the first byte of its body, a stream of events with its first event: see `relay.beginning`.
-Which state may follow which is a table in `relay.moves`.
-Every exchange ends in `_end`, exactly once: the leases are closed and one Finished event is emitted. Once the client
-has the head of an answer nothing is retried, unless a body handler can continue the answer. If the worker breaks then,
-the client gets an error event (when the answer is a stream of events) and a connection without a clean end.
+An answer begins with the first byte of its body, a stream of events with its first event (`relay.beginning`). Which
+state may follow which is a table in `relay.moves`. Every exchange ends in `_end`, exactly once: the leases are closed
+and one Finished event is emitted. Once the client has the head of an answer nothing is retried, unless a body handler
+can continue it. If the worker breaks then, the client gets an error event (when the answer is a stream of events) and a
+connection without a clean end.
 """
 
 from __future__ import annotations
 
 from sglang_router.errors import InternalError, RouterError, StreamBroken
 from sglang_router.relay import failover, showing, timing
+from sglang_router.relay.answered_ids import answered_id
 from sglang_router.relay.client import ClientConnection
 from sglang_router.relay.deadlines import DUE_REQUEST, NEVER, Deadline, Due
 from sglang_router.relay.early import Early
@@ -33,16 +34,15 @@ from sglang_router.relay.pair import Pair, follow_pair
 from sglang_router.relay.pending import Pending, error_of
 from sglang_router.relay.reading import read_and_ask
 from sglang_router.relay.relay import Relay
-from sglang_router.relay.response_ids import response_id
 from sglang_router.relay.states import ANSWERING, DONE, NEW, QUEUED, ROUTED, ExchangeState
 from sglang_router.routing.decider import Delivered
+from sglang_router.routing.endpoints import Endpoint
 from sglang_router.routing.events import Answered, Finished, FirstByte
-from sglang_router.routing.facts import LARGE, Endpoint, Facts
+from sglang_router.routing.facts import LARGE, Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
 from sglang_router.wire.request import Request
 from sglang_router.wire.response import ResponseHead
-from sglang_router.wire.sse import error_event, last_event
 
 
 class Exchange:
@@ -216,7 +216,7 @@ class Exchange:
             self.refuse(answer or InternalError())
 
     def follow(self, plan: Plan, fresh: bool = False) -> None:
-        """Send the legs of a plan. fresh: those of a retry go on new connections."""
+        """Send the legs of a plan. fresh: on new connections, as what must not be sent twice always is."""
         relay, planned = self.relay, plan.legs
         self._plan = plan
         if self.state is not ANSWERING:
@@ -224,11 +224,11 @@ class Exchange:
         self.deadline = (DUE_REQUEST, self.tag.start + relay.timeouts.request)
         decoding = self.request.http10 or (self.handled is not None and self.handled.handler.decoding)
         last = Leg(self, planned[-1], relay.batch, self.client.transport, decoding)
-        if len(planned) == 1 and not plan.retries:
+        if len(planned) == 1 and not (plan.retries or self._endpoint.once):
             self.legs = (last,)
             relay.batch.leg(last)
         else:
-            follow_pair(self, plan, last, fresh)
+            follow_pair(self, plan, last, fresh or self._endpoint.once)
 
     def sending(self, leg: Leg) -> None:
         """Set the deadline for the first byte of a stream whose leg is sent now."""
@@ -265,8 +265,8 @@ class Exchange:
         self.status = self.status or head.status
         now = self._begin(leg)
         self.first_byte = now - tag.start
-        if self._endpoint.links and (response := response_id(data)):
-            relay.decider.holds(leg.planned, response)
+        if self._endpoint.keeps and (kept := answered_id(self._endpoint.name, data)):
+            relay.decider.holds(leg.planned, kept)
         if relay.listener.hears_first_byte:
             relay.listener.first_byte(FirstByte(tag, leg.planned, self.first_byte))
         if not done:
@@ -323,8 +323,7 @@ class Exchange:
 
     def finish(self, outcome: Outcome) -> None:
         """End the exchange: the whole answer is written."""
-        now = self.relay.clock()
-        self._end(outcome, now)
+        self._end(outcome, now := self.relay.clock())
         self.client.done(self.keep_alive, now)
 
     def failed(self, outcome: Outcome, error: RouterError) -> None:
@@ -339,7 +338,7 @@ class Exchange:
         self.fail(outcome, error)
 
     def fail(self, outcome: Outcome, error: RouterError, event: bytes = b"") -> None:
-        """End with an error: as the answer if the client has no head yet, else as a break, with an error event.
+        """End with an error: as the answer if the client has no head yet, else as a break, with an error event or line.
 
         event  the error event; b"": the router's own for the error
         """
@@ -347,8 +346,7 @@ class Exchange:
         if answer is None or answer.framing is None:
             self.refuse(error, outcome)
             return
-        event = event or error_event(self.request.path, error) if answer.events else b""
-        if event and (last := last_event(event, answer.framing, answer.chunked)) is not None:
+        if last := showing.last_words(answer, self._endpoint, self.request.path, error, event):
             self.say(last)
         self._end(outcome, self.relay.clock(), error.code)
         self.client.abort()

@@ -257,6 +257,11 @@ class Leg:
 
     # -- called by the connection (Sink) -------------------------------------------------------------------------------
 
+    @property
+    def bodyless(self) -> bool:
+        """Whether the answer has no body, whatever its head says."""
+        return self._exchange.request.method == b"HEAD"
+
     def connected(self, connection: Carrier) -> None:
         """Take the connection that was opened for the leg."""
         self.connection = connection

@@ -13,17 +13,25 @@ The session of a request is looked for only if an option asks for it: `Relay.hin
 
 from __future__ import annotations
 
-from typing import Protocol
+import re
+from typing import Final, Protocol
+from urllib.parse import unquote_plus, unquote_to_bytes
 
-from sglang_router.errors import ReservedField, RouterError
+from sglang_router.errors import NotFound, ReservedField, RouterError
 from sglang_router.relay.handled import Continuable, Handled
 from sglang_router.relay.injected import UsageHider, wanted
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import NEW, ExchangeState
-from sglang_router.routing.facts import LARGE, QUICK, TINY, Endpoint, Facts, Skimming, read_quickly, read_slowly
+from sglang_router.routing.endpoints import ID_SEGMENT, Endpoint
+from sglang_router.routing.facts import LARGE, QUICK, TINY, Facts, Skimming, read_quickly, read_slowly
 from sglang_router.routing.keys import bounded
+from sglang_router.routing.model_names import is_name, text_of
 from sglang_router.routing.plan import Plan, RequestTag, Wait
 from sglang_router.routing.session_hints import Hinted
+from sglang_router.wire.request import Request
+
+_UPWARDS: Final = re.compile(rb"[/\\]\.\.?(?:[/\\]|\Z)")
+_MODEL: Final = re.compile(rb"[?&]model=([^&]{1,1024})(?:&|$)")
 
 
 class Unrouted(Continuable, Protocol):
@@ -116,8 +124,8 @@ def _ask(exchange: Unrouted, facts: Facts, now: float, hinted: Hinted | None) ->
     """
     relay, tag = exchange.relay, exchange.tag
     exchange.facts = facts
-    if facts.endpoint.about:
-        facts.follows = bounded(exchange.request.path.split(b"/")[3])
+    if facts.endpoint.anywhere:
+        _find_place(facts, exchange.request)
     if facts.reserved and not relay.forward.trusted:
         raise ReservedField(facts.reserved)
     if facts.model:
@@ -136,3 +144,18 @@ def _ask(exchange: Unrouted, facts: Facts, now: float, hinted: Hinted | None) ->
         exchange.follow(answer)
     else:
         exchange.queue(answer)
+
+
+def _find_place(facts: Facts, request: Request) -> None:
+    """Read what says which worker may answer, besides the body: the id in the path, else the model in the query.
+
+    Raises: NotFound for a path that leads upwards: a proxy in front of an engine could follow it to other paths.
+    """
+    if _UPWARDS.search(unquote_to_bytes(request.path)):
+        raise NotFound
+    if facts.endpoint.about:
+        facts.follows = bounded(request.path.split(b"/")[ID_SEGMENT])
+    elif not facts.model and (found := _MODEL.search(request.target, len(request.path))) is not None:
+        name = unquote_plus(found[1].decode("latin-1"))
+        if is_name(name):
+            facts.model = text_of(name)

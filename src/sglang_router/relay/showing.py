@@ -2,12 +2,14 @@
 
 show         an answer has begun
 open_early   none has, but something must be sent (`--sse-keepalive-secs`): see `relay.early`
+last_words   it broke: the event, or the line, that says so
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
+from sglang_router.errors import RouterError
 from sglang_router.relay.client import ClientConnection
 from sglang_router.relay.early import Early, continues, early_head
 from sglang_router.relay.handled import Handled
@@ -15,10 +17,15 @@ from sglang_router.relay.injected import UsageHider
 from sglang_router.relay.leg import Leg
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.whole_events import hide, hides
+from sglang_router.routing.endpoints import Endpoint
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg, RequestTag
+from sglang_router.wire.framing import Chunked, chunk
 from sglang_router.wire.request import Request
 from sglang_router.wire.response import ResponseHead
+from sglang_router.wire.sse import error_event, last_event
+
+_LINE_END: Final = b"}\n"
 
 
 class Showing(Protocol):
@@ -93,3 +100,21 @@ def open_early(exchange: Showing) -> Early:
     exchange.status, exchange.early = head.status, Early(chunked)
     exchange.say(bytes_out)
     return exchange.early
+
+
+def last_words(answer: Leg | Early, endpoint: Endpoint, path: bytes, error: RouterError, event: bytes) -> bytes | None:
+    """Return what tells the client that its answer broke; nothing where that cannot be told.
+
+    answer  what the client was sent of it
+    event   the error event; b"": the router's own for the error
+    """
+    framing = answer.framing
+    if answer.events and framing is not None:
+        return last_event(event or error_event(path, error), framing, answer.chunked)
+    if not endpoint.lines or not isinstance(answer, Leg):
+        return None
+    line = error.body(path) + b"\n"
+    if not answer.chunked:
+        return line if isinstance(framing, Chunked) and answer.last.endswith(_LINE_END) else None
+    whole = isinstance(framing, Chunked) and framing.gap == 0 and answer.last.endswith(_LINE_END + b"\r\n")
+    return chunk(line) if whole else None

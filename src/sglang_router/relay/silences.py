@@ -4,7 +4,8 @@
             these are sent one event that says nothing: a comment, on /v1/messages a ping
 
 It stands between two events and between two chunks. Before an answer has begun, the head goes first: see `relay.early`.
-A stream with a Content-Length cannot take it, nor one in which the client was sent a part of an event.
+A stream with a Content-Length cannot take it, nor one in which the client was sent a part of an event, nor one that is
+no stream of events (lines of JSON, sound).
 """
 
 from __future__ import annotations
@@ -59,8 +60,13 @@ def silence(exchange: Exchange) -> int | None:
     if not exchange.tag.streaming or exchange.stalled:
         return None
     if shown is None:
-        return 0 if exchange.state is ROUTED else None
+        return 0 if exchange.state is ROUTED and _will_be_events(exchange) else None
     return shown.sent if exchange.state is ANSWERING and shown.events and not _torn(exchange, shown) else None
+
+
+def _will_be_events(exchange: Exchange) -> bool:
+    """Return whether a stream that has not begun will be one of events: not lines of JSON, nor sound."""
+    return exchange.facts is not None and exchange.facts.endpoint.events
 
 
 def _torn(exchange: Exchange, shown: Leg) -> bool:

@@ -6,18 +6,15 @@
                                                                         sink.broken(...)     in place of the rest
 
 A large body is written slice by slice, each when the socket has taken the one before. The answer may begin meanwhile.
-If it ends before the body is sent, the rest is not sent and the connection closes.
-
-A sink receives the answer: a leg passes the bytes on to the client, `workers.fetch` collects them for the control plane
-and the health checks. Nothing is awaited and no object is created per read.
+If it ends before the body is sent, the rest is not sent and the connection closes. A sink receives the answer: a leg,
+or `workers.fetch`. Nothing is awaited and no object is created per read.
 
 After a complete, well-framed answer to a completely sent request, with no byte after it, the connection is released to
 the pool (`relay.connection_pool`). A kept connection that closes just after a request, and before the first byte of an
-answer, was stale: engines close idle connections after 5 s, or close after a streamed answer without saying so; some
-send a 408 first. The sink hears STALE and sends the request again on a new connection. One that closes later broke.
+answer, was stale: engines close idle connections after 5 s, or after a stream without a word; some send a 408 first.
+The sink hears STALE and sends the request again on a new connection. One that closes later broke.
 
-The classes here have the methods that uvloop calls, but not the base class `asyncio.Protocol`: a compiled class cannot
-have a base class that is not compiled.
+The classes have the methods that uvloop calls, but not the base class `asyncio.Protocol`, which is not compiled.
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ from sglang_router.relay.full_read import FULL
 from sglang_router.relay.outgoing import SLICE, Outgoing
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Target
-from sglang_router.wire.framing import Framing
+from sglang_router.wire.framing import Framing, Sized
 from sglang_router.wire.gathering import Body
 from sglang_router.wire.response import ResponseHead, framing_of, parse_head
 from sglang_router.wire.splice import Spliced
@@ -51,9 +48,12 @@ _MAX_INTERIM: Final = 8
 
 
 class Sink(Protocol):
-    """Receives an answer. decoding: it takes the content without the chunked coding."""
+    """Receives an answer. decoding: it takes the content without the chunked coding; bodyless: it answers HEAD."""
 
     decoding: bool
+
+    @property
+    def bodyless(self) -> bool: ...
 
     def connected(self, connection: UpstreamConnection) -> None:
         """Take the new connection that was opened for this request, and is about to send it."""
@@ -284,7 +284,7 @@ class UpstreamConnection:
         if head.status == 408 and self._stale() and not head.keep_alive and not self._interim:
             self._fail(Outcome.STALE, "A kept connection was closed by the worker, with status 408.")
             return
-        framing = framing_of(head)
+        framing = Sized(0) if sink.bodyless else framing_of(head)
         rest = data[head.end :]
         if sink.decoding:
             payload: list[bytes] = []

@@ -30,8 +30,9 @@ from sglang_router.replay.setup import Setup
 from sglang_router.replay.timeline import Timeline
 from sglang_router.replay.workers import SimulatedWorkers
 from sglang_router.routing.decider import Delivered
+from sglang_router.routing.endpoints import ENDPOINTS
 from sglang_router.routing.events import Listeners
-from sglang_router.routing.facts import ENDPOINTS, Facts
+from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Route, Wait
 from sglang_router.routing.policies.base import Policy

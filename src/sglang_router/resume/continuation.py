@@ -20,7 +20,7 @@ import msgspec
 from sglang_router.resume.chunks import ChatChunks, Chunks
 from sglang_router.resume.cumulative import Snapshots
 from sglang_router.resume.generation import ABSENT, Fields, Generation, encode, fields_of
-from sglang_router.routing.facts import Endpoint
+from sglang_router.routing.endpoints import Endpoint
 from sglang_router.routing.trail import MOST_BREAKS
 from sglang_router.wire.gathering import Body
 

@@ -19,7 +19,8 @@ from sglang_router.relay.body import BodyHandler, Broken, Complete, Handlers, Ne
 from sglang_router.relay.injected import UsageHider
 from sglang_router.resume.continuation import GENERATIONS, ResumeRules, go_on, refusal
 from sglang_router.resume.generation import DONE
-from sglang_router.routing.facts import LARGE, Endpoint, Facts, read
+from sglang_router.routing.endpoints import Endpoint
+from sglang_router.routing.facts import LARGE, Facts, read
 from sglang_router.wire.framing import LAST_CHUNK, Chunked, Framing, Sized, UntilClose, chunk
 from sglang_router.wire.gathering import Body
 from sglang_router.wire.response import ResponseHead

@@ -1,10 +1,13 @@
 """Where a request goes that a worker has failed, and after which pause.
 
     a failure       a worker that has not failed the request; else one that has, after a pause that grows
-    a 404 for a stored response that nobody knows: the next worker, until all were asked (`routing.kept_responses`)
+    a 404 for what nobody knows who keeps it: the next worker, until all were asked (`routing.kept_ids`)
 
-A request about a stored response, or that continues one, goes nowhere else than to the worker that keeps it, if that is
+A request about something that a worker keeps, or that continues it, goes nowhere else than to that worker, if it is
 known and has not broken down. While nobody knows it, those that were asked do not count as retries here.
+
+What creates or changes something (`Endpoint.once`) is sent again only if the worker before has not taken it: nobody
+wants a second batch, or a second copy of a file.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from sglang_router.routing.trail import Trail
 from sglang_router.routing.worker import Worker
 
 _NOBODY: Final = candidates_of(())
+_NOT_TAKEN: Final = frozenset((Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.UNCONNECTED, Outcome.BUSY))
+"""After these a worker has not begun with the request."""
 
 
 class NextTry(NamedTuple):
@@ -54,7 +59,7 @@ class Again:
     ) -> NextTry | None:
         """Return where a request goes that a worker has failed; None when no worker is left, or no budget."""
         rules, tries, assignment = self._rules, trail.tries, self._assignment
-        if trail.retries - trail.strangers >= rules.total:
+        if trail.retries - trail.strangers >= rules.total or (facts.endpoint.once and outcome not in _NOT_TAKEN):
             return None
         elsewhere = outcome is Outcome.BUSY or outcome is Outcome.VANISHED
         once = elsewhere or outcome in BREAKS
@@ -75,7 +80,7 @@ class Again:
         return NextTry(serving, again, trail.pause(rules, self._rng))
 
     def not_found(self, trail: Trail, worker: Worker, facts: Facts, now: float) -> NextTry | None:
-        """Return who is asked next for a stored response that a worker does not have; None when all were asked."""
+        """Return who is asked next for what a worker does not keep; None when all were asked."""
         trail.tries[worker] = self._rules.per_worker
         found = self._assignment.next_to_ask(facts, trail.tries, now)
         if found is None:

@@ -6,11 +6,11 @@
                                       worker that keeps what is continued
     rejoins, follow                   the same for queued requests, when their sessions end or begin
     awaited(serving, facts, now)      what it can wait for while there are none: ROOM, START or SESSION; else an error
-    next_to_ask(facts, asked, now)    of a stored response that nobody knows: the workers that were not asked yet
+    next_to_ask(facts, asked, now)    of what nobody knows who keeps it: the workers that were not asked yet
 
-A request about a stored response goes to the worker that keeps it whatever its state: no other one has it. A request
-that continues one goes there as long as the worker takes requests, and waits for room there: any other one would answer
-that there is no such response.
+A request about something that a worker keeps (a response, a file) goes to that worker whatever its state: no other one
+has it. A request that continues or uses it goes there as long as the worker takes requests, and waits for room there:
+any other one would answer that there is no such thing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Final, Protocol, TypeVar
 from sglang_router.errors import RouterError, WorkersFull, WorkersStarting
 from sglang_router.routing.candidates import Candidates, candidates_of
 from sglang_router.routing.facts import Facts
-from sglang_router.routing.kept_responses import KeptResponses
+from sglang_router.routing.kept_ids import KeptIds
 from sglang_router.routing.models import Serving
 from sglang_router.routing.pools import Pools
 from sglang_router.routing.queue import ROOM, SESSION, START, Queue, Queued
@@ -46,7 +46,7 @@ W = TypeVar("W", bound=QueuedItem)
 class Assignment:
     """See the module.
 
-    kept      who keeps stored responses and conversations
+    kept      who keeps responses, conversations, files and batches
     sessions  where the sessions of requests are at home
     """
 
@@ -54,25 +54,30 @@ class Assignment:
 
     def __init__(self, pools: Pools) -> None:
         self._pools = pools
-        self.kept = KeptResponses()
+        self.kept = KeptIds()
         self.sessions = Sessions()
 
     def __repr__(self) -> str:
         return f"<Assignment of {self._pools!r}, {self.kept!r}>"
 
     def holder(self, facts: Facts) -> Worker | None:
-        """Return the worker that keeps what a request continues or is about; None: nobody is known."""
+        """Return the worker that keeps what a request continues, uses or is about; None: nobody is known."""
         return self.kept.holder(facts.follows) if facts.follows else None
 
     def serving(self, facts: Facts) -> Serving:
         """Return who serves a request; something without workers, if nobody does."""
-        if not facts.endpoint.about:
+        if not self._anywhere(facts):
             return self._pools.only or self._pools.find(facts.model)
         holder = self.holder(facts)
         if holder is not None:
             return self._pools.of(holder)
         with_workers = [pool for pool in self._pools if pool.well()]  # whatever its model, any of them may keep it
         return with_workers[0] if with_workers else next(iter(self._pools))
+
+    def _anywhere(self, facts: Facts) -> bool:
+        """Return whether any worker may answer a request, whatever model it serves."""
+        endpoint = facts.endpoint
+        return endpoint.anywhere and (endpoint.about or not facts.model)
 
     def candidates(self, serving: Serving, facts: Facts, now: float) -> Candidates:
         """Return the workers that may take a request now."""
@@ -120,10 +125,10 @@ class Assignment:
         return moved
 
     def next_to_ask(self, facts: Facts, asked: Container[Worker], now: float) -> tuple[Serving, Candidates] | None:
-        """Return the workers to ask next for a response, after those that do not have it; None: there are none."""
+        """Return the workers to ask next for what is kept, after those that do not have it; None: there are none."""
         if self.holder(facts) is not None:
             return None
-        for pool in self._pools if facts.endpoint.about else [self.serving(facts)]:
+        for pool in self._pools if self._anywhere(facts) else [self.serving(facts)]:
             able = pool.able(now)
             left = able.those(able.set_of([worker for worker in able if worker not in asked]))
             if left:

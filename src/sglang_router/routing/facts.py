@@ -1,6 +1,6 @@
 """Read what routing needs of a request, once.
 
-`ENDPOINTS` is the table of the relayed paths: for each, the fields of the body that make up its routing text, in the
+The table of the relayed paths (`routing.endpoints`) names the fields of the body that make up the routing text, in the
 order in which the engine's template puts them before the model. The raw bytes of these fields are the routing text:
 exact in order, roles and images, not decoded, fast to compare. Model, adapter and cache salt are not part of the text
 but form the *namespace*: prefixes are never matched across namespaces, and each has its own tree.
@@ -26,11 +26,11 @@ import msgspec
 
 from sglang_router.errors import InvalidJSON
 from sglang_router.routing.body_reader import BodyReader, held, plain
+from sglang_router.routing.endpoints import Endpoint
 from sglang_router.routing.imprint import Imprint
 from sglang_router.routing.keys import LONGEST, bounded
 from sglang_router.routing.model_names import LONGEST_TEXT, spelled
 from sglang_router.routing.multipart import model_of
-from sglang_router.routing.plan import Route
 from sglang_router.routing.reserved import HOLDERS, LONGEST_HELD, RESERVED, first_reserved
 from sglang_router.routing.session_hints import BodyHints
 from sglang_router.routing.skim import Content, Skim
@@ -44,92 +44,9 @@ TINY: Final = 1 << 12
 """Bytes of a body up to which it is read at once whatever is in it: 2 ms at most."""
 MOST_TEXT: Final = 1 << 20
 """Bytes of the routing text that count: more of it takes the tree more than 2 ms."""
-_NO_TEXT: Final = b"req-"
-"""Prefix of the ids of requests that generate no text."""
-_LINKS: Final = ("previous_response_id", "conversation")
-"""What a response may continue; the first one that is given counts."""
-_STORED: Final = b"/v1/responses/"
-"""How the paths about stored responses begin."""
 _CLOSERS: Final = b']"'
 _TRUE: Final = msgspec.Raw(b"true")
 
-
-class Endpoint:
-    """One relayed path.
-
-    path     path, with {name} for a variable segment
-    name     short name, the `endpoint` label of metrics
-    text     fields of the routing text, in template order; empty where the KV cache is not used
-    json     False for bodies of which the router reads only the model of a form
-    id       prefix of generated request ids
-    methods  methods that are relayed
-    links    fields that name a stored response or conversation which the request continues
-    about    its requests are about a stored response, the id of which is the third segment of their path
-    route    the Route of all its requests, where method and path are fixed; else None
-    """
-
-    __slots__ = ("about", "id", "links", "methods", "name", "path", "reader", "route", "text")
-
-    def __init__(
-        self,
-        path: bytes,
-        name: str,
-        text: tuple[str, ...] = (),
-        json: bool = True,
-        id: bytes = _NO_TEXT,
-        methods: tuple[bytes, ...] = (b"POST",),
-        links: tuple[str, ...] = (),
-    ) -> None:
-        self.path = path
-        self.name = name
-        self.text = text
-        self.links = links
-        self.about = path.startswith(_STORED)
-        self.reader = BodyReader(name, text, links) if json else None
-        self.id = id
-        self.methods = methods
-        one = len(methods) == 1 and b"{" not in path
-        self.route = Route(methods[0].decode(), path.decode(), name) if one else None
-
-    def __repr__(self) -> str:
-        return f"<Endpoint {self.path.decode()}>"
-
-    def route_of(self, method: bytes, path: bytes) -> Route:
-        """Return the Route of a request with this method and path."""
-        return Route(method.decode("latin-1"), path.decode("latin-1"), self.name)
-
-    @property
-    def generates(self) -> bool:
-        """Whether its answers are generated text, so that prompts stay in a cache, and requests form sessions."""
-        return self.id != _NO_TEXT
-
-    @property
-    def json(self) -> bool:
-        """Whether the router reads the body."""
-        return self.reader is not None
-
-
-_ROWS: Final = (
-    Endpoint(b"/generate", "generate", ("text", "input_ids", "image_data"), id=b"gnt-"),
-    Endpoint(b"/v1/chat/completions", "chat", ("tools", "messages"), id=b"chatcmpl-"),
-    Endpoint(b"/v1/completions", "completions", ("prompt",), id=b"cmpl-"),
-    Endpoint(b"/v1/responses", "responses", ("tools", "instructions", "input"), id=b"resp-", links=_LINKS),
-    Endpoint(b"/v1/responses/{id}", "response", json=False, methods=(b"GET", b"DELETE")),
-    Endpoint(b"/v1/responses/{id}/cancel", "response_cancel", json=False),
-    Endpoint(b"/v1/responses/{id}/input_items", "response_items", json=False, methods=(b"GET",)),
-    Endpoint(b"/v1/messages", "messages", ("tools", "system", "messages"), id=b"msg-"),
-    Endpoint(b"/v1/embeddings", "embeddings", ("input",)),
-    Endpoint(b"/v1/classify", "classify", ("text", "input")),
-    Endpoint(b"/v1/score", "score", ("query", "text_1", "items", "text_2")),
-    Endpoint(b"/v1/rerank", "rerank", ("query", "documents")),
-    Endpoint(b"/rerank", "rerank", ("query", "documents")),
-    Endpoint(b"/v1/tokenize", "tokenize"),
-    Endpoint(b"/v1/detokenize", "detokenize"),
-    Endpoint(b"/v1/audio/transcriptions", "transcriptions", json=False),
-)
-
-ENDPOINTS: Final[dict[bytes, Endpoint]] = {row.path: row for row in _ROWS}
-"""The relayed endpoints, by path."""
 
 _NOTHING: Final = frozenset((b"", b"null", b"[]", b'""'))
 """Values that mean the same as a missing field: some clients send every field they know."""
@@ -138,7 +55,7 @@ _NOTHING: Final = frozenset((b"", b"null", b"[]", b'""'))
 class Facts:
     """A request as routing sees it.
 
-    endpoint     the row of ENDPOINTS
+    endpoint     the row of `routing.endpoints`
     namespace    model, adapter and salt, hashed when long; b"" when the request names none
     text         the routing text
     scaffold     length of its scaffold in bytes, which does not count as matched
@@ -151,7 +68,7 @@ class Facts:
     reserved     name of a field that only a router may set (`routing.reserved`) and that the body has, or ""
     session      the session that the request belongs to, at most 64 bytes; b"" when none is recognised, or none is
                  asked for
-    follows      the id of the stored response or conversation that the request continues or is about, at most 64 bytes
+    follows      the id of what a worker keeps and the request continues, uses or is about, at most 64 bytes
     """
 
     __slots__ = (
@@ -215,7 +132,8 @@ def read_quickly(
     """
     reader = endpoint.reader if hints is None else hints.reader
     if reader is None:
-        return Facts(endpoint, b"", b"", 0, False, model_of(body), routing_key, body)
+        model = model_of(body) if endpoint.form else b""
+        return Facts(endpoint, b"", b"", 0, False, model, routing_key, body)
     try:
         fields = reader.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
@@ -361,7 +279,8 @@ def _facts(
     if len(namespace) > LONGEST:
         namespace = bounded(namespace)
         model = model[:LONGEST_TEXT]  # no name is longer
-    facts = Facts(endpoint, namespace, text, scaffold, fields.stream == _TRUE, model, routing_key, body)
+    streaming = fields.stream == _TRUE or (endpoint.lines and bytes(fields.stream) in _NOTHING)
+    facts = Facts(endpoint, namespace, text, scaffold, streaming, model, routing_key, body)
     for name in endpoint.links:
         raw = bytes(getattr(fields, name))
         if found := plain(raw) or held(raw, "id"):

@@ -33,6 +33,7 @@ _NOTABLE: Final = re.compile(
 )
 _BODYLESS: Final = frozenset((204, 304))
 _EVENTS: Final = b"text/event-stream"
+_LINES: Final = (b"application/x-ndjson", b"application/ndjson")
 _MOST_DIGITS: Final = 18
 _DIGITS: Final = re.compile(rb"[0-9]{1,%d}" % _MOST_DIGITS)
 
@@ -87,8 +88,17 @@ class ResponseHead:
         """Whether the body is a stream of server-sent events that can be read: not one that is compressed."""
         if _EVENTS not in self.fields.lower():
             return False
-        kind, coding = self.header(b"content-type") or b"", self.header(b"content-encoding") or b"identity"
-        return kind.lower().startswith(_EVENTS) and coding.lower() == b"identity"
+        return (self.header(b"content-type") or b"").lower().startswith(_EVENTS) and not self._compressed
+
+    @property
+    def lines(self) -> bool:
+        """Whether the body is a stream of lines of JSON that can be read: not one that is compressed."""
+        kind = (self.header(b"content-type") or b"").lower()
+        return kind.startswith(_LINES) and not self._compressed
+
+    @property
+    def _compressed(self) -> bool:
+        return (self.header(b"content-encoding") or b"identity").lower() != b"identity"
 
     @property
     def headers(self) -> Headers:

@@ -40,7 +40,7 @@ SHORT: Final = 96
 Figures = tuple[int, int, int]
 """Tokens of the prompt, tokens of it that the engine had in its cache, tokens of the answer; -1: it does not tell."""
 
-_MARKS: Final = (b'"usage":', b'"meta_info":', b'"timings":')
+_MARKS: Final = (b'"usage":', b'"meta_info":', b'"timings":', b'"prompt_eval_count":')
 _MOST_TRIES: Final = 4
 """Places where a mark is looked at; more are the work of somebody who wants to keep the router busy."""
 _START: Final = b"message_start"
@@ -149,15 +149,18 @@ def _read(text: bytes) -> UsageForm | None:
 
 def _figures(form: UsageForm) -> Figures | None:
     """Return the figures that were told; None when there is none."""
-    if form.response is not None:
-        form = form.response
+    response = form.response
+    if isinstance(response, UsageForm):
+        form = response
     elif form.message is not None:
+        if (counts := _of_counts(form)) is not None:
+            return counts
         form = form.message
     spent, timings = form.usage, form.timings
     if spent is None:
         spent = form.meta_info
         if spent is None and timings is None:
-            return None
+            return _of_counts(form)
     prompt: int | None = None
     cached: int | None = None
     completion: int | None = None
@@ -181,6 +184,14 @@ def _figures(form: UsageForm) -> Figures | None:
     if completion is None:
         completion = -1
     return None if prompt < 0 and completion < 0 else (prompt, cached, completion)
+
+
+def _of_counts(form: UsageForm) -> Figures | None:
+    """Return the figures of an answer of Ollama; None when there is none."""
+    prompt, completion = form.prompt_eval_count, form.eval_count
+    if prompt is None and completion is None:
+        return None
+    return -1 if prompt is None else prompt, -1, -1 if completion is None else completion
 
 
 def _of_input(spent: Spent) -> tuple[int | None, int | None, int | None]:

@@ -45,10 +45,16 @@ class Spent(msgspec.Struct, gc=False):
 
 
 class UsageForm(msgspec.Struct, gc=False):
-    """An answer, or the rest of one. response, message: those in events of /v1/responses and /v1/messages."""
+    """An answer, or the rest of one.
+
+    response, message              those in events of /v1/responses and /v1/messages; of Ollama the text, which is none
+    prompt_eval_count, eval_count  Ollama's tokens of the prompt and of the answer
+    """
 
     usage: Spent | None = None
     meta_info: Spent | None = None
     timings: Spent | None = None
-    response: UsageForm | None = None
+    response: UsageForm | str | None = None
     message: UsageForm | None = None
+    prompt_eval_count: Count = None
+    eval_count: Count = None

@@ -65,6 +65,7 @@ class Collector:
     """A sink that gathers one answer of at most `max_bytes`."""
 
     decoding = True
+    bodyless = False
 
     def __init__(self, answer: asyncio.Future[Fetched], max_bytes: int) -> None:
         self.answer = answer

@@ -1,13 +1,15 @@
-"""Which worker keeps a stored response or conversation: engines keep these to themselves, and name them by an id.
+"""Which worker keeps what an id names: responses, conversations, files and batches stay in the engine that made them.
 
     keep(id, worker)    an answer had this id, or the worker answered a request about it
     holder(id)          the worker; None when nobody knows, or its process has ended since
 
-A request *follows* an id when it continues it (POST /v1/responses with `previous_response_id` or `conversation`), or
-asks about it (GET /v1/responses/{id} and the like). It goes to the worker that keeps it. When nobody knows which one
-that is, the workers are asked in turn, until one answers something else than 404 (`routing.router`).
+A request *follows* an id when it continues or uses it (POST /v1/responses with `previous_response_id`, POST /v1/batches
+with `input_file_id`), or asks about it (GET /v1/files/{id} and the like). It goes to the worker that keeps it. When
+nobody knows which one that is, the workers are asked in turn, until one answers something else than 404
+(`routing.router`). So nothing is lost with this table, and what an id names is seen by whom its engine shows it.
 
-The ids that are remembered are bounded, each takes about 300 bytes; the least recently used are forgotten first.
+One table has the ids of all kinds: engines give each kind a beginning of its own (resp_, conv_, file-, batch_). The ids
+that are remembered are bounded, each takes about 300 bytes; the least recently used are forgotten first.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from sglang_router.routing.worker import Worker
 _MOST_IDS: Final = 1 << 16
 
 
-class KeptResponses:
+class KeptIds:
     """See the module. most: ids that are remembered."""
 
     __slots__ = ("_holders", "_most")
@@ -30,7 +32,7 @@ class KeptResponses:
         self._holders: OrderedDict[bytes, tuple[Worker, int]] = OrderedDict()  # worker and its life, by id
 
     def __repr__(self) -> str:
-        return f"<KeptResponses {len(self._holders)} ids>"
+        return f"<KeptIds {len(self._holders)} ids>"
 
     def keep(self, id: bytes, worker: Worker) -> None:
         """Remember that a worker keeps what has this id."""

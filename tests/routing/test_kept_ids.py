@@ -6,9 +6,10 @@ import pytest
 
 from fleets import Attempt, Bench, facts
 from sglang_router.errors import ModelRequired
-from sglang_router.relay.response_ids import response_id
-from sglang_router.routing.facts import ENDPOINTS, Facts, read
-from sglang_router.routing.kept_responses import KeptResponses
+from sglang_router.relay.answered_ids import object_id, response_id
+from sglang_router.routing.endpoints import ENDPOINTS
+from sglang_router.routing.facts import Facts, read
+from sglang_router.routing.kept_ids import KeptIds
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.queue import ROOM
 from sglang_router.routing.rules import FleetRules
@@ -160,7 +161,7 @@ def test_with_several_models_a_response_is_found_whatever_its_model() -> None:
 
 def test_what_is_remembered_is_bounded() -> None:
     b = Bench(1)
-    kept = KeptResponses(most=3)
+    kept = KeptIds(most=3)
     for n in range(5):
         kept.keep(b"%d" % n, b.workers[0])
     assert [kept.holder(b"%d" % n) is not None for n in range(5)] == [False, False, True, True, True]
@@ -169,7 +170,7 @@ def test_what_is_remembered_is_bounded() -> None:
     assert kept.holder(b"2") is not None
     b.fleet.remove(b.workers[0])
     assert kept.holder(b"2") is None
-    assert repr(kept) == "<KeptResponses 2 ids>"
+    assert repr(kept) == "<KeptIds 2 ids>"
 
 
 @pytest.mark.parametrize(
@@ -187,6 +188,27 @@ def test_what_is_remembered_is_bounded() -> None:
 )
 def test_the_id_is_found_at_the_beginning_of_an_answer(answer: bytes, id: bytes) -> None:
     assert response_id(answer) == id
+
+
+@pytest.mark.parametrize(
+    ("answer", "id"),
+    [
+        (b'{"id":"file-1","object":"file","filename":"a {"}', b"file-1"),
+        (b'{"object": "batch", "n": 1, "id" : "backend:9~x", "metadata": {"id": "other"}}', b"backend:9~x"),
+        (b'2c\r\n{"id":"conv_7","metadata":{}}\r\n0\r\n\r\n', b"conv_7"),
+        (b'{"metadata":{"id":"file-1"},"id":"file-2"}', b""),
+        (b'{"x":["id"],"id":"file-1"}', b""),
+        (b'{"filename":"\\"id\\": \\"file-1\\"","object":"file"}', b""),
+        (b'[{"id":"file-1"}]', b""),
+        (b'"id":"file-1"', b""),
+        (b'{"id":"a/b"}', b""),
+        (b'{"id":7}', b""),
+        (b'{"pad":"' + b"x" * 5000 + b'","id":"file-1"}', b""),
+        (b"", b""),
+    ],
+)
+def test_an_id_that_a_client_could_have_written_is_not_taken_for_the_engines(answer: bytes, id: bytes) -> None:
+    assert object_id(answer) == id
 
 
 def test_a_search_goes_on_behind_a_worker_that_is_gone() -> None:
