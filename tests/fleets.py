@@ -32,7 +32,8 @@ from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, RequestTag, Route, Wait
 from sglang_router.routing.policies import POLICIES
 from sglang_router.routing.policies.base import Choice, Policy
-from sglang_router.routing.pools import PoolKey, one_pool
+from sglang_router.routing.pool import PoolKey
+from sglang_router.routing.pools import one_pool
 from sglang_router.routing.queue import Queue
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.router import Router

@@ -176,12 +176,16 @@ TEXTS: dict[str, tuple[str, Any]] = {
     "TEXT": ("word", "word"),
     "KEY=VALUE": ("a=b, c=d", {"a": "b", "c": "d"}),
     "URL": (A, [(A, None)]),
+    "JSON": ('{"m":{"policy":"cost"}}', {"m": {"policy": "cost"}}),
     "KEY": ("alice k,1", [("alice", "k,1")]),
     "ID:NAME:ROLE:KEY": ("i:n:user:k", [("i", "n", "k", "user")]),
 }
 SAMPLES: dict[str, tuple[str, Any]] = {
     "worker_urls": (f"{A}, {B}", [A, B]),
     "decode_urls": (A, [A]),
+    "model_alias": ("a=b, c=d", {"a": "b", "c": "d"}),
+    "model_fallback": ("a=b, c=d", {"a": "b", "c": "d"}),
+    "worker_model": ("http://a=b", {"http://a": "b"}),
     "ca_cert_paths": ("a b", ["a", "b"]),
     "cors_allowed_origins": ("https://A:443/, http://b:8080", ["https://a", "http://b:8080"]),
     "request_id_headers": ("X-A x-b", ["x-a", "x-b"]),
@@ -237,7 +241,7 @@ def test_option_from_every_source(option: Option, tmp_path: Path) -> None:
 
 def _toml(value: object) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f'"{key}" = {_toml(item)}' for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml(item) for item in value if item is not None) + "]"
     return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
@@ -529,8 +533,8 @@ def test_missing_feature_is_refused_when_used(option: Option) -> None:
 
 
 def test_missing_features_are_named_together() -> None:
-    assert refused("--enable-igw --mini-lb") == (
-        "not available in this version: --mini-lb, --enable-igw; start without them"
+    assert refused("--enable-trace --mini-lb") == (
+        "not available in this version: --mini-lb, --enable-trace; start without them"
     )
     assert read("--queue-size 100 --max-concurrent-requests -1 --backend sglang").checked().queue_size == 100
 

@@ -190,7 +190,11 @@ SEVERAL = [option for option in OPTIONS.values() if isinstance(option.default, (
 @pytest.mark.parametrize("option", SEVERAL, ids=lambda option: option.flag)
 def test_f40_every_flag_with_several_values(option: Any) -> None:
     """No option with a list or a mapping forgets what its flag said before."""
-    values = {"control_plane_api_keys": ("a:A:admin:k", "b:B:user:l"), "prometheus_duration_buckets": ("1", "2")}
+    values = {
+        "control_plane_api_keys": ("a:A:admin:k", "b:B:user:l"),
+        "prometheus_duration_buckets": ("1", "2"),
+        "models": ('{"a":{}}', '{"b":{}}'),
+    }
     first, second = values.get(option.name, ("k=1", "l=2") if isinstance(option.default, dict) else (A, B))
     args = parse([option.flag, first, option.flag, second], {})
     assert len(getattr(args, option.name)) == 2

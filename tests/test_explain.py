@@ -28,6 +28,11 @@ def text(made: DecisionRecord) -> str:
     return "\n".join(explain.lines(made)) + "\n"
 
 
+def test_the_model_that_served_is_told_where_it_is_another_one() -> None:
+    assert "  served by llama-8b, which" in text(record(served_model="llama-8b"))
+    assert "served by" not in text(record())
+
+
 def test_a_table_for_people() -> None:
     attempt = DecisionAttempt(
         attempt=1,

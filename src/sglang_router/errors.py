@@ -157,7 +157,7 @@ class DecisionNotFound(NotFound):
 
 
 class ModelNotFound(NotFound):
-    """Only where the router serves several models; with one model the engine decides."""
+    """Only where the router serves several models, or with --enable-igw; else the engine decides."""
 
     code = "model_not_found"
     message = "No worker serves this model. GET /v1/models lists those that are served."

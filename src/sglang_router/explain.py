@@ -222,6 +222,8 @@ def _lines(record: DecisionRecord) -> Iterator[str]:
     yield f"  worker    {_who(record)}"
     if record.total:
         yield f"  cache     {_share(record.matched, record.total)} of the prompt was believed to be cached there"
+    if record.served_model is not None:
+        yield f"  served by {shown(record.served_model)}, which is an alias's model or stands in for it"
     yield f"  outcome   {', '.join(_outcome(record))}"
     if record.prompt_tokens is not None:
         yield f"  tokens    {', '.join(_tokens(record))}"

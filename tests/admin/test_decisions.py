@@ -70,6 +70,7 @@ def test_each_request_leaves_a_record_the_newest_first() -> None:
         "prompt_tokens": None,
         "cached_tokens": None,
         "completion_tokens": None,
+        "served_model": None,
         "attempts": [],
     }
     assert (two["branch"], two["matched"]) == ("hit", two["total"])

@@ -167,6 +167,22 @@ def test_models_are_merged_by_id_and_keep_their_fields() -> None:
         assert error(router.get("/v1/models/c")) == (404, "not_found")
 
 
+def test_aliases_are_listed_once_and_marked_with_the_fields_of_their_model() -> None:
+    one = {"id": "a", "object": "model", "max_model_len": 8192, "root": "/models/a"}
+    with stack() as router:
+        router.fakes({MODELS: answer(200, {"data": [one]})}, {MODELS: answer(200, {"data": [one, {"id": "known"}]})})
+        router.context.aliases = {"gpt-4": "a", "sql": "a:sql", "known": "a", "nobody": "gone"}
+        listed = {entry["id"]: entry for entry in router.get("/v1/models").json()["data"]}
+        assert listed == {
+            "a": one,
+            "known": {"id": "known"},
+            "gpt-4": {**one, "id": "gpt-4", "alias_of": "a"},
+            "sql": {**one, "id": "sql", "alias_of": "a:sql"},
+        }
+        assert router.get("/v1/models/gpt-4").json() == listed["gpt-4"]
+        assert error(router.get("/v1/models/nobody")) == (404, "not_found")
+
+
 def test_models_are_not_asked_for_at_every_request_but_again_when_workers_change() -> None:
     with stack() as router:
         (fake,) = router.fakes({MODELS: answer(200, {"data": [{"id": "a"}]})})

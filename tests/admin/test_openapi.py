@@ -19,6 +19,7 @@ import pytest
 from fake_worker import CLOSE, answer
 from sglang_router.access.permissions import AccessKind
 from sglang_router.admin import (
+    adapters,
     adding,
     ask,
     broadcast,
@@ -36,7 +37,7 @@ from sglang_router.admin import (
 from sglang_router.admin.contract import CONTRACTS
 from sglang_router.admin.routes import ROUTES
 from sglang_router.admin.rows import ControlRow, Handler, plain_path, relayed_rows
-from sglang_router.errors import Conflict, RouterError
+from sglang_router.errors import Conflict, ModelNotFound, ModelRequired, RouterError
 from stack import Reply, Stack, stack
 
 ROWS = [row for rows in ROUTES.values() for row in rows]
@@ -104,9 +105,10 @@ def test_regular_expressions_are_those_of_json_schema() -> None:
 
 # -- the code of handlers ----------------------------------------------------------------------------------------------
 
-MODULES = (adding, ask, broadcast, context, decisions, engine_metrics, info, lists, replicas, workers)
+MODULES = (adapters, adding, ask, broadcast, context, decisions, engine_metrics, info, lists, replicas, workers)
 DEEPER: dict[str, tuple[type[RouterError], ...]] = {
     "unavailable": contract.NO_WORKER,
+    "refusal": (ModelRequired, ModelNotFound),
     "restart_worker": (Conflict,),
     "restart_all": (Conflict,),
 }
@@ -194,6 +196,9 @@ WELL = {
 LISTS = ("/v1/files", "/v1/batches", "/api/tags", "/api/ps")
 ILL = {f"GET {path}": CLOSE for path in ("/health_generate", "/metrics", "/get_model_info", "/get_server_info")}
 TOLD = [row.path for row in ROWS if row.handler in (broadcast.broadcast, broadcast.update_weights)]
+ADAPTERS = [row.path for row in ROWS if row.handler in (adapters.load, adapters.unload)]
+UNLOADS = [row.path for row in ROWS if row.handler is adapters.unload]
+LOAD = "/load_lora_adapter"
 BY_KEYS = {"401", "403"}
 """Answers that need keys: see the tests of access."""
 ELSEWHERE = {
@@ -269,17 +274,27 @@ def without_workers(ask: Asker) -> None:
             ask(f"{method} {path}", id="x", model="x", request="x")
     for path in TOLD:
         ask(f"POST {path}", {})
+    for path in ADAPTERS:
+        ask(f"POST {path}", {"lora_name": "x"})
 
 
 def with_two_workers(ask: Asker) -> None:
     """Both succeed, then one, then none."""
-    flushed = {f"{method} {path}": answer(200) for method in ("GET", "POST") for path in (*TOLD, "/flush_cache")}
+    flushed = {
+        f"{method} {path}": answer(200) for method in ("GET", "POST") for path in (*TOLD, *ADAPTERS, "/flush_cache")
+    }
     fakes = ask.router.fakes({**WELL, **flushed}, {**WELL, **flushed})
     for number in range(3):
         for path in TOLD:
             ask(f"POST {path}", {})
+        for path in ADAPTERS:
+            ask(f"POST {path}", {"lora_name": "x"})
+            ask(f"POST {path}", {})
+            ask(f"POST {path}?model=unknown", {"lora_name": "x"})
         for method in ("GET", "POST"):
             ask(f"{method} /flush_cache")
+        for path in UNLOADS:  # "y" is loaded at both, and the first one fails when it is to be unloaded
+            ask(f"POST {LOAD}" if number == 0 else f"POST {path}", {"lora_name": f"y{path}"})
         if number < 2:
             for route in flushed:
                 fakes[number].script[route] = answer(500)

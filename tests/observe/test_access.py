@@ -121,6 +121,15 @@ def test_the_name_of_a_clients_key_is_told() -> None:
     assert "client" not in access_lines(served())[0] + access_lines(served(), form="json")[0]
 
 
+def test_the_model_that_served_is_told_where_the_client_named_another_one() -> None:
+    other = leg(WORKER, "hit", 870, 1000)
+    other.model = b'"llama 8b"'
+    renamed = finished(other, **{**STREAM, "usage": Usage(455, 0, 8)})
+    assert ' stream=1 served_model="llama 8b" prompt_tokens=455' in access_lines(renamed)[0]
+    assert json.loads(access_lines(renamed, form="json")[0])["served_model"] == "llama 8b"
+    assert "served_model" not in access_lines(served())[0] + access_lines(served(), form="json")[0]
+
+
 def test_streams_that_another_worker_went_on_with_are_told() -> None:
     resumed = served(retries=2, resumed=2)
     assert access_lines(resumed)[0].endswith(" stream=1 resumed=2")

@@ -539,6 +539,9 @@ def busy(policy: str) -> Rig:
     rig.fleet.reported(one, FULL)
     rig.metrics.finished(finished(leg(one), usage=Usage(10, 4, 2)))
     one.belief.capacity = 1 << 20
+    renamed = leg(one)
+    renamed.model = b'"tiny"'
+    rig.metrics.finished(finished(renamed))
     return rig
 
 

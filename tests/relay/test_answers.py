@@ -357,6 +357,34 @@ def test_what_the_router_says_of_a_decision_takes_the_place_of_what_a_router_beh
         assert (b"server", b"b") in sent.headers
 
 
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        (b'"llama-8b"', b"llama-8b"),
+        (b'"org\\/m"', b"org/m"),
+        (b'"mod\xc3\xa8le 1"', b"mod%c3%a8le 1"),
+        (b'"a\\r\\nX-Forged: 1"', b"a%0d%0aX-Forged: 1"),
+        (b'"\\ud800"', b"\\ud800"),
+    ],
+)
+def test_a_client_is_told_which_model_served_whether_it_asks_or_not(model: bytes, shown: bytes) -> None:
+    leg = PlannedLeg(1, TARGET, "hit", 3000, 4000, model=model)
+    field = b"x-sglang-router-model: %b\r\n" % shown
+    assert answers().decision(tag(False), leg, 0) == field
+    assert answers().decision(tag(True), leg, 0).endswith(field)
+
+
+def test_what_a_router_behind_it_says_of_the_model_stays_unless_this_one_says_more() -> None:
+    theirs = b"X-SGLang-Router-Model: inner\r\nx-sglang-router-worker: http://inner\r\nContent-Length: 5\r\n"
+    head = parse_head(b"HTTP/1.1 200 OK\r\n" + theirs + b"\r\n")
+    assert head is not None
+    for model, expected in ((b"", [b"inner", b"http://inner"]), (b'"m"', [b"http://inner", b"m"])):
+        told = answers().decision(tag(False), PlannedLeg(1, TARGET, "hit", model=model), 0)
+        sent = parse_head(answers().client_head(head, framing_of(head), asked(b"POST"), b"id-1", True, told)[0])
+        assert sent is not None
+        assert [value for name, value in sent.headers if name.startswith(b"x-sglang-router-")] == expected
+
+
 @pytest.mark.parametrize("head", [b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\nConnection: close\r\n"])
 @pytest.mark.parametrize("http10", [False, True])
 @given(request_id=st.from_regex(rb"[ -~]{1,256}", fullmatch=True))

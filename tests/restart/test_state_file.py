@@ -45,7 +45,7 @@ class Place:
         self.fleet = Fleet(Listener(), lambda: f"id{len(self.fleet)}", lambda: self.policy)
         self.path = path
         settings = {"clocks": CLOCKS, **others}
-        self.file = StateFile(str(path), self.fleet, self.policy.memory, named(*urls), **settings)  # type: ignore[arg-type]
+        self.file = StateFile(str(path), self.fleet, lambda: self.policy.memory, named(*urls), **settings)  # type: ignore[arg-type]
 
     def add(self, url: str, *texts: bytes, **said: object) -> Worker:
         worker = self.fleet.add(WorkerSpec(url=url, **said), 0.0)  # type: ignore[arg-type]
@@ -97,7 +97,7 @@ def test_the_prefixes_of_one_pool_are_not_given_to_a_worker_of_another(path: Pat
             return CacheAware(PolicySettings(), random.Random(1))
 
         fleet = Fleet(Listener(), lambda: f"id{len(fleet)}", policy, assign=by_model)
-        return fleet, StateFile(str(path), fleet, fleet.pools.default.policy.memory, named(), clocks=CLOCKS)
+        return fleet, StateFile(str(path), fleet, lambda: fleet.pools.default.policy.memory, named(), clocks=CLOCKS)
 
     fleet, file = started()
     plain = fleet.add(WorkerSpec(url="http://a:1"), 0.0)

@@ -103,7 +103,8 @@ def test_an_adapter_goes_to_the_workers_that_have_it() -> None:
     s.add("lora", "A", adapters=("sql",))
     s.add("other", "B", adapters=("sql",))
     assert (s.serve("A"), s.serve("sql"), s.serve("B")) == ({"plain", "lora"}, {"lora"}, {"other"})
-    assert s.serve("A:sql") == {"plain", "lora"}, "SGLang's way to name an adapter of A"
+    assert s.serve("A:sql") == {"lora"}, "SGLang's way to name an adapter of A"
+    assert s.serve("A:new") == {"plain", "lora"}, "nobody has it loaded: an engine may load it on demand"
 
 
 @pytest.mark.parametrize(("having", "ejected"), [(1, False), (2, False), (3, False), (1, True), (2, True)])

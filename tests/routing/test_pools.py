@@ -16,7 +16,7 @@ from sglang_router.routing.events import WorkerChanged
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.policies.base import Policy
-from sglang_router.routing.pools import Pool, PoolKey
+from sglang_router.routing.pool import Pool, PoolKey
 from sglang_router.routing.rules import BreakerRules, FleetRules, OutlierRules, PolicySettings
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.worker import Worker

@@ -13,6 +13,7 @@ from sglang_router.routing.decision_record import DecisionRecord
 from sglang_router.routing.events import Answered, Finished, Retried
 from sglang_router.routing.excluded import REASONS, reason
 from sglang_router.routing.facts import Facts
+from sglang_router.routing.model_names import Names
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag, Route
 from sglang_router.routing.policies.base import Choice, Policy
@@ -161,6 +162,20 @@ def test_what_is_in_flight_is_shown_with_the_attempts_so_far() -> None:
     b.finish(first)
     b.finish(second)
     assert b.running() == []
+
+
+def test_a_record_tells_what_the_engine_was_told_and_by_which_policy() -> None:
+    b = Desk(2, "round_robin", assign=None)
+    b.router.naming.use({"gpt-4": "tiny"}, {}, False)
+    for worker in b.workers:
+        b.fleet.announced(worker, Names(("tiny",)))
+    renamed, plain = b.ask(facts(model=b'"gpt-4"'), 0.5).attempt, b.ask(facts(model=b'"tiny"'), 1.0).attempt
+    assert [each.served_model for each in b.running()] == [None, "tiny"]
+    b.recorder.policy_of = lambda worker: "manual" if worker == b.workers[0].url else ""
+    of = {each.worker: each.policy for each in b.running()}
+    assert of == {b.workers[0].url: "manual", b.workers[1].url: "round_robin"}
+    assert (b.finish(renamed).served_model, b.finish(plain).served_model) == ("tiny", None)
+    assert {each.worker: each.policy for each in b.recorder.ended()} == of
 
 
 def test_of_many_in_flight_the_newest_are_shown_and_each_is_found_by_its_id() -> None:

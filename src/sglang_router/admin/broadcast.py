@@ -35,6 +35,14 @@ from sglang_router.workers.fetch import Fetched
 
 _MOST_SHOWN = 1 << 16
 """Bytes of a worker's answer that are shown."""
+_OTHER_ENGINES = {
+    b"/flush_cache": b"/reset_prefix_cache",  # vLLM, where its development endpoints are enabled
+    b"/load_lora_adapter": b"/v1/load_lora_adapter",
+    b"/unload_lora_adapter": b"/v1/unload_lora_adapter",
+    b"/v1/load_lora_adapter": b"/load_lora_adapter",
+    b"/v1/unload_lora_adapter": b"/unload_lora_adapter",
+}
+"""What engines are asked that do not know a path: SGLang and vLLM have other names for it."""
 _STATUSES = {"success": 200, "partial_success": 206, "failed": 502}
 
 
@@ -49,13 +57,26 @@ async def update_weights(context: Context, request: Request) -> Response:
 
 
 async def _broadcast(context: Context, request: Request, *, forget: bool) -> Response:
-    replies = await _ask_all(context, request)
+    replies = await ask_all(context, request, context.engines())
+    if forget:
+        for worker in done_by(replies):
+            context.forget_prefixes(worker)
+    return results_of(context, replies)
+
+
+def done_by(replies: list[tuple[Worker, Reply]]) -> list[Worker]:
+    """Return the workers that did what they were asked to do."""
+    return [worker for worker, reply in replies if failure(reply) is None]
+
+
+def results_of(context: Context, replies: list[tuple[Worker, Reply]]) -> Response:
+    """Return the answer that shows the result of each worker.
+
+    Raises: NoWorkers, when none was asked.
+    """
     if not replies:
         raise NoWorkers(retry_after=5.0)
-    succeeded = [worker for worker, reply in replies if failure(reply) is None]
-    if forget:
-        for worker in succeeded:
-            context.forget_prefixes(worker)
+    succeeded = done_by(replies)
     status = _status(len(succeeded), len(replies))
     keys = context.keys()
     results = [_result(worker, reply, keys) for worker, reply in replies]
@@ -65,7 +86,7 @@ async def _broadcast(context: Context, request: Request, *, forget: bool) -> Res
 
 async def flush_cache(context: Context, request: Request) -> Response:
     """Flush the caches of all workers, and forget their prefixes."""
-    replies = await _ask_all(context, request)
+    replies = await ask_all(context, request, context.engines())
     flushed, failed = [], []
     for worker, reply in replies:
         error = failure(reply)
@@ -92,10 +113,9 @@ def _flushed(flushed: list[str], failed: list[dict[str, str]], replies: list[tup
     return JSON({"status": status, "message": message, **lists, **totals}, _status_code(status, replies))
 
 
-async def _ask_all(context: Context, request: Request) -> list[tuple[Worker, Reply]]:
-    """Ask all engines at the same time."""
+async def ask_all(context: Context, request: Request, workers: list[Worker]) -> list[tuple[Worker, Reply]]:
+    """Ask these engines at the same time."""
     body = await request.body()
-    workers = context.engines()
     replies = await asyncio.gather(*(_ask(context, worker, request, body) for worker in workers))
     return list(zip(workers, replies, strict=True))
 
@@ -107,9 +127,10 @@ async def _ask(context: Context, worker: Worker, request: Request, body: bytes) 
     content_type = request.headers.get("content-type", "application/json").encode("latin-1")
     sent, limit = context.sent(request, content_type), context.timeouts.broadcast
     reply = await ask(context, worker, b"POST", target, body=body, sent=sent, timeout=limit)
-    if path == b"/flush_cache" and isinstance(reply, Fetched) and reply.status == 404:
-        # vLLM's name for it, where its development endpoints are enabled.
-        reply = await ask(context, worker, b"POST", b"/reset_prefix_cache", sent=sent, timeout=limit)
+    other = _OTHER_ENGINES.get(path)
+    if other is not None and isinstance(reply, Fetched) and reply.status == 404:
+        body = b"" if path == b"/flush_cache" else body
+        reply = await ask(context, worker, b"POST", other, body=body, sent=sent, timeout=limit)
     return reply
 
 

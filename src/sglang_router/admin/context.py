@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -79,6 +79,12 @@ class SharedAnswer(Generic[T]):
         self._until = -math.inf
         self._answer: T | None = None
         self._lock = asyncio.Lock()
+        self._generation = 0
+
+    def forget(self) -> None:
+        """Let nobody share the last answer, or one that is on its way: what was asked for has changed."""
+        self._generation += 1
+        self._answer = None
 
     async def get(
         self,
@@ -94,8 +100,9 @@ class SharedAnswer(Generic[T]):
         async with self._lock:
             if self._answer is not None and asked == self._asked and clock() < self._until:
                 return self._answer
+            generation = self._generation
             answer = await ask()
-            if shared(answer):
+            if shared(answer) and generation == self._generation:
                 self._answer, self._asked, self._until = answer, asked, clock() + _SHARED
             return answer
 
@@ -129,6 +136,7 @@ class Context:
     autoscaler      decides how many workers there should be; None: the number is fixed
     replicas        runs the engines; None: they run elsewhere
     decisions       the last ones; None: they are not kept
+    aliases         other names of models: the model of each
     ending          the router is about to stop: it is not ready any more
     """
 
@@ -148,6 +156,7 @@ class Context:
     decisions: DecisionBook | None = None
     models: SharedAnswer[Any] = field(default_factory=SharedAnswer)
     generated: SharedAnswer[Any] = field(default_factory=SharedAnswer)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     ending: bool = False
 
     def attach_replicas(self, replicas: ReplicaControl) -> None:

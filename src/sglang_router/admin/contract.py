@@ -12,7 +12,18 @@ from typing import NamedTuple
 
 import msgspec
 
-from sglang_router.admin import adding, broadcast, decisions, engine_metrics, info, lists, replicas, shapes, workers
+from sglang_router.admin import (
+    adapters,
+    adding,
+    broadcast,
+    decisions,
+    engine_metrics,
+    info,
+    lists,
+    replicas,
+    shapes,
+    workers,
+)
 from sglang_router.admin.rows import Handler
 from sglang_router.errors import (
     Conflict,
@@ -21,6 +32,8 @@ from sglang_router.errors import (
     InvalidJSON,
     InvalidRequest,
     MissingKey,
+    ModelNotFound,
+    ModelRequired,
     NotFound,
     NoWorkers,
     Overload,
@@ -107,6 +120,12 @@ _PASSED_ON = Contract(
     (WorkerUnreachable, *NO_WORKER),
 )
 _TO_ALL = Contract(_broadcast(shapes.Told), (NoWorkers,), body=AnyBody)
+_ADAPTER = Contract(
+    _broadcast(shapes.Told),
+    (InvalidRequest, ModelRequired, ModelNotFound, NoWorkers),
+    (QueryParameter("model", "The model to which the adapter belongs; only needed where there are several."),),
+    body=shapes.Adapter,
+)
 
 CONTRACTS: dict[Handler, Contract] = {
     info.health: Contract((_OK,)),
@@ -160,6 +179,8 @@ CONTRACTS: dict[Handler, Contract] = {
     broadcast.flush_cache: Contract(_broadcast(shapes.Flushed)),
     broadcast.update_weights: _TO_ALL,
     broadcast.broadcast: _TO_ALL,
+    adapters.load: _ADAPTER,
+    adapters.unload: _ADAPTER,
     adding.add: Contract(
         (
             DeclaredAnswer("The worker is healthy and takes requests.", media=_TEXT),

@@ -135,7 +135,7 @@ async def from_a_worker(context: Context, request: Request) -> Response:
 
 
 async def models(context: Context, request: Request) -> Response:
-    """Return the models of all healthy workers."""
+    """Return the models of all healthy workers, and their aliases, each once."""
     merged = await _merged_models(context, request)
     return merged if isinstance(merged, Response) else JSON({"object": "list", "data": list(merged.values())})
 
@@ -185,7 +185,19 @@ async def _ask_for_models(context: Context, workers: tuple[Worker, ...], sent: S
         for entry in redacted(listed, context.keys()):
             if isinstance(entry.get("id"), str):
                 merged.setdefault(entry["id"], entry)
+        given = worker.spec.model_id
+        if given is not None and listed and worker.announced.bases:
+            _add_alias(merged, given, worker.announced.bases[0])
+    for alias, meant in context.aliases.items():
+        _add_alias(merged, alias, meant)
     return await passed_on(context, refusal) if refusal is not None and not merged else merged
+
+
+def _add_alias(merged: dict[str, Any], alias: str, meant: str) -> None:
+    """Add an alias: the entry of its model, or of the model of "model:adapter", under another name and marked."""
+    entry = merged.get(meant) or merged.get(meant.partition(":")[0])
+    if entry is not None:
+        merged.setdefault(alias, {**entry, "id": alias, "alias_of": meant})
 
 
 def _objects(value: Any, field: str = "") -> list[dict[str, Any]]:

@@ -14,7 +14,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sglang_router.access.permissions import AccessKind
-from sglang_router.admin import adding, broadcast, decisions, engine_metrics, info, lists, openapi, replicas, workers
+from sglang_router.admin import (
+    adapters,
+    adding,
+    broadcast,
+    decisions,
+    engine_metrics,
+    info,
+    lists,
+    openapi,
+    replicas,
+    workers,
+)
 from sglang_router.admin.context import Context
 from sglang_router.admin.rows import ControlRow as Row
 
@@ -50,8 +61,13 @@ ROUTES: dict[str, tuple[Row, ...]] = {
         ),
     ),
     "Information": (
-        Row("GET /v1/models", info.models, "The models of all healthy workers, as the engines list them.", CLIENTS),
-        Row("GET /v1/models/{model:path}", info.model, "One model.", CLIENTS),
+        Row(
+            "GET /v1/models",
+            info.models,
+            "The models of all healthy workers, as the engines list them, and aliases (marked: `alias_of`).",
+            CLIENTS,
+        ),
+        Row("GET /v1/models/{model:path}", info.model, "One model, or alias.", CLIENTS),
         Row(
             "GET /get_model_info",
             info.from_a_worker,
@@ -94,6 +110,10 @@ ROUTES: dict[str, tuple[Row, ...]] = {
         Row("POST /continue_generation", broadcast.broadcast, "Continues generation on all workers."),
         Row("POST /start_profile", broadcast.broadcast, "Starts the profiler of all workers."),
         Row("POST /stop_profile", broadcast.broadcast, "Stops the profiler of all workers."),
+        Row("POST /v1/load_lora_adapter", adapters.load, "Loads an adapter (LoRA) at all workers of a model."),
+        Row("POST /v1/unload_lora_adapter", adapters.unload, "Unloads an adapter where it is loaded."),
+        Row("POST /load_lora_adapter", adapters.load, "The same as /v1/load_lora_adapter, under SGLang's name."),
+        Row("POST /unload_lora_adapter", adapters.unload, "The same as /v1/unload_lora_adapter."),
     ),
     "Scaling": (
         Row(

@@ -119,6 +119,17 @@ BroadcastStatus = Literal["success", "partial_success", "failed"]
 """All workers succeeded, some, or none."""
 
 
+class Adapter(msgspec.Struct):
+    """An adapter (LoRA) to be loaded or unloaded; further fields are the engine's.
+
+    lora_name  what requests call it
+    lora_path  where the engine finds it; only for loading
+    """
+
+    lora_name: str
+    lora_path: str | None = None
+
+
 class BroadcastResult(Shape):
     """What one worker answered. If it did not answer, `status` is null and `error` says why."""
 

@@ -18,6 +18,7 @@ import asyncio
 import random
 import time
 import uuid
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -34,6 +35,7 @@ from sglang_router.app.admission import admission
 from sglang_router.app.caches import caches_of, events_of
 from sglang_router.app.deciding import book_of, recorder_of, shadows_of
 from sglang_router.app.memories import memories_of
+from sglang_router.app.models import models_of, policy_of, worker_policy
 from sglang_router.app.parts import App, Elsewhere
 from sglang_router.app.routers import fleet_of, router_of
 from sglang_router.app.scrapes import Scrapes
@@ -129,6 +131,9 @@ def build(
     connections.mark = mark
     router = router_of(args, fleet, listeners, rng, partial(_soon, loop, clock), workers.checks.check_now)
     router.recorder = recorder_of(args, clock)
+    models = models_of(args, router, rng, caches, shadows)
+    if router.recorder is not None:
+        router.recorder.policy_of = worker_policy(fleet)
     clients, scrapers = front.clients_of(args, clock, connections)
     workers.checks.vanished = partial(_take_back, clients, elsewhere)
     rules = front.relay_rules(args, forward)
@@ -136,13 +141,15 @@ def build(
     scaler = autoscaler(args, loop, fleet, lambda: clients.unanswered().with_others(elsewhere.unanswered()), clock)
     sources = _sources(clients, elsewhere, connections, router, scaler, writer)
     sources.shadows = shadows
+    sources.policy_of = policy_of(fleet.pools)
     sources.kv_index = None if caches is None else caches.index
     if router.recorder is not None:
         sources.decisions = partial(len, router.recorder)
-    metrics = _metrics(args, fleet, sources)
+    metrics = _metrics(args, router, sources)
     render = Scrapes(metrics, deferred, clock, args.metrics_interval_secs)
     control = _control(args, workers, clock, render, access, forward, scaler)
     control.decisions = book_of(router, deferred, clock)
+    control.aliases = router.naming.aliases
     serve = partial(ControlPlane, loop=loop, clock=clock, answers=answers, timeout=args.request_timeout_secs)
     plane = serve(seams.app or create_app(control), listener=listeners)
     scrape = serve(create_metrics_app(render), listener=Listeners(), timeout=_SCRAPED_WITHIN)
@@ -152,6 +159,7 @@ def build(
         args=args,
         loop=loop,
         clock=clock,
+        models=models,
         listeners=listeners,
         deferred=deferred,
         router=router,
@@ -291,15 +299,16 @@ def _sources(
     )
 
 
-def _metrics(args: RouterArgs, fleet: Fleet, sources: LiveSources) -> Metrics:
+def _metrics(args: RouterArgs, router: Router, sources: LiveSources) -> Metrics:
+    pools = router.fleet.pools
     return Metrics(
-        fleet,
+        router.fleet,
         args.policy,
-        memories_of(fleet.pools),
+        memories_of(pools),
         sources,
         duration_buckets=args.prometheus_duration_buckets,
         paths=[row.path for rows in ROUTES.values() for row in rows],
-        models=fleet.pools.models.known,
+        models=ChainMap(pools.models.known, router.naming.labels),
     )
 
 

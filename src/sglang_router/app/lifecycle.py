@@ -113,8 +113,14 @@ class Life:
 
     def _state_file(self, path: str) -> StateFile:
         app = self.app
-        memory = app.fleet.pools.default.policy.memory
-        return StateFile(path, app.fleet, memory, self._configured, suspended=lambda: self._listening.succeeded)
+        pool = app.fleet.pools.default
+        return StateFile(
+            path,
+            app.fleet,
+            lambda: pool.policy.memory,
+            self._configured,
+            suspended=lambda: self._listening.succeeded,
+        )
 
     @property
     def url(self) -> str:

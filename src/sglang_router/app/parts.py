@@ -16,6 +16,7 @@ from sglang_router.access.tls import TLSFiles
 from sglang_router.access.watched import WatchedFiles
 from sglang_router.admin.context import Context, ReplicaControl
 from sglang_router.admin.exchange import ControlPlane
+from sglang_router.app.models import ModelPolicies
 from sglang_router.autoscale.actuator import Actuator
 from sglang_router.autoscale.autoscaler import Autoscaler
 from sglang_router.config import RouterArgs
@@ -140,6 +141,7 @@ class Elsewhere:
 class App:
     """The parts of one router. `build` makes it; `app.lifecycle` starts and stops it.
 
+    models            chooses the policies of models
     clients           the connections of the main port; scrapers: those of the metrics port
     elsewhere         the clients that other processes of this router serve
     frontend          the main port; metrics_frontend: the metrics port
@@ -158,6 +160,7 @@ class App:
     deferred: Deferred
     fleet: Fleet
     router: Router
+    models: ModelPolicies
     connections: ConnectionPool
     checks: HealthChecks
     survey: EngineSurvey

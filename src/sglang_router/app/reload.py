@@ -2,7 +2,8 @@
 
     certificates, keys of clients and operators     as every few seconds, but whether they changed or not
     log files                                       opened again (`observe.log_files` does it at the next line anyway)
-    the --config file                               worker-urls and log-level take effect; other changes are one warning
+    the --config file                               worker-urls, log-level, models, aliases and fallbacks take effect;
+                                                    other changes are one warning
 
 A file that cannot be used is a warning, and everything stays as it was. Flags and variables override the file as they
 did at the start.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 
 from sglang_router.app import settings
+from sglang_router.app.models import use_models
 from sglang_router.app.parts import App
 from sglang_router.config import OPTIONS, RouterArgs
 from sglang_router.errors import ConfigError
@@ -22,7 +24,8 @@ from sglang_router.words import counted
 
 log = logging.getLogger("sglang_router")
 
-_LIVE = ("worker_urls", "log_level")
+_MODELS = ("models", "model_alias", "model_fallback")
+_LIVE = ("worker_urls", "log_level", *_MODELS)
 """Options of the file that take effect at once."""
 
 
@@ -57,6 +60,9 @@ class Reload:
             self._change_workers(old, new)
         if waiting := [OPTIONS[name].flag for name in changed if name not in _LIVE]:
             log.warning("%s: these changes need a restart: %s", old.config, ", ".join(waiting))
+        if any(name in changed for name in _MODELS):
+            use_models(new, self._app.router, self._app.models)
+            log.info("%s: models, aliases and fallbacks are as the file says now", old.config)
         for name in _LIVE:  # the others are named again at the next SIGHUP
             setattr(old, name, getattr(new, name))
 

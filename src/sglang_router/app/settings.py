@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import logging
 import resource
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import msgspec
 
@@ -15,6 +18,7 @@ from sglang_router.access.tls import TLSFiles, server_files, worker_files
 from sglang_router.access.watched import WatchedFiles
 from sglang_router.admin.context import AddRules
 from sglang_router.config import RouterArgs, keys
+from sglang_router.config.models import POLICY_OPTIONS, worker_models
 from sglang_router.relay.rules import Timeouts
 from sglang_router.resume.continuation import ResumeRules
 from sglang_router.routing.endpoints import ENDPOINTS
@@ -39,6 +43,7 @@ from sglang_router.workers.sources import ConfiguredWorkers, WorkerDefaults, con
 
 log = logging.getLogger("sglang_router")
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _SPARE_DESCRIPTORS = 64
 _SCRAPERS = 32
 """Most connections of the metrics port."""
@@ -46,20 +51,17 @@ _SCRAPER_SILENCE = 10.0
 """Seconds for which a connection of the metrics port may be silent."""
 
 
-def policy_settings(args: RouterArgs, caches: KVCaches | None = None) -> PolicySettings:
-    """Return what policies read. caches: what workers say of their KV caches; None: they are not asked."""
-    return PolicySettings(
-        cache_threshold=args.cache_threshold,
-        balance_abs_threshold=args.balance_abs_threshold,
-        balance_rel_threshold=args.balance_rel_threshold,
-        max_tree_size=args.max_tree_size,
-        max_idle=args.max_idle_secs,
-        assignment_mode=args.assignment_mode,
-        prefix_hash_bytes=args.prefix_hash_bytes,
-        hash_load_factor=args.hash_load_factor,
-        cost_load_cap=args.cost_load_cap,
-        kv_caches=caches,
-    )
+def policy_settings(
+    args: RouterArgs, caches: KVCaches | None = None, own: Mapping[str, Any] = _NOTHING
+) -> PolicySettings:
+    """Return what policies read.
+
+    caches  what workers say of their KV caches; None: they are not asked
+    own     options that have other values for one model, see `config.models`
+    """
+    values = {name: own.get(name, getattr(args, name)) for name in POLICY_OPTIONS}
+    del values["policy"]
+    return PolicySettings(max_idle=values.pop("max_idle_secs"), kv_caches=caches, **values)
 
 
 def most_routing_text(args: RouterArgs) -> int:
@@ -240,7 +242,8 @@ def configured_workers(args: RouterArgs) -> ConfiguredWorkers:
     """Return the workers that flags or a file name at this start."""
     defaults = worker_defaults(args)
     from_file = "worker_urls" in args.from_file
-    return ConfiguredWorkers(defaults, configured_specs(args.worker_urls, defaults, from_file=from_file))
+    models = worker_models(args.worker_model, args.worker_urls)
+    return ConfiguredWorkers(defaults, configured_specs(args.worker_urls, defaults, models, from_file=from_file))
 
 
 def limits(args: RouterArgs) -> Limits:

@@ -19,6 +19,7 @@ from typing import Any
 
 from sglang_router.config import compat
 from sglang_router.config.flags import GIVEN, PREFIX, add_flags, new_parser
+from sglang_router.config.models import ModelTable, model_table, worker_models
 from sglang_router.config.option import flag_of
 from sglang_router.config.reserved import ReservedOptions
 from sglang_router.config.sources import merge, read_file
@@ -206,9 +207,18 @@ class RouterArgs(ReservedOptions):
         if self.autoscale is None and (self.scale_webhook or self.scale_command):
             raise ConfigError("--scale-webhook and --scale-command need --autoscale MIN:MAX; give it as well")
         self._check_pairs()
+        self.model_table()
         if self.cb_max_timeout_duration_secs < self.cb_timeout_duration_secs:
             self.cb_max_timeout_duration_secs = self.cb_timeout_duration_secs
         self.prometheus_host = self.prometheus_host or self.host
+
+    def model_table(self) -> ModelTable:
+        """Return what the options say of single models.
+
+        Raises: ConfigError, when two of them contradict each other, or a setting is no good.
+        """
+        worker_models(self.worker_model, self.worker_urls)
+        return model_table(self.models, self.model_alias, self.model_fallback, accept)
 
     def _check_pairs(self) -> None:
         """Check the options of access and TLS that need each other, or exclude each other."""

@@ -13,6 +13,7 @@ and whether its value is secret.
 
 from __future__ import annotations
 
+import json
 import math
 import types
 import typing
@@ -23,6 +24,7 @@ from typing import Any
 from sglang_router.config import keys
 from sglang_router.config.keys import ClientKey, ControlKey
 
+ModelsMapping = dict[str, dict[str, Any]]
 Pairs = list[tuple[str, int | None]]
 ClientKeys = list[ClientKey]
 ControlKeys = list[ControlKey]
@@ -113,6 +115,20 @@ def _mapping(value: object) -> dict[str, str]:
     return found
 
 
+def _models(value: object) -> ModelsMapping:
+    """Read a mapping of names to mappings, or the same as JSON."""
+    if isinstance(value, str):
+        value = json.loads(value)
+    if not isinstance(value, Mapping):
+        raise ValueError
+    found: ModelsMapping = {}
+    for name, settings in value.items():
+        if not isinstance(settings, Mapping | None):
+            raise ValueError
+        found[_text(name)] = {_text(key).replace("-", "_"): item for key, item in (settings or {}).items()}
+    return found
+
+
 def _pairs(value: object) -> Pairs:
     """Read URLs, each with an optional port: "http://a" or ["http://a", 9000] or ["http://a", "none"]."""
     pairs: Pairs = []
@@ -135,6 +151,7 @@ KINDS: dict[object, ValueKind] = {
     list[str]: ValueKind("a list of texts", _texts, "TEXT", "*"),
     list[float]: ValueKind("a list of numbers", _numbers, "X", "*"),
     dict[str, str]: ValueKind("a list of key=value", _mapping, "KEY=VALUE", "*"),
+    ModelsMapping: ValueKind("a mapping of models to their settings", _models, "JSON", words=_only),
     Pairs: ValueKind("a URL with an optional port number or 'none'", _pairs, "URL", "+", words=lambda words: [words]),
     ClientKeys: ValueKind("a list of keys, each KEY or 'NAME KEY'", keys.lines, "KEY", words=keys.one_word),
     ControlKeys: ValueKind("a list of " + keys.CONTROL_FORM, keys.lines, "ID:NAME:ROLE:KEY", "*"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sglang_router.config import checks, keys
 from sglang_router.config.checks import above, at_least, between
 from sglang_router.config.compat import VERSIONS
-from sglang_router.config.kinds import ClientKeys, ControlKeys
+from sglang_router.config.kinds import ClientKeys, ControlKeys, ModelsMapping
 from sglang_router.config.option import alias, option
 
 # The keys of `routing.policies.POLICIES`, which this module must not import. A test holds the two equal.
@@ -34,6 +34,7 @@ WORKERS = "Workers"
 LISTENING = "Listening"
 SECURITY = "Access and TLS"
 AUTOSCALING = "Autoscaling"
+MODELS = "Models"
 POLICY = "Routing policy"
 REQUESTS = "Requests and connections"
 RETRIES = "Retries"
@@ -238,6 +239,44 @@ class HTTPOptions:
         SECURITY,
         metavar="ORIGIN",
         check=checks.origins,
+    )
+
+    # -- models
+    model_alias: dict[str, str] = option(
+        {},
+        "Another name of a model, as in gpt-4=llama-70b: requests for gpt-4 go to the workers of llama-70b. The body"
+        " changes only for engines that do not announce the alias.",
+        MODELS,
+        metavar="ALIAS=MODEL",
+        repeat=True,
+    )
+    model_fallback: dict[str, str] = option(
+        {},
+        "Which model stands in for another, as in llama-70b=llama-8b: while no worker of llama-70b can take requests,"
+        " llama-8b serves them, and the header x-sglang-router-model says so. A fallback may have one, too.",
+        MODELS,
+        metavar="MODEL=OTHER",
+        repeat=True,
+    )
+    worker_model: dict[str, str] = option(
+        {},
+        "What the model of a worker of --worker-urls is called, as in http://10.0.0.1:8000=llama-70b, whatever its"
+        " engine announces.",
+        MODELS,
+        metavar="URL=MODEL",
+        repeat=True,
+    )
+    models: ModelsMapping = option(
+        {},
+        "Settings of single models: a mapping in a --config file, or JSON; see docs/models.md. Keys of a model: policy"
+        " and its options, aliases, fallback.",
+        MODELS,
+    )
+    enable_igw: bool = option(
+        False,
+        "Be strict about models: a model that no worker announces is unknown (404), also while the fleet serves only"
+        " one. And the label `policy` of a model's first worker sets the policy of the model.",
+        MODELS,
     )
 
     # -- routing policy

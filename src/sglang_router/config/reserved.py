@@ -16,11 +16,10 @@ from typing import Any, TypeVar
 from sglang_router.config.checks import between
 from sglang_router.config.kinds import Pairs
 from sglang_router.config.option import option
-from sglang_router.config.options import POLICY_NAMES, SECURITY, HTTPOptions
+from sglang_router.config.options import MODELS, POLICY_NAMES, SECURITY, HTTPOptions
 
 PREFILL_DECODE = "Prefill/decode disaggregation"
 DISCOVERY = "Kubernetes discovery"
-MODELS = "Models"
 TRACING = "Tracing"
 NO_EFFECT = "Without effect"
 
@@ -77,7 +76,6 @@ class ReservedOptions(HTTPOptions):
     )
 
     # -- models
-    enable_igw: bool = _later(False, "Serve several models, each with its own policy.", MODELS)
     backend: str = _later("sglang", "What kind the workers are.", MODELS, choices=("sglang", "openai"))
 
     # -- access: tokens of an identity provider

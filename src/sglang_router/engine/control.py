@@ -89,6 +89,7 @@ class EngineControl:
         self._registry = registry
         self._status = status
         self._started = int(time.time())
+        self._adapters = {name: name for name in options.lora.split(",") if name}  # their paths, by name
         registry.register(EngineCollector(engine.scheduler, options.model))
 
     def routes(self) -> list[Route]:
@@ -110,6 +111,8 @@ class EngineControl:
             ("/continue_generation", self.continue_generation, ["POST"]),
             ("/start_profile", self.start_profile, ["GET", "POST"]),
             ("/stop_profile", self.stop_profile, ["GET", "POST"]),
+            ("/load_lora_adapter", self.load_adapter, ["POST"]),
+            ("/unload_lora_adapter", self.unload_adapter, ["POST"]),
             ("/update_weights_from_disk", self.update_weights, ["POST"]),
             ("/update_weights_from_tensor", self.update_weights, ["POST"]),
             ("/update_weights_from_distributed", self.update_weights, ["POST"]),
@@ -137,11 +140,12 @@ class EngineControl:
         return Response(generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def models(self, request: Request) -> Response:
-        """Answer with the engine's only model."""
+        """Answer with the engine's only model, and the adapters that are loaded."""
         name = self._options.model
-        model = {"id": name, "object": "model", "created": self._started, "owned_by": "sglang", "root": name}
-        more = {"parent": None, "max_model_len": self._options.context}
-        return json_response({"object": "list", "data": [model | more]})
+        kind = {"object": "model", "created": self._started, "owned_by": "sglang"}
+        model = {"id": name, **kind, "root": name, "parent": None, "max_model_len": self._options.context}
+        loaded = [{"id": each, **kind, "root": path, "parent": name} for each, path in self._adapters.items()]
+        return json_response({"object": "list", "data": [model, *loaded]})
 
     async def get_load(self, request: Request) -> Response:
         """Answer with the load of each data-parallel rank."""
@@ -271,6 +275,24 @@ class EngineControl:
     async def stop_profile(self, request: Request) -> Response:
         """Accept the request and do nothing."""
         return PlainTextResponse("Profiling stopped.\n")
+
+    async def load_adapter(self, request: Request) -> Response:
+        """List an adapter as loaded from now on. There are no weights; any path will do."""
+        body = await _optional_object(request)
+        name, path = body.get("lora_name"), body.get("lora_path")
+        if not (isinstance(name, str) and name and isinstance(path, str)):
+            raise EngineError(400, "Give the adapter's 'lora_name' and its 'lora_path'.")
+        if name in self._adapters:
+            return json_response({"success": False, "error_message": f"{name} is loaded already."}, 400)
+        self._adapters[name] = path
+        return json_response({"success": True, "loaded_adapters": self._adapters})
+
+    async def unload_adapter(self, request: Request) -> Response:
+        """List an adapter no more."""
+        name = (await _optional_object(request)).get("lora_name")
+        if not isinstance(name, str) or self._adapters.pop(name, None) is None:
+            return json_response({"success": False, "error_message": f"{name} is not loaded."}, 400)
+        return json_response({"success": True, "loaded_adapters": self._adapters})
 
     async def update_weights(self, request: Request) -> Response:
         """Wait for the batch to end, then empty the cache unless `flush_cache` is false. There are no weights."""

@@ -22,6 +22,7 @@ class EngineOptions:
     host: str = _option("127.0.0.1", "address to listen on")
     port: int = _option(30001, "port to listen on; 0 takes a free one and prints it in the first line of output")
     model: str = _option("built-in", "name of the model in answers")
+    lora: str = _option("", "names of adapters that are loaded at the start, with commas between them")
     api_key: str = _option("", "require this key: `Authorization: Bearer KEY`")
     capacity_tokens: int = _option(524_288, "slots of the KV cache, in tokens")
     context_length: int = _option(131_072, "most tokens of prompt and answer together")

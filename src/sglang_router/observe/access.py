@@ -25,6 +25,7 @@ from sglang_router.observe.access_line import AccessLine
 from sglang_router.observe.line_parts import Stamp, cut, plain, value
 from sglang_router.observe.logs import LogWriter
 from sglang_router.routing.events import Finished, Listener, Quarantined, WorkerChanged
+from sglang_router.routing.model_names import plain_name
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag
 from sglang_router.routing.usage import Usage
@@ -81,15 +82,19 @@ class AccessLog(Listener):
         if not plain(request_id):
             request_id = value(request_id)
         worker = branch = matched = "-"
+        end = ""
         if leg is not None:
             worker, branch = leg.target.name, leg.branch or "-"
             if leg.total:
                 matched = f"{leg.matched * 100 // leg.total}%"
+            if leg.model:
+                end = f" served_model={value(plain_name(leg.model.decode('utf-8', 'replace')))}"
         if first >= 0.0:
             times = "%.1f first_byte_ms=%.1f" % (answer.duration * 1e3, first * 1e3)  # noqa: UP031
         else:
             times = f"{answer.duration * 1e3:.1f} first_byte_ms=-"
-        end = "" if answer.usage is None else _tokens(answer.usage)
+        if answer.usage is not None:
+            end += _tokens(answer.usage)
         end += "" if outcome is _SERVED and not (answer.code or tag.client or answer.resumed) else _end(event)
         return (
             f"{now}{head}{request_id} peer={tag.peer or '-'}"
@@ -140,6 +145,7 @@ class AccessLog(Listener):
             usage.prompt if usage.prompt >= 0 else msgspec.UNSET,
             usage.cached if usage.cached >= 0 else msgspec.UNSET,
             usage.completion if usage.completion >= 0 else msgspec.UNSET,
+            plain_name(leg.model.decode("utf-8", "replace")) if leg is not None and leg.model else msgspec.UNSET,
         )
 
 

@@ -14,6 +14,7 @@ class AccessLine(msgspec.Struct, gc=False):
     client         name of the client's key; only with access keys
     resumed        only when another worker continued the stream
     ..._tokens     only when the engine told them
+    served_model   only when it is not the one that the client named
     """
 
     time: str
@@ -41,3 +42,4 @@ class AccessLine(msgspec.Struct, gc=False):
     prompt_tokens: int | msgspec.UnsetType = msgspec.UNSET
     cached_tokens: int | msgspec.UnsetType = msgspec.UNSET
     completion_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    served_model: str | msgspec.UnsetType = msgspec.UNSET

@@ -87,6 +87,11 @@ METRICS = (
         lambda counts: [((result,), count) for result, count in counts.handoffs.items()],
     ),
     Family(
+        "sgl_router_renamed_requests_total", COUNTER, ("model", "served"),
+        "Requests whose engine was told another model than the client named: an alias, or a fallback (models.md).",
+        lambda counts: counts.renamed.items(),
+    ),
+    Family(
         "sgl_router_request_bytes_total", COUNTER, ROUTE,
         "Bytes of request bodies.", read.requests(read.route, lambda s: s.received, read.relayed),
     ),
@@ -519,7 +524,8 @@ milliseconds. The metrics port takes at most 32 connections at a time and closes
   not report is left out.
 - `route` and `path` are paths that the router serves (parameters as in `/workers/{worker_id}`); any other is `other`.
 - `model` is a name that a worker announces (`/v1/models`, adapters included), or that an operator gave it (`model_id`);
-  at most 64 of one worker and 100 in all. Any other is `other`, so that clients cannot make series; none is `unknown`.
+  or an alias (`--model-alias`); at most 64 of one worker and 100 in all. Any other is `other`, so that clients cannot
+  make series; none is `unknown`.
 - `error_code` is the code of the router's own errors, and empty for a worker's answer.
 - A request is counted when it ends, a decision when it is made: each leg of a retried request has its own.
 - Histograms have the bounds of `--prometheus-duration-buckets`, in seconds. A stream lasts to its last byte.

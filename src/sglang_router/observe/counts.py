@@ -56,6 +56,7 @@ class MetricCounts:
     changes    changes of workers, by what changed and the new state
     unresumed  streams that broke and were not continued, by reason
     handoffs   requests of vLLM pairs, by what became of what the prefill worker handed over
+    renamed    requests that were served under another name, by the labels of both
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class MetricCounts:
         self.changes: dict[tuple[str, str], int] = {}
         self.unresumed: dict[str, int] = {}
         self.handoffs: dict[str, int] = {}
+        self.renamed: dict[tuple[str, str], int] = {}
 
     def __repr__(self) -> str:
         return f"<MetricCounts {len(self.tallies)} workers, {len(self.series)} series>"

@@ -30,6 +30,7 @@ class LiveSources(msgspec.Struct, kw_only=True):
     unlogged_decisions    requests that are missing in the log of decisions
     shadows               what the shadow policies would have done
     kv_index              what workers say of their KV caches
+    policy_of             the policy of a model by its name, "" for the usual one
     replicas              URL, number of restarts, and whether it is up, of each replica that the router runs itself
     """
 
@@ -45,4 +46,5 @@ class LiveSources(msgspec.Struct, kw_only=True):
     unlogged_decisions: Number | None = None
     shadows: ShadowTally | None = None
     kv_index: KVIndex | None = None
+    policy_of: Callable[[str], str] | None = None
     replicas: Callable[[], Iterable[tuple[str, int, bool]]] | None = None

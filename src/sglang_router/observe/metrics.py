@@ -112,6 +112,9 @@ class Metrics(Listener):
                 outcomes[label] = outcomes.get(label, 0) + 1
                 if answer.usage is not None:
                     tally.told(series.model, answer.usage)
+                if leg.model:
+                    names = (series.model, label_of(leg.model.decode("utf-8", "replace")))
+                    self.counts.renamed[names] = self.counts.renamed.get(names, 0) + 1
             if outcome is not _SERVED or answer.retries or answer.handoff:
                 self._failed_or_retried(series, answer)
 

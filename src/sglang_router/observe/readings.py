@@ -231,7 +231,12 @@ def pool(counts: MetricCounts) -> Iterable[Sample]:
 
 def selections(counts: MetricCounts) -> Iterable[Sample | None]:
     """Counted when the request ends: only then is the bounded label of its model known."""
-    legs = requests(lambda s: (*BACKEND, s.model, counts.policy), lambda s: s.legs, lambda s: s.legs)
+    policy_of = counts.sources.policy_of
+    policies: dict[str, str] = {}  # looked up once for each model
+    for series in counts.series.values():
+        if series.model not in policies:
+            policies[series.model] = (policy_of(series.model) if policy_of is not None else "") or counts.policy
+    legs = requests(lambda s: (*BACKEND, s.model, policies[s.model]), lambda s: s.legs, lambda s: s.legs)
     return legs(counts)
 
 

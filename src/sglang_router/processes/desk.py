@@ -182,7 +182,9 @@ class Desk:
         for leg in legs:
             port.leases[leg.lease] = each
             place = self._place(leg.target)
-            sent.append(PlannedOne(leg.lease, place, leg.branch, leg.matched, leg.total, leg.splice, leg.rid))
+            sent.append(
+                PlannedOne(leg.lease, place, leg.branch, leg.matched, leg.total, leg.splice, leg.rid, leg.model)
+            )
         port.put(Planned(each.number, sent, plan.delay, plan.retries, plan.handoff))
 
     def _unqueue(self, each: OpenedRequest) -> None:

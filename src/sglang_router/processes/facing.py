@@ -66,6 +66,7 @@ def ask_of(tag: RequestTag, facts: Facts, now: float, shape: TextForm) -> Ask:
         tag.explained,
         facts.session,
         facts.follows,
+        facts.division,
     )
 
 
@@ -85,7 +86,7 @@ def facts_of(ask: Ask, text: bytes) -> Facts:
     """Return the facts of a request that a relay asks for."""
     body = Imprint(ask.size, ask.digest)
     facts = Facts(ROWS[ask.endpoint], ask.namespace, text, ask.scaffold, ask.streaming, ask.model, ask.key, body)
-    facts.session, facts.follows = ask.session, ask.follows
+    facts.session, facts.follows, facts.division = ask.session, ask.follows, ask.division
     return facts
 
 

@@ -30,6 +30,7 @@ class PlannedOne(Message, tag=32):
     total: int
     splice: bytes
     rid: bytes
+    model: bytes = b""
 
 
 class ErrorSent(Message, tag=35):

@@ -42,7 +42,7 @@ class Ask(Message, tag=1):
     size       bytes of the body; digest: its fingerprint, or b""
     text       the routing text; None: it is in the shared memory at `at`, `length` bytes
     explained  the client asks why the worker is chosen
-    session    that header or body name, or b""; follows: see Facts
+    session    that header or body name, or b""; follows, division: see Facts
     """
 
     number: int
@@ -68,6 +68,7 @@ class Ask(Message, tag=1):
     explained: bool = False
     session: bytes = b""
     follows: bytes = b""
+    division: bytes = b""
 
 
 class Retry(Message, tag=2):

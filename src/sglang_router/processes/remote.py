@@ -229,7 +229,9 @@ class RemoteDecider:
         if asked is None:
             return
         legs = tuple(
-            PlannedLeg(leg.lease, self.targets[leg.worker], leg.branch, leg.matched, leg.total, leg.splice, leg.rid)
+            PlannedLeg(
+                leg.lease, self.targets[leg.worker], leg.branch, leg.matched, leg.total, leg.splice, leg.rid, leg.model
+            )
             for leg in plan.legs
         )
         if asked.failed is not None:

@@ -17,6 +17,7 @@ from http import HTTPStatus
 from typing import Final
 
 from sglang_router.errors import RouterError
+from sglang_router.routing.model_names import plain_name
 from sglang_router.routing.plan import PlannedLeg, RequestTag
 from sglang_router.wire.cors import Cors
 from sglang_router.wire.framing import Framing, Sized, UntilClose
@@ -32,6 +33,7 @@ _REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus
 _CORS: Final = b"access-control-"
 _DECISION: Final = b"x-sglang-router-decision"
 _WORKER: Final = b"x-sglang-router-worker"
+_MODEL: Final = b"x-sglang-router-model"
 _PRINTABLE: Final = bytes(range(0x20, 0x7F))
 _UNESCAPED: Final = frozenset(_PRINTABLE) - frozenset(b'%"')
 _DROPPED: Final = HOP_BY_HOP | {b"content-length", b"x-request-id"}
@@ -91,7 +93,7 @@ def worker_head(
     start = b"HTTP/1.1 %d %s" % (head.status, head.reason or _REASONS.get(head.status, b""))
     replaced: tuple[bytes, ...] = (_CORS,) if cors else ()
     if decision:
-        replaced += (_DECISION, _WORKER)
+        replaced += tuple([name for name in (_DECISION, _WORKER, _MODEL) if name in decision])
     own = b"%b%b%b\r\n" % (connection, cors, decision)
     if head.plain:  # the usual case: pass the fields on as they came, including Content-Length
         fields = _without(head, replaced) if replaced else head.fields
@@ -154,6 +156,16 @@ def decision_fields(tag: RequestTag, leg: PlannedLeg | None, retries: int, by_id
     )
 
 
+def model_field(model: bytes) -> bytes:
+    """Return the field that tells a client which model served, where that is another one than it has named.
+
+    What is not printable ASCII is percent-encoded (RFC 3986 2.1). model: its name as JSON text.
+    """
+    name = plain_name(model.decode("utf-8", "replace")).encode("utf-8", "replace")
+    shown = b"".join([b"%c" % each if each in _UNESCAPED else b"%%%02x" % each for each in name])
+    return b"%s: %s\r\n" % (_MODEL, shown)
+
+
 def _structured(request_id: bytes) -> bytes:
     """Return an id as an item of a structured field: a string, or a display string (RFC 9651 3.3.3 and 3.3.8)."""
     if not request_id.translate(None, _PRINTABLE):
@@ -183,8 +195,12 @@ class Answers:
         self.by_id = by_id
 
     def decision(self, tag: RequestTag, leg: PlannedLeg | None, retries: int) -> bytes:
-        """Return what the client is told of the decision; b"" when it does not ask. See `decision_fields`."""
-        return decision_fields(tag, leg, retries, self.by_id) if tag.explained or self.always else b""
+        """Return what the client is told of the decision; b"" when it does not ask, and gets the model it has named.
+
+        See `decision_fields` and `model_field`.
+        """
+        told = decision_fields(tag, leg, retries, self.by_id) if tag.explained or self.always else b""
+        return told if leg is None or not leg.model else told + model_field(leg.model)
 
     def cors_fields(self, headers: Headers) -> bytes:
         """Return the router's own CORS fields for an answer to a request with these headers; b"" without CORS."""

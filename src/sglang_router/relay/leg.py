@@ -26,6 +26,7 @@ from sglang_router.relay.early import OneEvent
 from sglang_router.relay.gathered import Gathered
 from sglang_router.relay.injected import UsageHider, with_ask
 from sglang_router.relay.relay import Relay
+from sglang_router.relay.renaming import renamed
 from sglang_router.relay.states import DONE, ExchangeState
 from sglang_router.relay.upstream import UpstreamConnection
 from sglang_router.relay.whole_events import ANY_END, CHUNKED_ENDS, PLAIN_ENDS, WholeEvents, split
@@ -203,7 +204,9 @@ class Leg:
         connections = relay.connections.known.get(target) or relay.connections.at(target)
         body: Body | Spliced = request.body
         members = planned.splice if exchange.hider is None else with_ask(planned.splice)
-        if members:
+        if planned.model and exchange.facts is not None:
+            body = renamed(request.body, exchange.facts, planned.model, members)
+        elif members:
             place = None if exchange.facts is None else exchange.facts.place
             body = splice_at(request.body, place, members) if place else splice(request.body, members)
         if tag.streaming:

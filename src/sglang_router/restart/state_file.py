@@ -56,7 +56,7 @@ class Clocks(NamedTuple):
 class StateFile:
     """See the module.
 
-    memory      what the policy remembers of prefixes, if it does; empty at `load`
+    memory      returns what the policy remembers of prefixes, if it does; empty at `load`
     configured  what flags and file say about workers
     suspended   whether this router must not write now, because its successor does
 
@@ -67,7 +67,7 @@ class StateFile:
         self,
         path: str,
         fleet: Fleet,
-        memory: PrefixMemory | None,
+        memory: Callable[[], PrefixMemory | None],
         configured: ConfiguredWorkers,
         *,
         suspended: Callable[[], bool] = lambda: False,
@@ -75,7 +75,7 @@ class StateFile:
     ) -> None:
         self._path = os.path.realpath(path)  # a symbolic link stays one
         self._fleet = fleet
-        self._memory = memory
+        self._memory_now = memory
         self._configured = configured
         self._suspended = suspended
         self._clocks = clocks or Clocks()
@@ -129,6 +129,11 @@ class StateFile:
                 and pools.of(worker).policy.memory is self._memory  # slots of another pool belong to another tree
             }
             found.fill(self._memory, slots, self._clocks.now(), self._clocks.today())
+
+    @property
+    def _memory(self) -> PrefixMemory | None:
+        """What is saved: the policy may be another one now than at the start (`routing.pool.Pool.use`)."""
+        return self._memory_now()
 
     # -- writing -------------------------------------------------------------------------------------------------------
 

@@ -55,9 +55,19 @@ class Again:
         self._rng = rng
 
     def after(
-        self, trail: Trail, worker: Worker, facts: Facts, outcome: Outcome, budget: RetryBudget, now: float
+        self,
+        trail: Trail,
+        worker: Worker,
+        facts: Facts,
+        outcome: Outcome,
+        budget: RetryBudget,
+        now: float,
+        continued: bool = False,
     ) -> NextTry | None:
-        """Return where a request goes that a worker has failed; None when no worker is left, or no budget."""
+        """Return where a request goes that a worker has failed; None when no worker is left, or no budget.
+
+        continued  the client has the beginning of the answer, so that no other model may go on with it
+        """
         rules, tries, assignment = self._rules, trail.tries, self._assignment
         if trail.retries - trail.strangers >= rules.total or (facts.endpoint.once and outcome not in _NOT_TAKEN):
             return None
@@ -72,6 +82,9 @@ class Again:
             (serving, fresh), again = left, _NOBODY
         else:
             fresh, again = self._candidates(serving, trail, 0 if elsewhere else rules.per_worker, now)
+            lost = not fresh and (not again or outcome is Outcome.REFUSED)
+            if lost and assignment.naming.on and not continued and (other := assignment.naming.instead(facts, now)):
+                serving, (fresh, again) = other, self._candidates(other, trail, rules.per_worker, now)
         if not (fresh or again) or (outcome is not Outcome.REFUSED and not budget.take(now)):
             return None
         trail.retries += 1

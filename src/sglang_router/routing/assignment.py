@@ -1,6 +1,7 @@
 """Which workers may serve a request, and what it can wait for while none of them can.
 
     serving(facts)                    the pool of its model, or that of the worker that keeps what it asks for
+    admitted(serving, facts, now)     the same, or the pool of a model that stands in for it; else an error
     candidates(serving, facts, now)   those of it that may take the request now
     line(serving, facts, now)         in which line it waits: sessions that begin have one of their own, and so has each
                                       worker that keeps what is continued
@@ -23,6 +24,7 @@ from sglang_router.routing.candidates import Candidates, candidates_of
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.kept_ids import KeptIds
 from sglang_router.routing.models import Serving
+from sglang_router.routing.naming import Naming, adapter_of
 from sglang_router.routing.pools import Pools
 from sglang_router.routing.queue import ROOM, SESSION, START, Queue, Queued
 from sglang_router.routing.sessions import Sessions
@@ -47,14 +49,16 @@ class Assignment:
     """See the module.
 
     kept      who keeps responses, conversations, files and batches
+    naming    aliases of models, and which model stands in for another
     sessions  where the sessions of requests are at home
     """
 
-    __slots__ = ("_pools", "kept", "sessions")
+    __slots__ = ("_pools", "kept", "naming", "sessions")
 
     def __init__(self, pools: Pools) -> None:
         self._pools = pools
         self.kept = KeptIds()
+        self.naming = Naming(pools)
         self.sessions = Sessions()
 
     def __repr__(self) -> str:
@@ -67,7 +71,7 @@ class Assignment:
     def serving(self, facts: Facts) -> Serving:
         """Return who serves a request; something without workers, if nobody does."""
         if not self._anywhere(facts):
-            return self._pools.only or self._pools.find(facts.model)
+            return self._pools.only or self._named(facts)
         holder = self.holder(facts)
         if holder is not None:
             return self._pools.of(holder)
@@ -78,6 +82,33 @@ class Assignment:
         """Return whether any worker may answer a request, whatever model it serves."""
         endpoint = facts.endpoint
         return endpoint.anywhere and (endpoint.about or not facts.model)
+
+    def _named(self, facts: Facts) -> Serving:
+        """Return who serves the model of a request, where that is to be looked at."""
+        if self.naming.on:
+            return self.naming.serving(facts)
+        return self._pools.find(facts.model, adapter=adapter_of(facts))
+
+    def admitted(self, serving: Serving, facts: Facts, now: float) -> Serving:
+        """Return who serves a request: those, or the workers of another model that stands in for its own.
+
+        Raises: RouterError, when it names a model that nobody serves, or none where it must.
+        """
+        if self.naming.on and (other := self.stands_in(serving, facts, now)) is not None:
+            return other
+        refusal = self._pools.refusal(serving, facts.model)
+        if refusal is not None:
+            raise refusal
+        return serving
+
+    def stands_in(self, serving: Serving, facts: Facts, now: float) -> Serving | None:
+        """Return who serves a request while its own model has no able worker; None: that has one, or nobody else has.
+
+        The request bears the other model's name then.
+        """
+        if self._anywhere(facts) or serving.able(now):
+            return None
+        return self.naming.instead(facts, now)
 
     def candidates(self, serving: Serving, facts: Facts, now: float) -> Candidates:
         """Return the workers that may take a request now."""

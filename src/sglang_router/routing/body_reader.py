@@ -19,6 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from sglang_router.errors import InvalidJSON
+from sglang_router.routing.keys import bounded
 from sglang_router.routing.reserved import HOLDERS, RESERVED, first_reserved
 from sglang_router.routing.skim import Content, Spans
 from sglang_router.routing.tolerant import members
@@ -37,6 +38,10 @@ _HOLDER: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _DIGITS: Final = b"0123456789-"
 _QUOTE, _OPENS_OBJECT = b'"{'
 
+NOTHING: Final = frozenset((b"", b"null", b"[]", b'""'))
+"""Values that mean the same as a missing field: some clients send every field they know."""
+_LONGEST_DIVISION: Final = 4096
+"""Bytes of adapter and salt that are kept as they came."""
 NAMESPACE: Final = ("model", "lora_path", "lora_id", "cache_salt")
 """Fields that divide the engines' caches: a prefix cached for one value is useless for another."""
 
@@ -130,3 +135,16 @@ def held(raw: bytes, name: str) -> bytes:
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return b""
     return plain(bytes(inner)) if inner else b""
+
+
+def division_of(fields: Any) -> bytes:
+    """Return adapter and salt joined, b"" when they are empty; what is very long as a digest."""
+    divided = (_given(fields.lora_path), _given(fields.lora_id), _given(fields.cache_salt))
+    division = b"\0".join(divided) if any(divided) else b""
+    return division if len(division) <= _LONGEST_DIVISION else bounded(division)
+
+
+def _given(field: msgspec.Raw) -> bytes:
+    """Return a field's value; b"" when it means the same as a missing field."""
+    value = bytes(field)
+    return b"" if value in NOTHING else value

@@ -85,6 +85,7 @@ class DecisionRecord(msgspec.Struct, gc=False):
     prompt_tokens      that the engine reported; null when it did not
     cached_tokens      those of them that it had cached
     completion_tokens  that it made
+    served_model       what the engine was told instead of `model`: an alias, or a fallback; null: the same
     attempts           each leg with what was looked at; those for which that was recorded
     """
 
@@ -109,4 +110,5 @@ class DecisionRecord(msgspec.Struct, gc=False):
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     completion_tokens: int | None = None
+    served_model: str | None = None
     attempts: tuple[DecisionAttempt, ...] = ()

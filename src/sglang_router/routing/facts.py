@@ -25,7 +25,7 @@ from typing import Any, Final
 import msgspec
 
 from sglang_router.errors import InvalidJSON
-from sglang_router.routing.body_reader import BodyReader, held, plain
+from sglang_router.routing.body_reader import NOTHING, BodyReader, division_of, held, plain
 from sglang_router.routing.endpoints import Endpoint
 from sglang_router.routing.imprint import Imprint
 from sglang_router.routing.keys import LONGEST, bounded
@@ -48,23 +48,22 @@ _CLOSERS: Final = b']"'
 _TRUE: Final = msgspec.Raw(b"true")
 
 
-_NOTHING: Final = frozenset((b"", b"null", b"[]", b'""'))
-"""Values that mean the same as a missing field: some clients send every field they know."""
-
-
 class Facts:
     """A request as routing sees it.
 
     endpoint     the row of `routing.endpoints`
     namespace    model, adapter and salt, hashed when long; b"" when the request names none
+    division     what of the namespace follows the model: adapter and salt, hashed when very long; b"" for neither
     text         the routing text
     scaffold     length of its scaffold in bytes, which does not count as matched
     streaming    the client asked for a stream
     model        the model's name as JSON text, in one spelling and of bounded length (`routing.model_names`), or b""
+    asked        the same as the client sent it, where another name stands in `model` (`routing.naming`); else b""
     routing_key  header x-smg-routing-key, or b""
     body         the whole body, as the relay holds it; in another process what stands for it. Only a request that broke
                  workers is recognised by it
     place        of a large body: where its closing brace is, and what separates another member from those before
+    name_at      of a large body: where the value of `model` begins and ends; None: it has none, or the body is small
     reserved     name of a field that only a router may set (`routing.reserved`) and that the body has, or ""
     session      the session that the request belongs to, at most 64 bytes; b"" when none is recognised, or none is
                  asked for
@@ -72,10 +71,13 @@ class Facts:
     """
 
     __slots__ = (
+        "asked",
         "body",
+        "division",
         "endpoint",
         "follows",
         "model",
+        "name_at",
         "namespace",
         "place",
         "reserved",
@@ -105,7 +107,9 @@ class Facts:
         self.model = model
         self.routing_key = routing_key
         self.body = body
+        self.asked = self.division = b""
         self.place: tuple[int, bytes] | None = None
+        self.name_at: tuple[int, int] | None = None
         self.reserved = ""
         self.session = b""
         self.follows = b""
@@ -166,7 +170,7 @@ def _text_of(reader: BodyReader, fields: Any, most_text: int) -> bytes:
     parts: list[msgspec.Raw | memoryview] = []
     for part in reader.text(fields):  # faster than a comprehension, which is a call, for usually two parts
         # Check the length first: comparing a long prompt would copy it.
-        if len(part) > 4 or bytes(part) not in _NOTHING:
+        if len(part) > 4 or bytes(part) not in NOTHING:
             parts.append(part)  # noqa: PERF401
     if not parts:
         return b""
@@ -238,6 +242,7 @@ class Skimming:
             facts.session = self._hints.session(fields)
         if self._readable is self._body:
             facts.place = (skim.close, b"" if skim.empty else b",")
+            facts.name_at = skim.spans.get(b"model")
         return facts
 
     def _text(self, view: memoryview) -> bytes:
@@ -245,7 +250,7 @@ class Skimming:
         parts = []
         for name in self._endpoint.text:
             begin, end = self._skim.spans.get(name.encode(), (0, 0))
-            if end - begin > 4 or bytes(view[begin:end]) not in _NOTHING:
+            if end - begin > 4 or bytes(view[begin:end]) not in NOTHING:
                 parts.append(view[begin:end])
         if parts and parts[-1][-1] in _CLOSERS:
             parts[-1] = parts[-1][:-1]
@@ -268,34 +273,25 @@ def _facts(
 ) -> Facts:
     """Return the facts that these fields and this text make."""
     model = bytes(fields.model)
-    if model in _NOTHING:
+    if model in NOTHING:
         model = b""
     elif b"\\" in model and len(model) <= LONGEST_TEXT:
         model = spelled(model)
     scaffold = reader.scaffold(text) if text else 0
-    namespace = model
+    namespace, division = model, b""
     if fields.lora_path or fields.lora_id or fields.cache_salt:
-        namespace = _divided(model, fields)
+        division = division_of(fields)
+        namespace = b"%b\0%b" % (model, division) if division else model
     if len(namespace) > LONGEST:
         namespace = bounded(namespace)
         model = model[:LONGEST_TEXT]  # no name is longer
-    streaming = fields.stream == _TRUE or (endpoint.lines and bytes(fields.stream) in _NOTHING)
+    streaming = fields.stream == _TRUE or (endpoint.lines and bytes(fields.stream) in NOTHING)
     facts = Facts(endpoint, namespace, text, scaffold, streaming, model, routing_key, body)
+    if division:
+        facts.division = division
     for name in endpoint.links:
         raw = bytes(getattr(fields, name))
         if found := plain(raw) or held(raw, "id"):
             facts.follows = bounded(found)
             break
     return facts
-
-
-def _divided(model: bytes, fields: Any) -> bytes:
-    """Return model, adapter and salt joined; only the model when the others are empty."""
-    divided = (_given(fields.lora_path), _given(fields.lora_id), _given(fields.cache_salt))
-    return b"\0".join((model, *divided)) if any(divided) else model
-
-
-def _given(field: msgspec.Raw) -> bytes:
-    """Return a field's value; b"" when it means the same as a missing field."""
-    value = bytes(field)
-    return b"" if value in _NOTHING else value

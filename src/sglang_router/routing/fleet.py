@@ -27,7 +27,8 @@ from sglang_router.routing.model_names import Names
 from sglang_router.routing.outcome import Hears, Outcome
 from sglang_router.routing.outliers import Outliers
 from sglang_router.routing.policies.base import Policy
-from sglang_router.routing.pools import Pool, PoolKey, Pools
+from sglang_router.routing.pool import Pool, PoolKey
+from sglang_router.routing.pools import Pools
 from sglang_router.routing.rules import FleetRules
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.states import Breaker, BreakerEvent, Health

@@ -59,6 +59,23 @@ def spelled(text: bytes) -> bytes:
         return text
 
 
+def plain_name(text: str) -> str:
+    """Return the name of a model from its JSON text; what is no text as it is."""
+    if not text.startswith('"'):
+        return text
+    if "\\" in text:
+        try:
+            return msgspec.json.decode(text, type=str)
+        except (msgspec.MsgspecError, UnicodeError):
+            pass
+    return text[1:-1]
+
+
+def joined(model: bytes, adapter: bytes) -> bytes:
+    """Return SGLang's name for an adapter on a model; all are JSON text."""
+    return b"%b:%b" % (model[:-1], adapter[1:])
+
+
 def base_of(text: bytes) -> bytes:
     """Return the model of "model:adapter", SGLang's way to name an adapter; b"" for any other text."""
     base, colon, _ = text.partition(b":")

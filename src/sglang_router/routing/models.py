@@ -23,12 +23,12 @@ Workers with the same names are one *profile*, and there are few of them, howeve
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final, Protocol
 
 from sglang_router.errors import ModelNotFound, ModelRequired, RouterError, Unavailable, WorkersStarting
 from sglang_router.routing.candidates import Candidates, candidates_of
-from sglang_router.routing.model_names import Names, text_of
+from sglang_router.routing.model_names import Names, joined, text_of
 from sglang_router.routing.policies.base import Policy
 from sglang_router.routing.standing import standing
 from sglang_router.routing.states import Health
@@ -148,12 +148,14 @@ class ServedModels:
     several  the fleet serves several models, so that a request must name one of them
     mixed    there are workers with different names, so that not every worker may get every request
     known    the announced names, by their JSON text
+    aliases  what an operator calls models besides, see `routing.naming`
     """
 
     def __init__(self) -> None:
         self.several = False
         self.mixed = False
         self.known: dict[str, str] = {}
+        self.aliases: Mapping[str, str] = {}
         self._profile_of: dict[Worker, Names] = {}
         self._workers: dict[Names, dict[Worker, None]] = {}  # by profile
         self._keys: dict[Names, bytes] = {}  # the pool of each profile with names
@@ -244,23 +246,37 @@ class ServedModels:
         for profile, workers in self._workers.items():
             for name in (*profile.bases, *profile.adapters):
                 found.setdefault(text_of(name), []).extend(workers)
+        for text, those in self._with_adapters().items():
+            found.setdefault(text, those)
         if not self.several:
             for serving in found.values():
                 serving += self.nameless()
+        return found
+
+    def _with_adapters(self) -> dict[bytes, list[Worker]]:
+        """Return the workers that have an adapter loaded, by "model:adapter", as SGLang calls the two."""
+        found: dict[bytes, list[Worker]] = {}
+        for profile, workers in self._workers.items():
+            for adapter in profile.adapters:
+                for base in profile.bases:
+                    found.setdefault(joined(text_of(base), text_of(adapter)), []).extend(workers)
         return found
 
     def nameless(self) -> list[Worker]:
         """Return the workers that announce nothing."""
         return [worker for profile, workers in self._workers.items() if not profile.bases for worker in workers]
 
-    def refusal(self, model: bytes) -> RouterError:
-        """Return the error for a request for which there is no worker: without a model, or with an unknown one."""
-        names = sorted(self.known.values())
+    def refusal(self, model: bytes, hint: str = "") -> RouterError:
+        """Return the error for a request for which there is no worker: without a model, or with an unknown one.
+
+        hint  how to name a model, where that is not the field of the body
+        """
+        names = sorted({*self.known.values(), *self.aliases})
         shown = ", ".join(name[:_SHOWN_CHARACTERS] for name in names[:_SHOWN_NAMES])
         if len(names) > _SHOWN_NAMES:
             shown += f" and {len(names) - _SHOWN_NAMES} more"
         if not model:
-            return ModelRequired(f"The request names no model. This router serves {shown}.", param="model")
+            return ModelRequired(f"The request names no model. This router serves {shown}.{hint}", param="model")
         wanted = model.decode("utf-8", "replace")
         wanted = wanted if len(wanted) <= _SHOWN_CHARACTERS else wanted[:_SHOWN_CHARACTERS] + "..."
         return ModelNotFound(f"No worker serves the model {wanted}. This router serves {shown}.", param="model")

@@ -1,4 +1,4 @@
-"""The model in a form (multipart/form-data, RFC 7578), which is how audio is sent.
+"""The model in a form (multipart/form-data, RFC 7578), which is how audio is sent: its name, and where it stands.
 
     --boundary            the first line; each later delimiter has a line break in front
     header lines          one of them names the field
@@ -29,22 +29,32 @@ _PARAMETER: Final = re.compile(rb';[ \t]*([^=;"\s]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|
 
 def model_of(body: bytes | bytearray) -> bytes:
     """Return the field `model` of a form as JSON text; b"" without one."""
+    span = span_of(body)
+    if span is None:
+        return b""
+    name = body[span[0] : span[1]].decode("utf-8", "replace")
+    return text_of(name) if is_name(name) else b""
+
+
+def span_of(body: bytes | bytearray) -> tuple[int, int] | None:
+    """Return where the value of the field `model` of a form begins and ends; None without one."""
     first = _FIRST_LINE.match(body, 0, 256)
     if first is None:
-        return b""
+        return None
     delimiter = b"\r\n" + first[1]
-    name = None
+    span = None
     tail = len(body) - _WALKED
     if tail > _WALKED:
         at = body.find(delimiter, tail)
-        name = _model(body, delimiter, _after_line(body, at + len(delimiter)), len(body)) if at >= 0 else None
-    if name is None:
-        name = _model(body, delimiter, first.end(), len(body) if tail <= _WALKED else _WALKED)
-    return text_of(name) if name is not None and is_name(name) else b""
+        span = _model(body, delimiter, _after_line(body, at + len(delimiter)), len(body)) if at >= 0 else None
+    if span is None:
+        span = _model(body, delimiter, first.end(), len(body) if tail <= _WALKED else _WALKED)
+    return span
 
 
-def _model(body: bytes | bytearray, delimiter: bytes, at: int, end: int) -> str | None:
-    """Return the last field `model` of the parts from `at`, where the header lines of one begin, to `end`."""
+def _model(body: bytes | bytearray, delimiter: bytes, at: int, end: int) -> tuple[int, int] | None:
+    """Return where the value is of the last field `model` of the parts from `at`, where the header lines of one begin,
+    to `end`."""
     found = None
     for _ in range(_MOST_PARTS):
         next_one = body.find(delimiter, at - 2, end) if at else -1
@@ -52,7 +62,7 @@ def _model(body: bytes | bytearray, delimiter: bytes, at: int, end: int) -> str 
             break
         value = body.find(b"\r\n\r\n", at - 2, min(next_one, at + 4096))
         if value >= 0 and _field(bytes(body[at:value])) == b"model":
-            found = body[value + 4 : next_one].decode("utf-8", "replace")
+            found = (value + 4, next_one)
         at = _after_line(body, next_one + len(delimiter))
     return found
 

@@ -49,11 +49,12 @@ class PlannedLeg:
     matched  bytes of the routing text that the worker is believed to have cached
     total    bytes of the routing text; 0 when the policy does not compare texts
     splice   JSON members to add at the end of the body, without the comma before them; b"" for none
+    model    what the body names as its model instead of what the client wrote, JSON text; b"": the body stays as it is
     rid      the engine's name for the leg, set in the splice: the engine is asked to abort it when the leg is given up;
              b"": closing the connection ends the leg
     """
 
-    __slots__ = ("branch", "lease", "matched", "rid", "splice", "target", "total")
+    __slots__ = ("branch", "lease", "matched", "model", "rid", "splice", "target", "total")
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class PlannedLeg:
         total: int = 0,
         splice: bytes = b"",
         rid: bytes = b"",
+        model: bytes = b"",
     ) -> None:
         self.lease = lease
         self.target = target
@@ -72,6 +74,7 @@ class PlannedLeg:
         self.total = total
         self.splice = splice
         self.rid = rid
+        self.model = model
 
     def __repr__(self) -> str:
         return f"<PlannedLeg {self.lease} {self.target.name} {self.branch} {self.matched}/{self.total}>"

@@ -24,8 +24,6 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Final
 
-import msgspec
-
 from sglang_router.routing.assignment import HOLDER
 from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.considered import Considered
@@ -34,6 +32,7 @@ from sglang_router.routing.events import Finished, Listener, Retried
 from sglang_router.routing.excluded import reason
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.lease import Lease
+from sglang_router.routing.model_names import plain_name
 from sglang_router.routing.models import Serving
 from sglang_router.routing.plan import RequestTag
 from sglang_router.routing.policies.base import Choice
@@ -64,6 +63,7 @@ class Recorder(Listener):
     most_load  requests in flight that one worker may have; 0: no limit
     epoch      returns what must be added to a time of the router's clock to get seconds since 1970
     failed     takes the fault of a policy that cannot explain itself
+    policy_of  tells the policy by which a worker is chosen, "" for the usual one; None: all are chosen by that
     sink       takes the record of each ended request, its whole session, its namespace and routing text; None: nobody
     """
 
@@ -78,6 +78,7 @@ class Recorder(Listener):
     ) -> None:
         self.most = most
         self.sink: Sink | None = None
+        self.policy_of: Callable[[str], str] | None = None
         self._policy = policy
         self._every = every or _NEVER
         self._most_load = most_load
@@ -166,7 +167,8 @@ class Recorder(Listener):
 
     def finished_all(self, events: Sequence[Finished]) -> None:
         """Keep the records of requests that ended."""
-        records, noted, policy, epoch, sink = self._records, self._noted, self._policy, self._epoch(), self.sink
+        records, noted, usual, epoch, sink = self._records, self._noted, self._policy, self._epoch(), self.sink
+        policy_of = self.policy_of
         tabled, most_lines = self._tabled, self.most * LINES_PER_RECORD
         for event in events:
             tag, leg, answer = event.tag, event.leg, event.answer
@@ -179,11 +181,12 @@ class Recorder(Listener):
             if leg is not None:
                 worker, branch, matched, total = leg.target.name, leg.branch, leg.matched, leg.total
             ended = _UNROUTED if outcome is None or leg is None else outcome.label
+            policy = usual if worker is None or policy_of is None else policy_of(worker) or usual
             record = DecisionRecord(
                 tag.id,
                 tag.start + epoch,
                 endpoint,
-                _model(tag.model),
+                plain_name(tag.model),
                 _session(tag) if tag.named[1] else "",
                 tag.streaming,
                 tag.received,
@@ -199,6 +202,8 @@ class Recorder(Listener):
                 first if first >= 0.0 else None,
                 answer.duration,
             )
+            if leg is not None and leg.model:
+                record.served_model = plain_name(leg.model.decode("utf-8", "replace"))
             if answer.usage is not None:
                 _tell(record, answer.usage)
             if noted and (attempts := noted.pop(tag.number, None)) is not None:
@@ -242,16 +247,17 @@ class Recorder(Listener):
             tag, choice = lease.tag, lease.choice
             failed = self._failed.get(tag.number, [])
             attempts = tuple(self._noted.get(tag.number, ()))
+            policy_of, name = self.policy_of, lease.worker.url
             yield DecisionRecord(
                 tag.id,
                 tag.start + epoch,
                 tag.route.endpoint,
-                _model(tag.model),
+                plain_name(tag.model),
                 _session(tag),
                 tag.streaming,
                 tag.received,
-                self._policy,
-                lease.worker.url,
+                self._policy if policy_of is None else policy_of(name) or self._policy,
+                name,
                 choice.branch,
                 choice.matched,
                 choice.total,
@@ -261,6 +267,7 @@ class Recorder(Listener):
                 "",
                 None,
                 now - tag.start,
+                served_model=_served_model(lease),
                 attempts=attempts,
             )
 
@@ -289,20 +296,16 @@ def _some_of(candidates: Candidates, choice: Choice) -> Candidates:
     return candidates.those(found)
 
 
+def _served_model(lease: Lease) -> str | None:
+    """Return what the engine was told instead of the model that the client named; None: the same."""
+    facts = lease.facts
+    asked = facts.asked or facts.model
+    told = lease.worker.spoken(asked, facts.model) if asked else asked
+    return None if told == asked else plain_name(told.decode("utf-8", "replace"))
+
+
 def _session(tag: RequestTag) -> str:
     return tag.session[:_LONGEST_SESSION]
-
-
-def _model(text: str) -> str:
-    """Return the name of a model from its JSON text; what is no text as it is."""
-    if not text.startswith('"'):
-        return text
-    if "\\" in text:
-        try:
-            return msgspec.json.decode(text, type=str)
-        except (msgspec.MsgspecError, UnicodeError):
-            pass
-    return text[1:-1]
 
 
 def _lines_of(record: DecisionRecord) -> int:

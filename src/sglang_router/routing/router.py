@@ -36,6 +36,7 @@ from sglang_router.routing.judge import Judge
 from sglang_router.routing.keys import bounded
 from sglang_router.routing.lease import Lease
 from sglang_router.routing.models import Serving
+from sglang_router.routing.naming import dress, keep_name
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
 from sglang_router.routing.quarantine import Quarantine
@@ -75,6 +76,7 @@ class Router(Listener):
     soon       lets the router check the queue after the call that freed something
     check_now  requests a health check of a worker
     recorder   keeps what was decided; None: nobody does
+    naming     aliases of models, and which model stands in for another
     """
 
     deliver: Deliver
@@ -99,6 +101,7 @@ class Router(Listener):
         self._truth = Truth(fleet, soon)
         self._pools = fleet.pools
         self._who = Assignment(fleet.pools)
+        self.naming = self._who.naming
         self._again = Again(fleet, self._who, retries, rng)
         self._listener = listener
         self._soon = soon
@@ -148,10 +151,7 @@ class Router(Listener):
 
     def _ask_queue(self, tag: RequestTag, facts: Facts, pool: Serving, now: float) -> Plan | Wait:
         """Decide where a limit is set, requests are queued, or no worker can take the request now."""
-        refusal = self._pools.refusal(pool, facts.model)
-        if refusal is not None:
-            raise refusal
-        queue = self.queue
+        pool, queue = self._who.admitted(pool, facts, now), self.queue
         candidates = _NOBODY
         line = self._who.line(pool, facts, now)
         why = queue.why_wait(line)
@@ -204,10 +204,9 @@ class Router(Listener):
             lease.session = sessions.chosen(place, choice, facts, now)
         lease.sent(total - choice.matched if total else -1, facts.streaming, now, delay)
         self._leases[lease.number] = lease
-        splice = worker.splice
-        if splice and not facts.endpoint.json:  # a body that is not JSON is not changed
-            splice = b""
-        leg = PlannedLeg(lease.number, worker.target, choice.branch, choice.matched, total, splice)
+        leg = PlannedLeg(lease.number, worker.target, choice.branch, choice.matched, total)
+        if worker.dresses or facts.asked:
+            dress(leg, worker, facts)
         worker.decisions.count(policy.label, choice.branch, choice.matched, total)
         if self._listener.hears_routed:
             self._listener.routed(Routed(tag, leg, policy.label, retries))
@@ -233,12 +232,13 @@ class Router(Listener):
         # Whether a broken stream may go on is up to the body handler, unless this worker broke off before it answered.
         final = failure is not None and trail.is_final(failure) and not (continued and outcome not in _SILENT_BREAKS)
         facts.session = facts.session or lease.facts.session  # not read anew for the rest of a broken stream
+        keep_name(facts, lease.facts)
         found: NextTry | None = None
         if outcome is Outcome.REJECTED and not continued:
             if status == 404 and facts.follows:
                 found = self._again.not_found(trail, lease.worker, facts, now)
         elif (continued or outcome.retryable) and not final:
-            found = self._again.after(trail, lease.worker, facts, outcome, self.budget, now)
+            found = self._again.after(trail, lease.worker, facts, outcome, self.budget, now, continued)
         if found is None:
             # A worker that rejects the continuation of a stream says nothing of the request.
             self._judge.decide(tag, trail, Outcome.CUT if continued else outcome, now)
@@ -376,8 +376,9 @@ class Router(Listener):
 
     def _answer(self, asked: _Asked, now: float) -> Plan | RouterError | str:
         """Return the answer to a queued request and remove it from the queue; or return what it still waits for."""
-        number, pool = asked.tag.number, self._who.serving(asked.facts)
+        number = asked.tag.number
         try:
+            pool = self._who.admitted(self._who.serving(asked.facts), asked.facts, now)
             if not (candidates := self._who.candidates(pool, asked.facts, now)):
                 return self._who.awaited(pool, asked.facts, now)
         except RouterError as error:

@@ -17,7 +17,7 @@ from typing import Final
 from sglang_router.routing.belief import FEW, LONGEST_PROMPT, surprising
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.lease import Lease
-from sglang_router.routing.pools import Pool
+from sglang_router.routing.pool import Pool
 from sglang_router.routing.usage import Usage
 
 LEARN_EVERY: Final = 4

@@ -12,7 +12,7 @@ from sglang_router.routing.belief import Belief
 from sglang_router.routing.breaker import Circuit
 from sglang_router.routing.decisions import Decisions
 from sglang_router.routing.engine_report import NOTHING, EngineReport
-from sglang_router.routing.model_names import NO_NAMES, Names
+from sglang_router.routing.model_names import NO_NAMES, Names, base_of, text_of
 from sglang_router.routing.outcome import Hears
 from sglang_router.routing.outliers import Outliers
 from sglang_router.routing.plan import Target
@@ -36,6 +36,7 @@ class Worker:
     url        its name: the base URL, for a rank with "@" and its number
     key        its own API key as it is sent; None without one
     splice     members that each JSON body sent to it gets at its end: its rank; b"" for none
+    dresses    bodies sent to it may have to be changed: by `splice`, or because it is called what its engine is not
     order      rises with each registration: the order of rotation
     slot       its number in the prefix memory of its pool; -1: none
     seat       its number in its pool, see `routing.roster`; -1: none
@@ -46,6 +47,7 @@ class Worker:
     report     what its engine said of itself last
     announced  the names of models that its engine announced last
     names      the names by which it serves: what an operator calls it, and those
+    speaks     the names that its engine announced, as JSON text
     load       leases open now
     waiting    streams sent there that have no byte of an answer yet
     weight     what its seconds count, by its `priority` and `cost`; 1 for an average one
@@ -72,6 +74,7 @@ class Worker:
         "decisions",
         "dp_rank",
         "draining",
+        "dresses",
         "ejected",
         "gone_silent",
         "health",
@@ -95,6 +98,7 @@ class Worker:
         "seat",
         "since",
         "slot",
+        "speaks",
         "spec",
         "splice",
         "target",
@@ -170,9 +174,30 @@ class Worker:
         """Store the names that its engine announces."""
         given = self.spec.model_id
         self.announced = names
+        self.speaks = frozenset([text_of(name) for name in (*names.bases, *names.adapters)])
         self.names = (
             Names((given, *(name for name in names.bases if name != given)), names.adapters) if given else names
         )
+        self.dresses = bool(self.splice) or (bool(given and names.bases) and given not in names.bases)
+
+    def spoken(self, asked: bytes, model: bytes) -> bytes:
+        """Return what its engine calls the model of a request: what the client wrote, if the engine knows that.
+
+        asked  what the client wrote, JSON text; model: who serves it, `asked` if that is no alias
+        """
+        speaks, announced = self.speaks, self.announced.bases
+        base = base_of(model)
+        if asked in speaks or base_of(asked) in speaks:
+            return asked
+        if not announced or model in speaks or base in speaks:
+            return model
+        given = text_of(self.spec.model_id) if self.spec.model_id else b""
+        own = text_of(announced[0])
+        if model == given:
+            return own
+        if base and base == given:
+            return own[:-1] + model[len(base) - 1 :]
+        return model
 
     @property
     def model(self) -> str | None:

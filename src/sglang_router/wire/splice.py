@@ -1,4 +1,4 @@
-"""Add members to a JSON object without changing its other bytes."""
+"""Add members to a JSON object, or replace a value in a body, without changing its other bytes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ _COPIED: Final = 65536
 
 
 class Spliced:
-    """A large body with members added, as two pieces, so that it is not copied.
+    """A large body that was changed, as the pieces of which it consists, so that it is not copied.
 
-    body  the body as it came
-    end   how many bytes of it are sent
-    tail  what is sent after them
+    pieces  parts of the body as it came, and what is sent between and after them; none is empty
     """
 
-    __slots__ = ("body", "end", "tail")
+    __slots__ = ("pieces",)
 
-    def __init__(self, body: Body, end: int, tail: bytes) -> None:
-        self.body = body
-        self.end = end
-        self.tail = tail
+    def __init__(self, *pieces: memoryview) -> None:
+        self.pieces = [piece for piece in pieces if len(piece)]
 
     def __len__(self) -> int:
-        return self.end + len(self.tail)
+        return sum([len(piece) for piece in self.pieces])
 
 
 _LOOK_BACK: Final = 64
@@ -63,4 +59,25 @@ def splice_at(body: Body, place: tuple[int, bytes], members: bytes) -> bytes | S
     """
     end, separator = place
     tail = b"%b%b}" % (separator, members)
-    return Spliced(body, end, tail) if end > _COPIED else bytes(memoryview(body)[:end]) + tail
+    view = memoryview(body)
+    return Spliced(view[:end], memoryview(tail)) if end > _COPIED else bytes(view[:end]) + tail
+
+
+def replace(body: Body, span: tuple[int, int], value: bytes) -> bytes | Spliced:
+    """Return a body in which `value` stands at this place; a large one as pieces, without a copy of it."""
+    begin, end = span
+    view = memoryview(body)
+    if len(body) > _COPIED:
+        return Spliced(view[:begin], memoryview(value), view[end:])
+    return b"".join((view[:begin], value, view[end:]))
+
+
+def replace_and_splice(
+    body: Body, span: tuple[int, int], value: bytes, place: tuple[int, bytes], members: bytes
+) -> Spliced:
+    """Return a large JSON object in which `value` stands at `span`, and `members` at the end; see `splice_at`."""
+    begin, end = span
+    close, separator = place
+    view = memoryview(body)
+    tail = b"%b%b}" % (separator, members)
+    return Spliced(view[:begin], memoryview(value), view[end:close], memoryview(tail))

@@ -10,13 +10,16 @@ with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
 from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.source import Source
 from sglang_router.routing.spec import WorkerSpec
+
+_UNTOLD: Mapping[str, str] = MappingProxyType({})
 
 
 class WorkerDefaults(msgspec.Struct, frozen=True):
@@ -53,10 +56,19 @@ class ConfiguredWorkers:
         return self._specs.get(url)
 
 
-def configured_specs(urls: Iterable[str], defaults: WorkerDefaults, *, from_file: bool) -> list[WorkerSpec]:
-    """Return the specs of the workers in `--worker-urls`; `from_file`: a --config file set that option."""
+def configured_specs(
+    urls: Iterable[str], defaults: WorkerDefaults, models: Mapping[str, str] = _UNTOLD, *, from_file: bool
+) -> list[WorkerSpec]:
+    """Return the specs of the workers in `--worker-urls`.
+
+    models     what their models are called (`--worker-model`), by URL
+    from_file  a --config file set that option
+    """
     source = Source.FILE if from_file else Source.FLAGS
-    return [defaults.spec(url, source) for url in urls]
+    specs = [defaults.spec(url, source) for url in urls]
+    for spec in specs:
+        spec.model_id = models.get(spec.url)
+    return specs
 
 
 def replica_specs(url: str, runtime: str, ranks: int, defaults: WorkerDefaults) -> list[WorkerSpec]:
