@@ -61,9 +61,9 @@ class Ends(Listener):
 class Decider:
     """One incarnation of the process that decides."""
 
-    def __init__(self, count: int, ends: Ends) -> None:
+    def __init__(self, count: int, ends: Ends, bench: Bench | None = None) -> None:
         queue = QueueRules(max_concurrent=3, queue_size=4, queue_timeout=5.0)
-        self.bench = Bench(3, "cache_aware", queue=queue)
+        self.bench = bench or Bench(3, "cache_aware", queue=queue)
         self.bench.fleet.number_leases(count << 40)
         self.places = {worker.id: place for place, worker in enumerate(self.bench.workers)}
         self.desk = Desk(self.bench.router, ends, lambda target: self.places[target.worker_id])
@@ -113,6 +113,7 @@ class Relay:
         self.tags: dict[int, RequestTag] = {}  # of requests that have not ended
         self.waits: set[int] = set()
         self.legs: dict[int, PlannedLeg] = {}
+        self.plans: dict[int, Plan] = {}  # the latest of each request
 
     def connect(self, decider: Decider) -> None:
         self.end = DeskEnd(decider, 0, self.memory)
@@ -163,6 +164,7 @@ class Relay:
         self.waits.discard(number)
         if isinstance(answer, Plan):
             self.legs[number] = answer.legs[-1]
+            self.plans[number] = answer
         else:
             assert answer is None or isinstance(answer, RouterError)
             self.finish(number, Outcome.FAILED)
@@ -174,10 +176,11 @@ class Relay:
 
     def finish(self, number: int, outcome: Outcome) -> None:
         """End a request; its leg, too, if it has one."""
-        tag, leg = self.tags.pop(number), self.legs.pop(number, None)
+        tag, leg, plan = self.tags.pop(number), self.legs.pop(number, None), self.plans.pop(number, None)
         if number in self.waits:
             self.waits.discard(number)
             self.remote.withdraw(tag)
-        if leg is not None:
-            self.remote.ended(tag, leg, outcome, self.clock())
+        if leg is not None and plan is not None:
+            for each in plan.legs:
+                self.remote.ended(tag, each, outcome, self.clock())
         self.reporter.finished(Finished(tag, leg, Answered(200, outcome=outcome)))

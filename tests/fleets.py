@@ -154,7 +154,9 @@ class Asked:
 
     def hear(self, answer: Delivered) -> None:
         self.answers.append(answer)
-        self._attempt = Attempt(self._bench, self, answer) if isinstance(answer, Plan) else None
+        self._attempt = None
+        if isinstance(answer, Plan) and len(answer.legs) == 1:
+            self._attempt = Attempt(self._bench, self, answer)
 
     @property
     def waits(self) -> tuple[str, float] | None:
@@ -163,8 +165,15 @@ class Asked:
         return (last.why, last.until) if isinstance(last, Wait) else None
 
     @property
+    def plan(self) -> Plan:
+        """The latest plan, of one leg or two."""
+        last = self.answers[-1]
+        assert isinstance(last, Plan)
+        return last
+
+    @property
     def attempt(self) -> Attempt:
-        """The latest plan."""
+        """The latest plan; it has one leg."""
         assert self._attempt is not None
         return self._attempt
 

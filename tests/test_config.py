@@ -36,7 +36,7 @@ REFERENCE: list[tuple[str, str, Any]] = [
     ("--port 8080", "port", 8080),
     (f"--worker-urls {A} {B}", "worker_urls", [A, B]),
     ("--policy power_of_two", "policy", "power_of_two"),
-    ("--prefill-policy bucket", "prefill_policy", "bucket"),
+    ("--prefill-policy cost", "prefill_policy", "cost"),
     ("--decode-policy random", "decode_policy", "random"),
     ("--cache-threshold 0.3", "cache_threshold", 0.3),
     ("--balance-abs-threshold 64", "balance_abs_threshold", 64),
@@ -533,8 +533,8 @@ def test_missing_feature_is_refused_when_used(option: Option) -> None:
 
 
 def test_missing_features_are_named_together() -> None:
-    assert refused("--enable-trace --mini-lb") == (
-        "not available in this version: --mini-lb, --enable-trace; start without them"
+    assert refused("--enable-trace --service-discovery") == (
+        "not available in this version: --service-discovery, --enable-trace; start without them"
     )
     assert read("--queue-size 100 --max-concurrent-requests -1 --backend sglang").checked().queue_size == 100
 

@@ -63,8 +63,10 @@ def test_case_10_a_router_by_keywords_or_from_args() -> None:
     assert router.Router.from_args(args).args.request_timeout_secs == 7
     assert router.Router.from_args(SimpleNamespace(port=3002, policy="random")).args.policy == "random"
     assert (router.policy_from_str("cache_aware"), router.policy_from_str(None)) == (router.PolicyType.CacheAware, None)
-    with pytest.raises(ConfigError, match="not available in this version: --pd-disaggregation"):
-        mini_lb.MiniLoadBalancer(RouterArgs(pd_disaggregation=True))
+    pair = RouterArgs(pd_disaggregation=True, prefill_urls=[("http://P:1", 9000)], decode_urls=["http://D:1/"])
+    assert router.Router.from_args(pair).args.prefill_urls == [("http://p:1", 9000)]
+    with pytest.raises(ConfigError, match="--prefill needs --decode as well"):
+        mini_lb.MiniLoadBalancer(RouterArgs(pd_disaggregation=True, prefill_urls=[("http://p:1", None)]))
 
 
 def until_answers(port: int, alive: Callable[[], bool]) -> None:

@@ -113,6 +113,16 @@ class BadHTTP(InvalidRequest):
     close = True
 
 
+class SeveralAnswers(InvalidRequest):
+    """Pairs of SGLang workers hang at it, and their memory is lost."""
+
+    code = "several_answers"
+    message = (
+        "A pair of prefill and decode workers writes one answer of a prompt, and this model has no other workers. Send"
+        " n=1, or several requests."
+    )
+
+
 class AccessRefused(InvalidRequest):
     """The request has no key, an unknown key, or a key without the needed role (RFC 6750, section 3)."""
 

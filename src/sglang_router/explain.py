@@ -30,6 +30,7 @@ from sglang_router.routing.assignment import HOLDER
 from sglang_router.routing.considered import Considered
 from sglang_router.routing.decision_record import DecisionAttempt, DecisionRecord
 from sglang_router.routing.excluded import REASONS
+from sglang_router.routing.roles import REGULAR
 from sglang_router.routing.sessions import BRANCH
 from sglang_router.words import counted
 
@@ -219,6 +220,8 @@ def _lines(record: DecisionRecord) -> Iterator[str]:
     about += [f"model {shown(record.model)}"] if record.model else []
     about += [f"session {shown(record.session)}"] if record.session else []
     yield f"  what      {', '.join(about)}, {counted(record.body_bytes, 'byte')}, at {_moment(record.at)}"
+    if record.prefill_worker is not None:
+        yield f"  prefill   {record.prefill_worker}: {_why(record.prefill_branch)}"
     yield f"  worker    {_who(record)}"
     if record.total:
         yield f"  cache     {_share(record.matched, record.total)} of the prompt was believed to be cached there"
@@ -301,7 +304,8 @@ _HEAD = _Row("", "worker", "cached", "wait", "cost", "in flight")
 def _attempt(attempt: DecisionAttempt) -> Iterator[str]:
     ended = f": {attempt.outcome}" if attempt.outcome else ", in flight"
     among = counted(attempt.candidates, "candidate")
-    yield f"Attempt {attempt.attempt}, after {_seconds(attempt.at)}, among {among}{ended}"
+    role = f" ({attempt.role})" if attempt.role != REGULAR else ""
+    yield f"Attempt {attempt.attempt}{role}, after {_seconds(attempt.at)}, among {among}{ended}"
     rows = [_HEAD, *(_row(each, attempt) for each in _best_first(attempt)), *map(_excluded, attempt.excluded)]
     yield from _table(rows)
     left_out = attempt.candidates - len(attempt.considered)

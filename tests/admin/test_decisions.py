@@ -71,6 +71,9 @@ def test_each_request_leaves_a_record_the_newest_first() -> None:
         "cached_tokens": None,
         "completion_tokens": None,
         "served_model": None,
+        "prefill_worker": None,
+        "prefill_branch": "",
+        "prefill_matched": 0,
         "attempts": [],
     }
     assert (two["branch"], two["matched"]) == ("hit", two["total"])
@@ -102,6 +105,7 @@ def test_a_request_that_asks_gets_a_table_of_what_was_looked_at() -> None:
         "excluded": [],
         "outcome": "served",
         "shadow": None,
+        "role": "regular",
     }
     none = {"backlog": None, "cost": None, "load": 0, "excluded": ""}
     assert attempt["considered"] == [

@@ -36,7 +36,9 @@ def test_real_engines_answer_through_the_router() -> None:
         assert router.get("/get_model_info").json()["model_path"] == "tiny"
         assert router.get("/server_info").json()["served_model_name"] == "tiny"
         rows = router.get("/get_loads").json()["workers"]
-        assert rows == [{"worker": url, "load": 0, "running": 0, "source": "engine"} for url in urls]
+        assert rows == [
+            {"worker": url, "load": 0, "running": 0, "worker_type": "regular", "source": "engine"} for url in urls
+        ]
         assert all(worker["model_id"] == "tiny" for worker in router.get("/workers").json()["workers"])
 
 

@@ -114,6 +114,16 @@ def test_a_client_that_left_and_a_broken_worker_are_told() -> None:
     assert other.endswith(" stream=1 code=stream_broken outcome=cut")
 
 
+def test_both_workers_of_a_pair_are_told() -> None:
+    decode = leg(WORKER, "turn")
+    decode.partner = leg(Worker(WorkerSpec(url="http://p:1", worker_type="prefill"), "p", 2, 0.0), "hit")
+    event = finished(decode, **STREAM)
+    assert " worker=http://w:1 prefill=http://p:1 branch=turn " in access_lines(event)[0]
+    told = json.loads(access_lines(event, form="json")[0])
+    assert (told["worker"], told["prefill"]) == ("http://w:1", "http://p:1")
+    assert "prefill" not in json.loads(access_lines(served(), form="json")[0])
+
+
 def test_the_name_of_a_clients_key_is_told() -> None:
     named = served(client="alice")
     assert access_lines(named)[0].endswith(" stream=1 client=alice")

@@ -88,7 +88,7 @@ def index_of_one_cache() -> KVIndex:
 class Rig:
     """A fleet of two workers whose requests take no time, and its metrics."""
 
-    def __init__(self, policy: str = "cache_aware", buckets: list[float] | None = None) -> None:
+    def __init__(self, policy: str = "cache_aware", buckets: list[float] | None = None, pair: bool = False) -> None:
         listeners = Listeners()
         ids = iter(f"id{n}" for n in range(100))
         self.fleet = Fleet(listeners, lambda: next(ids), any_policy, FleetRules(breaker=BreakerRules(threshold=2)))
@@ -111,6 +111,9 @@ class Rig:
         )
         paths = ["/health", "/workers/{worker_id}/drain"]
         memory = Memory() if policy == "cache_aware" else None
+        for role in ("prefill", "decode") if pair else ():
+            worker = self.fleet.add(WorkerSpec(url=f"http://{role}:1", worker_type=role), 0.0)
+            worker.window.told(8, 0, 0)
         self.announced = {'"m"': "m"}
         self.metrics = Metrics(
             self.fleet, policy, memory, sources, duration_buckets=buckets, paths=paths, models=self.announced
@@ -524,7 +527,7 @@ def test_the_learned_capacity_is_left_out_until_something_is_learnt() -> None:
 
 def busy(policy: str) -> Rig:
     """A rig on which everything happened that a metric tells of."""
-    rig = Rig(policy)
+    rig = Rig(policy, pair=True)
     rig.request(Outcome.REFUSED, Outcome.SERVED)
     rig.request(Outcome.SERVED)
     rig.metrics.finished(finished(status=503, code="no_workers", outcome=None))
@@ -729,3 +732,22 @@ def test_the_page_is_printed_by_the_module() -> None:
     assert (done.returncode, done.stdout) == (0, markdown())
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_both_legs_of_a_pair_are_counted_by_role() -> None:
+    rig = Rig()
+    prefill = rig.fleet.add(WorkerSpec(url="http://p:1", worker_type="prefill"), 0.0)
+    decode = rig.fleet.add(WorkerSpec(url="http://d:1", worker_type="decode"), 0.0)
+    both = leg(decode)
+    both.partner = leg(prefill)
+    rig.metrics.finished(finished(both))
+    rig.metrics.retried(Retried(tag(), leg(prefill), Outcome.FAILED, 0.0))
+    rig.metrics.retried(Retried(tag(), both, Outcome.BROKEN, 0.0))
+    assert rig.get("sgl_router_pd_prefill_requests_total", worker="http://p:1") == 3
+    assert rig.get("sgl_router_pd_prefill_errors_total", worker="http://p:1") == 1
+    assert rig.get("sgl_router_pd_decode_requests_total", worker="http://d:1") == 2
+    assert rig.get("sgl_router_pd_decode_errors_total", worker="http://d:1") == 1
+    errors = {"connection_mode": "http", "error_type": "broken"}
+    assert rig.get("smg_worker_errors_total", worker_type="decode", **errors) == 1
+    rig.fleet.reported(decode, EngineReport(role="prefill"))
+    assert rig.get("sgl_router_pd_prefill_requests_total", worker="http://d:1") == 2

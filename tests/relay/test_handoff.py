@@ -11,9 +11,10 @@ from played import Leg, Play
 from sglang_router.relay import handoff, silences
 from sglang_router.relay.deadlines import Due
 from sglang_router.relay.exchange import Exchange
-from sglang_router.relay.handoff import LEASE, RESULTS, Handed, params_of
+from sglang_router.relay.handoff import RESULTS, Handed, params_of
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg, Target
+from sglang_router.routing.transfer import LEASE
 from sglang_router.routing.usage import Usage
 
 PARAMS = b'{"do_remote_prefill":true, "remote_block_ids":[[1,2]],"remote_host":"h\\u00e9", "x":1.50,"tp_size":1}'

@@ -17,9 +17,10 @@ from sglang_router.restart.snapshot import HEADER_SIZE, Head, HeaderBuilder, Unr
 from sglang_router.restart.version_1 import HeadV1, SavedWorkerV1, WorkerSpecV1
 from sglang_router.routing.model_names import Names
 from sglang_router.routing.prefix_tree.memory import TreeMemory
+from sglang_router.routing.roles import ROLES
 from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.source import Source
-from sglang_router.routing.spec import ROLES, WorkerSpec
+from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.worker import Worker
 from sglang_router.workers.sources import ConfiguredWorkers, WorkerDefaults, configured_specs
 

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fleets import Asked, Attempt, Bench, facts
@@ -457,6 +457,7 @@ class Story:
 
 @settings(max_examples=100)
 @given(st.lists(_EVENTS, max_size=60), st.sampled_from([0.0, 1e6]))
+@example([("ask", 10, 0, True), ("ask", 10, 0, True), ("pause", 0.001), ("began", 1)], 0.0)
 def test_no_event_makes_a_decision_fail_or_spoils_the_figures(events: list[tuple[Any, ...]], start: float) -> None:
     story = Story(start)
     for event in events:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from fleets import Attempt, Bench, facts
+from pairs import Pairs, chat
+from sglang_router.explain import lines
 from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.considered import Considered
 from sglang_router.routing.decision_record import DecisionRecord
@@ -299,7 +301,7 @@ def test_health_is_a_reason(health: Health) -> None:
 def test_every_reason_can_be_given() -> None:
     told = {each.value for each in Health if each is not Health.HEALTHY}
     others = {"draining", "failed", "breaker_open", "breaker_half_open", "ejected", "full", "slow_start", "set_aside"}
-    assert told | others | {"elsewhere", "no_room"} == REASONS.keys()
+    assert told | others | {"elsewhere", "no_room", "window"} == REASONS.keys()
 
 
 def test_a_request_that_follows_a_stored_response_says_so_of_the_other_workers() -> None:
@@ -313,3 +315,53 @@ def test_a_request_that_follows_a_stored_response_says_so_of_the_other_workers()
     (attempt,) = record.attempts
     assert (record.worker, record.branch, attempt.candidates) == (first.worker.url, "holder", 1)
     assert [each.excluded for each in attempt.excluded] == ["elsewhere"] * 2
+
+
+# -- pairs -------------------------------------------------------------------------------------------------------------
+
+
+def recorded(b: Pairs) -> Recorder:
+    b.router.recorder = Recorder("round_robin", 100, 1, 0, lambda: 1000.0, b.faults.append)
+    return b.router.recorder
+
+
+def test_both_workers_of_a_pair_are_in_its_record() -> None:
+    b = Pairs(2, 2)
+    recorder = recorded(b)
+    asked, plan = b.plan(chat())
+    (running,) = recorder.running(b.router.open_leases(), 2.0)
+    assert (running.prefill_worker, running.worker) == ("http://p0:1", "http://d0:1")
+    for leg in plan.legs:
+        b.end(asked, leg)
+    recorder.finished(Finished(asked.tag, plan.legs[-1], Answered(200, "", Outcome.SERVED, 0.5)))
+    (record,) = recorder.ended()
+    assert (record.prefill_worker, record.prefill_branch, record.worker) == ("http://p0:1", "turn", "http://d0:1")
+    assert [(each.attempt, each.role, each.worker, each.candidates) for each in record.attempts] == [
+        (1, "prefill", "http://p0:1", 2),
+        (1, "decode", "http://d0:1", 2),
+    ]
+    shown = "\n".join(lines(record))
+    assert "prefill   http://p0:1: turn" in shown
+    assert "Attempt 1 (prefill), after" in shown
+    assert not b.faults
+
+
+def test_a_prefill_leg_alone_is_shown_while_it_runs() -> None:
+    b = Pairs(1, 1)
+    recorder = recorded(b)
+    b.plan(chat(b"/v1/embeddings"))
+    (running,) = recorder.running(b.router.open_leases(), 2.0)
+    assert (running.worker, running.prefill_worker) == ("http://p0:1", None)
+
+
+def test_a_decode_worker_without_room_is_excluded_for_its_window() -> None:
+    b = Pairs(1, 2)
+    recorder = recorded(b)
+    b.windows(1)
+    first, plan = b.plan(chat())
+    second, more = b.plan(chat())
+    recorder.finished(Finished(second.tag, more.legs[-1], Answered(200, "", Outcome.SERVED, 0.5)))
+    (record,) = recorder.ended()
+    assert [(each.worker, each.excluded) for each in record.attempts[1].excluded] == [("http://d0:1", "window")]
+    assert plan.legs[1].target.name == "http://d0:1"
+    assert first.plan is plan

@@ -82,7 +82,34 @@ GET_LOAD = [
         ("server_info", {"internal_states": [{"max_total_num_tokens": 7}]}, None, {"capacity_tokens": 7}),
         ("server_info", {"dp_size": 0}, None, {}),
         ("model_info", {"model_path": "/m"}, None, {"model": "/m"}),
-        ("version", {"version": "0.32.0"}, None, {"version": "0.32.0"}),
+        ("version", {"version": "0.32.0"}, None, {"version": "0.32.0", "runtime": "vllm"}),
+        ("version", {"version": 3}, None, {}),
+        ("server_info", {"disaggregation_mode": "null"}, None, {"role": "regular"}),
+        ("server_info", {"disaggregation_mode": "encode"}, None, {}),
+        (
+            "server_info",
+            {
+                "disaggregation_mode": "prefill",
+                "disaggregation_bootstrap_port": 8999,
+                "max_running_requests": 64,
+                "dp_size": 2,
+            },
+            None,
+            {"role": "prefill", "bootstrap_port": 8999, "window": 64, "ranks": 2},
+        ),
+        (
+            "server_info",
+            {"disaggregation_mode": "decode", "disaggregation_bootstrap_port": 70000, "max_running_requests": 64}
+            | {"dp_size": 2},
+            1,
+            {"role": "decode", "window": 32, "ranks": 2},
+        ),
+        (
+            "server_info",
+            {"internal_states": [{"effective_max_running_requests_per_dp": 7}] * 2},
+            None,
+            {"window": 14},
+        ),
         (
             "props",
             {"default_generation_settings": {"n_ctx": 8192}, "total_slots": 4, "build_info": "b8681"},

@@ -155,6 +155,7 @@ def test_vllm() -> None:
         assert worker.report == EngineReport(
             model="m",
             version="0.32.0",
+            runtime="vllm",
             context_length=8192,
             ranks=1,
             capacity_tokens=1600,
@@ -366,6 +367,8 @@ def test_the_built_in_engine() -> None:
             "context_length": 2048,
             "capacity_tokens": 5000,
             "ranks": 1,
+            "role": "regular",
+            "window": 256,
             "running": 0,
             "queued": 0,
             "used_tokens": 0,

@@ -23,6 +23,7 @@ from sglang_router.admin.shared import Shared
 from sglang_router.autoscale.autoscaler import Autoscaler
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.roles import DECODE, PREFILL, REGULAR
 from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
@@ -137,6 +138,7 @@ class Context:
     replicas        runs the engines; None: they run elsewhere
     decisions       the last ones; None: they are not kept
     aliases         other names of models: the model of each
+    paired          the options ask for prefill and decode workers (--pd-disaggregation)
     ending          the router is about to stop: it is not ready any more
     """
 
@@ -157,11 +159,24 @@ class Context:
     models: SharedAnswer[Any] = field(default_factory=SharedAnswer)
     generated: SharedAnswer[Any] = field(default_factory=SharedAnswer)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    paired: bool = False
     ending: bool = False
 
     def attach_replicas(self, replicas: ReplicaControl) -> None:
         """From now on, describe and restart the engines that `replicas` runs."""
         self.replicas = replicas
+
+    @property
+    def lacks(self) -> str:
+        """What the router needs of prefill and decode workers and does not have, as a sentence; "" for nothing."""
+        now, pools = self.clock(), self.fleet.pools
+        if not (pools.paired or self.paired):
+            return ""
+        able = {pool.key.role for pool in pools if any(w.health is Health.HEALTHY for w in pool.able(now))}
+        if REGULAR in able and not self.paired:
+            return ""
+        missing = [role for role in (PREFILL, DECODE) if role not in able]
+        return f"no {' and no '.join(missing)} worker can take requests" if missing else ""
 
     def serving(self) -> tuple[Worker, ...]:
         """The workers to ask: those that may take a request now, else those that the health checks find healthy.

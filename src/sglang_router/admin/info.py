@@ -18,6 +18,7 @@ from sglang_router.admin.ask import Reply, all_of, ask, decoded, failure, get_fr
 from sglang_router.admin.context import JSON, Context, Render
 from sglang_router.errors import NotFound, Unavailable, WorkerUnreachable
 from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.roles import REGULAR
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
 from sglang_router.version import __version__, build
@@ -44,21 +45,26 @@ async def health(context: Context, request: Request) -> Response:
 
 
 async def readiness(context: Context, request: Request) -> Response:
-    """Answer 200 while a healthy worker can take requests and the router is not about to stop, else 503."""
+    """Answer 200 while a healthy worker can take requests and the router is not about to stop, else 503.
+
+    Of prefill and decode workers there must be one each.
+    """
     able = context.fleet.candidates(context.clock())
     healthy = sum(worker.health is Health.HEALTHY for worker in able)
     total = len(context.fleet)
     counts = {"healthy_workers": healthy, "total_workers": total}
     if context.ending:
         return JSON({"status": "not ready", "reason": "shutting down", **counts}, 503)
-    if healthy:
+    lacks = context.lacks
+    if healthy and not lacks:
         return JSON({"status": "ready", **counts})
-    return JSON({"status": "not ready", "reason": "insufficient healthy workers", **counts}, 503)
+    return JSON({"status": "not ready", "reason": lacks or "insufficient healthy workers", **counts}, 503)
 
 
 async def health_generate(context: Context, request: Request) -> Response:
     """Let a worker generate a token; try up to three workers. All who ask within a second share the result, whatever
     key they send: only that an engine wants another key is answered to who sent the wrong one, and costs no token.
+    Of pairs, a prefill and a decode worker must, each for itself.
 
     Raises: Unavailable, when all of them fail.
     """
@@ -66,22 +72,41 @@ async def health_generate(context: Context, request: Request) -> Response:
     sent = context.sent(request)
 
     async def generate() -> Response | str:
-        failures = []
-        for worker in sorted(workers, key=lambda worker: worker.load)[:_TRIES]:
-            reply = await _generate(context, worker, sent)
-            if isinstance(reply, Fetched) and unauthorized(reply):
-                return await passed_on(context, reply)
-            reason = failure(reply)
-            if reason is None:
-                return PlainTextResponse("OK")
-            failures.append(f"{worker.url}: {reason}")
-        return "; ".join(failures)
+        result: Response | str = ""
+        for group in _groups(workers):
+            result = await _one_generates(context, group, sent)
+            if isinstance(result, str) or result.status_code != 200:
+                break
+        return result
 
     asked = (frozenset(worker.id for worker in workers),)
     result: Response | str = await context.generated.get(asked, context.clock, generate, _for_all)
     if isinstance(result, str):
         raise Unavailable(f"No worker could generate a token. {result}", retry_after=1.0)
     return result
+
+
+def _groups(workers: tuple[Worker, ...]) -> list[list[Worker]]:
+    """Return groups of workers, each of which needs one that works: all regular ones; else those of each role."""
+    by_role: dict[str, list[Worker]] = {}
+    for worker in workers:
+        by_role.setdefault(worker.role, []).append(worker)
+    regular = by_role.get(REGULAR)
+    return [regular] if regular else list(by_role.values())
+
+
+async def _one_generates(context: Context, workers: list[Worker], sent: Sent) -> Response | str:
+    """Ask workers until one generates; return OK, or why none does."""
+    failures = []
+    for worker in sorted(workers, key=lambda worker: worker.load)[:_TRIES]:
+        reply = await _generate(context, worker, sent)
+        if isinstance(reply, Fetched) and unauthorized(reply):
+            return await passed_on(context, reply)
+        reason = failure(reply)
+        if reason is None:
+            return PlainTextResponse("OK")
+        failures.append(f"{worker.url}: {reason}")
+    return "; ".join(failures)
 
 
 def _for_all(result: Response | str) -> bool:
@@ -221,6 +246,7 @@ async def loads(context: Context, request: Request) -> Response:
             "worker": worker.url,
             "load": worker.load if reported is None else reported,
             "running": worker.load,
+            "worker_type": worker.role,
             "source": "router" if reported is None else "engine",
         }
         for worker, reported in zip(workers, reports, strict=True)

@@ -97,6 +97,7 @@ class WorkerLoad(Shape):
     worker: str
     load: int
     running: int
+    worker_type: Literal["regular", "prefill", "decode"]
     source: Literal["engine", "router"]
 
 

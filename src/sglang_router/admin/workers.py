@@ -39,8 +39,9 @@ from sglang_router.errors import (
     Unprocessable,
     WorkerNotFound,
 )
+from sglang_router.routing.roles import ROLES
 from sglang_router.routing.rules import HealthRules
-from sglang_router.routing.spec import HIGHEST_PORT, ROLES, WorkerSpec
+from sglang_router.routing.spec import HIGHEST_PORT, WorkerSpec
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
 from sglang_router.words import counted
@@ -171,7 +172,7 @@ async def index(context: Context, request: Request) -> Response:
     # In slices, each worker encoded by itself: a thousand of them take some 20 ms.
     workers = await in_slices(msgspec.Raw(msgspec.json.encode(describe(context, each))) for each in list(context.fleet))
     healthy = sum(worker.health is Health.HEALTHY for worker in context.fleet)
-    roles = Counter(worker.spec.worker_type for worker in context.fleet)
+    roles = Counter(worker.role for worker in context.fleet)
     kinds = {f"{role}_count": roles[role] for role in ROLES}
     return JSON({"workers": workers, "total": len(workers), "stats": {**kinds, "healthy_count": healthy}})
 
@@ -301,7 +302,7 @@ def describe(context: Context, worker: Worker) -> dict[str, Any]:
         "model_id": worker.model or "unknown",
         "priority": spec.priority,
         "cost": spec.cost,
-        "worker_type": spec.worker_type,
+        "worker_type": worker.role,
         "is_healthy": worker.health is Health.HEALTHY,
         "load": worker.load,
         "waiting": worker.waiting,

@@ -270,6 +270,7 @@ def _control(
         access=access,
         forward=forward,
         autoscaler=scaler,
+        paired=args.pd_disaggregation,
     )
 
 

@@ -92,12 +92,9 @@ class ModelPolicies:
         return name if name in POLICIES else ""
 
     def make(self, rule: Hashable) -> Policy:
-        """Return a new policy for a rule; None: the usual one."""
-        assert self._usual is not None
-        if isinstance(rule, tuple):
-            _, name, rules = rule
-        else:
-            name, rules = self._usual
+        """Return a new policy for a rule."""
+        assert isinstance(rule, tuple)
+        _, name, rules = rule
         return self._dress(POLICIES[name](rules, self._rng))
 
 

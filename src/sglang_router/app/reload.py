@@ -2,7 +2,7 @@
 
     certificates, keys of clients and operators     as every few seconds, but whether they changed or not
     log files                                       opened again (`observe.log_files` does it at the next line anyway)
-    the --config file                               worker-urls, log-level, models, aliases and fallbacks take effect;
+    the --config file                               workers, log-level, models, aliases and fallbacks take effect;
                                                     other changes are one warning
 
 A file that cannot be used is a warning, and everything stays as it was. Flags and variables override the file as they
@@ -25,7 +25,8 @@ from sglang_router.words import counted
 log = logging.getLogger("sglang_router")
 
 _MODELS = ("models", "model_alias", "model_fallback")
-_LIVE = ("worker_urls", "log_level", *_MODELS)
+_WORKERS = ("worker_urls", "prefill_urls", "decode_urls")
+_LIVE = (*_WORKERS, "log_level", *_MODELS)
 """Options of the file that take effect at once."""
 
 
@@ -53,10 +54,10 @@ class Reload:
         except ConfigError as error:
             log.warning("%s; the options stay as they are", error)
             return
-        changed = [name for name in OPTIONS if getattr(new, name) != getattr(old, name)]
+        changed = {name: None for name in OPTIONS if getattr(new, name) != getattr(old, name)}.keys()
         if "log_level" in changed:
             self._writer.set_level(new.log_level)
-        if "worker_urls" in changed:
+        if not changed.isdisjoint(_WORKERS):
             self._change_workers(old, new)
         if waiting := [OPTIONS[name].flag for name in changed if name not in _LIVE]:
             log.warning("%s: these changes need a restart: %s", old.config, ", ".join(waiting))
@@ -70,10 +71,11 @@ class Reload:
         """Add the workers that the file names now, and remove those that only it had named."""
         fleet, now = self._app.fleet, self._app.clock()
         specs = {spec.url: spec for spec in settings.configured_workers(new).specs}
+        named = [spec.url for spec in settings.configured_workers(old).specs]
         added = [spec for url, spec in specs.items() if not fleet.entries(url)]
         gone = [
             worker
-            for url in old.worker_urls
+            for url in named
             if url not in specs
             for worker in fleet.entries(url)
             if worker.spec.source is Source.FILE

@@ -20,6 +20,7 @@ from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.prefix_tree.informed import KVCaches
 from sglang_router.routing.queue import Queue
 from sglang_router.routing.retry_budget import RetryBudget
+from sglang_router.routing.roles import DECODE, PREFILL
 from sglang_router.routing.router import Router, Soon
 from sglang_router.routing.rules import PolicySettings
 from sglang_router.routing.worker import Worker
@@ -40,8 +41,13 @@ def fleet_of(
     shadows  counts what the policies in the shadow say; None: there are none
     caches   what workers say of their KV caches; None: they are not asked
     """
-    make = partial(_policy, settings.policy_settings(args, caches), rng, kind or POLICIES[args.policy], shadows)
-    return Fleet(listeners, new_id, make, settings.fleet_rules(args))
+    rules = settings.policy_settings(args, caches)
+    make = partial(_policy, rules, rng, kind or POLICIES[args.policy], shadows)
+    fleet = Fleet(listeners, new_id, make, settings.fleet_rules(args))
+    for role, name in ((PREFILL, args.prefill_policy), (DECODE, args.decode_policy)):
+        if name is not None:
+            fleet.pools.policies[role] = partial(_policy, rules, rng, POLICIES[name], shadows)
+    return fleet
 
 
 def _policy(rules: PolicySettings, rng: random.Random, kind: type[Policy], shadows: ShadowTally | None) -> Policy:
@@ -70,4 +76,5 @@ def router_of(
         check_now,
     )
     router.sessions = settings.sessions(args)
+    router.pairs.rules = settings.pair_rules(args)
     return router

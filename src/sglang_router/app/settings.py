@@ -29,6 +29,7 @@ from sglang_router.routing.rules import (
     FleetRules,
     HealthRules,
     OutlierRules,
+    PairRules,
     PolicySettings,
     QueueRules,
     RetryBudgetRules,
@@ -36,10 +37,11 @@ from sglang_router.routing.rules import (
 )
 from sglang_router.routing.session_hints import FIELDS, HEADERS, SessionHints
 from sglang_router.routing.sessions import Sessions
+from sglang_router.routing.source import Source
 from sglang_router.routing.worker import Worker
 from sglang_router.wire.headers import ForwardRules
 from sglang_router.wire.limits import Limits
-from sglang_router.workers.sources import ConfiguredWorkers, WorkerDefaults, configured_specs
+from sglang_router.workers.sources import ConfiguredWorkers, WorkerDefaults, configured_specs, paired_specs
 
 log = logging.getLogger("sglang_router")
 
@@ -243,7 +245,23 @@ def configured_workers(args: RouterArgs) -> ConfiguredWorkers:
     defaults = worker_defaults(args)
     from_file = "worker_urls" in args.from_file
     models = worker_models(args.worker_model, args.worker_urls)
-    return ConfiguredWorkers(defaults, configured_specs(args.worker_urls, defaults, models, from_file=from_file))
+    specs = configured_specs(args.worker_urls, defaults, models, from_file=from_file)
+
+    def source_of(name: str) -> Source:
+        return Source.FILE if name in args.from_file else Source.FLAGS
+
+    specs += paired_specs(args.prefill_urls, args.decode_urls, defaults, source_of)
+    return ConfiguredWorkers(defaults, specs)
+
+
+def pair_rules(args: RouterArgs) -> PairRules:
+    """Return how workers that do one half of a request each work together."""
+    policies = {args.prefill_policy or args.policy, args.decode_policy or args.policy}
+    return PairRules(
+        uncached_tokens=args.pd_uncached_token_threshold,
+        by_cost=policies == {"cost"},
+        connector="" if args.pd_kv_connector == "auto" else args.pd_kv_connector,
+    )
 
 
 def limits(args: RouterArgs) -> Limits:

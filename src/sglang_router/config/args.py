@@ -208,6 +208,7 @@ class RouterArgs(ReservedOptions):
             raise ConfigError("--scale-webhook and --scale-command need --autoscale MIN:MAX; give it as well")
         self._check_pairs()
         self.model_table()
+        self._check_disaggregation()
         if self.cb_max_timeout_duration_secs < self.cb_timeout_duration_secs:
             self.cb_max_timeout_duration_secs = self.cb_timeout_duration_secs
         self.prometheus_host = self.prometheus_host or self.host
@@ -228,6 +229,19 @@ class RouterArgs(ReservedOptions):
                 raise ConfigError(f"{flags[0]} and {flags[1]} belong together; give both")
         if self.control_plane_open and (self.control_plane_api_keys or self.control_plane_api_keys_file):
             raise ConfigError("--control-plane-open cannot be used with control-plane keys; give only one of them")
+
+    def _check_disaggregation(self) -> None:
+        """Check that workers are named once, and of which kind."""
+        prefill = [url for url, _ in self.prefill_urls]
+        named = [*self.worker_urls, *prefill, *self.decode_urls]
+        if twice := next((url for url in named if named.count(url) > 1), None):
+            raise ConfigError(f"{twice} is named twice, as workers of different kinds; name it once")
+        if not self.pd_disaggregation:
+            if flags := [flag for flag, urls in (("--prefill", prefill), ("--decode", self.decode_urls)) if urls]:
+                raise ConfigError(f"{' and '.join(flags)} cannot be used without --pd-disaggregation; give it as well")
+        elif bool(prefill) != bool(self.decode_urls) and not (self.worker_urls or self.service_discovery):
+            given, missing = ("--prefill", "--decode") if prefill else ("--decode", "--prefill")
+            raise ConfigError(f"{given} needs {missing} as well: each request goes to one worker of both kinds")
 
     def __repr__(self) -> str:
         """The values that differ from the defaults, without secrets."""

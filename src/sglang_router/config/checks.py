@@ -68,6 +68,40 @@ def worker_urls(urls: list[str]) -> list[str]:
     return normal
 
 
+def prefill_urls(pairs: list[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
+    """Return URLs in their normal form, each with its bootstrap port; each must be given once only."""
+    normal = worker_urls([url for url, _ in pairs])
+    for url, port in pairs:
+        if port is not None and not 1 <= port <= 65535:
+            raise ValueError(f"bootstrap port {port} of {url} must be from 1 to 65535")
+    return list(zip(normal, [port for _, port in pairs], strict=True))
+
+
+def prefill_policy(name: str | None) -> str | None:
+    """Refuse the policy of the reference router that this one does not have."""
+    if name == "bucket":
+        raise ValueError(
+            "the policy bucket is not available: it spreads prompts by their length, so that long ones do not hold up"
+            " short ones. `cost` does that by the time that each takes, `cache_aware` balances loads; give one of them"
+        )
+    return name
+
+
+def kv_connector(name: str) -> str:
+    """Refuse connectors that need of a router what it cannot know."""
+    if name == "nixl_push":
+        raise ValueError(
+            "nixl_push is not available: the decode engine must be told the name that the prefill engine will give"
+            " the request, which nobody knows before it has; use nixl"
+        )
+    if name == "mooncake":
+        raise ValueError(
+            "mooncake (of vLLM) is not available: it was never run against an engine here; use nixl, or SGLang's"
+            " engines, whose transfer by Mooncake needs nothing of a router"
+        )
+    return name
+
+
 def _separated(texts: list[str]) -> list[str]:
     """Return the members of a list in which one word may hold several, with commas or spaces between them."""
     return [part for text in texts for part in text.replace(",", " ").split()] or texts

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sglang_router.config import checks, keys
 from sglang_router.config.checks import above, at_least, between
 from sglang_router.config.compat import VERSIONS
-from sglang_router.config.kinds import ClientKeys, ControlKeys, ModelsMapping
+from sglang_router.config.kinds import ClientKeys, ControlKeys, ModelsMapping, Pairs
 from sglang_router.config.option import alias, option
 
 # The keys of `routing.policies.POLICIES`, which this module must not import. A test holds the two equal.
@@ -36,6 +36,7 @@ SECURITY = "Access and TLS"
 AUTOSCALING = "Autoscaling"
 MODELS = "Models"
 POLICY = "Routing policy"
+PREFILL_DECODE = "Prefill/decode disaggregation"
 REQUESTS = "Requests and connections"
 RETRIES = "Retries"
 BREAKER = "Circuit breaker"
@@ -357,6 +358,64 @@ class HTTPOptions:
         "cost: skip a worker that has more than this multiple of the mean number of requests in flight. 0: no cap",
         POLICY,
         check=at_least(0),
+    )
+
+    # -- prefill/decode
+    pd_disaggregation: bool = option(
+        False,
+        "Send each request to two workers: a prefill worker reads the prompt, a decode worker writes the answer. The"
+        " router is ready when there is one of each (docs/disaggregation.md).",
+        PREFILL_DECODE,
+    )
+    prefill_urls: Pairs = option(
+        [],
+        "Base URL of a prefill worker, and its bootstrap port or `none`; without one its engine tells it. Repeat the"
+        " flag for several workers.",
+        PREFILL_DECODE,
+        flag="--prefill",
+        repeat=True,
+        check=checks.prefill_urls,
+    )
+    decode_urls: list[str] = option(
+        [],
+        "Base URL of a decode worker. Repeat the flag for several workers.",
+        PREFILL_DECODE,
+        flag="--decode",
+        metavar="URL",
+        repeat=True,
+        check=checks.worker_urls,
+    )
+    prefill_policy: str | None = option(
+        None,
+        "How the prefill worker of a request is chosen.",
+        PREFILL_DECODE,
+        choices=("bucket", *POLICY_NAMES),
+        shown_default="that of --policy",
+        check=checks.prefill_policy,
+    )
+    decode_policy: str | None = option(
+        None,
+        "How the decode worker of a request is chosen.",
+        PREFILL_DECODE,
+        choices=POLICY_NAMES,
+        shown_default="that of --policy",
+    )
+    pd_uncached_token_threshold: int = option(
+        0,
+        "Spare a pair of workers a prompt of which no more than so many tokens are not cached: a regular worker of the"
+        " model serves it, or else a decode worker alone, which only engines of vLLM can. 0: none is spared, unless"
+        " both policies are `cost`.",
+        PREFILL_DECODE,
+        unit="tokens",
+        check=at_least(0),
+    )
+    pd_kv_connector: str = option(
+        "auto",
+        "How a prefill worker hands over to a decode worker: as SGLang does (sglang), or vLLM with Nixl pulling (nixl)."
+        " auto: as the engine tells what it is, else sglang.",
+        PREFILL_DECODE,
+        choices=("auto", "sglang", "mooncake", "nixl_push", "nixl"),
+        check=checks.kv_connector,
     )
 
     # -- sessions

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sglang_router.config.checks import between
-from sglang_router.config.kinds import Pairs
 from sglang_router.config.option import option
-from sglang_router.config.options import MODELS, POLICY_NAMES, SECURITY, HTTPOptions
+from sglang_router.config.options import MODELS, SECURITY, HTTPOptions
 
-PREFILL_DECODE = "Prefill/decode disaggregation"
 DISCOVERY = "Kubernetes discovery"
 TRACING = "Tracing"
 NO_EFFECT = "Without effect"
@@ -37,28 +35,6 @@ def _inert(default: T, help: str, **more: Any) -> T:
 @dataclass
 class ReservedOptions(HTTPOptions):
     """The reference router's options that this router does not have yet, or has no use for."""
-
-    # -- prefill/decode
-    pd_disaggregation: bool = _later(False, "Route to pairs of prefill and decode workers.", PREFILL_DECODE)
-    prefill_urls: Pairs = _later(
-        [],
-        "Base URL of a prefill worker, and its bootstrap port if it has one. Repeat the flag for several workers.",
-        PREFILL_DECODE,
-        flag="--prefill",
-        repeat=True,
-    )
-    decode_urls: list[str] = _later(
-        [],
-        "Base URL of a decode worker. Repeat the flag for several workers.",
-        PREFILL_DECODE,
-        flag="--decode",
-        repeat=True,
-    )
-    prefill_policy: str | None = _later(
-        None, "Policy for prefill workers.", PREFILL_DECODE, choices=(*POLICY_NAMES, "bucket")
-    )
-    decode_policy: str | None = _later(None, "Policy for decode workers.", PREFILL_DECODE, choices=POLICY_NAMES)
-    mini_lb: bool = _later(False, "Use the minimal load balancer.", PREFILL_DECODE)
 
     # -- discovery
     service_discovery: bool = _later(False, "Find workers among Kubernetes pods.", DISCOVERY)
@@ -89,6 +65,7 @@ class ReservedOptions(HTTPOptions):
     otlp_traces_endpoint: str = _later("localhost:4317", "Where to send traces.", TRACING)
 
     # -- without effect
+    mini_lb: bool = _inert(False, "Use the reference's minimal load balancer of pairs; this router is none.")
     control_plane_audit_enabled: bool = _inert(False, "Log changes of the control plane; they are always logged.")
     cb_window_duration_secs: float = _inert(
         120, "Window of failures; a circuit breaker counts failures in a row, as the reference's does.", unit="s"

@@ -5,7 +5,7 @@
         in=5120 out=20480 stream=1 prompt_tokens=1280 cached_tokens=1104 completion_tokens=300
                                                                             (one line; broken here to fit)
 
-The tokens are there as far as the engine tells them.
+The tokens are there as far as the engine tells them. Of a pair, `worker` is the decode worker, and `prefill` follows.
 
 A line never contains: text of a prompt or an answer, a header value except the request id, the query string. What
 clients choose (id, path) is escaped where it could end the line or be read as another field.
@@ -89,6 +89,8 @@ class AccessLog(Listener):
                 matched = f"{leg.matched * 100 // leg.total}%"
             if leg.model:
                 end = f" served_model={value(plain_name(leg.model.decode('utf-8', 'replace')))}"
+            if leg.partner is not None:
+                worker = f"{worker} prefill={leg.partner.target.name}"
         if first >= 0.0:
             times = "%.1f first_byte_ms=%.1f" % (answer.duration * 1e3, first * 1e3)  # noqa: UP031
         else:
@@ -146,6 +148,7 @@ class AccessLog(Listener):
             usage.cached if usage.cached >= 0 else msgspec.UNSET,
             usage.completion if usage.completion >= 0 else msgspec.UNSET,
             plain_name(leg.model.decode("utf-8", "replace")) if leg is not None and leg.model else msgspec.UNSET,
+            leg.partner.target.name if leg is not None and leg.partner is not None else msgspec.UNSET,
         )
 
 
@@ -191,6 +194,7 @@ _CHANGES: Final = {
     ("breaker", "closed"): (logging.INFO, "circuit breaker is closed: the worker gets requests again"),
     ("outlier", "held_off"): (logging.WARNING, "worker is ejected: it fails or lags far more than the others"),
     ("outlier", "kept"): (logging.INFO, "worker is no longer ejected"),
+    ("role", ""): (logging.INFO, "worker has another role: it is in another pool, its remembered prefixes are dropped"),
     ("draining", "draining"): (logging.INFO, "worker is draining: it gets no new requests"),
     ("draining", "active"): (logging.INFO, "worker gets new requests again"),
 }

@@ -13,6 +13,7 @@ class AccessLine(msgspec.Struct, gc=False):
     in, out        bytes of the bodies, with the chunked coding of a stream
     client         name of the client's key; only with access keys
     resumed        only when another worker continued the stream
+    prefill        the worker that read the prompt; only of a pair, of which `worker` wrote the answer
     ..._tokens     only when the engine told them
     served_model   only when it is not the one that the client named
     """
@@ -43,3 +44,4 @@ class AccessLine(msgspec.Struct, gc=False):
     cached_tokens: int | msgspec.UnsetType = msgspec.UNSET
     completion_tokens: int | msgspec.UnsetType = msgspec.UNSET
     served_model: str | msgspec.UnsetType = msgspec.UNSET
+    prefill: str | msgspec.UnsetType = msgspec.UNSET

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 import msgspec
 
 from sglang_router.observe import kv_readings as kv
+from sglang_router.observe import pair_readings as pairs
 from sglang_router.observe import readings as read
 from sglang_router.observe.readings import Reader, Values
 from sglang_router.observe.session_readings import of_sessions
+from sglang_router.routing.roles import DECODE, PREFILL
 
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
 
@@ -141,6 +143,27 @@ METRICS = (
         "sgl_router_prefix_bytes_total", COUNTER, WORKER,
         "Bytes of routing text of all decisions, the matched bytes included.",
         read.per_tally(lambda t: t.decisions.total),
+    ),
+    # prefill and decode workers, as the 0.1 series names them
+    Family(
+        "sgl_router_pd_prefill_requests_total", COUNTER, WORKER,
+        "Legs of a prefill worker.", pairs.legs_of(PREFILL),
+    ),
+    Family(
+        "sgl_router_pd_prefill_errors_total", COUNTER, WORKER,
+        "Failed legs of a prefill worker.", pairs.errors_of(PREFILL),
+    ),
+    Family(
+        "sgl_router_pd_decode_requests_total", COUNTER, WORKER,
+        "Legs of a decode worker.", pairs.legs_of(DECODE),
+    ),
+    Family(
+        "sgl_router_pd_decode_errors_total", COUNTER, WORKER,
+        "Failed legs of a decode worker.", pairs.errors_of(DECODE),
+    ),
+    Family(
+        "sgl_router_worker_window", GAUGE, WORKER,
+        "Requests that a decode worker may run at once, by what its engine tells.", pairs.windows,
     ),
     # sessions
     Family(

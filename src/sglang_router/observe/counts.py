@@ -104,7 +104,7 @@ class MetricCounts:
 
     def worker_added(self, worker: Worker) -> None:
         """Start the worker's tally, unless it has one."""
-        self.tallies.setdefault(worker.id, Tally(worker.url, worker.spec.worker_type, worker.decisions))
+        self.tallies.setdefault(worker.id, Tally(worker.url, worker.role, worker.decisions))
 
     def worker_removed(self, worker: Worker) -> None:
         """Add what was counted for the worker to the removed workers of its role."""

@@ -27,6 +27,7 @@ from sglang_router.observe.tallies import OTHER, Labels, Series, SeriesKind
 from sglang_router.routing.endpoints import ENDPOINTS, UNKNOWN
 from sglang_router.routing.events import Answered, Finished, Listener, Retried, WorkerChanged
 from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.plan import PlannedLeg
 from sglang_router.routing.worker import Worker
 
 DURATION_BUCKETS: Final = (
@@ -42,6 +43,7 @@ _UNKNOWN: Final = UNKNOWN.path.decode()
 """The label of all paths that `--relay-unknown-paths` relays; those that nobody has are "other"."""
 _SERVED: Final = Outcome.SERVED  # a global is quicker than a member of an enumeration
 _GONE: Final = Outcome.GONE
+_ABANDONED: Final = Outcome.ABANDONED
 
 
 class Metrics(Listener):
@@ -115,6 +117,8 @@ class Metrics(Listener):
                 if leg.model:
                     names = (series.model, label_of(leg.model.decode("utf-8", "replace")))
                     self.counts.renamed[names] = self.counts.renamed.get(names, 0) + 1
+                if leg.partner is not None:
+                    self._count_prefill(leg.partner, outcome)
             if outcome is not _SERVED or answer.retries or answer.handoff:
                 self._failed_or_retried(series, answer)
 
@@ -122,8 +126,16 @@ class Metrics(Listener):
 
     def retried(self, event: Retried) -> None:
         """Count the outcome of a leg that is retried."""
-        target = event.leg.target
+        leg, target = event.leg, event.leg.target
         self.counts.tally(target.worker_id, target.role).ended(event.outcome.label)
+        if leg.partner is not None:
+            self._count_prefill(leg.partner, event.outcome)
+
+    def _count_prefill(self, leg: PlannedLeg, outcome: Outcome) -> None:
+        """Count the prefill leg of a pair whose decode leg has ended so: its own failure would have been told."""
+        target = leg.target
+        label = _SERVED.label if outcome is _SERVED else _ABANDONED.label
+        self.counts.tally(target.worker_id, target.role).ended(label)
 
     def worker_changed(self, event: WorkerChanged) -> None:
         """Count a change; start or end the worker's own counts."""
@@ -134,6 +146,8 @@ class Metrics(Listener):
             counts.worker_added(worker)
         elif what == "removed":
             counts.worker_removed(worker)
+        elif what == "role" and worker.id in counts.tallies:
+            counts.tallies[worker.id].role = worker.role
         elif what == "breaker" and worker.id in counts.tallies:
             counts.tallies[worker.id].moved(event.old, event.new)
 

@@ -224,7 +224,7 @@ def pool(counts: MetricCounts) -> Iterable[Sample]:
     """Count workers by type and model."""
     sizes: dict[Values, int] = {}
     for worker in counts.fleet:
-        values = (worker.spec.worker_type, "http", worker.model or "unknown")
+        values = (worker.role, "http", worker.model or "unknown")
         sizes[values] = sizes.get(values, 0) + 1
     return sizes.items()
 
@@ -253,7 +253,7 @@ _ERROR_TYPES = {
 _BREAKER_STATES = {Breaker.CLOSED: 0, Breaker.OPEN: 1, Breaker.HALF_OPEN: 2}
 _OUTCOMES = {outcome.label: outcome for outcome in Outcome}
 _FAULTS = (Hears.ANSWER_FAILURE, Hears.BREAK_FAILURE, Hears.CONTACT_FAILURE)
-_ERRORS = frozenset(outcome.label for outcome in Outcome if outcome.retryable or outcome.hears in _FAULTS)
+ERRORS = frozenset(outcome.label for outcome in Outcome if outcome.retryable or outcome.hears in _FAULTS)
 
 
 def everything(series: Series) -> bool:
@@ -377,7 +377,7 @@ def heard(tally: Tally) -> Iterable[Sample]:
 
 def worker_errors(tally: Tally) -> Iterable[Sample]:
     """Read the failed legs by outcome."""
-    return [((tally.role, "http", label), n) for label, n in tally.outcomes.items() if label in _ERRORS]
+    return [((tally.role, "http", label), n) for label, n in tally.outcomes.items() if label in ERRORS]
 
 
 def load(worker: Worker) -> int:

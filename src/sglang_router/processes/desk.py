@@ -45,11 +45,12 @@ class OpenedRequest:
 
     number  the relay's
     legs    planned so far, the latest last
+    plans   how many there were
     answer  the legs of the plan that answered the last question
     until   when it was queued for too long; None: it is not queued
     """
 
-    __slots__ = ("answer", "facts", "legs", "number", "port", "tag", "until")
+    __slots__ = ("answer", "facts", "legs", "number", "plans", "port", "tag", "until")
 
     def __init__(self, port: RelayPort, number: int, tag: RequestTag, facts: Facts) -> None:
         self.port = port
@@ -57,6 +58,7 @@ class OpenedRequest:
         self.tag = tag
         self.facts = facts
         self.legs: list[PlannedLeg] = []
+        self.plans = 0
         self.answer: tuple[PlannedLeg, ...] = ()
         self.until: float | None = None
 
@@ -124,8 +126,8 @@ class Desk:
 
     def retry(self, port: RelayPort, retry: messages.Retry) -> None:
         """Answer where a request goes after a leg failed."""
-        each = port.leases.get(retry.lease)
-        leg = None if each is None else each.leg(retry.lease)
+        each = port.leases.get(retry.lease) or port.requests.get(retry.number)
+        leg = None if each is None else each.leg(retry.lease)  # of a pair it may have ended, and be blamed now
         if each is None or leg is None:
             port.put(messages.NoRetry(retry.number))
             return
@@ -145,7 +147,7 @@ class Desk:
         if plan is None:
             port.put(messages.NoRetry(retry.number))
         else:
-            del port.leases[retry.lease]
+            port.leases.pop(retry.lease, None)
             self._plan(each, plan)
 
     def _learn(self, each: OpenedRequest, digest: bytes) -> None:
@@ -177,6 +179,7 @@ class Desk:
         port, legs = each.port, plan.legs
         self._unqueue(each)
         each.answer = legs
+        each.plans += 1
         each.legs += legs
         sent = []
         for leg in legs:
@@ -304,7 +307,7 @@ class Desk:
                 last = leg
                 if port.leases.pop(leg.lease, None) is not None:
                     self._router.ended(each.tag, leg, Outcome.GONE, now)
-            answer = Answered(0, "", Outcome.GONE, now - each.tag.start, retries=max(len(each.legs) - 1, 0))
+            answer = Answered(0, "", Outcome.GONE, now - each.tag.start, retries=max(each.plans - 1, 0))
             self._listener.finished(Finished(each.tag, last, answer))
         port.requests.clear()
         port.leases.clear()

@@ -67,6 +67,7 @@ def ask_of(tag: RequestTag, facts: Facts, now: float, shape: TextForm) -> Ask:
         facts.session,
         facts.follows,
         facts.division,
+        facts.sequences,
     )
 
 
@@ -87,6 +88,7 @@ def facts_of(ask: Ask, text: bytes) -> Facts:
     body = Imprint(ask.size, ask.digest)
     facts = Facts(ROWS[ask.endpoint], ask.namespace, text, ask.scaffold, ask.streaming, ask.model, ask.key, body)
     facts.session, facts.follows, facts.division = ask.session, ask.follows, ask.division
+    facts.sequences = ask.sequences
     return facts
 
 

@@ -42,6 +42,7 @@ class Ask(Message, tag=1):
     size       bytes of the body; digest: its fingerprint, or b""
     text       the routing text; None: it is in the shared memory at `at`, `length` bytes
     explained  the client asks why the worker is chosen
+    sequences  see Facts; it is read only where there are prefill and decode workers
     session    that header or body name, or b""; follows, division: see Facts
     """
 
@@ -69,6 +70,7 @@ class Ask(Message, tag=1):
     session: bytes = b""
     follows: bytes = b""
     division: bytes = b""
+    sequences: int = 0
 
 
 class Retry(Message, tag=2):

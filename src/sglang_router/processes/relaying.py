@@ -40,6 +40,7 @@ from sglang_router.relay.addresses import system_look_up
 from sglang_router.relay.frontend import Frontend
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.vanished import take_back
+from sglang_router.routing.roles import REGULAR
 
 log = logging.getLogger("sglang_router.processes")
 
@@ -201,6 +202,8 @@ class RelayProcess:
     def _know(self, known: messages.Known) -> None:
         target, before = target_of(known), self._remote.targets.get(known.worker)
         self._remote.targets[known.worker] = target
+        if target.role != REGULAR:
+            self._remote.paired = True
         if before is None:
             self._connections.know(target)
         elif before != target:

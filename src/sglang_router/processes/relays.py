@@ -173,7 +173,7 @@ class Relays(Elsewhere, Listener):
         worker = event.worker
         if event.what in _KEPT:
             self._save_soon()
-        if event.what == "added":
+        if event.what in ("added", "role"):
             self._place(worker.target)
         elif event.what == "removed":
             known = self._places.pop(worker.id, None)

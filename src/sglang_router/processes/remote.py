@@ -33,6 +33,7 @@ from sglang_router.routing.decider import Deliver, Delivered
 from sglang_router.routing.events import Finished, FirstByte, Listeners
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.pairs import wants_several
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Target, Wait
 from sglang_router.routing.quarantine import fingerprint
 from sglang_router.routing.usage import Usage
@@ -92,6 +93,7 @@ class RemoteDecider:
 
     link     to the decider; None while there is none
     targets  of the workers, by the decider's numbers
+    paired   some of them do one half of each request
     """
 
     deliver: Deliver
@@ -100,7 +102,7 @@ class RemoteDecider:
         """index: which relay this is; patience: seconds that a request waits for the decider; key: of fingerprints."""
         self.link: Link | None = None
         self.targets: dict[int, Target] = {}
-        self.wanted = False
+        self.wanted = self.paired = False
         self._index = index
         self._ring = ring
         self._patience = patience
@@ -124,6 +126,8 @@ class RemoteDecider:
         if len(self._unheard) >= MOST:
             raise DeciderGone(retry_after=1.0)
         number, link = tag.number, self.link
+        if self.paired and facts.endpoint.generates:
+            wants_several(facts)  # the decider, which has no body, may need to know
         asked = self._requests[number] = self._unheard[number] = _Asked(tag, facts)
         if link is None or link.stuck or self._kept:
             self._kept[number] = asked

@@ -17,20 +17,17 @@ import msgspec
 
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg
+from sglang_router.routing.transfer import LEASE, UNREACHED
 from sglang_router.routing.usage import Usage
 from sglang_router.wire.handoff_form import HandoffForm
 
 MOST: Final = 1 << 20
 """Bytes of a prefill worker's answer that are read."""
-LEASE: Final = 28.0
-"""Seconds for which what was handed over is used. vLLM keeps it for 30 (`kv_lease_duration`)."""
 
 RESULTS: Final = ("given", "absent", "expired", "used")
 """What became of it: the last decode leg was given it; there was nothing; it was too old; another worker may have used
 it up. After all but the first, decode computes the prompt itself."""
 
-_UNREACHED: Final = (Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.UNCONNECTED, Outcome.STARVED)
-"""After these the worker never had the request."""
 _decode: Final = msgspec.json.Decoder(HandoffForm).decode
 
 
@@ -82,7 +79,7 @@ class Handed:
 
     def take_back(self, leg: PlannedLeg, outcome: Outcome) -> None:
         """Let the next leg have the parameters: this one failed, and never reached its worker."""
-        if self._lease == leg.lease and outcome in _UNREACHED:
+        if self._lease == leg.lease and outcome in UNREACHED:
             self._lease = 0
 
     def correct(self, usage: Usage) -> None:

@@ -20,9 +20,10 @@ from msgspec import UNSET, UnsetType
 
 from sglang_router.config import parse_worker_url
 from sglang_router.config.checks import bearer_key
+from sglang_router.routing.roles import ROLES
 from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.source import Source
-from sglang_router.routing.spec import HIGHEST_PORT, ROLES, WorkerSpec
+from sglang_router.routing.spec import HIGHEST_PORT, WorkerSpec
 from sglang_router.routing.worker import Worker
 from sglang_router.workers.sources import ConfiguredWorkers
 

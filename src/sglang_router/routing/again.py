@@ -21,6 +21,7 @@ from sglang_router.routing.facts import Facts
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.models import Serving
 from sglang_router.routing.outcome import BREAKS, Outcome
+from sglang_router.routing.pair import ServingPair
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.rules import RetryRules
 from sglang_router.routing.trail import Trail
@@ -32,11 +33,12 @@ _NOT_TAKEN: Final = frozenset((Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.UNC
 
 
 class NextTry(NamedTuple):
-    """One of these candidates gets the request, after `delay` seconds."""
+    """One of these candidates gets the request, after `delay` seconds. readers: of a pair, those for its first half."""
 
     serving: Serving
     candidates: Candidates
     delay: float = 0.0
+    readers: Candidates | None = None
 
 
 class Again:
@@ -75,22 +77,30 @@ class Again:
         once = elsewhere or outcome in BREAKS
         tries[worker] = rules.per_worker if once else tries.get(worker, 0) + 1
         serving = assignment.serving(facts)
+        readers: Candidates | None = None
         keeps = assignment.holder(facts) is worker
         if keeps and (facts.endpoint.about or outcome is Outcome.BUSY or outcome is Outcome.FAILED):
             fresh, again = _NOBODY, candidates_of([worker] if tries[worker] < rules.per_worker else [])
         elif facts.endpoint.about and (left := assignment.next_to_ask(facts, tries, now)) is not None:
             (serving, fresh), again = left, _NOBODY
         else:
-            fresh, again = self._candidates(serving, trail, 0 if elsewhere else rules.per_worker, now)
+            most = 0 if elsewhere else rules.per_worker
+            fresh, again = self._candidates(serving, trail, most, now)
             lost = not fresh and (not again or outcome is Outcome.REFUSED)
-            if lost and assignment.naming.on and not continued and (other := assignment.naming.instead(facts, now)):
-                serving, (fresh, again) = other, self._candidates(other, trail, rules.per_worker, now)
+            if lost and assignment.naming.on and not continued and (other := assignment.instead(facts, now)):
+                serving, most = other, rules.per_worker
+                fresh, again = self._candidates(serving, trail, most, now)
+            if isinstance(serving, ServingPair):
+                first, second = self._candidates(serving.prefill, trail, most, now)
+                readers = first or second
+                if not first:  # the pair is no fresher than its first half
+                    fresh, again = _NOBODY, (fresh or again) if second else _NOBODY
         if not (fresh or again) or (outcome is not Outcome.REFUSED and not budget.take(now)):
             return None
         trail.retries += 1
         if fresh:
-            return NextTry(serving, fresh)
-        return NextTry(serving, again, trail.pause(rules, self._rng))
+            return NextTry(serving, fresh, readers=readers)
+        return NextTry(serving, again, trail.pause(rules, self._rng), readers)
 
     def not_found(self, trail: Trail, worker: Worker, facts: Facts, now: float) -> NextTry | None:
         """Return who is asked next for what a worker does not keep; None when all were asked."""

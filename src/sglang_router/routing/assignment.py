@@ -19,14 +19,18 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Hashable
 from typing import Final, Protocol, TypeVar
 
-from sglang_router.errors import RouterError, WorkersFull, WorkersStarting
+from sglang_router.errors import QueueTimeout, RouterError, SessionsFull, WorkersFull, WorkersStarting
 from sglang_router.routing.candidates import Candidates, candidates_of
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.kept_ids import KeptIds
 from sglang_router.routing.models import Serving
-from sglang_router.routing.naming import Naming, adapter_of
+from sglang_router.routing.naming import Naming, adapter_of, rename
+from sglang_router.routing.pair import ServingPair
+from sglang_router.routing.pairs import Pairs
+from sglang_router.routing.pool import Pool
 from sglang_router.routing.pools import Pools
-from sglang_router.routing.queue import ROOM, SESSION, START, Queue, Queued
+from sglang_router.routing.queue import PLACE, ROOM, SESSION, START, Queue, Queued
+from sglang_router.routing.roles import PREFILL
 from sglang_router.routing.sessions import Sessions
 from sglang_router.routing.worker import Worker
 
@@ -51,14 +55,16 @@ class Assignment:
     kept      who keeps responses, conversations, files and batches
     naming    aliases of models, and which model stands in for another
     sessions  where the sessions of requests are at home
+    pairs     who serves in pairs
     """
 
-    __slots__ = ("_pools", "kept", "naming", "sessions")
+    __slots__ = ("_pools", "kept", "naming", "pairs", "sessions")
 
     def __init__(self, pools: Pools) -> None:
         self._pools = pools
         self.kept = KeptIds()
         self.naming = Naming(pools)
+        self.pairs = Pairs(pools, self.naming)
         self.sessions = Sessions()
 
     def __repr__(self) -> str:
@@ -71,12 +77,25 @@ class Assignment:
     def serving(self, facts: Facts) -> Serving:
         """Return who serves a request; something without workers, if nobody does."""
         if not self._anywhere(facts):
-            return self._pools.only or self._named(facts)
+            pools = self._pools
+            return pools.only or (self.pairs.serving(facts) if pools.paired else self._named(facts))
         holder = self.holder(facts)
         if holder is not None:
             return self._pools.of(holder)
-        with_workers = [pool for pool in self._pools if pool.well()]  # whatever its model, any of them may keep it
-        return with_workers[0] if with_workers else next(iter(self._pools))
+        keeping = self._keeping()
+        with_workers = [pool for pool in keeping if pool.well()]  # whatever its model, any of them may keep it
+        return (with_workers or keeping)[0]
+
+    def _keeping(self) -> list[Pool]:
+        """Return the pools whose workers keep responses: prefill workers answer nobody."""
+        return [pool for pool in self._pools if pool.key.role != PREFILL] or list(self._pools)
+
+    def refusal(self, serving: Serving, facts: Facts) -> RouterError | None:
+        """Return the error for a request that nobody can serve; None for any other request."""
+        refusal = self._pools.refusal(serving, facts.model)
+        if refusal is None and serving is self._pools.nobody:
+            refusal = self.pairs.refusal(facts)
+        return refusal
 
     def _anywhere(self, facts: Facts) -> bool:
         """Return whether any worker may answer a request, whatever model it serves."""
@@ -86,7 +105,7 @@ class Assignment:
     def _named(self, facts: Facts) -> Serving:
         """Return who serves the model of a request, where that is to be looked at."""
         if self.naming.on:
-            return self.naming.serving(facts)
+            return self.naming.find(facts)
         return self._pools.find(facts.model, adapter=adapter_of(facts))
 
     def admitted(self, serving: Serving, facts: Facts, now: float) -> Serving:
@@ -96,7 +115,7 @@ class Assignment:
         """
         if self.naming.on and (other := self.stands_in(serving, facts, now)) is not None:
             return other
-        refusal = self._pools.refusal(serving, facts.model)
+        refusal = self.refusal(serving, facts)
         if refusal is not None:
             raise refusal
         return serving
@@ -108,7 +127,19 @@ class Assignment:
         """
         if self._anywhere(facts) or serving.able(now):
             return None
-        return self.naming.instead(facts, now)
+        return self.instead(facts, now)
+
+    def instead(self, facts: Facts, now: float) -> Serving | None:
+        """Let the first fallback that has able workers serve a request; return them, or None, if there are none.
+
+        The model's own workers are not looked at: call it when none of them can serve the request.
+        """
+        for model in self.naming.fallbacks(facts):
+            found = self._pools.find(model, strict=True)
+            if found.able(now) or (self._pools.paired and self.pairs.of_model(model).able(now)):
+                rename(facts, model)
+                return self.serving(facts)
+        return None
 
     def candidates(self, serving: Serving, facts: Facts, now: float) -> Candidates:
         """Return the workers that may take a request now."""
@@ -120,6 +151,8 @@ class Assignment:
             if holder in able:
                 full = holder not in found and isinstance(serving.unavailable(now), WorkersFull)
                 return (found if full else able).those(1 << holder.seat)
+        if isinstance(serving, ServingPair):  # what a session needs, its prefill worker must hold
+            return found
         return self.sessions.fitting(facts, found, now)
 
     def line(self, serving: Serving, facts: Facts, now: float) -> Hashable:
@@ -159,7 +192,7 @@ class Assignment:
         """Return the workers to ask next for what is kept, after those that do not have it; None: there are none."""
         if self.holder(facts) is not None:
             return None
-        for pool in self._pools if self._anywhere(facts) else [self.serving(facts)]:
+        for pool in self._keeping() if self._anywhere(facts) else [self.serving(facts)]:
             able = pool.able(now)
             left = able.those(able.set_of([worker for worker in able if worker not in asked]))
             if left:
@@ -168,7 +201,21 @@ class Assignment:
 
     def unavailable(self, serving: Serving, facts: Facts, now: float) -> RouterError:
         """Return the error that says why a request has no candidates."""
-        return self._pools.refusal(serving, facts.model) or serving.unavailable(now)
+        return self.refusal(serving, facts) or serving.unavailable(now)
+
+    def in_vain(self, queued: Queued[W], retry_after: float, now: float) -> RouterError:
+        """Return the error for a request that has waited too long.
+
+        retry_after  seconds after which another try may be worth it
+        """
+        facts = queued.item.facts
+        if queued.why == SESSION:
+            return SessionsFull(retry_after=retry_after)
+        if queued.why != PLACE:
+            error = self.unavailable(self.serving(facts), facts, now)
+            if not isinstance(error, WorkersFull):
+                return error
+        return QueueTimeout(retry_after=retry_after)
 
     def awaited(self, serving: Serving, facts: Facts, now: float) -> str:
         """Return what a request without candidates can wait for: ROOM, START or SESSION.

@@ -21,6 +21,7 @@ import msgspec
 from sglang_router.errors import InvalidJSON
 from sglang_router.routing.keys import bounded
 from sglang_router.routing.reserved import HOLDERS, RESERVED, first_reserved
+from sglang_router.routing.sequences import NAMES as SEQUENCES
 from sglang_router.routing.skim import Content, Spans
 from sglang_router.routing.tolerant import members
 
@@ -70,7 +71,7 @@ class BodyReader:
         reserved: list[tuple[str, Any, Any]] = [(field, None, None) for field in RESERVED]
         reserved += [(holder, _Held | None, None) for holder in HOLDERS]
         self._struct = struct = msgspec.defstruct(f"{name}_body", [*needed, *reserved], gc=False)
-        self.names = frozenset(field.encode() for field in (*names, *RESERVED, *HOLDERS))
+        self.names = frozenset(field.encode() for field in (*names, *RESERVED, *HOLDERS)) | SEQUENCES
         self.decode: Callable[[Content], Any] = msgspec.json.Decoder(struct).decode
         # attrgetter returns a tuple only for two names or more, so add the name of a field that is always empty.
         self.text: Callable[[Any], tuple[msgspec.Raw, ...]] = attrgetter(*text, *(["nothing"] * (2 - len(text))))

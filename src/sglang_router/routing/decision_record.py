@@ -14,6 +14,7 @@ from __future__ import annotations
 import msgspec
 
 from sglang_router.routing.considered import Considered
+from sglang_router.routing.roles import REGULAR
 
 
 class ShadowChoice(msgspec.Struct, gc=False):
@@ -38,14 +39,15 @@ class ShadowChoice(msgspec.Struct, gc=False):
 class DecisionAttempt(msgspec.Struct, gc=False):
     """A leg.
 
-    attempt      1 for the first
+    attempt      1 for the first; the two legs of a pair have the same
     at           when it was planned, seconds after the request was complete
     matched      bytes of the routing text that the worker was believed to have cached, of `total`
     text_bytes   of the routing text
     candidates   how many workers the policy could choose from
     considered   at most 32 of them, the chosen one among them
     excluded     at most 32 of the other workers, with reasons
-    outcome      how it ended; "" until then
+    outcome      how it ended, of a pair how both did; "" until then
+    role         of its worker: "prefill" and "decode" in a pair
     """
 
     attempt: int
@@ -60,6 +62,7 @@ class DecisionAttempt(msgspec.Struct, gc=False):
     excluded: list[Considered]
     outcome: str = ""
     shadow: ShadowChoice | None = None
+    role: str = REGULAR
 
 
 class DecisionRecord(msgspec.Struct, gc=False):
@@ -73,7 +76,7 @@ class DecisionRecord(msgspec.Struct, gc=False):
     stream             it asked for a stream
     body_bytes         of the request's body
     policy             that chose
-    worker             of the last leg; null when there was none
+    worker             of the last leg; null when there was none. Of a pair it is the decode worker
     branch             the policy's reason, one word
     matched            bytes of the routing text that the worker was believed to have cached, of `total`
     retries            attempts after the first
@@ -86,6 +89,8 @@ class DecisionRecord(msgspec.Struct, gc=False):
     cached_tokens      those of them that it had cached
     completion_tokens  that it made
     served_model       what the engine was told instead of `model`: an alias, or a fallback; null: the same
+    prefill_worker     that read the prompt, in a pair; null without one
+    prefill_branch     and prefill_matched: as above, of that one
     attempts           each leg with what was looked at; those for which that was recorded
     """
 
@@ -111,4 +116,7 @@ class DecisionRecord(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
     completion_tokens: int | None = None
     served_model: str | None = None
+    prefill_worker: str | None = None
+    prefill_branch: str = ""
+    prefill_matched: int = 0
     attempts: tuple[DecisionAttempt, ...] = ()

@@ -18,6 +18,10 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     context_length   tokens of prompt and answer together
     capacity_tokens  tokens its KV cache can hold
     ranks            data-parallel ranks inside the engine
+    runtime          "vllm" for an engine that tells its version as vLLM does
+    role             "prefill" or "decode", one half of each request; "regular": both
+    bootstrap_port   where a prefill engine tells decode engines how to fetch its KV cache
+    window           requests that it runs at once; of an engine as a whole, the sum of its ranks
     running          requests it computes now
     queued           requests queued inside it
     used_tokens      tokens its KV cache holds for running requests
@@ -31,6 +35,10 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     context_length: int | None = None
     capacity_tokens: int | None = None
     ranks: int | None = None
+    runtime: str | None = None
+    role: str | None = None
+    bootstrap_port: int | None = None
+    window: int | None = None
     running: int | None = None
     queued: int | None = None
     used_tokens: int | None = None

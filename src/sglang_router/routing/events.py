@@ -21,7 +21,7 @@ from sglang_router.routing.plan import PlannedLeg, RequestTag
 from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
 
-CHANGES: Final = ("added", "removed", "restarted", "emptied", "health", "breaker", "outlier", "draining")
+CHANGES: Final = ("added", "removed", "restarted", "emptied", "health", "breaker", "outlier", "draining", "role")
 """What can change: the values of WorkerChanged.what."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from sglang_router.routing.roles import DECODE
 from sglang_router.routing.states import Breaker, Health
 from sglang_router.routing.trail import Trail
 from sglang_router.routing.worker import Worker
@@ -19,6 +20,7 @@ REASONS: Final[Mapping[str, str]] = {
     "breaker_half_open": "its circuit breaker lets one request pass at a time, and that is in flight",
     "ejected": "it is ejected as an outlier",
     "full": "it has the most requests that one worker may have",
+    "window": "it runs as many requests at once as its engine can",
     "elsewhere": "another worker keeps the response that the request follows",
     "slow_start": "it has an empty cache, and its share of the load",
     "no_room": "a session begins, and its cache has no room for the context of another one",
@@ -48,6 +50,8 @@ def reason(worker: Worker, most_load: int, trail: Trail | None, now: float, held
         return "ejected"
     if most_load and worker.load >= most_load:
         return "full"
+    if worker.role == DECODE and worker.window.full(worker.load):
+        return "window"
     if held:
         return "elsewhere"
     if now < worker.warm_at:

@@ -25,6 +25,7 @@ from typing import Any, Final
 import msgspec
 
 from sglang_router.errors import InvalidJSON
+from sglang_router.routing import sequences
 from sglang_router.routing.body_reader import NOTHING, BodyReader, division_of, held, plain
 from sglang_router.routing.endpoints import Endpoint
 from sglang_router.routing.imprint import Imprint
@@ -67,6 +68,7 @@ class Facts:
     reserved     name of a field that only a router may set (`routing.reserved`) and that the body has, or ""
     session      the session that the request belongs to, at most 64 bytes; b"" when none is recognised, or none is
                  asked for
+    sequences    1, or 2 when it wants several answers of a prompt; 0: not read yet (`routing.sequences`)
     follows      the id of what a worker keeps and the request continues, uses or is about, at most 64 bytes
     """
 
@@ -83,6 +85,7 @@ class Facts:
         "reserved",
         "routing_key",
         "scaffold",
+        "sequences",
         "session",
         "streaming",
         "text",
@@ -113,6 +116,7 @@ class Facts:
         self.reserved = ""
         self.session = b""
         self.follows = b""
+        self.sequences = 0
 
     def __repr__(self) -> str:
         return f"<Facts {self.endpoint.name} {len(self.text)} bytes of text>"
@@ -238,6 +242,7 @@ class Skimming:
         facts.reserved = first_reserved(
             (name, bytes(view[begin : min(end, begin + LONGEST_HELD + 1)])) for name, (begin, end) in spans
         )
+        facts.sequences = sequences.among(view, skim.spans)
         if self._hints is not None:
             facts.session = self._hints.session(fields)
         if self._readable is self._body:

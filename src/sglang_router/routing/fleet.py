@@ -133,10 +133,15 @@ class Fleet:
         if report == worker.report:
             return
         worker.report = report
+        if report.window is not None:
+            worker.window.told(report.window, (report.running or 0) + (report.queued or 0), worker.load)
+        old = worker.role if report.role is None else worker.tell_role(report.role)
         if report.prefilled_tokens is not None and report.prefill_busy_us is not None:
             worker.work.told(report.prefilled_tokens, report.prefill_busy_us)
         if not worker.removed:
             self.pools.place(worker)
+            if worker.role != old:
+                self._changed(worker, "role", old, worker.role)
 
     def announced(self, worker: Worker, names: Names) -> None:
         """Store the names of models that an engine announces; they count until it announces others."""

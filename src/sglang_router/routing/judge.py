@@ -47,6 +47,14 @@ class Judge:
             self._fleet.pools.of(worker).policy.unread(lease.choice, lease.facts)
         return failure
 
+    def half(self, trails: dict[int, Trail], tag: RequestTag, lease: Lease, outcome: Outcome, now: float) -> None:
+        """Close the lease of a leg while the other one of its pair goes on; a failure is kept among the trails."""
+        trail = trails.get(tag.number) or Trail(lease.facts)
+        if not lease.closed:
+            self.failed(trail, lease, outcome, 0, now)
+        if trail.failures:
+            trails[tag.number] = trail
+
     def decide(self, tag: RequestTag, trail: Trail, outcome: Outcome, now: float, undecided: bool = False) -> None:
         """Decide who is to blame for the failures of a request that has ended with this outcome.
 

@@ -6,7 +6,7 @@
     fallbacks            waits), else the first of its fallbacks of which that is true; else the model's own error
 
     resolve(facts)          replaces an alias by its model
-    instead(facts, now)     replaces a model that nobody can serve now by a fallback
+    fallbacks(facts)        says which models stand in for it; `Assignment.instead` takes one of them
     dress(leg, worker, ..)  says what the leg's body names: an engine refuses a name that it does not know
 
 The request keeps the name that serves it: a retry, the continuation of a broken stream and its prefixes are of that
@@ -26,6 +26,7 @@ from sglang_router.routing.model_names import LONGEST_TEXT, base_of, text_of
 from sglang_router.routing.models import Serving
 from sglang_router.routing.plan import PlannedLeg
 from sglang_router.routing.pools import Pools
+from sglang_router.routing.roles import REGULAR
 from sglang_router.routing.worker import Worker
 
 
@@ -77,24 +78,14 @@ class Naming:
         if found is not None:
             rename(facts, found)
 
-    def serving(self, facts: Facts) -> Serving:
-        """Return who serves a request, of which an alias is replaced."""
+    def find(self, facts: Facts, role: str = REGULAR) -> Serving:
+        """Return who serves the model of a request in a role, after an alias was replaced."""
         self.resolve(facts)
-        if facts.model in self._fallbacks:
-            return self._pools.find(facts.model, adapter=adapter_of(facts), strict=True)
-        return self._pools.find(facts.model, adapter=adapter_of(facts))
+        return self._pools.find(facts.model, role, adapter_of(facts), facts.model in self._fallbacks)
 
-    def instead(self, facts: Facts, now: float) -> Serving | None:
-        """Let the first fallback that has able workers serve a request; return them, or None, if there are none.
-
-        The model's own workers are not looked at: call it when none of them can serve the request.
-        """
-        for model in self._fallbacks.get(facts.model, ()):
-            found = self._pools.find(model, strict=True)
-            if found.able(now):
-                rename(facts, model)
-                return found
-        return None
+    def fallbacks(self, facts: Facts) -> tuple[bytes, ...]:
+        """Return the models that stand in for that of a request, the first choice first."""
+        return self._fallbacks.get(facts.model, ())
 
 
 def adapter_of(facts: Facts) -> bytes:

@@ -51,10 +51,11 @@ class PlannedLeg:
     splice   JSON members to add at the end of the body, without the comma before them; b"" for none
     model    what the body names as its model instead of what the client wrote, JSON text; b"": the body stays as it is
     rid      the engine's name for the leg, set in the splice: the engine is asked to abort it when the leg is given up;
-             b"": closing the connection ends the leg
+             of a list of prompts a name for each, with spaces between; b"": closing the connection ends the leg
+    partner  of a decode leg: the prefill leg of the same attempt; None for any other leg
     """
 
-    __slots__ = ("branch", "lease", "matched", "model", "rid", "splice", "target", "total")
+    __slots__ = ("branch", "lease", "matched", "model", "partner", "rid", "splice", "target", "total")
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class PlannedLeg:
         self.splice = splice
         self.rid = rid
         self.model = model
+        self.partner: PlannedLeg | None = None
 
     def __repr__(self) -> str:
         return f"<PlannedLeg {self.lease} {self.target.name} {self.branch} {self.matched}/{self.total}>"

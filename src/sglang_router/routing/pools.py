@@ -16,10 +16,11 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol
 
 from sglang_router.errors import RouterError
-from sglang_router.routing.model_names import base_of, joined
-from sglang_router.routing.models import Section, ServedModels, Serving
+from sglang_router.routing.models import ServedModels, Serving
+from sglang_router.routing.named import NamedWorkers
 from sglang_router.routing.policies.base import Policy
 from sglang_router.routing.pool import Pool, PoolKey
+from sglang_router.routing.roles import REGULAR
 from sglang_router.routing.rules import FleetRules
 from sglang_router.routing.worker import Worker
 
@@ -31,7 +32,7 @@ class Tailor(Protocol):
         """Return which rule is for a pool of these workers; None: the usual one. rule: the present one."""
 
     def make(self, rule: Hashable) -> Policy:
-        """Return a new policy for a rule."""
+        """Return a new policy for a rule, which is not None."""
 
 
 def one_pool(worker: Worker) -> PoolKey:
@@ -43,6 +44,9 @@ class Pools:
     """See the module. Iteration gives the pools that have workers, or the default one while there are no workers.
 
     only     the pool, while there is exactly one and each request may go to each of its workers
+    nobody   stands for who serves a request that no pool can serve
+    paired   there are workers that do one half of each request: see `routing.pair`
+    policies makes the policies of a role; those of others are made by `make_policy`
     default  the pool of the first model, and of workers that belong to no other; it is never closed
     models   the names that workers announce
     tailor   chooses the policies of pools; None: all have the usual one
@@ -62,14 +66,15 @@ class Pools:
         self.models = ServedModels()
         self._by_model = assign is None
         self._assign = assign or self._pool_of_model
-        self._names: dict[bytes, Serving] | None = None  # who serves each announced name; None: not found out yet
-        self._nameless: Serving | None = None  # the workers that announce nothing
+        self.policies: dict[str, Callable[[], Policy]] = {}
+        self.paired = False
+        self._names: NamedWorkers | None = None  # who serves each announced name; None: not found out yet
         self._pools: dict[tuple[bytes, str], Pool] = {}  # by PoolKey
         self._of: dict[Worker, Pool] = {}
         self._closing: list[Policy] = []  # without workers; their memory is still to be freed
         self.tailor: Tailor | None = None
         self._renames = self._strict = False
-        self._nobody = self._new(PoolKey(role=""))  # for requests that no pool can serve
+        self.nobody = self._new(PoolKey(role=""))
         self.default = self._open(PoolKey())
         self._used: tuple[Pool, ...] = ()
         self.version = 0
@@ -85,42 +90,26 @@ class Pools:
     def __repr__(self) -> str:
         return f"<Pools {list(self._used)}>"
 
-    def find(self, model: bytes, role: str = "regular", adapter: bytes = b"", strict: bool = False) -> Serving:
+    def find(self, model: bytes, role: str = REGULAR, adapter: bytes = b"", strict: bool = False) -> Serving:
         """Return who serves a model in a role; something without workers, if nobody does, for which see `refusal`.
 
         adapter  which workers that have it loaded shall serve, if there are any
         strict   only workers that announce the model, or nothing
         """
-        pools = self._pools
+        pools, models = self._pools, self.models
         if not self._by_model:
-            return pools.get((model, role)) or pools.get((b"", role)) or self._nobody
-        names = self._names
-        if names is None:
-            names = self._find_names()
-        found = names.get(model) or names.get(base_of(model))
-        if adapter and (found is not None or not model or not self.models.several):
-            found = names.get(joined(model, adapter)) or found or names.get(adapter)
-        if found is None and not (self.models.several or strict or (model and self._strict and names)):
-            found = self._used[0]
-        if found is None and model:
-            found = self._nameless
-        return found or self._nobody
+            return pools.get((model, role)) or pools.get((b"", role)) or self.nobody
+        if self._names is None:
+            self._names = NamedWorkers(models, self._of)
+        found = self._names.find(model, role, adapter, models.several)
+        if found is None and not (models.several or strict or (model and self._strict and models.known)):
+            found = next((pool for pool in self._used if pool.key.role == role), None)
+        return found or (self._names.nameless.get(role) if model else None) or self.nobody
 
     def refusal(self, serving: Serving, model: bytes) -> RouterError | None:
         """Return the error for a request to which `find` gave nobody; None for any other request."""
         known = self._by_model and (self.models.several or (self._strict and bool(self.models.known)))
-        return self.models.refusal(model) if known and serving is self._nobody else None
-
-    def _find_names(self) -> dict[bytes, Serving]:
-        found: dict[bytes, Serving] = {}
-        for name, workers in self.models.by_name().items():
-            pool = self._of[workers[0]]
-            mine = [worker for worker in workers if self._of[worker] is pool]
-            found[name] = pool if len(mine) == len(pool.workers) else Section(pool, mine)
-        nameless = self.models.nameless()
-        self._nameless = Section(self._of[nameless[0]], nameless) if nameless else None
-        self._names = found
-        return found
+        return self.models.refusal(model) if known and serving is self.nobody else None
 
     def of(self, worker: Worker) -> Pool:
         """Return the pool of a registered worker."""
@@ -168,7 +157,7 @@ class Pools:
             self._closing.append(pool.policy)
 
     def _pool_of_model(self, worker: Worker) -> PoolKey:
-        return PoolKey(self.models.pool_of(worker))
+        return PoolKey(self.models.pool_of(worker), worker.role)
 
     def changed(self, worker: Worker) -> None:
         """Tell the worker's pool that its state changed; do nothing for a removed one."""
@@ -190,7 +179,11 @@ class Pools:
         return pool
 
     def _new(self, key: PoolKey) -> Pool:
-        return Pool(key, self._make_policy(), self._rules, self._time_up)
+        return Pool(key, self._usual(key), self._rules, self._time_up)
+
+    def _usual(self, key: PoolKey) -> Policy:
+        """Return a new policy for a pool of whose models nothing is said."""
+        return self.policies.get(key.role, self._make_policy)()
 
     def _count(self, names_changed: bool = False) -> None:
         used = tuple(pool for pool in self._pools.values() if pool.workers) or (self.default,)
@@ -201,7 +194,9 @@ class Pools:
             self._used = used
             self._names = None
             self.version += 1
-        chosen_by_name = self._by_model and (self.models.mixed or self._renames or self._strict)
+        self.paired = any(pool.key.role != REGULAR for pool in used)
+        by_name = self._by_model and (self.models.mixed or self._renames or self._strict)
+        chosen_by_name = self.paired or by_name
         self.only = self._used[0] if len(self._used) == 1 and not chosen_by_name else None
 
     def _fit(self, pool: Pool, tailor: Tailor) -> None:
@@ -209,7 +204,7 @@ class Pools:
         rule = tailor.rule_of(pool.workers, pool.rule)
         if rule != pool.rule:
             pool.rule = rule
-            self._closing.append(pool.use(tailor.make(rule)))
+            self._closing.append(pool.use(self._usual(pool.key) if rule is None else tailor.make(rule)))
 
     # -- for those who set names and policies ------------------------------------------------------------------------
 

@@ -34,8 +34,9 @@ from sglang_router.routing.facts import Facts
 from sglang_router.routing.lease import Lease
 from sglang_router.routing.model_names import plain_name
 from sglang_router.routing.models import Serving
-from sglang_router.routing.plan import RequestTag
+from sglang_router.routing.plan import PlannedLeg, RequestTag
 from sglang_router.routing.policies.base import Choice
+from sglang_router.routing.roles import DECODE, PREFILL
 from sglang_router.routing.trail import Trail
 from sglang_router.routing.usage import Usage
 
@@ -51,6 +52,7 @@ _LONGEST_SESSION: Final = 64
 _NEVER: Final = 1 << 62
 Sink = Callable[[DecisionRecord, str, bytes, bytes], None]
 _NO_TEXT: Final = (b"", b"")
+_NO_NUMBERS: Final[frozenset[int]] = frozenset()
 _UNROUTED: Final = "unrouted"
 _RUNNING: Final = "running"
 
@@ -138,6 +140,7 @@ class Recorder(Listener):
             self._excluded(pool, candidates, trail, now, choice.branch == HOLDER),
             "",
             shadow,
+            choice.worker.role,
         )
         self._noted.setdefault(number, []).append(attempt)
 
@@ -204,6 +207,8 @@ class Recorder(Listener):
             )
             if leg is not None and leg.model:
                 record.served_model = plain_name(leg.model.decode("utf-8", "replace"))
+            if leg is not None and leg.partner is not None:
+                _add_prefill(record, leg.partner)
             if answer.usage is not None:
                 _tell(record, answer.usage)
             if noted and (attempts := noted.pop(tag.number, None)) is not None:
@@ -242,13 +247,17 @@ class Recorder(Listener):
         ids     of the requests that are wanted; empty: all
         """
         epoch = self._epoch()
-        wanted = (each for each in leases if not each.closed and (not ids or each.tag.id in ids))
+        wanted = [each for each in leases if not each.closed and (not ids or each.tag.id in ids)]
+        readers = {each.tag.number: each for each in wanted if each.worker.role == PREFILL}
+        paired = {each.tag.number for each in wanted if each.worker.role == DECODE} if readers else _NO_NUMBERS
+        if paired:  # the decode worker's stands for both
+            wanted = [each for each in wanted if each.tag.number not in paired or each.worker.role != PREFILL]
         for lease in heapq.nlargest(MOST_RUNNING, wanted, key=_start_of):
             tag, choice = lease.tag, lease.choice
             failed = self._failed.get(tag.number, [])
             attempts = tuple(self._noted.get(tag.number, ()))
             policy_of, name = self.policy_of, lease.worker.url
-            yield DecisionRecord(
+            record = DecisionRecord(
                 tag.id,
                 tag.start + epoch,
                 tag.route.endpoint,
@@ -270,6 +279,16 @@ class Recorder(Listener):
                 served_model=_served_model(lease),
                 attempts=attempts,
             )
+            if tag.number in paired:
+                reader = readers[tag.number]
+                record.prefill_worker, record.prefill_branch = reader.worker.url, reader.choice.branch
+                record.prefill_matched = reader.choice.matched
+            yield record
+
+
+def _add_prefill(record: DecisionRecord, leg: PlannedLeg) -> None:
+    """Add the first half of a pair."""
+    record.prefill_worker, record.prefill_branch, record.prefill_matched = leg.target.name, leg.branch, leg.matched
 
 
 def _tell(record: DecisionRecord, usage: Usage) -> None:

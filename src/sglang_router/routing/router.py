@@ -24,25 +24,29 @@ import random
 from collections.abc import Callable, Hashable, Iterable
 from typing import Final, NamedTuple
 
-from sglang_router.errors import InternalError, QueueTimeout, RouterError, SessionsFull, WorkersFull
+from sglang_router.errors import InternalError, QueueTimeout, RouterError
 from sglang_router.routing.again import Again, NextTry
-from sglang_router.routing.assignment import HOLDER, Assignment
-from sglang_router.routing.candidates import Candidates, candidates_of
+from sglang_router.routing.assignment import Assignment
+from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.decider import Deliver
-from sglang_router.routing.events import Listener, Retried, Routed, WorkerChanged
+from sglang_router.routing.events import Listener, Retried, WorkerChanged
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.judge import Judge
 from sglang_router.routing.keys import bounded
 from sglang_router.routing.lease import Lease
+from sglang_router.routing.legs import Legs
 from sglang_router.routing.models import Serving
-from sglang_router.routing.naming import dress, keep_name
+from sglang_router.routing.naming import keep_name
 from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.pair import ServingPair
+from sglang_router.routing.pairing import Pairing
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
 from sglang_router.routing.quarantine import Quarantine
-from sglang_router.routing.queue import PLACE, SESSION, Queue, Queued
+from sglang_router.routing.queue import PLACE, Queue, Queued
 from sglang_router.routing.recorder import Recorder
 from sglang_router.routing.retry_budget import RetryBudget
+from sglang_router.routing.roles import PREFILL, REGULAR
 from sglang_router.routing.rules import RetryRules
 from sglang_router.routing.sessions import Sessions
 from sglang_router.routing.trail import HOLD, Trail
@@ -62,7 +66,6 @@ class _Asked(NamedTuple):
 
 
 _SERVED: Final = Outcome.SERVED
-_NOBODY: Final = candidates_of(())
 _SILENT_BREAKS: Final = (Outcome.BROKEN, Outcome.LOST)
 
 
@@ -75,7 +78,7 @@ class Router(Listener):
     rng        for the jitter of pauses
     soon       lets the router check the queue after the call that freed something
     check_now  requests a health check of a worker
-    recorder   keeps what was decided; None: nobody does
+    pairs      who serves in pairs, by which rules
     naming     aliases of models, and which model stands in for another
     """
 
@@ -96,17 +99,19 @@ class Router(Listener):
         self.queue = queue
         self.budget = budget
         self.quarantine = Quarantine(rng)
-        self.recorder: Recorder | None = None
         self._judge = Judge(fleet, self.quarantine, listener)
         self._truth = Truth(fleet, soon)
         self._pools = fleet.pools
         self._who = Assignment(fleet.pools)
         self.naming = self._who.naming
+        self.pairs = self._who.pairs
         self._again = Again(fleet, self._who, retries, rng)
+        self._legs = Legs(fleet, self._who, listener)
+        self._pairing = Pairing(fleet.pools, self._who, self._legs, rng)
         self._listener = listener
         self._soon = soon
         self._check_now = check_now
-        self._leases: dict[int, Lease] = {}  # by number; the closed lease of a failed leg stays until `ended`
+        self._leases = self._legs.open
         self._trails: dict[int, Trail] = {}  # by number of the request; only of requests that are retried now
         self._scheduled = False  # `_let_in` will be called
         self._pools_seen = fleet.pools.version  # version of the pools to which the queue's lines belong
@@ -122,6 +127,15 @@ class Router(Listener):
     @sessions.setter
     def sessions(self, sessions: Sessions) -> None:
         self._who.sessions = sessions
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """What keeps decisions; None: nobody does."""
+        return self._legs.recorder
+
+    @recorder.setter
+    def recorder(self, recorder: Recorder | None) -> None:
+        self._legs.recorder = recorder
 
     @property
     def leases(self) -> int:
@@ -152,21 +166,19 @@ class Router(Listener):
     def _ask_queue(self, tag: RequestTag, facts: Facts, pool: Serving, now: float) -> Plan | Wait:
         """Decide where a limit is set, requests are queued, or no worker can take the request now."""
         pool, queue = self._who.admitted(pool, facts, now), self.queue
-        candidates = _NOBODY
         line = self._who.line(pool, facts, now)
         why = queue.why_wait(line)
         if why != PLACE:
             queue.take_token(now)
             if not why:
-                candidates = self._who.candidates(pool, facts, now)
-                why = "" if candidates else self._who.awaited(pool, facts, now)
-        if why:
-            queue.check_length(why, now)
-            if why == PLACE:
-                queue.take_token(now)
-            queued = queue.wait(tag.number, _Asked(tag, facts), line, why, now)
-            return Wait(queued.until, why)
-        return self._begin(tag, facts, pool, candidates, now)
+                if candidates := self._who.candidates(pool, facts, now):
+                    return self._begin(tag, facts, pool, candidates, now)
+                why = self._who.awaited(pool, facts, now)
+        queue.check_length(why, now)
+        if why == PLACE:
+            queue.take_token(now)
+        queued = queue.wait(tag.number, _Asked(tag, facts), line, why, now)
+        return Wait(queued.until, why)
 
     def _begin(self, tag: RequestTag, facts: Facts, pool: Serving, candidates: Candidates, now: float) -> Plan:
         """Plan a request, and let it take its place: in this order, so that a policy that fails takes none."""
@@ -184,33 +196,13 @@ class Router(Listener):
         now: float,
         trail: Trail | None = None,
         delay: float = 0.0,
+        readers: Candidates | None = None,
     ) -> Plan:
-        """Plan one leg to the worker that the policy chooses, and take its lease. The leg is sent after `delay`."""
-        retries = 0 if trail is None else trail.retries
-        policy, sessions, recorder = pool.policy, self._who.sessions, self.recorder
-        place = sessions.place(facts, candidates, now) if sessions.on and facts.session else None
-        choice = policy.choose(facts, candidates if place is None else place.candidates, now)
-        if place is not None:
-            sessions.name(place, choice)
-        if facts.follows and self._who.holder(facts) is choice.worker:
-            choice.branch = HOLDER
-        if recorder is not None:
-            recorder.decided(tag, facts, pool, candidates, choice, trail, now)
-        policy.chosen(choice, facts, now)
-        worker, total = choice.worker, choice.total
-        lease = self.fleet.lease(worker, trail is None or not trail.failures)
-        lease.tag, lease.facts, lease.choice = tag, facts, choice
-        if place is not None:
-            lease.session = sessions.chosen(place, choice, facts, now)
-        lease.sent(total - choice.matched if total else -1, facts.streaming, now, delay)
-        self._leases[lease.number] = lease
-        leg = PlannedLeg(lease.number, worker.target, choice.branch, choice.matched, total)
-        if worker.dresses or facts.asked:
-            dress(leg, worker, facts)
-        worker.decisions.count(policy.label, choice.branch, choice.matched, total)
-        if self._listener.hears_routed:
-            self._listener.routed(Routed(tag, leg, policy.label, retries))
-        return Plan((leg,), delay, retries)
+        """Plan an attempt, which is sent after `delay`: one leg, or two of a pair. readers: see `Pairing.plan`."""
+        if isinstance(pool, ServingPair):
+            return self._pairing.plan(tag, facts, pool, candidates, now, trail, delay, readers)
+        leg = self._legs.take(tag, facts, pool, candidates, now, trail, delay)
+        return Plan((leg,), delay, 0 if trail is None else trail.retries)
 
     # -- a leg failed --------------------------------------------------------------------------------------------------
 
@@ -225,9 +217,12 @@ class Router(Listener):
         status: int = 0,
     ) -> Plan | None:
         """Close the leg's lease with its outcome, and plan a retry if the rules allow one; see `Decider.retry`."""
-        lease = self._leases[leg.lease]
+        lease = self._leases.get(leg.lease) or self._pairing.lease_of(tag.number)
+        if lease is None:
+            return None
         trail = self._trails.pop(tag.number, None) or Trail(lease.facts)
         failure = self._judge.failed(trail, lease, outcome, status, now)
+        self._pairing.failed(tag.number, lease, outcome)
         self._freed()
         # Whether a broken stream may go on is up to the body handler, unless this worker broke off before it answered.
         final = failure is not None and trail.is_final(failure) and not (continued and outcome not in _SILENT_BREAKS)
@@ -243,9 +238,10 @@ class Router(Listener):
             # A worker that rejects the continuation of a stream says nothing of the request.
             self._judge.decide(tag, trail, Outcome.CUT if continued else outcome, now)
             return None
-        plan = self._plan(tag, facts, found.serving, found.candidates, now, trail, found.delay)
+        plan = self._plan(tag, facts, found.serving, found.candidates, now, trail, found.delay, found.readers)
         self._trails[tag.number] = trail
-        del self._leases[leg.lease]
+        if self._leases.pop(leg.lease, None) is not None:
+            self._pairing.replaced(tag.number)
         if lease.session is not None:
             self._who.sessions.ended(lease.session, now, False)
         self._listener.retried(Retried(tag, leg, outcome, plan.delay))
@@ -259,20 +255,26 @@ class Router(Listener):
         if lease is None:
             return
         lease.began(now)
-        if self._trails and not lease.closed and (trail := self._trails.get(lease.tag.number)) is not None:
-            self._judge.blame(trail.release(now), now)
+        if self._trails and not lease.closed and lease.worker.role != PREFILL:
+            trail = self._trails.get(lease.tag.number)
+            self._judge.blame([] if trail is None else trail.release(now), now)
 
     def ended(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, now: float, usage: Usage | None = None) -> None:
-        """Close the leg's lease, and free the request's place: plans of this router have one leg."""
+        """Close the leg's lease; with the last leg of a request free its place."""
         lease = self._leases.pop(leg.lease, None)
         if lease is None:
             return
+        last = not self._pairing.open or self._pairing.is_last(tag.number, lease, outcome, now)
         if lease.session is not None:
             self._who.sessions.ended(lease.session, now, outcome is _SERVED)
         if outcome is _SERVED and lease.facts.follows:
             self._who.kept.keep(lease.facts.follows, lease.worker)
         if outcome is _SERVED:
             self._truth.served(lease, usage, now)
+        if not last:  # the end of the other leg decides who is to blame
+            self._judge.half(self._trails, tag, lease, outcome, now)
+            self._freed()
+            return
         if outcome is not _SERVED or self._trails or self.quarantine.broken:
             trail = self._trails.pop(tag.number, None) or Trail(lease.facts)
             if not lease.closed:  # `retry` has decided on the others
@@ -295,6 +297,8 @@ class Router(Listener):
         """Take a leg that a decider before this one has planned: `retry`, `began` and `ended` apply to it."""
         lease.number, lease.tag = leg.lease, tag
         self._leases[leg.lease] = lease
+        if lease.worker.role != REGULAR:
+            self._pairing.adopted(tag.number)
         self.queue.begin(tag.number, now)
 
     def suspect(self, leg: PlannedLeg) -> None:
@@ -308,13 +312,8 @@ class Router(Listener):
     def expired(self, tag: RequestTag, now: float) -> RouterError:
         """Remove a request that waited too long from the queue; return the error that answers it."""
         queued = self.queue.remove(tag.number)
-        if queued is not None and queued.why == SESSION:
-            return SessionsFull(retry_after=self.queue.retry_after(now))
-        if queued is not None and queued.why != PLACE:
-            error = self._who.unavailable(self._who.serving(queued.item.facts), queued.item.facts, now)
-            if not isinstance(error, WorkersFull):
-                return error
-        return QueueTimeout(retry_after=self.queue.retry_after(now))
+        after = self.queue.retry_after(now)
+        return QueueTimeout(retry_after=after) if queued is None else self._who.in_vain(queued, after, now)
 
     def withdraw(self, tag: RequestTag) -> None:
         """Remove a request whose client left from the queue."""

@@ -102,6 +102,19 @@ class QueueRules(msgspec.Struct, frozen=True):
     session_timeout: float = 600.0
 
 
+class PairRules(msgspec.Struct, frozen=True):
+    """Where workers do one half of a request each, see `routing.pairs` and `routing.pairing`.
+
+    uncached_tokens  tokens of a prompt that are not cached up to which one worker does all of it; 0: none does
+    by_cost          so it is also where that is believed to take less time
+    connector        how workers hand over: "sglang" or "nixl"; "": as their engines tell
+    """
+
+    uncached_tokens: int = 0
+    by_cost: bool = False
+    connector: str = ""
+
+
 class FleetRules(msgspec.Struct, frozen=True):
     """What applies to all workers, see `routing.fleet` and `routing.pools`.
 

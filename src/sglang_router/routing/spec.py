@@ -6,11 +6,10 @@ from typing import Final
 
 import msgspec
 
+from sglang_router.routing.roles import REGULAR
 from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.source import Source
 
-ROLES: Final = ("regular", "prefill", "decode")
-"""What a worker does: both halves of a request, or one of them (prefill/decode disaggregation)."""
 HIGHEST_PORT: Final = 65535
 
 
@@ -22,7 +21,7 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     url             base URL of the engine
     dp_rank         which of the engine's data-parallel ranks this is; None for an engine as a whole
     dp_aware        each rank of the engine becomes a worker of its own, see `workers.ranks`
-    worker_type     its role, one of ROLES
+    worker_type     its role, one of `routing.roles.ROLES`
     bootstrap_port  where a prefill worker tells decode workers how to fetch its KV cache; None: the engine's default
     source          what made the worker known, and so owns it
     """
@@ -34,7 +33,7 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     model_id: str | None = None
     priority: int = 50
     cost: float = 1.0
-    worker_type: str = "regular"
+    worker_type: str = REGULAR
     bootstrap_port: int | None = None
     runtime: str | None = None
     labels: dict[str, str] = msgspec.field(default_factory=dict)

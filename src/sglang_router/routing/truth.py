@@ -18,6 +18,7 @@ from sglang_router.routing.belief import FEW, LONGEST_PROMPT, surprising
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.lease import Lease
 from sglang_router.routing.pool import Pool
+from sglang_router.routing.roles import DECODE
 from sglang_router.routing.usage import Usage
 
 LEARN_EVERY: Final = 4
@@ -57,7 +58,7 @@ class Truth:
             if usage.prompt > 0 and choice.total > 0:
                 if worker.processed % LEARN_EVERY == 0:
                     worker.tokens.rate.told(choice.total, usage.prompt)
-                if usage.cached >= 0:
+                if usage.cached >= 0 and worker.role != DECODE:  # what it has cached was handed over
                     self._compare(lease, usage, pool)
         try:
             pool.policy.reported(choice, facts, usage, now)

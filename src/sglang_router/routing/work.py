@@ -288,7 +288,7 @@ class Work:
             if common is not None:
                 common.prompts.add(items, units, seconds)
             prompts.add(items, units, seconds, None if common is None else common.prompts)
-            if self._awaiting:
+            if self._awaiting and before > 0.0:  # not: prompts that were all cached, at a pace without a part for each
                 self._stretch(prompts.expected(items, units) / before, now)
         elif self._awaiting:
             return

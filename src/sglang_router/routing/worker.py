@@ -20,6 +20,7 @@ from sglang_router.routing.roster import Roster
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.states import Breaker, Health
 from sglang_router.routing.tokens import Tokens
+from sglang_router.routing.window import Window
 from sglang_router.routing.work import Work
 
 _SPREAD: Final = 0.6180339887
@@ -38,6 +39,9 @@ class Worker:
     splice     members that each JSON body sent to it gets at its end: its rank; b"" for none
     dresses    bodies sent to it may have to be changed: by `splice`, or because it is called what its engine is not
     order      rises with each registration: the order of rotation
+    role       "regular", "prefill" or "decode": what its engine says, else what an operator does
+    told_role  what its engine said last: "prefill" or "decode"; "" for neither
+    window     how many requests it may run at once
     slot       its number in the prefix memory of its pool; -1: none
     seat       its number in its pool, see `routing.roster`; -1: none
     bit        the set of that seat while it is in `roster`; 0: it is not
@@ -94,6 +98,7 @@ class Worker:
         "removed",
         "report",
         "returning",
+        "role",
         "roster",
         "seat",
         "since",
@@ -103,11 +108,13 @@ class Worker:
         "splice",
         "target",
         "tokens",
+        "told_role",
         "unread",
         "url",
         "waiting",
         "warm_at",
         "weight",
+        "window",
         "work",
     )
 
@@ -120,6 +127,7 @@ class Worker:
         self.order = order
         # until it is amended or says more of itself
         self.announced = NO_NAMES
+        self.told_role = ""
         self.describe(spec)
         self.report: EngineReport = NOTHING
         self.slot = -1
@@ -131,6 +139,7 @@ class Worker:
         self.waiting = 0
         self.unread = 0
         self.work = Work()
+        self.window = Window()
         self.processed = 0
         self.decisions = Decisions()
         self.tokens = Tokens()
@@ -168,7 +177,23 @@ class Worker:
         self.key = key
         self.weight = spec.cost * _USUAL_PRIORITY / spec.priority if spec.priority > 0 and spec.cost > 0.0 else 1.0
         self.announce(self.announced)
-        self.target = Target(spec.url, self.dp_rank, key, self.url, self.id, spec.worker_type)
+        self._take_role()
+
+    def tell_role(self, role: str) -> str:
+        """Store the role that its engine tells; return the role that the worker had until now.
+
+        It counts on while the engine tells nothing. What an operator says counts for an engine without disaggregation.
+        """
+        old = self.role
+        told = "" if role == "regular" else role
+        if told != self.told_role:
+            self.told_role = told
+            self._take_role()
+        return old
+
+    def _take_role(self) -> None:
+        self.role = self.told_role or self.spec.worker_type
+        self.target = Target(self.spec.url, self.dp_rank, self.key, self.url, self.id, self.role)
 
     def announce(self, names: Names) -> None:
         """Store the names that its engine announces."""
@@ -224,6 +249,11 @@ class Worker:
     def in_rotation(self) -> bool:
         """Whether it is registered and not draining, whatever its health and its breaker."""
         return not self.draining and not self.removed
+
+    @property
+    def is_well(self) -> bool:
+        """Whether it is healthy and in rotation, and its circuit lets a request pass, ejected or not."""
+        return self.health is Health.HEALTHY and self.in_rotation and self.lets_pass
 
     @property
     def unreached(self) -> bool:

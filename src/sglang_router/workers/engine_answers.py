@@ -66,13 +66,29 @@ def server_info(answer: Any, rank: int | None) -> ReportFields:
         capacity = _count(_field(answer, "max_total_num_tokens"))
         if capacity is not None and rank is None:
             capacity *= ranks or 1
+    role = _field(answer, "disaggregation_mode")
     return _found(
         model=_text(_field(answer, "served_model_name")),
+        role=role if role in ("prefill", "decode") else "regular" if role in ("null", "") else None,
+        bootstrap_port=_port(_field(answer, "disaggregation_bootstrap_port")),
+        window=_window_of(answer, rank, ranks),
         version=_text(_field(answer, "version")),
         context_length=_count(_field(answer, "context_length")),
         capacity_tokens=capacity,
         ranks=ranks,
     )
+
+
+def _window_of(answer: Any, rank: int | None, ranks: int | None) -> int | None:
+    """Return how many requests an engine runs at once; its figure is that of one scheduler."""
+    states = _of_rank(_objects(_field(answer, "internal_states")), rank)
+    each = [_count(_field(state, "effective_max_running_requests_per_dp")) for state in states]
+    window = _sum(each)
+    if window is None:
+        window = _count(_field(answer, "max_running_requests"))
+        if window is not None and rank is not None and ranks:
+            window = max(window // ranks, 1)
+    return window or None
 
 
 def _capacity_of(state: Any) -> int | None:
@@ -87,7 +103,8 @@ def model_info(answer: Any, rank: int | None) -> ReportFields:
 
 def version(answer: Any, rank: int | None) -> ReportFields:
     """Read vLLM's /version."""
-    return _found(version=_text(_field(answer, "version")))
+    found = _text(_field(answer, "version"))
+    return _found(version=found, runtime="vllm" if found else None)
 
 
 def props(answer: Any, rank: int | None) -> ReportFields:
@@ -106,6 +123,7 @@ def loads(answer: Any, rank: int | None) -> ReportFields:
     return _found(
         running=_total(rows, "num_running_reqs"),
         queued=_total(rows, "num_waiting_reqs"),
+        window=_total(rows, "max_running_requests") or None,
         used_tokens=used,
         load_tokens=used if held is None else held,
         capacity_tokens=_total(rows, "max_total_num_tokens") or None,  # 0 before the first forward pass
@@ -205,6 +223,11 @@ def _count(value: Any) -> int | None:
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():
         value = int(value)
     return value if type(value) is int and 0 <= value <= _MAX_COUNT else None
+
+
+def _port(value: Any) -> int | None:
+    found = _count(value)
+    return found if found and found <= 65535 else None
 
 
 def _whole(label: str | None) -> int | None:

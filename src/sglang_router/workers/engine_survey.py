@@ -60,15 +60,16 @@ class Topic(NamedTuple):
     questions: tuple[Question, ...]
 
 
+SERVER_INFO = (
+    Question(b"/server_info", engine_answers.server_info),
+    Question(b"/get_server_info", engine_answers.server_info),
+)
 NAMES = Topic(frozenset(("model", "context_length")), (Question(b"/v1/models", engine_answers.models),))
 FACTS = (
     NAMES,
     Topic(
         frozenset(("version", "ranks", "capacity_tokens")),
-        (
-            Question(b"/server_info", engine_answers.server_info),
-            Question(b"/get_server_info", engine_answers.server_info),
-        ),
+        SERVER_INFO,
     ),
     Topic(
         frozenset(("model",)),
@@ -194,6 +195,12 @@ class EngineSurvey:
             self._fleet.reported(worker, worker.report.updated(found))
             self._fleet.announced(worker, names)
 
+    async def _ask_role(self, worker: Worker, interview: _Interview) -> None:
+        """Ask an engine that told its role before whether it has another one now: idle ones can be switched."""
+        found = await self._ask(worker, SERVER_INFO, interview)
+        if "role" in found:
+            self._fleet.reported(worker, worker.report.updated(found))
+
     async def _run(self, worker: Worker) -> None:
         await asyncio.sleep(worker.phase * self._interval)
         while worker in self._tasks and not worker.removed:
@@ -206,12 +213,16 @@ class EngineSurvey:
                     await self._ask_load(worker, interview)
                     if self._clock() - interview.names_at >= _NAMES_EVERY:
                         await self._ask_names(worker, interview)
+                    if worker.told_role:
+                        await self._ask_role(worker, interview)
             await asyncio.sleep(pause_to_step(self._loop.time(), self._pause(worker), self._interval))
 
     def _pause(self, worker: Worker) -> float:
-        """Return the seconds until a worker is asked again: less often if it has nothing to tell of its load."""
+        """Return the seconds until a worker is asked again: less often if it has nothing to tell of load or role."""
         interview = self._interviews.get(worker)
-        asked = interview is None or any(question.path not in interview.not_there for question in LOAD)
+        asked = (
+            interview is None or worker.told_role or any(question.path not in interview.not_there for question in LOAD)
+        )
         return self._interval if asked else max(self._interval, _NAMES_EVERY)
 
     async def _ask_load(self, worker: Worker, interview: _Interview) -> None:

@@ -1,6 +1,7 @@
 """Membership: starts and ends what the router does for a worker while it is registered.
 
     fleet: "added"   --> the pool keeps connections, health checks and the engine survey start
+    fleet: "role"    --> the pool follows a worker whose role changed
     fleet: "removed" --> health checks and survey end, idle connections close; requests in flight end by themselves
     amend(...)       --> the pool follows a worker whose key changed
 
@@ -41,6 +42,8 @@ class Membership(Listener):
             self._joined(event.worker)
         elif event.what == "removed":
             self._left(event.worker)
+        elif event.what == "role":
+            self._pool.move(event.worker.target._replace(role=event.old), event.worker.target)
 
     def _joined(self, worker: Worker) -> None:
         self._pool.know(worker.target)

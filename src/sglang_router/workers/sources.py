@@ -1,6 +1,7 @@
 """What each source says about its workers, as specs: what a worker is before anybody changes it.
 
     flags, variables, file   worker_urls        --> configured_specs
+    the same                 prefill, decode    --> paired_specs
     launch_server            a replica's URL    --> replica_specs
     control plane            the request's body --> admin.workers, on top of `WorkerDefaults.spec`
 
@@ -10,11 +11,12 @@ with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import msgspec
 
+from sglang_router.routing.roles import DECODE, PREFILL
 from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.source import Source
 from sglang_router.routing.spec import WorkerSpec
@@ -69,6 +71,28 @@ def configured_specs(
     for spec in specs:
         spec.model_id = models.get(spec.url)
     return specs
+
+
+def paired_specs(
+    prefill: Iterable[tuple[str, int | None]],
+    decode: Iterable[str],
+    defaults: WorkerDefaults,
+    source_of: Callable[[str], Source],
+) -> list[WorkerSpec]:
+    """Return the specs of the workers in `--prefill`, with their bootstrap ports, and in `--decode`.
+
+    source_of  returns what set an option
+    """
+    found = []
+    for url, port in prefill:
+        spec = defaults.spec(url, source_of("prefill_urls"))
+        spec.worker_type, spec.bootstrap_port = PREFILL, port
+        found.append(spec)
+    for url in decode:
+        spec = defaults.spec(url, source_of("decode_urls"))
+        spec.worker_type = DECODE
+        found.append(spec)
+    return found
 
 
 def replica_specs(url: str, runtime: str, ranks: int, defaults: WorkerDefaults) -> list[WorkerSpec]:
