@@ -7,6 +7,7 @@
     relay                      the hot path
     resume                     body handlers for streams
     workers                    how workers become and stay known
+    discovery                  sources that look for workers
     observe  autoscale  restart
     admin                      the control plane
     app                        assembly and life cycle
@@ -35,7 +36,7 @@ ROOT = Path(sglang_router.__file__).parent
 
 BELOW_RELAY = {"errors", "words", "wire", "access", "routing"}
 BELOW_ADMIN = BELOW_RELAY | {"config", "relay", "workers"}
-BELOW_APP = BELOW_ADMIN | {"process", "resume", "observe", "autoscale", "restart", "admin"}
+BELOW_APP = BELOW_ADMIN | {"discovery", "process", "resume", "observe", "autoscale", "restart", "admin"}
 MAY_KNOW: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
@@ -48,6 +49,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "relay": BELOW_RELAY,
     "resume": {"errors", "wire", "routing", "relay"},
     "workers": BELOW_RELAY | {"config", "relay"},
+    "discovery": BELOW_RELAY | {"version", "config", "relay", "workers"},
     "observe": {"errors", "routing"},
     "autoscale": BELOW_ADMIN,
     "restart": {"errors", "words", "config", "routing", "workers"},
@@ -90,6 +92,9 @@ PURE = (
     "workers.kv_format",
     "workers.ranks",
     "workers.sources",
+    "discovery.reconcile",
+    "discovery.pods",
+    "discovery.pod_answers",
     "autoscale.scaler",
     "restart.saved_worker",
     "restart.snapshot",

@@ -192,6 +192,9 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "session_headers": ("X-A x-b", ["x-a", "x-b"]),
     "session_fields": ("session_id, metadata.user_id", ["session_id", "metadata.user_id"]),
     "health_check_endpoint": ("/h", "/h"),
+    "model_id_from": ("label:llm", "label:llm"),
+    "discovery_file": ("w.yaml", "w.yaml"),
+    "discovery_dns": ("a:1, _http._tcp.b", ["a:1", "_http._tcp.b"]),
     "autoscale": ("1:4", "1:4"),
     "scale_webhook": ("https://h/scale", "https://h/scale"),
     "kv_events_endpoint": ("tcp://{host}:5557", "tcp://{host}:5557"),
@@ -435,6 +438,18 @@ def test_unreadable_file(tmp_path: Path) -> None:
             "--worker-urls: worker URL 'a:80' must begin with http:// or https://; try http://a:80",
         ),
         ("--selector app", "--selector: ['app'] is not a list of key=value"),
+        ("--selector app=a,b", "--selector: 'a,b' is not the value of a label; a selector is a list of KEY=VALUE"),
+        ("--selector _x=a", "--selector: '_x' is not the key of a label or an annotation, as in example.com/name"),
+        ("--service-discovery", "--service-discovery needs the labels of the workers' pods: --selector app=NAME, or"),
+        ("--service-discovery-namespace A_b", "'A_b' is not the name of a namespace: small letters, digits and -"),
+        ("--bootstrap-port-annotation /x", "'/x' is not the key of a label or an annotation"),
+        ("--model-id-from pod", "--model-id-from: 'pod' is not namespace, label:KEY or annotation:KEY"),
+        ("--model-id-from label:", "--model-id-from: 'label:' is not namespace, label:KEY or annotation:KEY"),
+        ("--model-id-from label:a/b/c", "'a/b/c' is not the key of a label or an annotation"),
+        ("--discovery-file workers.txt", "workers.txt: the name of the file must end in .yaml, .yml or .json"),
+        ("--discovery-dns engines", "--discovery-dns: 'engines' needs a port, as in engines:8000"),
+        ("--discovery-dns e:1 e:1", "--discovery-dns: e:1 is given twice"),
+        ("--discovery-dns-interval-secs 0.5", "'0.5' is not a number of at least 1"),
         (
             "--prefill http://a x",
             "--prefill: [['http://a', 'x']] is not a URL with an optional port number or 'none'",
@@ -533,8 +548,8 @@ def test_missing_feature_is_refused_when_used(option: Option) -> None:
 
 
 def test_missing_features_are_named_together() -> None:
-    assert refused("--enable-trace --service-discovery") == (
-        "not available in this version: --service-discovery, --enable-trace; start without them"
+    assert refused("--enable-trace --jwt-issuer i") == (
+        "not available in this version: --jwt-issuer, --enable-trace; start without them"
     )
     assert read("--queue-size 100 --max-concurrent-requests -1 --backend sglang").checked().queue_size == 100
 

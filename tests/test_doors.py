@@ -43,7 +43,7 @@ def run(command: list[str], *words: str, **environ: str) -> subprocess.Completed
         (["--config", "/nowhere/r.yaml"], "error: /nowhere/r.yaml cannot be read: No such file or directory"),
         (
             ["--service-discovery"],
-            "error: not available in this version: --service-discovery; start without it",
+            "error: --service-discovery needs the labels of the workers' pods: --selector app=NAME",
         ),
         (
             ["--worker-urls", "grpc://a:1"],

@@ -254,6 +254,8 @@ def test_a_posted_worker_is_accepted_and_described() -> None:
             "health": "starting",
             "circuit_breaker": "closed",
             "draining": False,
+            "withheld": None,
+            "source": "api",
             "held_off": None,
             "processed": 0,
             "tree_size": 0,

@@ -40,3 +40,11 @@ def test_kv_events_need_a_policy_that_asks_what_is_cached_and_their_switch() -> 
     assert "--policy round_robin does not ask" in said(RouterArgs(kv_events=True, policy="round_robin"))
     alone = RouterArgs(kv_events_tokenizer="tokenizer.json").checked()
     assert "no effect without --kv-events" in said(alone)
+
+
+def test_selectors_need_the_switch_and_those_of_roles_replace_the_other() -> None:
+    some = {"app": "engine"}
+    assert said(RouterArgs(selector=some)) == "selectors of pods have no effect without --service-discovery"
+    assert said(RouterArgs(service_discovery=True, selector=some)) == ""
+    both = RouterArgs(service_discovery=True, selector=some, prefill_selector={"role": "prefill"})
+    assert said(both) == "--selector is not used beside --prefill-selector and --decode-selector"

@@ -62,6 +62,9 @@ def test_each_worker_counts_once() -> None:
     reading = scene.read()
     assert (reading.ready, reading.coming, reading.leaving, reading.failed) == (1, 2, 1, 1)
     assert (reading.current, reading.load) == (3, 2)
+    fleet.withhold(ready, "its pod is not ready")
+    reading = scene.read()
+    assert (reading.ready, reading.leaving) == (0, 2)
 
 
 def test_an_unhealthy_worker_has_failed_and_may_come_back() -> None:

@@ -257,6 +257,8 @@ def worker_lines(level: str = "info") -> list[str]:
         fleet.lease(worker).close(Outcome.SERVED, 101.0)
         fleet.set_draining(worker, True)
         fleet.set_draining(worker, False)
+        fleet.withhold(worker, "its pod is not ready")
+        fleet.withhold(worker, "")
         fleet.remove(worker)
         return [line[25:] for line in lines()]
 
@@ -264,7 +266,7 @@ def worker_lines(level: str = "info") -> list[str]:
 def test_each_change_of_a_worker_is_a_line() -> None:
     start = "sglang_router.workers: "
     assert worker_lines() == [
-        f"INFO  {start}worker added worker=http://w:1 health=starting",
+        f"INFO  {start}worker added worker=http://w:1 health=starting source=api",
         f"INFO  {start}worker is healthy worker=http://w:1 was=starting",
         f'WARN  {start}worker is unhealthy worker=http://w:1 was=healthy error="401 for\\n***"',
         f"WARN  {start}worker is a new process: its remembered prefixes are dropped worker=http://w:1",
@@ -277,7 +279,10 @@ def test_each_change_of_a_worker_is_a_line() -> None:
         " worker=http://w:1 was=half_open failures=0",
         f"INFO  {start}worker is draining: it gets no new requests worker=http://w:1 was=active",
         f"INFO  {start}worker gets new requests again worker=http://w:1 was=draining",
-        f"INFO  {start}worker removed worker=http://w:1 was=healthy",
+        f"INFO  {start}worker is withheld by its source: it gets no new requests"
+        ' worker=http://w:1 was=allowed why="its pod is not ready"',
+        f"INFO  {start}worker is not withheld any more: it gets new requests again worker=http://w:1 was=withheld",
+        f"INFO  {start}worker removed worker=http://w:1 was=healthy source=api",
     ]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -32,6 +33,7 @@ from sglang_router.routing.policies.base import Choice
 from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules
 from sglang_router.routing.sessions import Sessions
+from sglang_router.routing.source import SourceReport
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
@@ -39,6 +41,17 @@ from sglang_router.routing.worker import Worker
 ROOT = Path(__file__).parents[2]
 FULL = EngineReport(context_length=8192, capacity_tokens=32768, running=3, queued=0, used_tokens=700)
 W1, W2 = "http://w1:1", "http://w2:1"
+FOUND = SourceReport(
+    source="kubernetes",
+    looks_at="pods",
+    workers=5,
+    listed_secs=1.5,
+    error="it is away",
+    passes=6,
+    added=7,
+    removed={"gone": 8, "replaced": 9},
+    failures={"403": 10, "watch_silent": 11},
+)
 REPLICAS = [(W1, 2, True), (W2, 0, False)]
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -107,6 +120,7 @@ class Rig:
             unlogged_decisions=lambda: 9,
             shadows=tally_of_a_shadow(),
             kv_index=index_of_one_cache(),
+            discovery=lambda: [FOUND],
             replicas=lambda: [row for row in REPLICAS if self.fleet.by_url(row[0])],
         )
         paths = ["/health", "/workers/{worker_id}/drain"]
@@ -312,6 +326,9 @@ def test_load_health_and_breaker_are_read_at_the_scrape() -> None:
     assert rig.get("smg_worker_cb_consecutive_failures", worker=W2) == 2
     assert rig.get("sgl_router_active_workers") == 1
     assert rig.get("sgl_router_worker_draining", worker=W1) == 1
+    assert rig.get("sgl_router_worker_withheld", worker=W2) == 0
+    rig.fleet.withhold(rig.worker(W2), "its pod ends")
+    assert rig.get("sgl_router_worker_withheld", worker=W2) == 1
     assert rig.get("smg_worker_health", worker=W2) == 1
     rig.fleet.candidates(100.0)
     for name in ("sgl_router_cb_state_transitions_total", "smg_worker_cb_transitions_total"):
@@ -654,7 +671,26 @@ def test_what_a_worker_says_of_its_cache() -> None:
     assert not rig.samples("sgl_router_kv_")
 
 
+def test_what_the_sources_of_workers_say() -> None:
+    rig = Rig()
+    assert rig.get("smg_discovery_workers_discovered", source="kubernetes") == 5
+    assert rig.get("sgl_router_discovery_age_seconds", source="kubernetes") == 1.5
+    assert rig.get("sgl_router_discovery_failing", source="kubernetes") == 1
+    assert rig.get("sgl_router_discovery_updates_total", source="kubernetes") == 6
+    assert rig.get("smg_discovery_registrations_total", source="kubernetes", result="success") == 7
+    for reason, number in FOUND.removed.items():
+        assert rig.get("smg_discovery_deregistrations_total", source="kubernetes", reason=reason) == number
+    for reason, number in FOUND.failures.items():
+        assert rig.get("sgl_router_discovery_failures_total", source="kubernetes", reason=reason) == number
+    young = msgspec.structs.replace(FOUND, listed_secs=None, error=None)
+    rig.metrics.sources.discovery = lambda: [young]
+    assert rig.get("sgl_router_discovery_failing", source="kubernetes") == 0
+    assert not rig.samples("sgl_router_discovery_age")
+
+
 NEEDS_A_SOURCE = (
+    "smg_discovery_workers_discovered",
+    "sgl_router_discovery_failures",
     "smg_http_connections_active",
     "sgl_router_decision_records",
     "sgl_router_shadow_decisions",

@@ -209,6 +209,8 @@ CHANGES = st.fixed_dictionaries(
         "worker_type": st.sampled_from(ROLES),
         "bootstrap_port": st.none() | st.integers(1, 65535),
         "runtime": st.none() | st.text(),
+        "origin": st.text(),
+        "instance": st.text(),
         "labels": st.dictionaries(st.text(), st.text(), max_size=2),
         "health": st.builds(HealthRules, interval=st.floats(1.0, 9.0), enabled=st.booleans()),
     },

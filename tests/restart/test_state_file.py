@@ -30,22 +30,23 @@ from sglang_router.workers.sources import ConfiguredWorkers, WorkerDefaults, con
 CLOCKS = Clocks(now=lambda: 100.0, today=lambda: 1e9)
 
 
-def named(*urls: str) -> ConfiguredWorkers:
+def named(*urls: str, looking: tuple[Source, ...] = ()) -> ConfiguredWorkers:
     """What flags say at a start."""
     defaults = WorkerDefaults(None, False, HealthRules())
-    return ConfiguredWorkers(defaults, configured_specs(urls, defaults, from_file=False))
+    return ConfiguredWorkers(defaults, configured_specs(urls, defaults, from_file=False), looking)
 
 
 class Place:
     """A fleet with cache_aware, and the file beside it. `urls` are those that flags name."""
 
-    def __init__(self, path: Path, *urls: str, **others: object) -> None:
+    def __init__(self, path: Path, *urls: str, looking: tuple[Source, ...] = (), **others: object) -> None:
         self.policy = CacheAware(PolicySettings(), random.Random(1))
         self.tree = self.policy.tree
         self.fleet = Fleet(Listener(), lambda: f"id{len(self.fleet)}", lambda: self.policy)
         self.path = path
         settings = {"clocks": CLOCKS, **others}
-        self.file = StateFile(str(path), self.fleet, lambda: self.policy.memory, named(*urls), **settings)  # type: ignore[arg-type]
+        configured = named(*urls, looking=looking)
+        self.file = StateFile(str(path), self.fleet, lambda: self.policy.memory, configured, **settings)  # type: ignore[arg-type]
 
     def add(self, url: str, *texts: bytes, **said: object) -> Worker:
         worker = self.fleet.add(WorkerSpec(url=url, **said), 0.0)  # type: ignore[arg-type]
@@ -147,6 +148,30 @@ def test_who_is_run_by_this_process_is_not_kept(path: Path) -> None:
     after.file.load()
     assert after.urls() == ["http://other:1"]
     assert after.tree.nodes == 0
+
+
+@pytest.mark.parametrize("source", [source for source in Source if source.looks])
+def test_who_was_found_comes_back_with_what_it_has_cached_while_its_source_still_looks(
+    path: Path, source: Source
+) -> None:
+    """The source says a moment later who is still there: the same instance keeps its prefixes."""
+    before = Place(path)
+    worker = before.add(
+        "http://pod:1", b"abc", source=source, origin="llm/p1", instance="u1", model_id="m", worker_type="decode"
+    )
+    before.fleet.set_draining(worker, True)
+    run(before.file.save)
+    after = Place(path, looking=(source,))
+    after.file.load()
+    (found,) = after.fleet
+    assert (found.spec, found.id, found.draining) == (worker.spec, worker.id, True)
+    assert after.tree.nodes > 0
+    for others in (Place(path), Place(path, looking=tuple(each for each in Source if each is not source))):
+        others.file.load()
+        assert others.urls() == []
+    named_today = Place(path, "http://pod:1", looking=(source,))
+    named_today.file.load()
+    assert named_today.urls() == []  # flags add it, as their own
 
 
 def test_who_is_named_by_an_option_no_more_does_not_come_back(path: Path) -> None:

@@ -99,6 +99,22 @@ def test_draining_stops_new_requests_and_resuming_brings_them_back() -> None:
     assert log.moves("draining") == [("active", "draining"), ("draining", "active")]
 
 
+def test_what_its_source_withholds_and_what_an_operator_drains_are_apart() -> None:
+    fleet, log, (one, other) = a_fleet(2)
+    fleet.withhold(one, "its pod is not ready")
+    fleet.withhold(one, "its pod is not ready")
+    assert fleet.candidates(0.0) == (other,)
+    assert "withheld" in repr(one)
+    fleet.withhold(one, "its pod ends")
+    fleet.set_draining(one, True)
+    fleet.withhold(one, "")
+    assert fleet.candidates(0.0) == (other,)
+    fleet.set_draining(one, False)
+    assert fleet.candidates(0.0) == (one, other)
+    moves = [("allowed", "withheld"), ("withheld", "withheld"), ("withheld", "allowed")]
+    assert log.moves("withheld") == moves
+
+
 # -- health ------------------------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,8 @@ class WatchedFiles:
     load   reads the files, and puts what it found to use only when all of it is right
     topic  begins each log line
 
+    `complaint` is the last warning: why the files cannot be used now; "" while they can.
+
     Raises: ConfigError
     """
 
@@ -32,7 +34,7 @@ class WatchedFiles:
         self._load = load
         self._topic = topic
         self._log = log
-        self._complaint = ""  # the last warning
+        self.complaint = ""
         self._marks = self._look()  # of the files in use
         load()
 
@@ -43,17 +45,17 @@ class WatchedFiles:
         """
         marks = self._look()
         if not marks or (marks == self._marks and not anyway):
-            self._complaint = ""
+            self.complaint = ""
             return False
         try:
             self._refuse_pipes()
             self._load()
         except ConfigError as error:
-            if str(error) != self._complaint:
-                self._complaint = str(error)
+            if str(error) != self.complaint:
+                self.complaint = str(error)
                 self._log.warning("%s: %s; the files loaded before stay in use", self._topic, error)
             return False
-        self._marks, self._complaint = marks, ""
+        self._marks, self.complaint = marks, ""
         self._log.info("%s: loaded %s anew", self._topic, ", ".join(self._paths))
         return True
 

@@ -25,6 +25,7 @@ from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.roles import DECODE, PREFILL, REGULAR
 from sglang_router.routing.rules import HealthRules
+from sglang_router.routing.source import SourceReport
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
 from sglang_router.wire.headers import ForwardRules
@@ -139,6 +140,7 @@ class Context:
     decisions       the last ones; None: they are not kept
     aliases         other names of models: the model of each
     paired          the options ask for prefill and decode workers (--pd-disaggregation)
+    discovery       returns what each source that looks for workers says of itself; None: there is none
     ending          the router is about to stop: it is not ready any more
     """
 
@@ -156,6 +158,7 @@ class Context:
     timeouts: AskTimeouts = field(default_factory=AskTimeouts)
     replicas: ReplicaControl | None = None
     decisions: DecisionBook | None = None
+    discovery: Callable[[], list[SourceReport]] | None = None
     models: SharedAnswer[Any] = field(default_factory=SharedAnswer)
     generated: SharedAnswer[Any] = field(default_factory=SharedAnswer)
     aliases: Mapping[str, str] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from msgspec import UNSET, UnsetType
 from sglang_router.autoscale.scaler import ScalingRules
 from sglang_router.routing.decision_record import DecisionRecord
 from sglang_router.routing.engine_report import EngineReport
+from sglang_router.routing.source import SourceReport
 from sglang_router.routing.states import Breaker, Health
 
 
@@ -200,6 +201,13 @@ class ReplicaInfo(Shape):
     last_exit: int | None
 
 
+class WorkerOrigin(Shape):
+    """What the source that found a worker calls it: a pod, a file, a DNS name. `instance`: the pod's uid."""
+
+    name: str
+    instance: str | None
+
+
 class WorkerState(Shape):
     """One worker: its description, its state, its load."""
 
@@ -219,6 +227,8 @@ class WorkerState(Shape):
     circuit_breaker: Breaker
     held_off: str | None
     draining: bool
+    withheld: str | None
+    source: str
     processed: int
     tree_size: int
     last_error: str | None
@@ -226,6 +236,7 @@ class WorkerState(Shape):
     engine: EngineReport
     base_url: str | UnsetType = UNSET
     dp_rank: int | UnsetType = UNSET
+    origin: WorkerOrigin | UnsetType = UNSET
     bootstrap_port: int | UnsetType = UNSET
     runtime_type: str | UnsetType = UNSET
     replica: ReplicaInfo | UnsetType = UNSET
@@ -242,11 +253,12 @@ class Counts(Shape):
 
 
 class WorkerList(Shape):
-    """All workers with their state."""
+    """All workers with their state; `discovery`: the sources that look for workers, if there are any."""
 
     workers: list[WorkerState]
     total: int
     stats: Counts
+    discovery: list[SourceReport] | UnsetType = UNSET
 
 
 class Accepted(Shape):

@@ -174,7 +174,10 @@ async def index(context: Context, request: Request) -> Response:
     healthy = sum(worker.health is Health.HEALTHY for worker in context.fleet)
     roles = Counter(worker.role for worker in context.fleet)
     kinds = {f"{role}_count": roles[role] for role in ROLES}
-    return JSON({"workers": workers, "total": len(workers), "stats": {**kinds, "healthy_count": healthy}})
+    answer = {"workers": workers, "total": len(workers), "stats": {**kinds, "healthy_count": healthy}}
+    if context.discovery is not None:
+        answer["discovery"] = context.discovery()
+    return JSON(answer)
 
 
 async def show(context: Context, request: Request) -> Response:
@@ -312,6 +315,8 @@ def describe(context: Context, worker: Worker) -> dict[str, Any]:
         "health": worker.health.value,
         "circuit_breaker": worker.breaker.value,
         "draining": worker.draining,
+        "withheld": worker.withheld or None,
+        "source": spec.source.value,
         "held_off": worker.ejected or None,
         "processed": worker.processed,
         "tree_size": context.fleet.pools.remembered(worker),
@@ -327,6 +332,8 @@ def _optional(context: Context, worker: Worker) -> dict[str, Any]:
     info: dict[str, Any] = {}
     if worker.dp_rank is not None:
         info |= {"base_url": worker.spec.url, "dp_rank": worker.dp_rank}
+    if worker.spec.origin:
+        info["origin"] = {"name": worker.spec.origin, "instance": worker.spec.instance or None}
     if worker.spec.bootstrap_port is not None:
         info["bootstrap_port"] = worker.spec.bootstrap_port
     if worker.spec.runtime is not None:

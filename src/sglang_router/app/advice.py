@@ -35,6 +35,11 @@ def advice(args: RouterArgs, environ: Mapping[str, str], exists: Callable[[str],
         found.append(f"--kv-events has no effect: --policy {args.policy} does not ask what workers have cached")
     elif not args.kv_events and any(name.startswith("kv_events_") for name in args.given):
         found.append("options for KV events have no effect without --kv-events")
+    selectors = [args.selector, args.prefill_selector, args.decode_selector]
+    if any(selectors) and not args.service_discovery:
+        found.append("selectors of pods have no effect without --service-discovery")
+    elif args.selector and any(selectors[1:]):
+        found.append("--selector is not used beside --prefill-selector and --decode-selector")
     return found
 
 

@@ -4,6 +4,7 @@
       routing     fleet, its pools and policies, queue, retry budget, router (the decider)
       relay       batch, connections to workers, clients, exchanges
       workers     health checks, engine survey, membership
+      discovery   the sources that look for workers, if options ask for them
       observers   metrics, access log, worker log, autoscaling
       admin       the control plane
       frontends   the main port and the metrics port: the same class with two tables of routes
@@ -34,6 +35,7 @@ from sglang_router.app import front, settings
 from sglang_router.app.admission import admission
 from sglang_router.app.caches import caches_of, events_of
 from sglang_router.app.deciding import book_of, recorder_of, shadows_of
+from sglang_router.app.discovering import discovery_of
 from sglang_router.app.memories import memories_of
 from sglang_router.app.models import models_of, policy_of, worker_policy
 from sglang_router.app.parts import App, Elsewhere
@@ -41,6 +43,7 @@ from sglang_router.app.routers import fleet_of, router_of
 from sglang_router.app.scrapes import Scrapes
 from sglang_router.autoscale.autoscaler import Autoscaler, autoscaler
 from sglang_router.config import RouterArgs
+from sglang_router.discovery.owner import Hands
 from sglang_router.observe.access import AccessLog, WorkerLog
 from sglang_router.observe.deferred import Deferred
 from sglang_router.observe.live_sources import LiveSources
@@ -148,6 +151,10 @@ def build(
     metrics = _metrics(args, router, sources)
     render = Scrapes(metrics, deferred, clock, args.metrics_interval_secs)
     control = _control(args, workers, clock, render, access, forward, scaler)
+    hands = Hands(fleet, workers.membership, workers.checks, clock)
+    discovery = discovery_of(args, loop, hands, seams.look_up, rng)
+    if discovery.sources:
+        control.discovery = sources.discovery = discovery.reports
     control.decisions = book_of(router, deferred, clock)
     control.aliases = router.naming.aliases
     serve = partial(ControlPlane, loop=loop, clock=clock, answers=answers, timeout=args.request_timeout_secs)
@@ -187,6 +194,7 @@ def build(
         control=control,
         plane=plane,
         scaler=scaler,
+        discovery=discovery,
         kv_events=events_of(args, loop, connections, caches),
         tls=tls,
         watched=[files for files in (tls, worker_tls, key_files) if files is not None],

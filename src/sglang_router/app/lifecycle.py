@@ -163,6 +163,7 @@ class Life:
             follows, servers = await self._bind()
         await self._listen_for_metrics()
         self._register()
+        app.discovery.start()
         if follows:
             listening.leave_rest()
         if follows and not app.elsewhere.restarted:  # else nobody serves meanwhile
@@ -195,7 +196,7 @@ class Life:
     def say_how_to_add_workers(self) -> None:
         """Warn when there is no worker, and nothing that will start one."""
         args = self.app.args
-        if not len(self.app.fleet) and not args.scales_to_zero:
+        if not len(self.app.fleet) and not args.scales_to_zero and not self.app.discovery.sources:
             keys = (args.api_key, args.api_key_file, args.control_plane_api_keys, args.control_plane_api_keys_file)
             log.warning(
                 "no workers yet: start with --worker-urls http://HOST:PORT, or add one now: "
@@ -234,9 +235,11 @@ class Life:
                 fleet.add(spec, self.app.clock())
 
     async def _checked(self) -> None:
-        """Wait until each worker was checked once, but no longer than --startup-wait-secs."""
+        """Wait until each worker is known and was checked once, but no longer than --startup-wait-secs."""
         app = self.app
         until = app.clock() + app.args.startup_wait_secs
+        while app.clock() < until and not app.discovery.looked:  # noqa: ASYNC110
+            await asyncio.sleep(_CHECKED_EVERY)
         # Poll, because no event reports a first check that failed.
         while app.clock() < until and any(w.health is Health.STARTING and not w.last_error for w in app.fleet):  # noqa: ASYNC110
             await asyncio.sleep(_CHECKED_EVERY)
@@ -307,6 +310,7 @@ class Life:
             clients.cut()
         self._jobs.close()
         await self._drained()  # the aborted requests are logged and counted too
+        await app.discovery.close()
         await app.elsewhere.close()
         if self._state is not None:
             await self._state.close()

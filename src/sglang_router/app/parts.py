@@ -20,6 +20,7 @@ from sglang_router.app.models import ModelPolicies
 from sglang_router.autoscale.actuator import Actuator
 from sglang_router.autoscale.autoscaler import Autoscaler
 from sglang_router.config import RouterArgs
+from sglang_router.discovery.discovery import Discovery
 from sglang_router.observe.deferred import Deferred
 from sglang_router.observe.metrics import Metrics
 from sglang_router.relay.clients import Clients, Unanswered
@@ -147,6 +148,7 @@ class App:
     frontend          the main port; metrics_frontend: the metrics port
     control           what the endpoints of the control plane use; plane: serves the control plane
     scaler            None: the number of workers is fixed
+    discovery         looks for workers, where an option asks for it
     kv_events         follows what workers say of their caches; None: they are not asked
     tls               key and certificate of the main port; None: plain HTTP
     keepalives        fills the silence of streams; None: nothing does
@@ -176,6 +178,7 @@ class App:
     control: Context
     plane: ControlPlane
     scaler: Autoscaler | None
+    discovery: Discovery
     kv_events: KVEvents | None
     tls: TLSFiles | None
     watched: list[TLSFiles | WatchedFiles]

@@ -241,7 +241,7 @@ def worker_defaults(args: RouterArgs) -> WorkerDefaults:
 
 
 def configured_workers(args: RouterArgs) -> ConfiguredWorkers:
-    """Return the workers that flags or a file name at this start."""
+    """Return the workers that flags or a file name at this start, and which sources look for others."""
     defaults = worker_defaults(args)
     from_file = "worker_urls" in args.from_file
     models = worker_models(args.worker_model, args.worker_urls)
@@ -251,7 +251,7 @@ def configured_workers(args: RouterArgs) -> ConfiguredWorkers:
         return Source.FILE if name in args.from_file else Source.FLAGS
 
     specs += paired_specs(args.prefill_urls, args.decode_urls, defaults, source_of)
-    return ConfiguredWorkers(defaults, specs)
+    return ConfiguredWorkers(defaults, specs, looking_sources(args))
 
 
 def pair_rules(args: RouterArgs) -> PairRules:
@@ -262,6 +262,16 @@ def pair_rules(args: RouterArgs) -> PairRules:
         by_cost=policies == {"cost"},
         connector="" if args.pd_kv_connector == "auto" else args.pd_kv_connector,
     )
+
+
+def looking_sources(args: RouterArgs) -> list[Source]:
+    """Return the sources that look for workers."""
+    wanted = {
+        Source.KUBERNETES: args.service_discovery,
+        Source.DISCOVERY_FILE: args.discovery_file is not None,
+        Source.DNS: bool(args.discovery_dns),
+    }
+    return [source for source, on in wanted.items() if on]
 
 
 def limits(args: RouterArgs) -> Limits:

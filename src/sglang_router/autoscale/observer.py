@@ -119,4 +119,4 @@ def _state(worker: Worker) -> str:
     """Return what a worker counts as: ready, coming, leaving or failed."""
     if worker.draining:
         return "coming" if worker.returning else "leaving"
-    return _BY_HEALTH[worker.health]
+    return "leaving" if worker.withheld else _BY_HEALTH[worker.health]

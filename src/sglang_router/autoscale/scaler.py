@@ -77,7 +77,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
     ready    workers that take requests
     coming   workers that start
-    leaving  workers that drain for good
+    leaving  workers that drain for good, or get no requests because their source says so
     failed   workers that are unhealthy or given up
     load     requests in flight on workers, and held ones
     held     requests queued because no worker is ready

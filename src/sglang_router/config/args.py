@@ -209,6 +209,7 @@ class RouterArgs(ReservedOptions):
         self._check_pairs()
         self.model_table()
         self._check_disaggregation()
+        self._check_discovery()
         if self.cb_max_timeout_duration_secs < self.cb_timeout_duration_secs:
             self.cb_max_timeout_duration_secs = self.cb_timeout_duration_secs
         self.prometheus_host = self.prometheus_host or self.host
@@ -239,9 +240,22 @@ class RouterArgs(ReservedOptions):
         if not self.pd_disaggregation:
             if flags := [flag for flag, urls in (("--prefill", prefill), ("--decode", self.decode_urls)) if urls]:
                 raise ConfigError(f"{' and '.join(flags)} cannot be used without --pd-disaggregation; give it as well")
-        elif bool(prefill) != bool(self.decode_urls) and not (self.worker_urls or self.service_discovery):
+        elif bool(prefill) != bool(self.decode_urls) and not (self.worker_urls or self.looks_for_workers):
             given, missing = ("--prefill", "--decode") if prefill else ("--decode", "--prefill")
             raise ConfigError(f"{given} needs {missing} as well: each request goes to one worker of both kinds")
+
+    @property
+    def looks_for_workers(self) -> bool:
+        """Whether a source looks for workers."""
+        return self.service_discovery or self.discovery_file is not None or bool(self.discovery_dns)
+
+    def _check_discovery(self) -> None:
+        """Check that --service-discovery has what it needs."""
+        if self.service_discovery and not (self.selector or self.prefill_selector or self.decode_selector):
+            raise ConfigError(
+                "--service-discovery needs the labels of the workers' pods: --selector app=NAME, or"
+                " --prefill-selector and --decode-selector"
+            )
 
     def __repr__(self) -> str:
         """The values that differ from the defaults, without secrets."""

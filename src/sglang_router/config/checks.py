@@ -15,6 +15,7 @@ import shlex
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from sglang_router.config.dns_names import parse_dns_name
 from sglang_router.config.urls import parse_worker_url
 
 _KV_ENDPOINT = re.compile(r"tcp://(?:\{host\}|\[[0-9a-fA-F:.]+\]|[^{}\s/:\[\]]+):\d{1,5}|ipc://[^{}\s]+")
@@ -22,6 +23,9 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HOST_NAME = re.compile(r"[0-9A-Za-z_.-]+")
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?/?")
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+_KEY_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
+_KEY_PREFIX = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 _PER_REQUEST = ("x-request-id", "x-client-request-id", "request-id", "traceparent")
 _PORTS = {"http": "80", "https": "443"}
 
@@ -213,6 +217,56 @@ def bearer_key(key: str) -> str:
     if not _VISIBLE.fullmatch(key):
         raise ValueError("the key must consist of visible ASCII characters without spaces")
     return key
+
+
+def namespace(name: str) -> str:
+    """Check the name of a Kubernetes namespace (RFC 1123 label)."""
+    if len(name) > 63 or not _LABEL.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of a namespace: small letters, digits and -")
+    return name
+
+
+def pod_key(key: str) -> str:
+    """Check the key of a label or an annotation of Kubernetes: PREFIX/NAME or NAME."""
+    prefix, slash, name = key.rpartition("/")
+    sound = _KEY_NAME.fullmatch(name) and (_KEY_PREFIX.fullmatch(prefix) or not slash)
+    if not sound or len(name) > 63 or len(prefix) > 253:
+        raise ValueError(f"{key!r} is not the key of a label or an annotation, as in example.com/name")
+    return key
+
+
+def pod_labels(labels: dict[str, str]) -> dict[str, str]:
+    """Check labels that pods must have: keys, and values of at most 63 letters, digits, `-`, `_` and `.`."""
+    for key, value in labels.items():
+        pod_key(key)
+        if len(value) > 63 or (value and not _KEY_NAME.fullmatch(value)):
+            raise ValueError(f"{value!r} is not the value of a label; a selector is a list of KEY=VALUE")
+    return labels
+
+
+def model_source(text: str) -> str:
+    """Check what names the model of a pod: namespace, label:KEY or annotation:KEY."""
+    kind, colon, key = text.partition(":")
+    if (kind, colon) == ("namespace", "") or (kind in ("label", "annotation") and key):
+        return f"{kind}{colon}{pod_key(key) if colon else ''}"
+    raise ValueError(f"{text!r} is not namespace, label:KEY or annotation:KEY")
+
+
+def workers_file(path: str) -> str:
+    """Check the name of a file that lists workers: its end tells the format."""
+    if not path.lower().endswith((".yaml", ".yml", ".json")):
+        raise ValueError(f"{path}: the name of the file must end in .yaml, .yml or .json, which tells its format")
+    return path
+
+
+def dns_names(texts: list[str]) -> list[str]:
+    """Check names of --discovery-dns; each must be given once only."""
+    texts = _separated(texts) if texts else []
+    for number, text in enumerate(texts):
+        parse_dns_name(text)
+        if text in texts[:number]:
+            raise ValueError(f"{text} is given twice")
+    return texts
 
 
 def buckets(bounds: list[float]) -> list[float]:

@@ -22,19 +22,24 @@ def parse(path: Path) -> dict[object, Any]:
     """Return what a file says, by key. Raises: ConfigError."""
     if path.suffix.lower() not in _PARSERS:
         raise ConfigError(f"{path}: the name of the file must end in .yaml, .yml or .toml, which tells its format")
+    content = read(path, _PARSERS[path.suffix.lower()])
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{path} must be a mapping of options to values, as in `port: 30000`")
+    return content or {}
+
+
+def read(path: Path, parser: Callable[[str], Any]) -> Any:
+    """Return what a file says. Raises: ConfigError."""
     try:
         text = small_files.read(path).decode("utf-8-sig")  # editors on Windows begin a file with a mark
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text") from None
     try:
-        content = _PARSERS[path.suffix.lower()](text)
+        return parser(text)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: {_first_fault(error)}") from None
     except RecursionError:
         raise ConfigError(f"{path} is nested too deeply") from None
-    if not isinstance(content, dict | None):
-        raise ConfigError(f"{path} must be a mapping of options to values, as in `port: 30000`")
-    return content or {}
 
 
 def _first_fault(error: Exception) -> str:
@@ -65,8 +70,9 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem="a value cannot be read", problem_mark=node.start_mark) from None
 
 
-def _parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text says. Raises: yaml.YAMLError, RecursionError."""
     return yaml.load(text, _Loader)  # noqa: S506 - it is a SafeLoader
 
 
-_PARSERS: dict[str, Callable[[str], Any]] = {".yaml": _parse_yaml, ".yml": _parse_yaml, ".toml": tomllib.loads}
+_PARSERS: dict[str, Callable[[str], Any]] = {".yaml": parse_yaml, ".yml": parse_yaml, ".toml": tomllib.loads}

@@ -33,6 +33,7 @@ POLICY_NAMES = (
 WORKERS = "Workers"
 LISTENING = "Listening"
 SECURITY = "Access and TLS"
+DISCOVERY = "Discovery"
 AUTOSCALING = "Autoscaling"
 MODELS = "Models"
 POLICY = "Routing policy"
@@ -113,6 +114,84 @@ class HTTPOptions:
         WORKERS,
         unit="s",
         check=at_least(0),
+    )
+
+    # -- discovery
+    service_discovery: bool = option(
+        False, "Find workers among Kubernetes pods; see docs/kubernetes.md. It needs --selector.", DISCOVERY
+    )
+    selector: dict[str, str] = option(
+        {},
+        "Labels of the workers' pods, all of which a pod must have. Not used beside --prefill-selector or"
+        " --decode-selector.",
+        DISCOVERY,
+        check=checks.pod_labels,
+    )
+    prefill_selector: dict[str, str] = option(
+        {}, "Labels of the prefill workers' pods.", DISCOVERY, check=checks.pod_labels
+    )
+    decode_selector: dict[str, str] = option(
+        {}, "Labels of the decode workers' pods.", DISCOVERY, check=checks.pod_labels
+    )
+    service_discovery_port: int = option(
+        80, "Port on which pods serve that do not name theirs.", DISCOVERY, check=between(1, 65535)
+    )
+    service_discovery_namespace: str | None = option(
+        None,
+        "Kubernetes namespace of the pods.",
+        DISCOVERY,
+        shown_default="all namespaces",
+        check=checks.namespace,
+    )
+    worker_ports_annotation: str = option(
+        "sglang.ai/worker-ports",
+        "Annotation of a pod that holds the ports of its engines, as in 8000 or 8000,8001; each is a worker.",
+        DISCOVERY,
+        check=checks.pod_key,
+    )
+    bootstrap_port_annotation: str = option(
+        "sglang.ai/bootstrap-port",
+        "Annotation of a prefill pod that holds its bootstrap port: one for all its engines, or one for each.",
+        DISCOVERY,
+        check=checks.pod_key,
+    )
+    model_id_from: str | None = option(
+        None,
+        "What names the model of a pod: namespace, label:KEY or annotation:KEY.",
+        DISCOVERY,
+        metavar="WHERE",
+        check=checks.model_source,
+        shown_default="what its engine says",
+    )
+    kubeconfig: str | None = option(
+        None,
+        "File that says where the API server of Kubernetes is and who the router is.",
+        DISCOVERY,
+        metavar="FILE",
+        shown_default="$KUBECONFIG, else the pod's service account, else ~/.kube/config",
+    )
+    discovery_file: str | None = option(
+        None,
+        "YAML or JSON file that lists workers, read again when it changes; see docs/discovery.md.",
+        DISCOVERY,
+        metavar="FILE",
+        check=checks.workers_file,
+    )
+    discovery_dns: list[str] = option(
+        [],
+        "DNS names whose addresses are workers: NAME:PORT, or the name of SRV records, as in _http._tcp.engines.local."
+        " Before it, ROLE= (prefill or decode) and https:// may stand.",
+        DISCOVERY,
+        metavar="NAME",
+        check=checks.dns_names,
+    )
+    discovery_dns_interval_secs: float = option(
+        10,
+        "Pause between two look-ups of a name of --discovery-dns. SRV records with a shorter time to live are looked up"
+        " sooner.",
+        DISCOVERY,
+        unit="s",
+        check=at_least(1),
     )
 
     # -- listening

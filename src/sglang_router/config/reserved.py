@@ -13,11 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sglang_router.config.checks import between
 from sglang_router.config.option import option
 from sglang_router.config.options import MODELS, SECURITY, HTTPOptions
 
-DISCOVERY = "Kubernetes discovery"
 TRACING = "Tracing"
 NO_EFFECT = "Without effect"
 
@@ -35,21 +33,6 @@ def _inert(default: T, help: str, **more: Any) -> T:
 @dataclass
 class ReservedOptions(HTTPOptions):
     """The reference router's options that this router does not have yet, or has no use for."""
-
-    # -- discovery
-    service_discovery: bool = _later(False, "Find workers among Kubernetes pods.", DISCOVERY)
-    selector: dict[str, str] = _later({}, "Labels of the workers' pods.", DISCOVERY)
-    service_discovery_port: int = _later(
-        80, "Port on which discovered workers listen.", DISCOVERY, check=between(1, 65535)
-    )
-    service_discovery_namespace: str | None = _later(
-        None, "Kubernetes namespace to search.", DISCOVERY, shown_default="all namespaces"
-    )
-    prefill_selector: dict[str, str] = _later({}, "Labels of the prefill workers' pods.", DISCOVERY)
-    decode_selector: dict[str, str] = _later({}, "Labels of the decode workers' pods.", DISCOVERY)
-    bootstrap_port_annotation: str = _later(
-        "sglang.ai/bootstrap-port", "Annotation of a pod that holds its bootstrap port.", DISCOVERY
-    )
 
     # -- models
     backend: str = _later("sglang", "What kind the workers are.", MODELS, choices=("sglang", "openai"))

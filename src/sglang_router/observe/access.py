@@ -197,6 +197,8 @@ _CHANGES: Final = {
     ("role", ""): (logging.INFO, "worker has another role: it is in another pool, its remembered prefixes are dropped"),
     ("draining", "draining"): (logging.INFO, "worker is draining: it gets no new requests"),
     ("draining", "active"): (logging.INFO, "worker gets new requests again"),
+    ("withheld", "withheld"): (logging.INFO, "worker is withheld by its source: it gets no new requests"),
+    ("withheld", "allowed"): (logging.INFO, "worker is not withheld any more: it gets new requests again"),
 }
 """Level and message by what changed and its new state; "" stands for any state."""
 
@@ -214,6 +216,12 @@ class WorkerLog(Listener):
             fields["was"] = event.old
         if what == "added":
             fields["health"] = event.new
+        if what in ("added", "removed"):
+            fields["source"] = worker.spec.source.value
+        if worker.spec.origin:
+            fields["origin"] = worker.spec.origin
+        if what == "withheld" and worker.withheld:
+            fields["why"] = worker.withheld
         if what == "breaker":
             fields["failures"] = worker.circuit.failures
             if event.new == "open":

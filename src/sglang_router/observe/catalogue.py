@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from sglang_router.observe import discovery_readings as by_source
 from sglang_router.observe import kv_readings as kv
 from sglang_router.observe import pair_readings as pairs
 from sglang_router.observe import readings as read
@@ -34,6 +35,7 @@ class Family(msgspec.Struct, frozen=True):
 
 WORKER = ("worker",)
 ROUTE = ("route",)
+SOURCE = ("source",)
 ANSWERS = ("worker", "model")
 MODE = ("worker_type", "connection_mode")
 KIND = ("router_type", "backend_type", "connection_mode", "model", "endpoint")
@@ -165,6 +167,41 @@ METRICS = (
         "sgl_router_worker_window", GAUGE, WORKER,
         "Requests that a decode worker may run at once, by what its engine tells.", pairs.windows,
     ),
+    # where workers come from
+    Family(
+        "smg_discovery_workers_discovered", GAUGE, SOURCE,
+        "Workers that the source found and owns.", by_source.per_source(lambda r: [((), r.workers)]),
+    ),
+    Family(
+        "sgl_router_discovery_age_seconds", GAUGE, SOURCE,
+        "Seconds since the source knew all of its workers: the last complete list, read of the file, or look-up.",
+        by_source.per_source(by_source.age),
+    ),
+    Family(
+        "sgl_router_discovery_failing", GAUGE, SOURCE,
+        "1: the source does not know its workers now, and those that it knew stay; else 0.",
+        by_source.per_source(lambda r: [((), int(r.error is not None))]),
+    ),
+    Family(
+        "sgl_router_discovery_failures_total", COUNTER, (*SOURCE, "reason"),
+        "Looks of the source that failed, by reason: a status, unreachable, silent, broken, invalid; with watch_ "
+        "before it for a watch, which a list follows at once.",
+        by_source.per_source(lambda r: by_source.by_reason(r.failures)),
+    ),
+    Family(
+        "sgl_router_discovery_updates_total", COUNTER, SOURCE,
+        "Comparisons of what the source names with the router's workers.",
+        by_source.per_source(lambda r: [((), r.passes)]),
+    ),
+    Family(
+        "smg_discovery_registrations_total", COUNTER, (*SOURCE, "result"),
+        "Workers that the source added.", by_source.per_source(lambda r: [(("success",), r.added)]),
+    ),
+    Family(
+        "smg_discovery_deregistrations_total", COUNTER, (*SOURCE, "reason"),
+        "Workers that the source removed: gone, or replaced by another instance at the same URL.",
+        by_source.per_source(lambda r: by_source.by_reason(r.removed)),
+    ),
     # sessions
     Family(
         "sgl_router_live_sessions", GAUGE, WORKER,
@@ -277,6 +314,11 @@ METRICS = (
         "Requests that the worker answered.", read.per_worker(lambda w: w.processed),
     ),
     Family(
+        "sgl_router_worker_withheld", GAUGE, WORKER,
+        "1: its source lets it get no new requests (a pod that is not ready, or ends), else 0.",
+        read.per_worker(lambda w: bool(w.withheld)),
+    ),
+    Family(
         "sgl_router_worker_draining", GAUGE, WORKER,
         "1: draining, gets no new requests, else 0.", read.per_worker(lambda w: w.draining),
     ),
@@ -307,8 +349,8 @@ METRICS = (
     ),
     Family(
         "sgl_router_worker_changes_total", COUNTER, ("what", "state"),
-        "Workers added, removed, restarted or emptied (cache found empty); health, breaker, ejection (outlier) and "
-        "draining by the new state.",
+        "Workers added, removed, restarted or emptied (cache found empty); health, breaker, ejection (outlier), "
+        "draining and withheld (by its source) by the new state.",
         lambda counts: counts.changes.items(),
     ),
     Family(

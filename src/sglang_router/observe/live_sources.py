@@ -9,6 +9,7 @@ import msgspec
 from sglang_router.routing.kv_index import KVIndex
 from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.sessions import Sessions
+from sglang_router.routing.source import SourceReport
 
 Number = Callable[[], int]
 
@@ -31,6 +32,7 @@ class LiveSources(msgspec.Struct, kw_only=True):
     shadows               what the shadow policies would have done
     kv_index              what workers say of their KV caches
     policy_of             the policy of a model by its name, "" for the usual one
+    discovery             what each source that looks for workers says of itself
     replicas              URL, number of restarts, and whether it is up, of each replica that the router runs itself
     """
 
@@ -47,4 +49,5 @@ class LiveSources(msgspec.Struct, kw_only=True):
     shadows: ShadowTally | None = None
     kv_index: KVIndex | None = None
     policy_of: Callable[[str], str] | None = None
+    discovery: Callable[[], Iterable[SourceReport]] | None = None
     replicas: Callable[[], Iterable[tuple[str, int, bool]]] | None = None

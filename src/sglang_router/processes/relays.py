@@ -38,7 +38,7 @@ _ACCEPT_WITHIN = 10.0
 """Seconds that relays have to accept clients; the router goes on with those that do."""
 _CUT_WITHIN = 5.0
 """Seconds that relays have to report that all connections are closed."""
-_KEPT = ("added", "removed", "draining")
+_KEPT = ("added", "removed", "draining", "withheld")
 """Changes of workers after which the state is written soon."""
 _SAVED_AFTER = 0.5
 """Seconds; changes that come together are one write."""

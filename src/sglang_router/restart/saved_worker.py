@@ -3,6 +3,8 @@
     source       kept                                                    comes back
     API          all of it: URL, changes to the defaults, id, drained    always
     FLAGS, FILE  changes made since the start, id, drained               if flags or file still name it
+    KUBERNETES   the same as for API, with its name and instance there   if that source still looks for workers; it then
+    and others                                                           says which of them are there
     REPLICAS     nothing: its process ends with the router               never
 
 A value that came from an option is not kept, so the option's value of the next start counts: a new --worker-api-key
@@ -39,6 +41,8 @@ class SpecChanges(msgspec.Struct, kw_only=True):
     bootstrap_port: int | UnsetType | None = UNSET
     runtime: str | UnsetType | None = UNSET
     labels: dict[str, str] | UnsetType = UNSET
+    origin: str | UnsetType = UNSET
+    instance: str | UnsetType = UNSET
     health: HealthRules | UnsetType = UNSET
 
     def known(self) -> dict[str, Any]:
@@ -67,7 +71,10 @@ class SavedWorker(msgspec.Struct, kw_only=True):
         A worker that was added by the API and is named by flags or file today belongs to these from now on.
         """
         named = configured.named(self.url)
-        if self.source.told_again and (named is None or named.dp_aware != self.dp_aware):
+        if self.source.looks:
+            if named is not None or self.source not in configured.looking:
+                return None
+        elif self.source.told_again and (named is None or named.dp_aware != self.dp_aware):
             return None
         base = named or configured.defaults.spec(self.url, self.source)
         spec: WorkerSpec = msgspec.structs.replace(

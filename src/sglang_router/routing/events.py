@@ -21,7 +21,10 @@ from sglang_router.routing.plan import PlannedLeg, RequestTag
 from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
 
-CHANGES: Final = ("added", "removed", "restarted", "emptied", "health", "breaker", "outlier", "draining", "role")
+CHANGES: Final = (
+    *("added", "removed", "restarted", "emptied", "health", "breaker", "outlier"),
+    *("draining", "withheld", "role"),
+)
 """What can change: the values of WorkerChanged.what."""
 
 

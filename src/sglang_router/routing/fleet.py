@@ -1,6 +1,7 @@
 """The fleet: the only owner of workers and of everything that changes on them.
 
     add / remove / drain / resume    membership
+    withhold                         the worker's source lets it get no new requests
     probed(worker, ...)              the result of a health check
     lost / down                      the part that runs the engine reports that its process is gone
     lease(worker)                    load + 1; Lease.close(outcome, now): load - 1, and the breaker hears the outcome
@@ -172,6 +173,16 @@ class Fleet:
             worker.draining = draining
             names = ("active", "draining")
             self._changed(worker, "draining", names[not draining], names[draining])
+
+    def withhold(self, worker: Worker, why: str) -> None:
+        """Let a worker get no new requests because its source says so, or again when `why` is "".
+
+        That is apart from `set_draining`, which is the operator's: neither ends the other.
+        """
+        old, worker.withheld = worker.withheld, why
+        if old != why:
+            names = ("allowed", "withheld")
+            self._changed(worker, "withheld", names[bool(old)], names[bool(why)])
 
     # -- who may take a request --------------------------------------------------------------------------------------
 

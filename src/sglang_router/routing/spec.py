@@ -24,6 +24,8 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     worker_type     its role, one of `routing.roles.ROLES`
     bootstrap_port  where a prefill worker tells decode workers how to fetch its KV cache; None: the engine's default
     source          what made the worker known, and so owns it
+    origin          its name there: namespace and name of a pod, a file, a DNS name; "" where the source has none
+    instance        differs for another process at the same URL, as far as its source knows: a pod's uid; "": it cannot
     """
 
     url: str
@@ -39,3 +41,5 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     labels: dict[str, str] = msgspec.field(default_factory=dict)
     health: HealthRules = HealthRules()
     source: Source = Source.API
+    origin: str = ""
+    instance: str = ""

@@ -59,6 +59,7 @@ class Worker:
     life       rises when another process with an empty cache is found in its place
     caches     rises when its cache was emptied: by that, or by a flush
     ejected    why it is ejected as an outlier; "" if it is not
+    withheld   why its source lets it get no new requests; "" if it may
     outliers   the outlier detection of its pool; None: there is none
     processed  requests it answered (outcome SERVED or REJECTED)
     decisions  counts of the legs that it was chosen for
@@ -115,6 +116,7 @@ class Worker:
         "warm_at",
         "weight",
         "window",
+        "withheld",
         "work",
     )
 
@@ -161,13 +163,15 @@ class Worker:
         self.draining = False
         self.returning = False  # draining because it is about to be restarted
         self.removed = False
+        self.withheld = ""
         # breaker
         self.circuit = Circuit()
         self.probing = 0
 
     def __repr__(self) -> str:
         state = [self.health.value, f"breaker {self.breaker.value}", f"load {self.load}"]
-        state += ["ejected"] * bool(self.ejected) + ["draining"] * self.draining + ["removed"] * self.removed
+        state += ["ejected"] * bool(self.ejected) + ["draining"] * self.draining
+        state += ["withheld"] * bool(self.withheld) + ["removed"] * self.removed
         return f"<Worker {self.url}: {', '.join(state)}>"
 
     def describe(self, spec: WorkerSpec) -> None:
@@ -247,8 +251,8 @@ class Worker:
 
     @property
     def in_rotation(self) -> bool:
-        """Whether it is registered and not draining, whatever its health and its breaker."""
-        return not self.draining and not self.removed
+        """Whether it is registered, not draining and not withheld, whatever its health and its breaker."""
+        return not (self.draining or self.removed or self.withheld)
 
     @property
     def is_well(self) -> bool:

@@ -35,6 +35,7 @@ def follow(fleet: Fleet, worker: Worker, now: float) -> None:
             added = fleet.add(spec, now)
             fleet.announced(added, worker.announced)
             fleet.set_draining(added, worker.draining)
+            fleet.withhold(added, worker.withheld)
     if any(present[rank].health is Health.HEALTHY for rank in wanted if rank in present):
         for rank, entry in present.items():
             if rank not in wanted:

@@ -3,6 +3,7 @@
     flags, variables, file   worker_urls        --> configured_specs
     the same                 prefill, decode    --> paired_specs
     launch_server            a replica's URL    --> replica_specs
+    Kubernetes, file, DNS    `discovery`        --> on top of `WorkerDefaults.spec`
     control plane            the request's body --> admin.workers, on top of `WorkerDefaults.spec`
 
 `ConfiguredWorkers` is what this start says. The state file (`restart`) keeps only what happened since, and compares
@@ -42,10 +43,16 @@ class WorkerDefaults(msgspec.Struct, frozen=True):
 
 
 class ConfiguredWorkers:
-    """The workers that flags or file name at this start, and the defaults for all others."""
+    """The workers that flags or file name at this start, and the defaults for all others.
 
-    def __init__(self, defaults: WorkerDefaults, specs: Iterable[WorkerSpec] = ()) -> None:
+    looking  the sources that look for workers from this start on
+    """
+
+    def __init__(
+        self, defaults: WorkerDefaults, specs: Iterable[WorkerSpec] = (), looking: Iterable[Source] = ()
+    ) -> None:
         self.defaults = defaults
+        self.looking = frozenset(looking)
         self._specs = {spec.url: spec for spec in specs}
 
     @property

@@ -1,0 +1,1 @@
+"""What `scripts/test-kubernetes` needs: a real API server, pods, a link that can be broken, and routers."""

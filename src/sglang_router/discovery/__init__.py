@@ -1,0 +1,1 @@
+"""Sources that look for workers: Kubernetes, a file, DNS."""
