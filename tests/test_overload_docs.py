@@ -60,6 +60,7 @@ def test_codes_have_the_status_it_names() -> None:
     owners = [kind for kind in kinds() if "code" in vars(kind)]
     busy = {(str(kind.status), kind.code) for kind in owners if kind.status in (408, 429, 502, 503, 504)}
     never_seen = {("503", "workers_full"), ("504", "worker_timeout")}  # the first waits, the second is the others' base
+    never_seen |= {("504", "websocket_idle"), ("504", "websocket_overdue")}  # the WebSocket is closed
     assert busy - named - never_seen <= {("504", "chunk_timeout"), ("502", "stream_broken")}
 
 

@@ -273,7 +273,7 @@ class QueueFull(Overload):
 
 class TooManyWaiting(Overload):
     code = "too_many_waiting"
-    message = "All workers are starting, and too many requests are queued already. Try again later."
+    message = "All workers are starting or paused, and too many requests are queued already. Try again later."
 
 
 class SessionsFull(Overload):
@@ -290,6 +290,28 @@ class BufferFull(Overload):
         "The body found no room beside others for as long as a request may be queued: --max-buffered-request-bytes"
         " limits how much the router holds. Try again later."
     )
+
+
+class TooManyTunnels(Overload):
+    code = "too_many_websockets"
+    message = "--max-tunnels WebSockets are open already. Try again later."
+
+
+class UpgradeRequired(InvalidRequest):
+    """The path has a WebSocket, and nothing else."""
+
+    status = 426
+    code = "upgrade_required"
+    message = "This path is a WebSocket: ask for it with `Connection: Upgrade` and `Upgrade: websocket`."
+    fields = (("upgrade", "websocket"),)
+
+
+class OriginRefused(AccessRefused):
+    """A page of another site asks for a WebSocket. Browsers let every page do that, and send no preflight."""
+
+    status = 403
+    code = "origin_not_allowed"
+    message = "Pages of this origin may not open WebSockets here. An operator can allow it: --cors-allowed-origins."
 
 
 class UpgradeRefused(InvalidRequest):
@@ -339,6 +361,16 @@ class NoWorkers(Unavailable):
 class WorkersStarting(Unavailable):
     code = "workers_starting"
     message = "All workers are still starting. Try again later."
+
+
+class WorkersPaused(Unavailable):
+    """Every worker that could serve is paused. The router queues the request until one continues."""
+
+    code = "workers_paused"
+    message = (
+        "All workers are paused by the control plane: generation is paused, or their memory is released. Continue them"
+        " with the request that undoes that, or POST /workers/{id}/resume."
+    )
 
 
 class WorkersFull(Unavailable):
@@ -449,6 +481,20 @@ class StreamSilent(WorkerTimeout):
 class Overdue(WorkerTimeout):
     code = "request_overdue"
     message = "The request took longer than --request-timeout-secs."
+
+
+class TunnelIdle(WorkerTimeout):
+    """Never sent to a client: its WebSocket is closed."""
+
+    code = "websocket_idle"
+    message = "Nothing came from either side of the WebSocket for --tunnel-idle-timeout-secs."
+
+
+class TunnelOverdue(WorkerTimeout):
+    """Never sent to a client, likewise."""
+
+    code = "websocket_overdue"
+    message = "The WebSocket was open for --tunnel-max-secs."
 
 
 class StreamBroken(WorkerBroken):

@@ -20,6 +20,23 @@ PROMPT = (
 )
 PASSED_ON = (
     "/update_weights_from_disk",
+    "/update_weights_from_ipc",
+    "/init_weights_update_group",
+    "/destroy_weights_update_group",
+    "/update_weight_version",
+    "/get_weights_by_name",
+    "/weights_checker",
+    "/release_memory_occupation",
+    "/resume_memory_occupation",
+    "/slow_down",
+    "/set_internal_state",
+    "/pause",
+    "/resume",
+    "/sleep",
+    "/wake_up",
+    "/collective_rpc",
+    "/reset_prefix_cache",
+    "/v1/rl/engine/any/path",
     "/update_weights_from_tensor",
     "/update_weights_from_distributed",
     "/abort_request",
@@ -52,16 +69,21 @@ def remembering(router: Stack, fakes: list[FakeWorker]) -> None:
 def test_every_worker_gets_the_body_as_it_is_with_its_own_key(path: str) -> None:
     body = b'{"b" :1e2,\t"a":"\xc3\xa9"}'
     with stack() as router:
-        fakes = [router.fake({f"POST {path}?x=%20": answer(200, {"success": True})}) for _ in range(2)]
+        route = f"POST {path.removeprefix('/v1/rl/engine')}?x=%20"
+        fakes = [router.fake({route: answer(200, {"success": True})}) for _ in range(2)]
         for number, fake in enumerate(fakes):
             router.add(fake.url, api_key=f"key{number}")
         reply = router.ask("POST", f"{path}?x=%20", body, content_type="application/x-own", authorization="Bearer c")
         done = {"status": 200, "body": {"success": True}, "error": None}
-        assert reply.json() == {
+        told = reply.json()
+        assert all(result.pop("seconds") >= 0 for result in told["results"])
+        assert told == {
             "status": "success",
+            "success": True,
+            "message": "Done by 2 of 2 workers",
             "succeeded": 2,
             "total_workers": 2,
-            "results": [{"worker": fake.url, **done} for fake in fakes],
+            "results": [{"worker": fake.url, "id": router.worker(fake.url).id, **done} for fake in fakes],
         }
         assert reply.status == 200
         for number, fake in enumerate(fakes):
@@ -76,7 +98,11 @@ def test_the_answer_has_the_result_of_each_worker() -> None:
         fakes = router.fakes({DISK: answer(200, b"done")}, {DISK: answer(400, {"success": False})}, {DISK: CLOSE}, {})
         reply = router.post("/update_weights_from_disk", {"model_path": "x"})
         body = reply.json()
-        assert (reply.status, body["status"], body["succeeded"]) == (206, "partial_success", 1)
+        assert (reply.status, body["status"], body["succeeded"]) == (207, "partial_success", 1)
+        assert (body["success"], body["message"]) == (False, "Done by 1 of 4 workers")
+        for result, fake in zip(body["results"], fakes, strict=True):
+            assert result.pop("id") == router.worker(fake.url).id
+            assert result.pop("seconds") >= 0
         good, bad, cut, unknown = body["results"]
         assert good == {"worker": fakes[0].url, "status": 200, "body": "done", "error": None}
         assert bad == {"worker": fakes[1].url, "status": 400, "body": {"success": False}, "error": "HTTP 400"}
@@ -178,13 +204,14 @@ def test_an_engine_with_another_name_for_it_is_flushed_too() -> None:
 
 
 @pytest.mark.parametrize("path", PASSED_ON)
-def test_only_new_weights_make_prefixes_stale(path: str) -> None:
+def test_only_new_weights_and_lost_caches_make_prefixes_stale(path: str) -> None:
     with stack() as router:
         fakes = router.fakes({f"POST {path}": answer(200)}, {f"POST {path}": answer(500)})
         remembering(router, fakes)
         router.post(path, {})
         forgotten = [tree_size(router, fake.url) == 0 for fake in fakes]
-        assert forgotten == [path.startswith("/update_weights"), False]
+        lost = ("/release_memory_occupation", "/sleep", "/reset_prefix_cache")
+        assert forgotten == [path.startswith("/update_weights") or path in lost, False]
 
 
 def test_policies_without_a_memory_are_flushed_as_well() -> None:

@@ -11,12 +11,13 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
 import pytest
 
-from fake_worker import CLOSE, answer
+from fake_worker import CLOSE, HANG, FakeWorker, answer
 from sglang_router.access.permissions import AccessKind
 from sglang_router.admin import (
     adapters,
@@ -27,13 +28,17 @@ from sglang_router.admin import (
     contract,
     decisions,
     engine_metrics,
+    engine_relay,
     info,
     lists,
     openapi,
+    orders,
     replicas,
+    selection,
     shapes,
     workers,
 )
+from sglang_router.admin.context import AskTimeouts
 from sglang_router.admin.contract import CONTRACTS
 from sglang_router.admin.routes import ROUTES
 from sglang_router.admin.rows import ControlRow, Handler, plain_path, relayed_rows
@@ -105,7 +110,10 @@ def test_regular_expressions_are_those_of_json_schema() -> None:
 
 # -- the code of handlers ----------------------------------------------------------------------------------------------
 
-MODULES = (adapters, adding, ask, broadcast, context, decisions, engine_metrics, info, lists, replicas, workers)
+MODULES = (
+    *(adapters, adding, ask, broadcast, context, decisions, engine_metrics, engine_relay),
+    *(info, lists, orders, replicas, selection, workers),
+)
 DEEPER: dict[str, tuple[type[RouterError], ...]] = {
     "unavailable": contract.NO_WORKER,
     "refusal": (ModelRequired, ModelNotFound),
@@ -195,10 +203,12 @@ WELL = {
 }
 LISTS = ("/v1/files", "/v1/batches", "/api/tags", "/api/ps")
 ILL = {f"GET {path}": CLOSE for path in ("/health_generate", "/metrics", "/get_model_info", "/get_server_info")}
-TOLD = [row.path for row in ROWS if row.handler in (broadcast.broadcast, broadcast.update_weights)]
 ADAPTERS = [row.path for row in ROWS if row.handler in (adapters.load, adapters.unload)]
 UNLOADS = [row.path for row in ROWS if row.handler is adapters.unload]
 LOAD = "/load_lora_adapter"
+TOLD = [row for row in ROWS if row.handler in (broadcast.broadcast, broadcast.question, broadcast.any_path)]
+TOLD += [row for row in ROWS if row.handler is broadcast.flush_cache]
+PASSED_ON = [row for row in ROWS if row.handler in (engine_relay.relay, engine_relay.relay_rl)]
 BY_KEYS = {"401", "403"}
 """Answers that need keys: see the tests of access."""
 ELSEWHERE = {
@@ -271,36 +281,44 @@ def without_workers(ask: Asker) -> None:
     for (method, path), operation in OPERATIONS.items():
         plain = "{" not in path and "requestBody" not in operation
         if (method, path) not in RELAYED and (method == "GET" or plain):
-            ask(f"{method} {path}", id="x", model="x", request="x")
-    for path in TOLD:
-        ask(f"POST {path}", {})
+            ask(f"{method} {path}", id="x", model="x", request="x", path="x")
+    to_all(ask)
     for path in ADAPTERS:
         ask(f"POST {path}", {"lora_name": "x"})
 
 
+def to_all(ask: Asker, query: str = "") -> None:
+    """Send every request for all workers."""
+    for row in TOLD:
+        for method in row.methods:
+            ask(f"{method} {plain_path(row.path)}{query}", {}, path="x")
+
+
 def with_two_workers(ask: Asker) -> None:
     """Both succeed, then one, then none."""
-    flushed = {
-        f"{method} {path}": answer(200) for method in ("GET", "POST") for path in (*TOLD, *ADAPTERS, "/flush_cache")
-    }
-    fakes = ask.router.fakes({**WELL, **flushed}, {**WELL, **flushed})
+    done = {f"{method} {row.path}": answer(200) for row in TOLD for method in row.methods}
+    done |= {f"POST {path}": answer(200) for path in ADAPTERS}
+    done |= {f"{method} /x": answer(200) for method in ("GET", "POST", "PUT", "PATCH", "DELETE")}
+    fakes = ask.router.fakes({**WELL, **done}, {**WELL, **done})
+    to_one(ask, fakes[0])
+    to_all(ask, "?selector=x")
+    to_all(ask, "?selector=nobody=x")
     for number in range(3):
-        for path in TOLD:
-            ask(f"POST {path}", {})
+        to_all(ask)
         for path in ADAPTERS:
             ask(f"POST {path}", {"lora_name": "x"})
             ask(f"POST {path}", {})
             ask(f"POST {path}?model=unknown", {"lora_name": "x"})
-        for method in ("GET", "POST"):
-            ask(f"{method} /flush_cache")
         for path in UNLOADS:  # "y" is loaded at both, and the first one fails when it is to be unloaded
             ask(f"POST {LOAD}" if number == 0 else f"POST {path}", {"lora_name": f"y{path}"})
         if number < 2:
-            for route in flushed:
+            for route in done:
                 fakes[number].script[route] = answer(500)
+    for worker in list(ask.router.fleet):
+        ask.router.call(partial(ask.router.fleet.set_paused, worker, ()))
     for row in ROWS:
         if row.methods == ["GET"]:
-            ask(f"GET {plain_path(row.path)}", id=ask.router.worker(fakes[0].url).id, model="m", request="x")
+            ask(f"GET {plain_path(row.path)}", id=ask.router.worker(fakes[0].url).id, model="m", request="x", path="x")
     ask("GET /v1/models/{model}", model="unknown")
     own_words = ("/get_model_info", "/model_info", "/get_server_info", "/server_info")
     for fake in fakes:
@@ -322,6 +340,18 @@ def with_two_workers(ask: Asker) -> None:
         fake.script.update(ILL | {f"GET {path}": CLOSE for path in (*own_words, *LISTS)})
     for path in (*own_words, *LISTS, "/engine_metrics", "/health_generate"):
         ask(f"GET {path}")
+
+
+def to_one(ask: Asker, fake: FakeWorker) -> None:
+    """Send requests that an engine answers well, badly, not at all, and none."""
+    name = ask.router.worker(fake.url).id
+    ask.router.context.timeouts = AskTimeouts(control=0.05)
+    for method, template in [(method, plain_path(row.path)) for row in PASSED_ON for method in row.methods]:
+        fake.script |= {f"{method} /tea": answer(418), f"{method} /cut": CLOSE, f"{method} /never": HANG}
+        for path in ("x", "tea", "cut", "never", "."):
+            ask(f"{method} {template}", id=name, path=path)
+        ask(f"{method} {template}", id="nobody", path="x")
+    ask.router.context.timeouts = AskTimeouts()
 
 
 def the_family(ask: Asker) -> None:

@@ -256,6 +256,8 @@ def test_a_posted_worker_is_accepted_and_described() -> None:
             "draining": False,
             "withheld": None,
             "source": "api",
+            "paused": [],
+            "weight_version": None,
             "held_off": None,
             "processed": 0,
             "tree_size": 0,

@@ -111,6 +111,7 @@ class Rig:
             connections=lambda: 7,
             active=lambda: 3,
             upstream_connections=lambda: 5,
+            tunnels=lambda: 0,
             lost_lines=lambda: 2,
             waiting=lambda: 4,
             waiting_sessions=lambda: 9,

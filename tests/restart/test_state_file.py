@@ -75,6 +75,9 @@ def test_what_was_saved_is_there_after_the_next_start(path: Path) -> None:
     before = Place(path)
     before.add("http://a:1", b"abc", b"abd", labels={"rack": "7"})
     before.fleet.set_draining(before.add("http://b:2", b"abx"), True)
+    first = next(iter(before.fleet))
+    before.fleet.set_paused(first, ("kv_cache", "weights"))
+    first.weights = "step-7"
     run(before.file.save)
 
     after = Place(path)
@@ -86,6 +89,7 @@ def test_what_was_saved_is_there_after_the_next_start(path: Path) -> None:
         ("http://b:2", "id1", True),
     ]
     assert one.spec.labels == {"rack": "7"}
+    assert [(w.paused, w.weights) for w in (one, two)] == [(("kv_cache", "weights"), "step-7"), ((), "")]
     check(after.tree)
     assert shape(after.tree) == [(b"ab", 0b110), (b"abc", 0b010), (b"abd", 0b010), (b"abx", 0b100)]
 

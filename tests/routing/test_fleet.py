@@ -115,6 +115,21 @@ def test_what_its_source_withholds_and_what_an_operator_drains_are_apart() -> No
     assert log.moves("withheld") == moves
 
 
+def test_a_pause_stops_new_requests_until_nothing_is_missing_or_another_process_is_there() -> None:
+    fleet, log, (one, other) = a_fleet(2)
+    fleet.set_paused(one, ("kv_cache", "weights"))
+    fleet.set_paused(one, ("weights",))
+    assert fleet.candidates(0.0) == (other,)
+    assert "paused: weights" in repr(one)
+    fleet.set_paused(one, ())
+    assert fleet.candidates(0.0) == (one, other)
+    assert log.moves("paused") == [("running", "paused"), ("paused", "running")]
+    fleet.set_paused(one, ("generation",))
+    one.weights = "step-7"
+    fleet.lost(one, 0.0)
+    assert (one.paused, one.weights) == ((), "")
+
+
 # -- health ------------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from sglang_router.errors import QueueFull, RateLimited, TooManyWaiting
-from sglang_router.routing.queue import PLACE, ROOM, START, Queue, TokenBucket
+from sglang_router.routing.queue import PAUSED, PLACE, ROOM, START, Queue, TokenBucket
 from sglang_router.routing.rules import QueueRules
 
 
@@ -205,6 +205,15 @@ def test_more_may_wait_for_a_start_than_for_a_place() -> None:
     assert (refusal.value.code, refusal.value.retry_after) == ("too_many_waiting", 5.0)
     with pytest.raises(QueueFull):
         queue.check_length(ROOM, 0.0)
+
+
+def test_more_may_wait_for_a_paused_worker_and_for_longer() -> None:
+    queue: Queue[str] = Queue(QueueRules(queue_size=3, most_starting=1, most_paused=2, paused_timeout=700.0))
+    for number in range(2):
+        queue.check_length(PAUSED, 0.0)
+        assert queue.wait(number, "", "a", PAUSED, 5.0).until == 705.0
+    with pytest.raises(TooManyWaiting):
+        queue.check_length(PAUSED, 0.0)
 
 
 def test_no_more_wait_for_a_start_than_could_run_or_wait_afterwards() -> None:

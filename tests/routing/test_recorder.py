@@ -289,6 +289,8 @@ def test_reasons() -> None:
     assert (why(b, trail=trail), why(b, 1, trail=trail)) == ("failed", "set_aside")
     b.fleet.withhold(worker, "its pod ends")
     assert why(b, trail=trail) == "withheld"
+    b.fleet.set_paused(worker, ("generation",))
+    assert why(b, trail=trail) == "paused"
     b.fleet.set_draining(worker, True)
     assert why(b, trail=trail) == "draining"
 
@@ -303,7 +305,7 @@ def test_health_is_a_reason(health: Health) -> None:
 def test_every_reason_can_be_given() -> None:
     told = {each.value for each in Health if each is not Health.HEALTHY}
     others = {"draining", "failed", "breaker_open", "breaker_half_open", "ejected", "full", "slow_start", "set_aside"}
-    assert told | others | {"elsewhere", "no_room", "window", "withheld"} == REASONS.keys()
+    assert told | others | {"elsewhere", "no_room", "window", "withheld", "paused"} == REASONS.keys()
 
 
 def test_a_request_that_follows_a_stored_response_says_so_of_the_other_workers() -> None:

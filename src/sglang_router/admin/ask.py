@@ -25,7 +25,7 @@ from sglang_router.access.redaction import MOST_BYTES, without_secrets
 from sglang_router.admin.context import JSON, Context
 from sglang_router.errors import WorkerInvalid
 from sglang_router.routing.worker import Worker
-from sglang_router.workers.fetch import Fetched, FetchError, Sent, fetch
+from sglang_router.workers.fetch import MOST_ANSWER, Fetched, FetchError, Sent, fetch
 
 _PLAIN = Sent()
 _SHORT = 1 << 15
@@ -47,6 +47,7 @@ async def ask(
     body: bytes = b"",
     sent: Sent = _PLAIN,
     timeout: float | None = None,
+    max_bytes: int = MOST_ANSWER,
 ) -> Reply:
     """Ask one worker. A failure is returned, not raised, and makes the worker's next check due."""
     limit = context.timeouts.question if timeout is None else timeout
@@ -59,6 +60,7 @@ async def ask(
             body=body,
             sent=sent,
             timeout=limit,
+            max_bytes=max_bytes,
         )
     except FetchError as exc:
         if not worker.removed:

@@ -1,23 +1,26 @@
-"""Requests that go to all workers: flush the cache, load new weights, pause, continue, abort, profile.
+"""Requests that go to all workers, or to those that a selector names: new weights, pause, continue, sleep, abort, ...
 
 The body goes byte for byte to every registered worker, healthy or not: one that is unhealthy now may be healthy for
 the next request, and must not have old weights then. An engine whose ranks are workers is asked once. The answer has
 the result of every worker:
 
     all workers succeeded  200   "success"
-    some                   206   "partial_success"
+    some                   207   "partial_success"      (flush_cache: 206, as the first routers answer)
     none                   502   "failed"
                            401   if all of them want another key (or 403)
     there are no workers   503   (flush_cache: 200, there is nothing to flush)
+    nobody is selected     404
 
-A worker whose cache was flushed or whose weights are new has no prefixes any more; the policy is told. The query goes
-to the workers, too. Each worker gets its own key, one without a key what inference would give it. What workers answer
-is shown without secrets, and no more than 64 KiB of it.
+The fields `success` and `message` are those of an SGLang engine's own answer, so that its clients understand this one.
+
+What is done to workers is followed (`admin.effects`): flushed caches and old weights have no prefixes any more, and a
+paused worker gets no new requests. The query goes to the workers, too, without `selector`. Each worker gets its own
+key, one without a key what inference would give it. What workers answer is shown without secrets, and no more than
+64 KiB of it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Collection
 from typing import Any
@@ -26,11 +29,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sglang_router.access.redaction import redacted, text_without_secrets
-from sglang_router.admin.ask import Reply, ask, failure, unauthorized
+from sglang_router.admin.ask import unauthorized
 from sglang_router.admin.context import JSON, Context
+from sglang_router.admin.orders import OrderResult, engine_path, give_all, order_of
+from sglang_router.admin.selection import selected
 from sglang_router.admin.shapes import BroadcastResult
 from sglang_router.errors import NoWorkers
 from sglang_router.routing.worker import Worker
+from sglang_router.words import counted
 from sglang_router.workers.fetch import Fetched
 
 _MOST_SHOWN = 1 << 16
@@ -43,64 +49,87 @@ _OTHER_ENGINES = {
     b"/v1/unload_lora_adapter": b"/unload_lora_adapter",
 }
 """What engines are asked that do not know a path: SGLang and vLLM have other names for it."""
-_STATUSES = {"success": 200, "partial_success": 206, "failed": 502}
+_STATUSES = {"success": 200, "partial_success": 207, "failed": 502}
+_FLUSHED_PARTLY = 206
 
 
 async def broadcast(context: Context, request: Request) -> Response:
-    """Send the request to every worker, and answer with all results."""
-    return await _broadcast(context, request, forget=False)
+    """Send the request to every selected worker, and answer with all results."""
+    return await _to_all(context, request, request.state.path.encode())
 
 
-async def update_weights(context: Context, request: Request) -> Response:
-    """The same for new weights: what was computed with the old ones is stale."""
-    return await _broadcast(context, request, forget=True)
+async def question(context: Context, request: Request) -> Response:
+    """The same for a request without a body."""
+    return await _to_all(context, request, request.state.path.encode())
 
 
-async def _broadcast(context: Context, request: Request, *, forget: bool) -> Response:
-    replies = await ask_all(context, request, context.engines())
-    if forget:
-        for worker in done_by(replies):
-            context.forget_prefixes(worker)
-    return results_of(context, replies)
+async def any_path(context: Context, request: Request) -> Response:
+    """The same for any path of the engines: /v1/rl/engine/{path}."""
+    return await _to_all(context, request, engine_path(request, 3))
 
 
-def done_by(replies: list[tuple[Worker, Reply]]) -> list[Worker]:
+async def _to_all(context: Context, request: Request, path: bytes) -> Response:
+    workers = selected(context, request)
+    return results_of(context, await ask_all(context, request, workers, path) if workers else [])
+
+
+async def flush_cache(context: Context, request: Request) -> Response:
+    """Flush the caches of all selected workers, and forget their prefixes."""
+    return _flushed(await ask_all(context, request, selected(context, request), b"/flush_cache", b"POST"))
+
+
+async def ask_all(
+    context: Context, request: Request, workers: list[Worker], path: bytes = b"", method: bytes = b""
+) -> list[OrderResult]:
+    """Let these engines do what a request asks for, those that do not know the path under its other name.
+
+    path    of the engines; b"": the request's own
+    method  b"": the request's own
+    """
+    order = await order_of(context, request, path or request.state.path.encode())
+    order = order._replace(method=method or order.method)
+    given = {each.worker: each for each in await give_all(context, workers, order)}
+    other = _OTHER_ENGINES.get(order.path)
+    unknown = [each.worker for each in given.values() if isinstance(each.reply, Fetched) and each.reply.status == 404]
+    if other is not None and unknown:
+        flush = order.path == b"/flush_cache"
+        target = other if flush else other + order.target[len(order.path) :]
+        again = order._replace(path=other, target=target, body=b"" if flush else order.body)
+        given.update((each.worker, each) for each in await give_all(context, unknown, again))
+    return [given[worker] for worker in workers]
+
+
+def done_by(given: list[OrderResult]) -> list[Worker]:
     """Return the workers that did what they were asked to do."""
-    return [worker for worker, reply in replies if failure(reply) is None]
+    return [each.worker for each in given if each.error is None]
 
 
-def results_of(context: Context, replies: list[tuple[Worker, Reply]]) -> Response:
+def results_of(context: Context, given: list[OrderResult]) -> Response:
     """Return the answer that shows the result of each worker.
 
     Raises: NoWorkers, when none was asked.
     """
-    if not replies:
+    if not given:
         raise NoWorkers(retry_after=5.0)
-    succeeded = done_by(replies)
-    status = _status(len(succeeded), len(replies))
+    succeeded, total = len(done_by(given)), len(given)
+    status = _status(succeeded, total)
     keys = context.keys()
-    results = [_result(worker, reply, keys) for worker, reply in replies]
-    counts = {"succeeded": len(succeeded), "total_workers": len(replies)}
-    return JSON({"status": status, **counts, "results": results}, _status_code(status, replies))
+    answer = {
+        "status": status,
+        "success": succeeded == total,
+        "message": f"Done by {succeeded} of {counted(total, 'worker')}",
+        "succeeded": succeeded,
+        "total_workers": total,
+        "results": [_result(each, keys) for each in given],
+    }
+    return JSON(answer, _status_code(status, given, _STATUSES["partial_success"]))
 
 
-async def flush_cache(context: Context, request: Request) -> Response:
-    """Flush the caches of all workers, and forget their prefixes."""
-    replies = await ask_all(context, request, context.engines())
-    flushed, failed = [], []
-    for worker, reply in replies:
-        error = failure(reply)
-        if error is None:
-            context.forget_prefixes(worker)
-            flushed.append(worker.url)
-        else:
-            failed.append({"worker": worker.url, "error": error})
-    return _flushed(flushed, failed, replies)
-
-
-def _flushed(flushed: list[str], failed: list[dict[str, str]], replies: list[tuple[Worker, Reply]]) -> Response:
+def _flushed(given: list[OrderResult]) -> Response:
     """The answer of POST /flush_cache; its words are the reference's."""
-    total = len(flushed) + len(failed)
+    flushed = [each.worker.url for each in given if each.error is None]
+    failed = [{"worker": each.worker.url, "error": each.error} for each in given if each.error is not None]
+    total = len(given)
     totals = {"total_http_workers": total, "total_workers": total}
     status = _status(len(flushed), total)
     if status == "success":
@@ -110,28 +139,7 @@ def _flushed(flushed: list[str], failed: list[dict[str, str]], replies: list[tup
         return JSON({"status": status, "message": message, "workers_flushed": total, **totals})
     message = f"The cache was flushed on {len(flushed)} of {total} HTTP workers"
     lists = {"successful": flushed, "failed": failed}
-    return JSON({"status": status, "message": message, **lists, **totals}, _status_code(status, replies))
-
-
-async def ask_all(context: Context, request: Request, workers: list[Worker]) -> list[tuple[Worker, Reply]]:
-    """Ask these engines at the same time."""
-    body = await request.body()
-    replies = await asyncio.gather(*(_ask(context, worker, request, body) for worker in workers))
-    return list(zip(workers, replies, strict=True))
-
-
-async def _ask(context: Context, worker: Worker, request: Request, body: bytes) -> Reply:
-    path: bytes = request.state.path.encode()
-    query: bytes = request.scope["query_string"]
-    target = path + b"?" + query if query else path
-    content_type = request.headers.get("content-type", "application/json").encode("latin-1")
-    sent, limit = context.sent(request, content_type), context.timeouts.broadcast
-    reply = await ask(context, worker, b"POST", target, body=body, sent=sent, timeout=limit)
-    other = _OTHER_ENGINES.get(path)
-    if other is not None and isinstance(reply, Fetched) and reply.status == 404:
-        body = b"" if path == b"/flush_cache" else body
-        reply = await ask(context, worker, b"POST", other, body=body, sent=sent, timeout=limit)
-    return reply
+    return JSON({"status": status, "message": message, **lists, **totals}, _status_code(status, given, _FLUSHED_PARTLY))
 
 
 def _status(succeeded: int, total: int) -> str:
@@ -140,18 +148,19 @@ def _status(succeeded: int, total: int) -> str:
     return "partial_success" if succeeded else "failed"
 
 
-def _status_code(status: str, replies: list[tuple[Worker, Reply]]) -> int:
-    """The HTTP status. When all engines want another key, theirs."""
-    if replies and all(unauthorized(reply) for _, reply in replies):
-        return max(reply.status for _, reply in replies if isinstance(reply, Fetched))
-    return _STATUSES[status]
+def _status_code(status: str, given: list[OrderResult], partly: int) -> int:
+    """The HTTP status. When all engines want another key, theirs. partly: when some succeeded."""
+    if given and all(unauthorized(each.reply) for each in given):
+        return max(each.reply.status for each in given if isinstance(each.reply, Fetched))
+    return partly if status == "partial_success" else _STATUSES[status]
 
 
-def _result(worker: Worker, reply: Reply, keys: Collection[str]) -> BroadcastResult:
-    if not isinstance(reply, Fetched):
-        return BroadcastResult(worker=worker.url, status=None, body=None, error=str(reply))
-    body = _readable(reply.body, keys)
-    return BroadcastResult(worker=worker.url, status=reply.status, body=body, error=failure(reply))
+def _result(given: OrderResult, keys: Collection[str]) -> BroadcastResult:
+    worker, reply = given.worker, given.reply
+    status, body = (reply.status, _readable(reply.body, keys)) if isinstance(reply, Fetched) else (None, None)
+    return BroadcastResult(
+        worker=worker.url, id=worker.id, status=status, body=body, error=given.error, seconds=given.seconds
+    )
 
 
 def _readable(body: bytes, keys: Collection[str]) -> Any:

@@ -62,12 +62,12 @@ class AskTimeouts(msgspec.Struct, frozen=True):
 
     question   what an engine answers from memory
     generate   one token of /health_generate
-    broadcast  what is sent to all workers: loading new weights takes minutes
+    control    what the control plane passes on: loading new weights takes minutes
     """
 
     question: float = 5.0
     generate: float = 20.0
-    broadcast: float = 1800.0
+    control: float = 600.0
 
 
 class SharedAnswer(Generic[T]):
@@ -141,6 +141,7 @@ class Context:
     aliases         other names of models: the model of each
     paired          the options ask for prefill and decode workers (--pd-disaggregation)
     discovery       returns what each source that looks for workers says of itself; None: there is none
+    fan_out         workers that are asked at once by a request for several; 0: all
     ending          the router is about to stop: it is not ready any more
     """
 
@@ -159,6 +160,7 @@ class Context:
     replicas: ReplicaControl | None = None
     decisions: DecisionBook | None = None
     discovery: Callable[[], list[SourceReport]] | None = None
+    fan_out: int = 0
     models: SharedAnswer[Any] = field(default_factory=SharedAnswer)
     generated: SharedAnswer[Any] = field(default_factory=SharedAnswer)
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -188,7 +190,7 @@ class Context:
         """
         now = self.clock()
         healthy = self.fleet.candidates(now) or tuple(
-            worker for worker in self.fleet if worker.in_rotation and worker.health is Health.HEALTHY
+            worker for worker in self.fleet if not worker.draining and worker.health is Health.HEALTHY
         )
         if not healthy:
             raise self.fleet.unavailable(now)

@@ -18,6 +18,7 @@ from sglang_router.admin import (
     broadcast,
     decisions,
     engine_metrics,
+    engine_relay,
     info,
     lists,
     replicas,
@@ -45,6 +46,7 @@ from sglang_router.errors import (
     Unprocessable,
     UnsupportedMediaType,
     WorkerBroken,
+    WorkerInvalid,
     WorkerNotFound,
     WorkersStarting,
     WorkerTimeout,
@@ -105,9 +107,9 @@ _WORKER = DeclaredAnswer("The worker, as it is now.", shape=shapes.WorkerState)
 _ACCEPTED = DeclaredAnswer("The change is made or in progress.", "202", shapes.Accepted)
 
 
-def _broadcast(shape: type[msgspec.Struct]) -> tuple[DeclaredAnswer, ...]:
-    """The answers to a request that goes to all workers."""
-    abouts = {"200": "All workers succeeded.", "206": "Some workers succeeded.", "502": "No worker succeeded."}
+def _broadcast(shape: type[msgspec.Struct], partly: str) -> tuple[DeclaredAnswer, ...]:
+    """The answers to a request that goes to all workers. partly: the status when some succeeded."""
+    abouts = {"200": "All workers succeeded.", partly: "Some workers succeeded.", "502": "No worker succeeded."}
     return tuple(DeclaredAnswer(about, status, shape) for status, about in abouts.items())
 
 
@@ -119,12 +121,25 @@ _PASSED_ON = Contract(
     ),
     (WorkerUnreachable, *NO_WORKER),
 )
-_TO_ALL = Contract(_broadcast(shapes.Told), (NoWorkers,), body=AnyBody)
 _ADAPTER = Contract(
-    _broadcast(shapes.Told),
+    _broadcast(shapes.Told, "207"),
     (InvalidRequest, ModelRequired, ModelNotFound, NoWorkers),
     (QueryParameter("model", "The model to which the adapter belongs; only needed where there are several."),),
     body=shapes.Adapter,
+)
+_SELECTOR = (
+    QueryParameter(
+        "selector", "For these workers only: `id`, `url`, `model`, `role` or labels, as in `model=m,zone=a`."
+    ),
+)
+_TO_ALL = Contract(_broadcast(shapes.Told, "207"), (InvalidRequest, WorkerNotFound, NoWorkers), _SELECTOR, body=AnyBody)
+_TO_ONE = Contract(
+    (
+        DeclaredAnswer("The answer of the engine, without secrets.", media=_ANY),
+        DeclaredAnswer("An error of the engine.", "4XX", media=_ANY),
+    ),
+    (InvalidRequest, WorkerNotFound, WorkerBroken, WorkerInvalid, WorkerUnreachable, WorkerTimeout),
+    body=AnyBody,
 )
 
 CONTRACTS: dict[Handler, Contract] = {
@@ -176,11 +191,16 @@ CONTRACTS: dict[Handler, Contract] = {
     engine_metrics.merged: Contract(
         (DeclaredAnswer("The exposition.", media=_TEXT),), (WorkerUnreachable, NoWorkers, WorkersStarting)
     ),
-    broadcast.flush_cache: Contract(_broadcast(shapes.Flushed)),
-    broadcast.update_weights: _TO_ALL,
+    broadcast.flush_cache: Contract(
+        _broadcast(shapes.Flushed, "206"), (InvalidRequest, WorkerNotFound), _SELECTOR, body=AnyBody
+    ),
     broadcast.broadcast: _TO_ALL,
     adapters.load: _ADAPTER,
     adapters.unload: _ADAPTER,
+    broadcast.question: _TO_ALL._replace(body=None),
+    broadcast.any_path: _TO_ALL,
+    engine_relay.relay: _TO_ONE,
+    engine_relay.relay_rl: _TO_ONE,
     adding.add: Contract(
         (
             DeclaredAnswer("The worker is healthy and takes requests.", media=_TEXT),

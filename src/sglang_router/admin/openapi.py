@@ -118,6 +118,7 @@ _PATH_PARAMETERS = {
     "id": "The id of a worker, or its percent-encoded URL.",
     "model": "The name of a model; it may contain slashes.",
     "request": "The id of a request, percent-encoded.",
+    "path": "A path of the engine, without the slash in front.",
 }
 _RELAYED_PARAMETERS = {
     "id": "The id that the engine gave.",

@@ -20,6 +20,7 @@ from sglang_router.admin import (
     broadcast,
     decisions,
     engine_metrics,
+    engine_relay,
     info,
     lists,
     openapi,
@@ -41,7 +42,8 @@ def _document() -> bytes:
     return msgspec.json.encode(openapi.document(ROUTES))
 
 
-PUBLIC, CLIENTS = AccessKind.PUBLIC, AccessKind.INFERENCE
+PUBLIC, CLIENTS, CHANGES = AccessKind.PUBLIC, AccessKind.INFERENCE, AccessKind.CONTROL_CHANGE
+_ANY = "GET POST PUT PATCH DELETE"
 
 ROUTES: dict[str, tuple[Row, ...]] = {
     "Health": (
@@ -102,18 +104,58 @@ ROUTES: dict[str, tuple[Row, ...]] = {
         Row(
             "GET POST /flush_cache", broadcast.flush_cache, "Flushes all caches; the router forgets the prefixes, too."
         ),
-        Row("POST /update_weights_from_disk", broadcast.update_weights, "Loads new weights on all workers."),
-        Row("POST /update_weights_from_tensor", broadcast.update_weights, "Loads new weights on all workers."),
-        Row("POST /update_weights_from_distributed", broadcast.update_weights, "Loads new weights on all workers."),
+        Row("POST /reset_prefix_cache", broadcast.broadcast, "The same, with vLLM's name and the results of each."),
+        Row("POST /update_weights_from_disk", broadcast.broadcast, "Loads new weights on all workers."),
+        Row("POST /update_weights_from_tensor", broadcast.broadcast, "Loads new weights on all workers."),
+        Row("POST /update_weights_from_distributed", broadcast.broadcast, "Loads new weights on all workers."),
+        Row("POST /update_weights_from_ipc", broadcast.broadcast, "Loads new weights on all workers."),
+        Row("POST /init_weights_update_group", broadcast.broadcast, "Lets all workers join the group of the trainer."),
+        Row("POST /destroy_weights_update_group", broadcast.broadcast, "Lets all workers leave that group."),
+        Row("POST /update_weight_version", broadcast.broadcast, "Names the version of the weights of all workers."),
+        Row("GET POST /get_weights_by_name", broadcast.broadcast, "A part of the weights of all workers."),
+        Row("POST /weights_checker", broadcast.broadcast, "Compares the weights of all workers."),
         Row("POST /abort_request", broadcast.broadcast, "Aborts one request (`rid`) or all of them, on all workers."),
-        Row("POST /pause_generation", broadcast.broadcast, "Pauses generation on all workers."),
-        Row("POST /continue_generation", broadcast.broadcast, "Continues generation on all workers."),
+        Row("POST /pause_generation", broadcast.broadcast, "Pauses all workers: no new requests until they continue."),
+        Row("POST /continue_generation", broadcast.broadcast, "Ends that pause."),
+        Row("POST /release_memory_occupation", broadcast.broadcast, "Releases memory (`tags`) and pauses the workers."),
+        Row(
+            "POST /resume_memory_occupation",
+            broadcast.broadcast,
+            "Takes it again (`tags`); with all of it, they serve.",
+        ),
+        Row("POST /slow_down", broadcast.broadcast, "Slows all workers down, for tests."),
+        Row("POST PUT /set_internal_state", broadcast.broadcast, "Changes settings of all workers."),
+        Row("POST /pause", broadcast.broadcast, "vLLM's pause of generation."),
+        Row("POST /resume", broadcast.broadcast, "Ends vLLM's pause."),
+        Row("GET /is_paused", broadcast.question, "Whether each vLLM worker is paused."),
+        Row("POST /sleep", broadcast.broadcast, "vLLM: releases memory (`?level=`) and pauses the workers."),
+        Row("POST /wake_up", broadcast.broadcast, "vLLM: takes it again (`?tags=`)."),
+        Row("GET /is_sleeping", broadcast.question, "Whether each vLLM worker sleeps."),
+        Row("POST /collective_rpc", broadcast.broadcast, "vLLM: calls a method of all engines' processes."),
+        Row("POST /init_weight_transfer_engine", broadcast.broadcast, "vLLM: prepares for new weights of a trainer."),
+        Row("POST /update_weights", broadcast.broadcast, "vLLM: loads new weights of a trainer."),
         Row("POST /start_profile", broadcast.broadcast, "Starts the profiler of all workers."),
         Row("POST /stop_profile", broadcast.broadcast, "Stops the profiler of all workers."),
         Row("POST /v1/load_lora_adapter", adapters.load, "Loads an adapter (LoRA) at all workers of a model."),
         Row("POST /v1/unload_lora_adapter", adapters.unload, "Unloads an adapter where it is loaded."),
         Row("POST /load_lora_adapter", adapters.load, "The same as /v1/load_lora_adapter, under SGLang's name."),
         Row("POST /unload_lora_adapter", adapters.unload, "The same as /v1/unload_lora_adapter."),
+        Row(f"{_ANY} /v1/rl/engine/{{path:path}}", broadcast.any_path, "Sends any request to all workers.", CHANGES),
+    ),
+    "One engine": (
+        Row(
+            f"{_ANY} /engine/{{id}}/{{path:path}}",
+            engine_relay.relay,
+            "Passes any request but generation on to the engine of one worker; the answer is the engine's.",
+            CHANGES,
+        ),
+        Row(
+            f"{_ANY} /v1/rl/workers/{{id}}/engine/{{path:path}}",
+            engine_relay.relay_rl,
+            "The same, under another router's name.",
+            CHANGES,
+        ),
+        Row("GET /v1/rl/workers", workers.index, "The same as GET /workers."),
     ),
     "Scaling": (
         Row(
@@ -128,7 +170,11 @@ ROUTES: dict[str, tuple[Row, ...]] = {
         Row(
             "POST /workers/{id:path}/drain", workers.drain, "Stops new requests; the worker keeps its cached prefixes."
         ),
-        Row("POST /workers/{id:path}/resume", workers.resume, "Ends the drain; the worker takes requests again."),
+        Row(
+            "POST /workers/{id:path}/resume",
+            workers.resume,
+            "Ends the drain or a pause; the worker takes requests again.",
+        ),
         Row("POST /workers/{id:path}/restart", replicas.restart, "Drains the worker, then restarts its engine; 202."),
         Row("POST /restart_workers", replicas.restart_all, "Restarts all engines, one after the other; 202."),
         Row("GET /restart_workers", replicas.rolling, "The progress of that restart."),

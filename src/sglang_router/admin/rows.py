@@ -64,12 +64,18 @@ class RelayedRow(NamedTuple):
 
 
 def relayed_rows() -> list[RelayedRow]:
-    """Everything that is relayed. This is the only place in `admin` that reads the table of endpoints."""
+    """Everything that is relayed. Only this module of `admin` reads the table of endpoints."""
     return [
         RelayedRow(method.decode(), path.decode(), endpoint)
         for path, endpoint in ENDPOINTS.items()
         for method in endpoint.methods
     ]
+
+
+def generates(method: str, path: str) -> bool:
+    """Return whether a request with this method and path generates text."""
+    endpoint = ENDPOINTS.get(path.encode())
+    return endpoint is not None and endpoint.generates and method.encode() in endpoint.methods
 
 
 def plain_path(path: str) -> str:

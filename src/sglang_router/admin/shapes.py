@@ -133,18 +133,22 @@ class Adapter(msgspec.Struct):
 
 
 class BroadcastResult(Shape):
-    """What one worker answered. If it did not answer, `status` is null and `error` says why."""
+    """What one worker answered, and how long that took. If it did not answer, `status` is null and `error` says why."""
 
     worker: str
+    id: str
     status: int | None
     body: Any
     error: str | None
+    seconds: float
 
 
 class Told(Shape):
-    """The results of a request that went to all workers."""
+    """The results of a request that went to several workers; `success`: all did it."""
 
     status: BroadcastStatus
+    success: bool
+    message: str
     succeeded: int
     total_workers: int
     results: list[BroadcastResult]
@@ -229,6 +233,8 @@ class WorkerState(Shape):
     draining: bool
     withheld: str | None
     source: str
+    paused: list[str]
+    weight_version: str | None
     processed: int
     tree_size: int
     last_error: str | None

@@ -209,9 +209,10 @@ async def drain(context: Context, request: Request) -> Response:
 
 
 async def resume(context: Context, request: Request) -> Response:
-    """End the drain of a worker."""
+    """End the drain of a worker, and its pause, should the router have missed that the engine continues."""
     worker = named(context, request)
     context.fleet.set_draining(worker, False)
+    context.fleet.set_paused(worker, ())
     return JSON(describe(context, worker))
 
 
@@ -317,6 +318,8 @@ def describe(context: Context, worker: Worker) -> dict[str, Any]:
         "draining": worker.draining,
         "withheld": worker.withheld or None,
         "source": spec.source.value,
+        "paused": list(worker.paused),
+        "weight_version": worker.weights or None,
         "held_off": worker.ejected or None,
         "processed": worker.processed,
         "tree_size": context.fleet.pools.remembered(worker),

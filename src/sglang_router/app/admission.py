@@ -22,7 +22,9 @@ from sglang_router.admin.routes import ROUTES
 from sglang_router.errors import AccessRefused, PayloadTooLarge
 from sglang_router.relay.budget import SMALL
 from sglang_router.relay.routes import Routes
+from sglang_router.wire.headers import UpgradeRequest
 from sglang_router.wire.request import Request
+from sglang_router.wire.upgrade import key_of
 
 _PARAMETER: Final = re.compile(r"\{[^}]*\}")
 
@@ -42,7 +44,10 @@ def admission(access: Access, routes: Routes) -> Callable[[Request, bool], int |
         elif closed if inference else guarded and has_body:
             kind = AccessKind.INFERENCE if inference else AccessKind.CONTROL_CHANGE
             try:
-                request.client = access.check(kind, credentials_of(request.headers), local=True).id
+                credentials = credentials_of(request.headers)
+                if credentials is None and isinstance(request, UpgradeRequest):
+                    credentials = key_of(request.headers)
+                request.client = access.check(kind, credentials, local=True).id
             except AccessRefused as error:
                 request.refusal = error.with_traceback(None)  # its frames refer to the request: avoid a cycle
         return SMALL if nobody else None

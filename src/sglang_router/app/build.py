@@ -143,6 +143,7 @@ def build(
     relay = Relay(loop, clock, seams.decider(router), connections, answers, listeners, rules)
     scaler = autoscaler(args, loop, fleet, lambda: clients.unanswered().with_others(elsewhere.unanswered()), clock)
     sources = _sources(clients, elsewhere, connections, router, scaler, writer)
+    sources.tunnels = lambda: relay.tunnels.open + elsewhere.tunnels
     sources.shadows = shadows
     sources.policy_of = policy_of(fleet.pools)
     sources.kv_index = None if caches is None else caches.index
@@ -182,6 +183,7 @@ def build(
             limits=settings.limits(args),
             timeouts=settings.timeouts(args),
             admit=admission(access, routes),
+            upgrades=front.upgrades_of(seams.endpoints),
         ),
         metrics_frontend=ports(
             Routes(scrape.exchange),
@@ -279,6 +281,8 @@ def _control(
         forward=forward,
         autoscaler=scaler,
         paired=args.pd_disaggregation,
+        timeouts=settings.ask_timeouts(args),
+        fan_out=args.rl_fanout_concurrency,
     )
 
 

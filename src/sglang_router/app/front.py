@@ -32,7 +32,9 @@ from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.relay.exchange import Exchange
 from sglang_router.relay.relay import Relay, RelayRules
 from sglang_router.relay.routes import Routes
+from sglang_router.relay.rules import TunnelRules
 from sglang_router.relay.silences import KeepAlives
+from sglang_router.relay.tunnel import TunnelExchange
 from sglang_router.relay.unknown_paths import METHODS, UnknownPaths
 from sglang_router.resume.handler import handlers_of
 from sglang_router.routing.endpoints import ENDPOINTS, READS, UNKNOWN, UNKNOWN_READ, Endpoint
@@ -40,6 +42,7 @@ from sglang_router.wire.cors import Cors
 from sglang_router.wire.headers import ForwardRules
 from sglang_router.wire.request import Request
 from sglang_router.wire.request_id import REQUEST_ID_HEADERS, RequestIds
+from sglang_router.wire.upgrade import Upgrades
 
 _MAX_IDLE = 512
 """Most idle connections kept for one worker."""
@@ -90,6 +93,7 @@ def relay_rules(args: RouterArgs, forward: ForwardRules) -> RelayRules:
         settings.most_routing_text(args),
         args.inject_usage,
         settings.session_hints(args),
+        TunnelRules(args.max_tunnels, args.tunnel_idle_timeout_secs, args.tunnel_max_secs),
     )
 
 
@@ -109,7 +113,7 @@ def routes_of(
     """
     routes = Routes(plane.exchange)
     for endpoint in endpoints.values():
-        factory = partial(Exchange, relay, endpoint)
+        factory = partial(TunnelExchange if endpoint.tunnel else Exchange, relay, endpoint)
         for method in endpoint.methods:
             routes.add(method, endpoint.path, factory)
         if b"GET" in endpoint.methods:
@@ -124,3 +128,8 @@ def routes_of(
 def _unknown(relay: Relay, client: ClientConnection, request: Request) -> Exchange:
     """Make the exchange of a request for an unknown path."""
     return Exchange(relay, UNKNOWN_READ if request.method in READS else UNKNOWN, client, request)
+
+
+def upgrades_of(endpoints: Mapping[bytes, Endpoint] = ENDPOINTS) -> Upgrades:
+    """Make what recognises the requests for a WebSocket."""
+    return Upgrades([endpoint.path for endpoint in endpoints.values() if endpoint.tunnel])

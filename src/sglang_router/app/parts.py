@@ -104,6 +104,11 @@ class Elsewhere:
         """Open connections to workers."""
         return 0
 
+    @property
+    def tunnels(self) -> int:
+        """Open WebSockets."""
+        return 0
+
     def unanswered(self) -> Unanswered:
         """Sum up the requests without a first byte."""
         return Unanswered(0, 0, 0, 0.0)

@@ -16,7 +16,7 @@ import msgspec
 from sglang_router.access.permissions import Access
 from sglang_router.access.tls import TLSFiles, server_files, worker_files
 from sglang_router.access.watched import WatchedFiles
-from sglang_router.admin.context import AddRules
+from sglang_router.admin.context import AddRules, AskTimeouts
 from sglang_router.config import RouterArgs, keys
 from sglang_router.config.models import POLICY_OPTIONS, worker_models
 from sglang_router.relay.rules import Timeouts
@@ -198,6 +198,7 @@ def queue_rules(args: RouterArgs) -> QueueRules:
         queue_timeout=args.queue_timeout_secs,
         start_timeout=args.autoscale_wake_timeout_secs if args.scales_to_zero else args.startup_wait_secs,
         session_timeout=args.session_wait_secs,
+        paused_timeout=args.rl_control_timeout_secs,
     )
 
 
@@ -233,6 +234,11 @@ def add_rules(args: RouterArgs) -> AddRules:
         api_key=args.worker_api_key,
         dp_aware=args.dp_aware,
     )
+
+
+def ask_timeouts(args: RouterArgs) -> AskTimeouts:
+    """Return how long engines have for requests of the control plane, in seconds."""
+    return AskTimeouts(control=args.rl_control_timeout_secs)
 
 
 def worker_defaults(args: RouterArgs) -> WorkerDefaults:

@@ -614,6 +614,39 @@ class HTTPOptions:
     request_timeout_secs: float = option(
         1800, "Longest time for a whole request; then 504.", REQUESTS, unit="s", check=above(0)
     )
+    rl_control_timeout_secs: float = option(
+        600,
+        "Longest time for an engine to carry out a request of the control plane (new weights, pause, sleep, flush,"
+        " /engine/...), and longest wait of requests while all workers are paused.",
+        REQUESTS,
+        unit="s",
+        check=above(0),
+    )
+    rl_fanout_concurrency: int = option(
+        0,
+        "Most engines that carry out a request of the control plane for several at the same time. 0: all. What engines"
+        " do together, each waiting for the others, is always sent to all at once.",
+        REQUESTS,
+        unit="workers",
+        check=at_least(0),
+    )
+    tunnel_idle_timeout_secs: float = option(
+        300,
+        "Close a WebSocket (/v1/realtime) in which neither side has sent anything for this long.",
+        REQUESTS,
+        unit="s",
+        check=above(0),
+    )
+    tunnel_max_secs: float = option(
+        0, "Close a WebSocket that has been open for this long. 0: no limit.", REQUESTS, unit="s", check=at_least(0)
+    )
+    max_tunnels: int = option(
+        1024,
+        "Most WebSockets open at once; a further one gets 429. Each takes two file descriptors. With --relay-processes:"
+        " of each relay process.",
+        REQUESTS,
+        check=at_least(0),
+    )
     connect_timeout_secs: float = option(
         10, "Longest time for a worker to accept a connection.", REQUESTS, unit="s", check=above(0)
     )

@@ -199,6 +199,8 @@ _CHANGES: Final = {
     ("draining", "active"): (logging.INFO, "worker gets new requests again"),
     ("withheld", "withheld"): (logging.INFO, "worker is withheld by its source: it gets no new requests"),
     ("withheld", "allowed"): (logging.INFO, "worker is not withheld any more: it gets new requests again"),
+    ("paused", "paused"): (logging.INFO, "worker is paused by the control plane: it gets no new requests"),
+    ("paused", "running"): (logging.INFO, "worker is no longer paused"),
 }
 """Level and message by what changed and its new state; "" stands for any state."""
 
@@ -226,6 +228,8 @@ class WorkerLog(Listener):
             fields["failures"] = worker.circuit.failures
             if event.new == "open":
                 fields["open_seconds"] = worker.circuit.open_for
+        if worker.paused:
+            fields["paused"] = "+".join(worker.paused)
         if worker.ejected:
             fields["why"] = worker.ejected
         if worker.reason:

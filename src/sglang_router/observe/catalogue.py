@@ -290,7 +290,7 @@ METRICS = (
     # workers, as the 0.1 and 0.2 series name them
     Family(
         "sgl_router_active_workers", GAUGE, (),
-        "Workers registered and not draining.",
+        "Workers registered, and neither draining nor paused.",
         lambda counts: [((), sum(worker.in_rotation for worker in counts.fleet))],
     ),
     Family(
@@ -323,6 +323,11 @@ METRICS = (
         "1: draining, gets no new requests, else 0.", read.per_worker(lambda w: w.draining),
     ),
     Family(
+        "sgl_router_worker_paused", GAUGE, WORKER,
+        "1: paused by the control plane (generation paused, memory released), gets no new requests, else 0.",
+        read.per_worker(lambda w: bool(w.paused)),
+    ),
+    Family(
         "sgl_router_max_load", GAUGE, (),
         "Requests in flight on the most loaded worker in rotation.", read.load_of_all(max),
     ),
@@ -350,7 +355,7 @@ METRICS = (
     Family(
         "sgl_router_worker_changes_total", COUNTER, ("what", "state"),
         "Workers added, removed, restarted or emptied (cache found empty); health, breaker, ejection (outlier), "
-        "draining and withheld (by its source) by the new state.",
+        "draining, withheld (by its source) and paused by the new state.",
         lambda counts: counts.changes.items(),
     ),
     Family(
@@ -502,6 +507,11 @@ METRICS = (
     ),
     # workers, as the 0.3 series names them
     Family("smg_worker_pool_size", GAUGE, (*MODE, "model"), "Registered workers.", read.pool),
+    Family(
+        "sgl_router_websockets_active", GAUGE, (),
+        "Open WebSockets. Their bytes are counted as those of requests and answers, when they end.",
+        read.live(lambda s: s.tunnels),
+    ),
     Family(
         "smg_worker_connections_active", GAUGE, MODE,
         "Open connections to workers.", read.live(lambda s: s.upstream_connections, read.BACKEND),

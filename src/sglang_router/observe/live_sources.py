@@ -22,6 +22,7 @@ class LiveSources(msgspec.Struct, kw_only=True):
     connections           open client connections
     active                requests in flight, of every kind
     upstream_connections  open connections to workers
+    tunnels               open WebSockets
     lost_lines            log lines that could not be written
     waiting               queued inference requests
     waiting_sessions      queued requests that wait to begin a session
@@ -39,6 +40,7 @@ class LiveSources(msgspec.Struct, kw_only=True):
     connections: Number | None = None
     active: Number | None = None
     upstream_connections: Number | None = None
+    tunnels: Number | None = None
     lost_lines: Number | None = None
     waiting: Number | None = None
     waiting_sessions: Number | None = None

@@ -243,9 +243,7 @@ def selections(counts: MetricCounts) -> Iterable[Sample | None]:
 # -- what the readers read -------------------------------------------------------------------------------
 
 _ERROR_TYPES = {
-    "no_workers": "no_workers",
-    "no_available_workers": "no_workers",
-    "workers_starting": "no_workers",
+    **dict.fromkeys(("no_workers", "no_available_workers", "workers_starting", "workers_paused"), "no_workers"),
     "shutting_down": "no_workers",
     "worker_timeout": "timeout",
     "internal_error": "internal_error",

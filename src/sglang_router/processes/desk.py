@@ -238,6 +238,8 @@ class Desk:
         each = port.requests.pop(done.number, None)
         if each is not None:
             del self._open[each.tag.number]
+            if done.taken >= 0:
+                each.tag.received = done.taken
             self._listener.finished(Finished(each.tag, each.leg(done.lease), answer))
 
     def withdraw(self, port: RelayPort, withdraw: messages.Withdraw) -> None:

@@ -124,7 +124,10 @@ class Answer(Message, tag=5):
 
 
 class Done(Message, tag=6):
-    """A request ended; lease: its last leg, 0 without one. ended: that leg ends now, too, with this outcome."""
+    """A request ended; lease: its last leg, 0 without one. ended: that leg ends now, too, with this outcome.
+
+    taken  bytes that a client sent through its WebSocket; -1: it had none
+    """
 
     number: int
     lease: int
@@ -132,6 +135,7 @@ class Done(Message, tag=6):
     now: float
     ended: int
     digest: bytes
+    taken: int = -1
 
 
 class OpenLeg(Message, tag=7):
@@ -211,6 +215,7 @@ class Stats(Message, tag=13):
     held: int
     size: int
     oldest: float
+    tunnels: int = 0
 
 
 class Said(Message, tag=14):

@@ -88,7 +88,7 @@ class RelayProcess:
         self._reporter = reporter = Reporter(remote)
         self._clients, _ = front.clients_of(args, clock, connections)
         rules = front.relay_rules(args, forward)
-        relay = Relay(loop, clock, remote, connections, answers, reporter, rules)
+        self._relay = relay = Relay(loop, clock, remote, connections, answers, reporter, rules)
         self._aborts = relay.aborts
         self._control = ControlProxy()
         timeout = args.request_timeout_secs
@@ -103,6 +103,7 @@ class RelayProcess:
             settings.limits(args),
             settings.timeouts(args),
             admission(access, routes),
+            front.upgrades_of(),
         )
         self._watched = [files for files in (self._tls, worker_tls, key_files) if files is not None]
         jobs = relaying(clock, (self._clients,), connections, self._look, self._watched)
@@ -291,7 +292,15 @@ class RelayProcess:
         link, clients = self._remote.link, self._clients
         if link is not None and not link.stuck:
             unanswered = clients.unanswered()
-            link.put(messages.Stats(len(clients.connections), clients.active, self._connections.open, *unanswered))
+            link.put(
+                messages.Stats(
+                    len(clients.connections),
+                    clients.active,
+                    self._connections.open,
+                    *unanswered,
+                    self._relay.tunnels.open,
+                )
+            )
 
 
 class RelayLink(Link):

@@ -38,7 +38,7 @@ _ACCEPT_WITHIN = 10.0
 """Seconds that relays have to accept clients; the router goes on with those that do."""
 _CUT_WITHIN = 5.0
 """Seconds that relays have to report that all connections are closed."""
-_KEPT = ("added", "removed", "draining", "withheld")
+_KEPT = ("added", "removed", "draining", "withheld", "paused")
 """Changes of workers after which the state is written soon."""
 _SAVED_AFTER = 0.5
 """Seconds; changes that come together are one write."""
@@ -130,6 +130,11 @@ class Relays(Elsewhere, Listener):
     def upstream(self) -> int:
         """Open connections of all relays to workers."""
         return sum(port.stats.upstream for port in self._ports.values())
+
+    @property
+    def tunnels(self) -> int:
+        """Open WebSockets of all relays."""
+        return sum(port.stats.tunnels for port in self._ports.values())
 
     def unanswered(self) -> Unanswered:
         """Sum up the requests without a first byte."""

@@ -365,7 +365,8 @@ def _put_done(link: Link, event: Finished) -> None:
     """Tell the end of a request, together with that of its last leg if this was told just before."""
     lease = 0 if event.leg is None else event.leg.lease
     answer, last = answer_of(event.answer), link.last()
+    taken = event.tag.received if event.answer.status == 101 else -1
     if type(last) is Ended and last.lease == lease:
-        link.replace_last(Done(event.tag.number, lease, answer, last.now, last.outcome, last.digest))
+        link.replace_last(Done(event.tag.number, lease, answer, last.now, last.outcome, last.digest, taken))
     else:
-        link.put(Done(event.tag.number, lease, answer, 0.0, -1, b""))
+        link.put(Done(event.tag.number, lease, answer, 0.0, -1, b"", taken))

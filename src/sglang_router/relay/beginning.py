@@ -54,7 +54,7 @@ def begins(head: ResponseHead, framing: Framing, data: bytes, done: bool) -> boo
     """Return whether an answer has visibly begun, and not with an error event."""
     if head.events:
         return data.endswith(USUAL_ENDS) and b"data:" in data and b"error" not in data and b"ping" not in data
-    return done or (data != b"" and not isinstance(framing, Chunked))
+    return done or (data != b"" and not isinstance(framing, Chunked)) or head.status == 101
 
 
 class Beginning:

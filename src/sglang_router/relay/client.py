@@ -30,11 +30,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from typing import cast
 
 from sglang_router.errors import RouterError, TooManyConnections
 from sglang_router.relay import answers
 from sglang_router.relay.budget import GRACE, SMALL
-from sglang_router.relay.clients import AnyExchange
+from sglang_router.relay.clients import AnyExchange, Follower
 from sglang_router.relay.deadlines import DUE_BODY, DUE_IDLE, ERRORS, NEVER, Deadline, Due
 from sglang_router.relay.frontend import Frontend
 from sglang_router.relay.full_read import FEW, FullRead, comes_in_parts
@@ -55,22 +56,8 @@ class ClientConnection:
     """
 
     __slots__ = (
-        "_early",
-        "_ended",
-        "_frontend",
-        "_full",
-        "_hold",
-        "_parser",
-        "_queue",
-        "_read_paused",
-        "_unread",
-        "clients",
-        "deadline",
-        "exchange",
-        "peer",
-        "stalled",
-        "state",
-        "transport",
+        *("_early", "_ended", "_frontend", "_full", "_hold", "_parser", "_queue", "_read_paused", "_unread"),
+        *("clients", "deadline", "exchange", "peer", "stalled", "state", "transport"),
     )
 
     transport: asyncio.Transport
@@ -80,7 +67,7 @@ class ClientConnection:
         self._frontend = frontend
         self.clients = frontend.clients
         self._hold = frontend.clients.budget.hold(self)
-        self._parser = RequestParser(frontend.limits, frontend.admit)
+        self._parser = RequestParser(frontend.limits, frontend.admit, frontend.upgrades)
         self._queue: deque[Request | RouterError] = deque()
         self.state: ClientState = IDLE
         self.deadline: Deadline = NEVER
@@ -195,6 +182,19 @@ class ClientConnection:
             self._frontend.batch.request(self)
 
     # -- reading -------------------------------------------------------------------------------------------------------
+
+    def gives_up_http(self) -> bool:
+        """Return whether another protocol can take over: the last request is here, and what follows it fits."""
+        return self._full is None and not self._ended and self._parser.early is not None
+
+    def hand_over(self, protocol: Follower) -> None:
+        """Let another protocol take what the client sends, and what it has sent after its last request."""
+        early, self._parser.early, self._early = self._parser.early or [], None, 0
+        self._hold.release()
+        self.transport.set_protocol(cast("asyncio.Protocol", protocol))
+        self._resume_reading()
+        for data in early:
+            protocol.data_received(data)
 
     def _pause_reading(self) -> None:
         if not self._read_paused:

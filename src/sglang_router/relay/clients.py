@@ -84,6 +84,13 @@ class AnyExchange(Watched, Protocol):
         """
 
 
+class Follower(Protocol):
+    """A protocol that takes a client's bytes after the last request of its connection."""
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes."""
+
+
 class Connected(Watched, Protocol):
     """A client connection, as the registry sees it."""
 

@@ -14,6 +14,7 @@ from sglang_router.routing.events import Answered, Finished, Listener
 from sglang_router.routing.plan import RequestTag, Route
 from sglang_router.wire.limits import Limits
 from sglang_router.wire.request import Request
+from sglang_router.wire.upgrade import Upgrades
 
 
 class Frontend:
@@ -27,9 +28,10 @@ class Frontend:
     limits    limits on one request
     timeouts  in seconds
     admit     checks each head before its body is read, see `wire.request.RequestParser`; None: no check
+    upgrades  recognises requests for a WebSocket; None: there are none
     """
 
-    __slots__ = ("admit", "answers", "batch", "clients", "limits", "listener", "routes", "timeouts")
+    __slots__ = ("admit", "answers", "batch", "clients", "limits", "listener", "routes", "timeouts", "upgrades")
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class Frontend:
         limits: Limits,
         timeouts: Timeouts,
         admit: Callable[[Request, bool], int | None] | None = None,
+        upgrades: Upgrades | None = None,
     ) -> None:
         self.routes = routes
         self.clients = clients
@@ -50,6 +53,7 @@ class Frontend:
         self.limits = limits
         self.timeouts = timeouts
         self.admit = admit
+        self.upgrades = upgrades
 
     def refusal(self, error: RouterError, peer: str, path: bytes) -> bytes:
         """Return the answer to bytes that are no request, or no complete one, and tell the listener.

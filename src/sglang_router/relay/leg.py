@@ -36,7 +36,7 @@ from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag
 from sglang_router.routing.usage import Usage
 from sglang_router.wire.framing import Framing
 from sglang_router.wire.gathering import Body
-from sglang_router.wire.headers import request_head
+from sglang_router.wire.headers import UpgradeRequest, request_head
 from sglang_router.wire.request import Request
 from sglang_router.wire.response import ResponseHead
 from sglang_router.wire.splice import Spliced, splice, splice_at
@@ -265,9 +265,11 @@ class Leg:
         """Whether the answer has no body, whatever its head says."""
         return self._exchange.request.method == b"HEAD"
 
-    def connected(self, connection: Carrier) -> None:
+    def connected(self, connection: UpstreamConnection) -> None:
         """Take the connection that was opened for the leg."""
         self.connection = connection
+        if isinstance(self._exchange.request, UpgradeRequest):
+            connection.switches = True
 
     def begin(self, head: ResponseHead, framing: Framing, data: bytes, done: bool) -> None:
         """Take the head of the answer, with the first bytes of the body; `done`: these are all."""

@@ -13,7 +13,8 @@ from sglang_router.relay.aborts import Aborts
 from sglang_router.relay.answers import Answers
 from sglang_router.relay.body import Handlers
 from sglang_router.relay.connection_pool import ConnectionPool
-from sglang_router.relay.rules import Timeouts
+from sglang_router.relay.rules import Timeouts, TunnelRules
+from sglang_router.relay.tunnels import Tunnels
 from sglang_router.routing.decider import Decider, Delivered
 from sglang_router.routing.events import Listeners
 from sglang_router.routing.session_hints import SessionHints
@@ -36,9 +37,10 @@ class RelayRules:
     most_text     bytes of a request's routing text that count
     inject_usage  ask engines for the usage of streams, see `relay.injected`
     hints         recognise the sessions of requests; None: no option asks for them
+    tunnels       the limits on WebSockets
     """
 
-    __slots__ = ("forward", "handlers", "hints", "inject_usage", "most_text", "timeouts")
+    __slots__ = ("forward", "handlers", "hints", "inject_usage", "most_text", "timeouts", "tunnels")
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class RelayRules:
         most_text: int,
         inject_usage: bool = False,
         hints: SessionHints | None = None,
+        tunnels: TunnelRules = TunnelRules(),  # noqa: B008  (frozen)
     ) -> None:
         self.timeouts = timeouts
         self.forward = forward
@@ -55,6 +58,7 @@ class RelayRules:
         self.most_text = most_text
         self.inject_usage = inject_usage
         self.hints = hints
+        self.tunnels = tunnels
 
 
 class Relay:
@@ -77,6 +81,7 @@ class Relay:
         "most_text",
         "queued",
         "timeouts",
+        "tunnels",
     )
 
     def __init__(
@@ -104,6 +109,7 @@ class Relay:
         self.inject_usage = rules.inject_usage
         self.hints = rules.hints
         self.aborts = Aborts(connections, loop.call_later, rules.forward)
+        self.tunnels = Tunnels(rules.tunnels)
         self.queued: dict[int, Undecided] = {}
         decider.deliver = self.deliver
 

@@ -1,8 +1,21 @@
-"""The timeouts of the relay, as the options set them."""
+"""The timeouts of the relay and the limits on WebSockets, as the options set them."""
 
 from __future__ import annotations
 
 import msgspec
+
+
+class TunnelRules(msgspec.Struct, frozen=True):
+    """The limits on WebSockets.
+
+    most     open, or being opened, at once
+    idle     seconds without a byte from either side
+    longest  seconds for which one may be open; 0.0: any
+    """
+
+    most: int = 1024
+    idle: float = 300.0
+    longest: float = 0.0
 
 
 class Timeouts(msgspec.Struct, frozen=True):

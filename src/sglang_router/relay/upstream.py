@@ -97,27 +97,12 @@ class UpstreamConnection:
     idle_since  seconds of the loop's clock; 0.0 while it is busy
     sent_at     when it was used again for a request; seconds of the same clock
     retire_at   from when on it is not used again; seconds of the same clock
+    switches    its one request asks for another protocol
     """
 
     __slots__ = (
-        "_batch",
-        "_buffer",
-        "_framing",
-        "_full",
-        "_home",
-        "_interim",
-        "_life",
-        "_loss",
-        "_paused",
-        "_rest",
-        "_reusable",
-        "_sink",
-        "address",
-        "idle_since",
-        "retire_at",
-        "sent_at",
-        "transport",
-        "used",
+        *("_batch", "_buffer", "_framing", "_full", "_home", "_interim", "_life", "_loss", "_paused", "_rest"),
+        *("_reusable", "_sink", "address", "idle_since", "retire_at", "sent_at", "switches", "transport", "used"),
     )
 
     transport: asyncio.Transport
@@ -130,7 +115,7 @@ class UpstreamConnection:
         self._batch = batch
         self._life = "connecting"
         self._loss: Exception | None = None  # the error that closed it
-        self.used = False
+        self.used = self.switches = False
         self.idle_since = 0.0
         self.sent_at = 0.0
         self._full = False  # the socket takes no more bytes now
@@ -275,7 +260,7 @@ class UpstreamConnection:
         if seen:
             data = self._buffer + data
             self._buffer = b""
-        head = parse_head(data, seen)
+        head = parse_head(data, seen, self.switches)
         if head is not None and head.status < 200:
             head, data = self._skip_interim(head, data)
         if head is None:
@@ -301,12 +286,12 @@ class UpstreamConnection:
 
     def _skip_interim(self, head: ResponseHead | None, data: bytes) -> tuple[ResponseHead | None, bytes]:
         """Return the first head that is not interim, if it is complete, and the data from there on."""
-        while head is not None and head.status < 200:
+        while head is not None and head.status < 200 and head.status != 101:
             self._interim += 1
             if self._interim > _MAX_INTERIM:
                 raise WorkerInvalid("The worker sends interim responses without end.")
             data = data[head.end :]
-            head = parse_head(data)
+            head = parse_head(data, 0, self.switches)
         return head, data
 
     def _finish(self, exact: bool) -> None:

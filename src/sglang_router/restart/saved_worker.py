@@ -53,7 +53,8 @@ class SpecChanges(msgspec.Struct, kw_only=True):
 class SavedWorker(msgspec.Struct, kw_only=True):
     """A worker as it is written.
 
-    slot  its slot in the records of the prefix tree; -1: it has none
+    slot    its slot in the records of the prefix tree; -1: it has none
+    paused  what the control plane has stopped or taken from its engine; a file of an older router does not say it
     """
 
     url: str
@@ -61,6 +62,8 @@ class SavedWorker(msgspec.Struct, kw_only=True):
     id: str
     slot: int
     draining: bool
+    paused: list[str] = []
+    weights: str = ""
     dp_rank: int | None
     dp_aware: bool
     changes: SpecChanges
@@ -96,6 +99,8 @@ def _saved(worker: Worker, configured: ConfiguredWorkers) -> SavedWorker:
         id=worker.id,
         slot=worker.slot,
         draining=worker.draining,
+        paused=list(worker.paused),
+        weights=worker.weights,
         dp_rank=worker.dp_rank,
         dp_aware=spec.dp_aware,
         changes=_changes(worker, configured),

@@ -114,6 +114,8 @@ class StateFile:
             if spec is not None:
                 worker = self._fleet.add(spec, self._clocks.now(), restored=saved.id)
                 self._fleet.set_draining(worker, saved.draining)
+                self._fleet.set_paused(worker, tuple(saved.paused))
+                worker.weights = saved.weights
                 workers.append((saved, worker))
         return workers
 

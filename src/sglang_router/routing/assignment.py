@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Hashable
 from typing import Final, Protocol, TypeVar
 
-from sglang_router.errors import QueueTimeout, RouterError, SessionsFull, WorkersFull, WorkersStarting
+from sglang_router.errors import QueueTimeout, RouterError, SessionsFull, WorkersFull, WorkersPaused, WorkersStarting
 from sglang_router.routing.candidates import Candidates, candidates_of
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.kept_ids import KeptIds
@@ -29,11 +29,14 @@ from sglang_router.routing.pair import ServingPair
 from sglang_router.routing.pairs import Pairs
 from sglang_router.routing.pool import Pool
 from sglang_router.routing.pools import Pools
-from sglang_router.routing.queue import PLACE, ROOM, SESSION, START, Queue, Queued
+from sglang_router.routing.queue import PAUSED, PLACE, ROOM, SESSION, START, Queue, Queued
 from sglang_router.routing.roles import PREFILL
 from sglang_router.routing.sessions import Sessions
+from sglang_router.routing.standing import awaits_continue
 from sglang_router.routing.worker import Worker
 
+_CONTINUED_AFTER: Final = 5.0
+"""Retry-After in seconds while all workers are paused: nobody says for how long."""
 HOLDER: Final = "holder"
 """Branch of a request that goes to the worker that keeps what it follows."""
 
@@ -201,7 +204,14 @@ class Assignment:
 
     def unavailable(self, serving: Serving, facts: Facts, now: float) -> RouterError:
         """Return the error that says why a request has no candidates."""
-        return self.refusal(serving, facts) or serving.unavailable(now)
+        refusal = self.refusal(serving, facts)
+        if refusal is not None:
+            return refusal
+        error = serving.unavailable(now)
+        halves = (serving.prefill, serving.decode) if isinstance(serving, ServingPair) else (serving,)
+        if not isinstance(error, WorkersFull) and any(_is_paused(half, now) for half in halves):
+            return WorkersPaused(retry_after=_CONTINUED_AFTER)
+        return error
 
     def in_vain(self, queued: Queued[W], retry_after: float, now: float) -> RouterError:
         """Return the error for a request that has waited too long.
@@ -218,7 +228,7 @@ class Assignment:
         return QueueTimeout(retry_after=retry_after)
 
     def awaited(self, serving: Serving, facts: Facts, now: float) -> str:
-        """Return what a request without candidates can wait for: ROOM, START or SESSION.
+        """Return what a request without candidates can wait for: ROOM, START, PAUSED or SESSION.
 
         A session that begins waits for SESSION also while all workers are full: that is no reason to give it less time.
 
@@ -231,4 +241,11 @@ class Assignment:
             return SESSION if self.sessions.begins(facts, now) else ROOM
         if isinstance(error, WorkersStarting):
             return START
+        if isinstance(error, WorkersPaused):
+            return PAUSED
         raise error
+
+
+def _is_paused(serving: Serving, now: float) -> bool:
+    """Return whether only workers that the control plane has paused are missing."""
+    return not serving.candidates(now) and awaits_continue(serving.workers)

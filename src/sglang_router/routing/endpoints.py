@@ -36,6 +36,7 @@ class Traits(NamedTuple):
     once      never sent to a worker after another one may have read it, and always on a new connection
     anywhere  any worker may answer a request that names no model
     lines     it streams lines of JSON instead of events, and does so unless `"stream": false` is given (Ollama)
+    tunnel    its requests become WebSockets
     """
 
     form: bool = False
@@ -43,6 +44,7 @@ class Traits(NamedTuple):
     once: bool = False
     anywhere: bool = False
     lines: bool = False
+    tunnel: bool = False
 
 
 PLAIN: Final = Traits()
@@ -62,7 +64,7 @@ class Endpoint:
     anywhere  any worker may answer a request that names no model, or the one that keeps what it is about
     events    its streams are server-sent events
     route     the Route of all its requests, where these have one method and path; else None
-    form, keeps, once, lines: see `Traits`
+    form, keeps, once, lines, tunnel: see `Traits`
     """
 
     __slots__ = (
@@ -81,6 +83,7 @@ class Endpoint:
         "reader",
         "route",
         "text",
+        "tunnel",
     )
 
     def __init__(
@@ -105,7 +108,8 @@ class Endpoint:
         self.form = traits.form
         self.keeps = traits.keeps
         self.once = traits.once
-        self.anywhere = traits.anywhere or self.about
+        self.tunnel = traits.tunnel
+        self.anywhere = traits.anywhere or traits.tunnel or self.about
         self.lines = traits.lines
         self.events = id != _NO_TEXT and not traits.lines
         one = methods == (b"POST",) and b"{" not in path
@@ -177,6 +181,7 @@ _READING: Final = (
 )
 _MEDIA: Final = (
     Endpoint(b"/v1/audio/transcriptions", "transcriptions", json=False, traits=_FORM),
+    Endpoint(b"/v1/realtime", "realtime", json=False, methods=(b"GET",), traits=Traits(tunnel=True)),
     Endpoint(b"/v1/audio/translations", "translations", json=False, traits=_FORM),
     Endpoint(b"/v1/audio/speech", "speech"),
     Endpoint(b"/v1/images/generations", "images"),

@@ -23,7 +23,7 @@ from sglang_router.routing.worker import Worker
 
 CHANGES: Final = (
     *("added", "removed", "restarted", "emptied", "health", "breaker", "outlier"),
-    *("draining", "withheld", "role"),
+    *("draining", "withheld", "paused", "role"),
 )
 """What can change: the values of WorkerChanged.what."""
 

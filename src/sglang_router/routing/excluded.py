@@ -11,6 +11,7 @@ from sglang_router.routing.trail import Trail
 from sglang_router.routing.worker import Worker
 
 REASONS: Final[Mapping[str, str]] = {
+    "paused": "the control plane has paused it, or released its memory",
     "draining": "it drains: it gets no new requests",
     "withheld": "its source lets it get no new requests: its pod is not ready, or ends",
     "starting": "it has not been healthy yet",
@@ -37,6 +38,8 @@ def reason(worker: Worker, most_load: int, trail: Trail | None, now: float, held
     trail      the failed attempts of the request; None: there are none
     held       the request went to the worker that keeps the response which it follows
     """
+    if worker.paused and not worker.draining:
+        return "paused"
     if worker.withheld and not worker.draining:
         return "withheld"
     if not worker.in_rotation:

@@ -184,6 +184,12 @@ class Fleet:
             names = ("allowed", "withheld")
             self._changed(worker, "withheld", names[bool(old)], names[bool(why)])
 
+    def set_paused(self, worker: Worker, paused: tuple[str, ...]) -> None:
+        """Say what an engine does without for now; until it has all back, (), its worker gets no new requests."""
+        before, worker.paused = worker.paused, paused
+        if not worker.removed and bool(before) != bool(paused):
+            self._changed(worker, "paused", *(("paused", "running") if before else ("running", "paused")))
+
     # -- who may take a request --------------------------------------------------------------------------------------
 
     def candidates(self, now: float) -> tuple[Worker, ...]:
@@ -368,6 +374,8 @@ class Fleet:
         worker.gone_silent = False
         worker.life += 1
         worker.work = worker.work.renewed()
+        worker.weights = ""
+        self.set_paused(worker, ())  # that was the other process
         self._restored.discard(worker)
         self._warm_up(worker, now)
         self.emptied(worker)

@@ -111,7 +111,8 @@ class Wait:
     """The request is queued.
 
     until  when it has waited too long; seconds of the router's clock
-    why    "place", "room", "start" or "session" (see `routing.queue`), or "decider" when the decider itself takes time
+    why    "place", "room", "start", "paused" or "session" (see `routing.queue`), or "decider" when the decider itself
+           takes time
     """
 
     __slots__ = ("until", "why")

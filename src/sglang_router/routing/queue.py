@@ -8,6 +8,7 @@
         PLACE   one of --max-concurrent-requests places        --queue-size          --queue-timeout-secs
         ROOM    a worker with room (--max-running-per-worker)  --queue-size          --queue-timeout-secs
         START   a worker that is still starting                4,096                 --startup-wait-secs
+        PAUSED  a worker that is paused (docs/rl.md)           65,536                --rl-control-timeout-secs
         SESSION room for a new session (--session-admission)   --queue-size          --session-wait-secs
 
     first(...), remove(number)             the next request to begin; take a request out of the queue
@@ -37,7 +38,7 @@ from sglang_router.routing.rules import QueueRules
 
 T = TypeVar("T")
 
-PLACE, ROOM, START, SESSION = "place", "room", "start", "session"
+PLACE, ROOM, START, SESSION, PAUSED = "place", "room", "start", "session", "paused"
 """What a queued request waits for."""
 
 _WEIGHT: Final = 1 / 16
@@ -78,7 +79,7 @@ class Queued(Generic[T]):
     number  of the request
     item    what its owner needs to start it later
     line    requests of one line begin in order; those of other lines may overtake them
-    why     PLACE, ROOM, START or SESSION
+    why     PLACE, ROOM, START, SESSION or PAUSED
     since   when it was queued; seconds of the router's clock
     until   when it has waited too long
     """
@@ -188,9 +189,10 @@ class Queue(Generic[T]):
             if self._for_session >= self.rules.queue_size:
                 self.refused[SessionsFull.code] += 1
                 raise SessionsFull(retry_after=self.retry_after(now))
-        elif why == START:
+        elif why in (START, PAUSED):
             # No more may wait for a start than could run or wait afterwards.
-            if others >= min(self.rules.most_starting, self._most + self.rules.queue_size):
+            most = self.rules.most_starting if why == START else self.rules.most_paused
+            if others >= min(most, self._most + self.rules.queue_size):
                 self.refused[TooManyWaiting.code] += 1
                 raise TooManyWaiting(retry_after=5.0)
         elif others >= self.rules.queue_size:
@@ -288,6 +290,8 @@ class Queue(Generic[T]):
     def _patience(self, why: str) -> float:
         if why == SESSION:
             return self.rules.session_timeout
+        if why == PAUSED:
+            return self.rules.paused_timeout
         return self.rules.start_timeout if why == START else self.rules.queue_timeout
 
     # -- queued and running requests -----------------------------------------------------------------------------------

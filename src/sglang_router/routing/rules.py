@@ -90,6 +90,8 @@ class QueueRules(msgspec.Struct, frozen=True):
     start_timeout   seconds that a request may wait for a worker to start
     most_starting   requests that may wait for a worker to start
     session_timeout seconds that a request may wait to begin a session
+    paused_timeout  seconds that a request may wait for a paused worker to continue
+    most_paused     requests that may wait for that
     """
 
     max_concurrent: int | None = None
@@ -100,6 +102,8 @@ class QueueRules(msgspec.Struct, frozen=True):
     start_timeout: float = 10.0
     most_starting: int = 4096
     session_timeout: float = 600.0
+    paused_timeout: float = 600.0
+    most_paused: int = 65536
 
 
 class PairRules(msgspec.Struct, frozen=True):

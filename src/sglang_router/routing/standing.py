@@ -20,6 +20,11 @@ THERE, OUT, STANDS = 1, 2, 4
 """What a worker is; it is there, or out and there, or stands."""
 
 
+def awaits_continue(workers: Iterable[Worker]) -> bool:
+    """Return whether one of these workers would take requests, if the control plane had not paused it."""
+    return any(w.paused and not (w.draining or w.withheld) and w.health is Health.HEALTHY for w in workers)
+
+
 def alone(worker: Worker) -> int:
     """Return what a worker is as long as at most half are out: the sum of THERE, OUT and STANDS."""
     if not worker.in_rotation:

@@ -67,6 +67,9 @@ class Worker:
     tokens     what its engine told of its answers
     belief     what that says of the prefixes that are remembered of it
     hopeless   its health checks fail for a reason that waiting does not heal
+    paused     what the control plane has stopped or taken from its engine: it gets no new requests until it has all
+               back; () for nothing
+    weights    the version of its weights, as the control plane told its engine; "": nobody said
     probing    number of the lease that its HALF_OPEN circuit let pass; 0: none
     """
 
@@ -94,6 +97,7 @@ class Worker:
         "names",
         "order",
         "outliers",
+        "paused",
         "probing",
         "processed",
         "removed",
@@ -115,6 +119,7 @@ class Worker:
         "waiting",
         "warm_at",
         "weight",
+        "weights",
         "window",
         "withheld",
         "work",
@@ -164,6 +169,8 @@ class Worker:
         self.returning = False  # draining because it is about to be restarted
         self.removed = False
         self.withheld = ""
+        self.paused: tuple[str, ...] = ()
+        self.weights = ""
         # breaker
         self.circuit = Circuit()
         self.probing = 0
@@ -172,6 +179,7 @@ class Worker:
         state = [self.health.value, f"breaker {self.breaker.value}", f"load {self.load}"]
         state += ["ejected"] * bool(self.ejected) + ["draining"] * self.draining
         state += ["withheld"] * bool(self.withheld) + ["removed"] * self.removed
+        state += [f"paused: {', '.join(self.paused)}"] * bool(self.paused)
         return f"<Worker {self.url}: {', '.join(state)}>"
 
     def describe(self, spec: WorkerSpec) -> None:
@@ -251,8 +259,8 @@ class Worker:
 
     @property
     def in_rotation(self) -> bool:
-        """Whether it is registered, not draining and not withheld, whatever its health and its breaker."""
-        return not (self.draining or self.removed or self.withheld)
+        """Whether it is registered, and not draining, withheld or paused, whatever its health and its breaker."""
+        return not (self.draining or self.removed or self.withheld or self.paused)
 
     @property
     def is_well(self) -> bool:

@@ -42,6 +42,10 @@ class Cors:
             lines.append(_EXPOSED)
         return b"".join(lines)
 
+    def allows(self, headers: Headers) -> bool:
+        """Return whether the page that makes a request with these headers may read the answer."""
+        return self._allowed(headers) != b""
+
     def preflight(self, request: Request) -> list[tuple[bytes, bytes]] | None:
         """Return the fields of the answer (200, no body) to a preflight request; None for any other request."""
         if request.method != b"OPTIONS":

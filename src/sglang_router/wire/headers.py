@@ -66,8 +66,20 @@ _OVERRIDE: Final = b"x-override-"
 _PLAIN: Final = frozenset((b"close", b"keep-alive"))
 """Values of Connection that name no other field."""
 
+_FIELDS: Final = b"sec-websocket-"
+PROTOCOL: Final = b"sec-websocket-protocol"
+BROWSER_KEY: Final = b"openai-insecure-api-key."
+"""How a browser's client sends its key: as a subprotocol, for it cannot set Authorization."""
+SWITCHES: Final = b"connection: Upgrade\r\nupgrade: websocket\r\n"
+_NO_BODY: Final = b"\r\ncontent-length: 0\r\n"
 _NEVER_SENT: Final = HOP_BY_HOP | _REBUILT
 _LOOKED_AT: Final = WHITELIST | {b"authorization", b"connection"}
+
+
+class UpgradeRequest(Request):
+    """A request after which its connection is no longer HTTP, if the answer is 101."""
+
+    __slots__ = ()
 
 
 class ForwardRules:
@@ -153,7 +165,8 @@ def request_head(
             authorized = True
         elif name == b"connection":
             if value.strip().lower() not in _PLAIN:  # it may name fields that were already copied: start again
-                return request_head(_end_to_end(request), start, request_id, length, key, rules)
+                head = request_head(_end_to_end(request), start, request_id, length, key, rules)
+                return _upgrade_head(head, request, rules) if isinstance(request, UpgradeRequest) else head
             continue
         lines += (name, b": ", value, b"\r\n")
     if key is not None and (rules.guarded or not authorized):
@@ -163,10 +176,32 @@ def request_head(
 
 
 def _end_to_end(request: Request) -> Request:
-    """Return the request without its Connection fields and the fields they name."""
+    """Return the request without its Connection fields, the fields they name, and those of a WebSocket."""
     dropped = named_by_connection(request.headers)
-    headers = [(name, value) for name, value in request.headers if name not in dropped]
+    headers = [field for field in request.headers if field[0] not in dropped and not field[0].startswith(_FIELDS)]
     return Request(request.method, request.target, request.path, headers)
+
+
+def _upgrade_head(head: bytes, request: Request, rules: ForwardRules) -> bytes:
+    """Return the head of a leg that asks for a WebSocket. head: that of the same leg without the upgrade."""
+    lines = [head[:-2].replace(_NO_BODY, b"\r\n", 1)]
+    for name, value in request.headers:
+        kept = _without_keys(value, rules) if name == PROTOCOL else value
+        if kept and name.startswith(_FIELDS):
+            lines += (name, b": ", kept, b"\r\n")
+    lines += (SWITCHES, b"\r\n")
+    return b"".join(lines)
+
+
+def _without_keys(value: bytes, rules: ForwardRules) -> bytes:
+    """Return the subprotocols that a worker may see: not the client's key, where it would get no Authorization."""
+    return b", ".join(part.strip() for part in value.split(b",") if not _held_back(part.strip(), rules))
+
+
+def _held_back(protocol: bytes, rules: ForwardRules) -> bool:
+    if not protocol.startswith(BROWSER_KEY):
+        return False
+    return rules.guarded or (rules.withheld is not None and rules.withheld(protocol[len(BROWSER_KEY) :]))
 
 
 def named_by_connection(headers: Headers) -> frozenset[bytes]:

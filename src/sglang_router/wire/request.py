@@ -8,7 +8,8 @@ Transfer-Encoding on HTTP/1.0 or other than `chunked` alone, a missing or repeat
 1.1, CONNECT, request lines that are not exact (`wire.request_line`), and everything that exceeds the limits.
 
 An Upgrade that a client offers is ignored (RFC 9110 7.8). llhttp stops at such a head and takes the rest for another
-protocol; so a new parser is told the same head without its Upgrade field, and goes on with the rest.
+protocol; so a new parser is told the same head without its Upgrade field, and goes on with the rest. But a request that
+`takes` takes (`wire.upgrade`) is the last one of its connection, and what follows it stays unread, in `early`.
 
 An invalid request is returned as an error, not raised, after the valid requests that came before it: so each gets its
 answer in order. After an error the parser stops, because it is not known where the next message begins.
@@ -32,6 +33,7 @@ from sglang_router.errors import (
 )
 from sglang_router.wire.gathering import Body, gather, whole
 from sglang_router.wire.limits import Limits
+from sglang_router.wire.malformed import verdict
 from sglang_router.wire.request_line import RequestLines
 from sglang_router.wire.rewriting import origin_form, without_upgrade
 
@@ -92,42 +94,29 @@ class Request:
         return f"<Request {self.method.decode('latin-1')} {self.path.decode('latin-1')} {len(self.body)} bytes>"
 
 
+Admit = Callable[[Request, bool], "int | None"]
+Takes = Callable[[bytes, bytes, Headers], "Request | None"]
+
+
 class RequestParser:
     """The parser of one connection.
 
     limits  sizes above which a request is rejected
     admit   called with each head, and whether a body follows; may set refusal and client; returns the body's own limit
+    takes   called with a head that offers an upgrade; returns the request if that is taken
+    early   what came behind a request that takes an upgrade; None: there was none
     """
 
     __slots__ = (
-        "_admit",
-        "_body",
-        "_chunked",
-        "_error",
-        "_head_bytes",
-        "_headers",
-        "_limits",
-        "_lines",
-        "_long",
-        "_most_body",
-        "_most_headers",
-        "_offer",
-        "_parser",
-        "_pieces",
-        "_ready",
-        "_request",
-        "_url",
-        "http10",
-        "length",
-        "mid_body",
-        "mid_head",
-        "received",
-        "wants_continue",
+        *("_admit", "_body", "_chunked", "_error", "_head_bytes", "_headers", "_limits", "_lines", "_long"),
+        *("_most_body", "_most_headers", "_offer", "_parser", "_pieces", "_ready", "_request", "_takes_it", "_url"),
+        *("early", "http10", "length", "mid_body", "mid_head", "received", "wants_continue"),
     )
 
     _body: Body
     _head_bytes: int
     _parser: httptools.HttpRequestParser | None
+    _request: Request | None
     http10: bool
     """The last head that is complete was of HTTP/1.0."""
     length: int
@@ -135,8 +124,10 @@ class RequestParser:
     received: int
     """Bytes of the current body that are here, without its transfer coding."""
 
-    def __init__(self, limits: Limits, admit: Callable[[Request, bool], int | None] | None = None) -> None:
+    def __init__(self, limits: Limits, admit: Admit | None = None, takes: Takes | None = None) -> None:
         self._limits = limits
+        self._takes_it = takes
+        self.early: list[bytes] | None = None
         self._most_headers = limits.header_count
         self._most_body = limits.body_bytes
         self._admit = admit
@@ -162,6 +153,8 @@ class RequestParser:
         """Parse the next bytes; return the requests they complete, in order. Nothing follows an error."""
         parser = self._parser
         if parser is None:
+            if self.early is not None:
+                self.early.append(data)
             return []
         in_body, size = self.mid_body, self.received
         between = not (self.mid_head or in_body)
@@ -175,10 +168,12 @@ class RequestParser:
             try:
                 parser.feed_data(data)
             except httptools.HttpParserUpgrade as exc:
-                self._without_upgrade(data, exc.args[0])
+                if self._without_upgrade(data, exc.args[0]):
+                    ready, self._ready = self._ready, []
+                    return ready
         except httptools.HttpParserError as exc:
             if self._parser is not None:
-                self._error = self._error or _verdict(exc)
+                self._error = self._error or verdict(exc)
         if self.mid_head:
             # A field that does not end triggers no callback, so count bytes here. A read in which the head began after
             # other messages is not counted; the head itself is measured when it is complete.
@@ -213,17 +208,20 @@ class RequestParser:
     def close(self) -> Body:
         """Release the parser, which refers to this object; return what has arrived of an incomplete body."""
         self._error = self._error or BadHTTP()
-        self._parser = None
+        self._parser = self.early = None
         self._lines.raw = b""
         self.mid_head = self.mid_body = False
         body, self._body = self._body, b""
         self._pieces = []
         return body
 
-    def _without_upgrade(self, data: bytes, at: int) -> None:
-        """Parse the head that offers an upgrade again without that, and what follows it. at: its end in `data`."""
+    def _without_upgrade(self, data: bytes, at: int) -> bool:
+        """Parse the head that offers an upgrade again without that, and what follows it. at: its end in `data`.
+
+        Return True when the upgrade is taken instead: then what follows is no HTTP, and is kept.
+        """
         rest = memoryview(data)
-        while True:
+        while self._offer:
             head, self._offer = self._offer, b""
             parser = self._parser = httptools.HttpRequestParser(self)
             self._lines.go_on(head, 0)
@@ -234,7 +232,20 @@ class RequestParser:
             except httptools.HttpParserUpgrade as exc:
                 at += exc.args[0]
             else:
-                return
+                return False
+        self._parser, self.early = None, [data[at:]]
+        return True
+
+    def _takes(self, request: Request | None) -> bool:
+        """Begin a request that takes an upgrade; return False when there is none."""
+        if request is None:
+            return False
+        if self._check(request.headers, False):
+            self._fail(BadHTTP("A request for a WebSocket has no body."))
+        self._request = request
+        if self._admit is not None:
+            self._admit(request, False)
+        return True
 
     # -- called by llhttp ----------------------------------------------------------------------------------------------
 
@@ -247,7 +258,7 @@ class RequestParser:
         self._head_bytes = 0
         self.length = self.received = 0
         self._body = b""
-        self._request: Request | None = None
+        self._request = None
         self.mid_head = True
 
     def on_url(self, url: bytes) -> None:
@@ -283,7 +294,8 @@ class RequestParser:
         if parser.should_upgrade():
             if method == b"CONNECT":
                 self._fail(UpgradeRefused())
-            self._offer = without_upgrade(method, url, parser.get_http_version(), headers)
+            if http10 or self._takes_it is None or not self._takes(self._takes_it(method, url, headers)):
+                self._offer = without_upgrade(method, url, parser.get_http_version(), headers)
             return
         has_body = self._check(headers, http10)
         if not url.startswith(b"/"):
@@ -375,13 +387,3 @@ class RequestParser:
     def _fail(self, error: RouterError) -> None:
         self._error = error
         raise error
-
-
-def _verdict(exc: httptools.HttpParserError) -> RouterError:
-    """Return the router's error for one of llhttp's."""
-    text = str(exc)
-    if "PRI" in text or "HTTP version" in text:
-        return VersionNotSupported()
-    if isinstance(exc, httptools.HttpParserInvalidMethodError):
-        return BadHTTP("The request line does not begin with a method.")
-    return BadHTTP(f"This is not a well-formed HTTP/1.1 request: {text}.")

@@ -130,47 +130,48 @@ many times a second. A head that differs in that value only is made of the known
 _LENGTHS: Final = (b"\r\ncontent-length: ", b"\r\nContent-Length: ")
 
 
-def parse_head(data: bytes, seen: int = 0) -> ResponseHead | None:
+def parse_head(data: bytes, seen: int = 0, switches: bool = False) -> ResponseHead | None:
     """Return the head at the start of `data`, or None while it is not complete.
 
     Interim responses (1xx) are returned like any other; the caller drops `data[:head.end]` and calls again.
 
-    seen  bytes of `data` for which an earlier call returned None; they are not searched again
+    seen      bytes of `data` for which an earlier call returned None; they are not searched again
+    switches  the request asked for another protocol, so that the answer may be 101
 
-    Raises: WorkerInvalid for what is not HTTP/1.x, two lengths, an unknown transfer coding, 101, or a head over
-    MAX_HEAD.
+    Raises: WorkerInvalid for what is not HTTP/1.x, two lengths, an unknown transfer coding, 101 without `switches`, or
+    a head over MAX_HEAD.
     """
     end = data.find(b"\r\n\r\n", 0, _LONGEST_KNOWN)
     if end < 0:
-        return _parse(data, seen)
+        return _parse(data, seen, switches)
     at = data.find(_LENGTHS[0], 0, end)
     if at < 0:
         at = data.find(_LENGTHS[1], 0, end)
     if at < 0:
-        return _known.get(data[:end]) or _learn(data, seen, data[:end])
+        return _known.get(data[:end]) or _learn(data, seen, data[:end], switches)
     at += len(_LENGTHS[0])
     stop = data.find(b"\r", at)
     digits, key = data[at:stop], data[:at] + data[stop:end]
     known = _known.get(key)
     if known is None or not digits.isdigit() or len(digits) > _MOST_DIGITS:
-        return _learn(data, seen, key)
+        return _learn(data, seen, key, switches)
     fields = data[known.end - 4 - len(known.fields) : end]
     return ResponseHead(
         known.status, known.reason, fields, known.plain, known.keep_alive, known.chunked, int(digits), end + 4
     )
 
 
-def _learn(data: bytes, seen: int, key: bytes) -> ResponseHead | None:
-    """Parse a head, and keep it as a known one."""
-    head = _parse(data, seen)
-    if head is not None:
+def _learn(data: bytes, seen: int, key: bytes, switches: bool) -> ResponseHead | None:
+    """Parse a head, and keep it as a known one; but not a 101, which is no answer to other requests."""
+    head = _parse(data, seen, switches)
+    if head is not None and head.status != 101:
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         _known[key] = head
     return head
 
 
-def _parse(data: bytes, seen: int) -> ResponseHead | None:
+def _parse(data: bytes, seen: int, switches: bool = False) -> ResponseHead | None:
     """Do what `parse_head` does, for a head that is not known."""
     # Matching a head of 64 KiB costs as much as answering ten requests: do not repeat it for each byte of a slow head.
     if (seen or len(data) > _SHORT) and data.find(b"\r\n\r\n", max(0, seen - 3)) < 0:
@@ -200,7 +201,7 @@ def _parse(data: bytes, seen: int) -> ResponseHead | None:
                 raise WorkerInvalid
             chunked = True
     code, end = int(status), match.end()
-    if (chunked and length is not None) or code == 101 or end > MAX_HEAD:
+    if (chunked and length is not None) or (code == 101 and not switches) or end > MAX_HEAD:
         raise WorkerInvalid
     keep_alive = minor == b"1"
     if connection:
@@ -233,9 +234,9 @@ def _persists(connection: bytes, default: bool) -> bool:
 
 
 def framing_of(head: ResponseHead) -> Framing:
-    """Return the framing of the body after `head`, for an answer to any method but HEAD."""
+    """Return the framing of the body after `head`, for an answer to any method but HEAD. A 101 is followed by bytes."""
     if head.status in _BODYLESS or head.status < 200:
-        return Sized(0)
+        return UntilClose() if head.status == 101 else Sized(0)
     if head.chunked:
         return Chunked()
     if head.content_length is not None:

@@ -22,7 +22,8 @@ from sglang_router.wire.gathering import Body
 from sglang_router.wire.headers import via
 from sglang_router.wire.response import ResponseHead
 
-_MAX_BYTES = 64 << 20
+MOST_ANSWER = 64 << 20
+"""Bytes of an answer, unless the caller says otherwise."""
 
 
 class Fetched(msgspec.Struct):
@@ -112,7 +113,7 @@ async def fetch(
     body: Body = b"",
     sent: Sent = _PLAIN,
     timeout: float,
-    max_bytes: int = _MAX_BYTES,
+    max_bytes: int = MOST_ANSWER,
 ) -> Fetched:
     """Send one request with the target's key and return the whole answer. `path` may have a query.
 
