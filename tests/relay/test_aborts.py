@@ -11,7 +11,7 @@ import pytest
 from pair_deciders import BODY, CHAT, Pairs, on_loop
 from played import Client, Leg, Play, post
 from sglang_router.config.keys import ClientKey
-from sglang_router.relay.aborts import SECONDS, Aborts
+from sglang_router.relay.aborts import AGAIN, SECONDS, Aborts
 from sglang_router.routing.plan import PlannedLeg, Target
 from sglang_router.wire.headers import ForwardRules
 
@@ -107,6 +107,7 @@ async def test_one_that_is_not_answered_is_given_up() -> None:
             return play.loop.call_later(seconds, call)
 
         aborts = Aborts(play.connections, call_later, ForwardRules())
+        aborts.again = ()
         aborts.abort(leg_to(play), [])
         leg = await play.leg()
         late[0]()
@@ -115,9 +116,50 @@ async def test_one_that_is_not_answered_is_given_up() -> None:
 
 
 @on_loop
+async def test_an_engine_is_asked_again_for_it_may_not_have_read_the_request() -> None:
+    async with Play(1) as play:
+        delays: list[float] = []
+
+        def call_later(seconds: float, call: Callable[[], None]) -> asyncio.TimerHandle:
+            delays.append(seconds)
+            return play.loop.call_later(seconds if seconds == SECONDS else 0.0, call)
+
+        aborts = Aborts(play.connections, call_later, ForwardRules())
+        aborts.abort(leg_to(play), [])
+        for _ in range(1 + len(AGAIN)):
+            leg = await play.leg()
+            assert json.loads(leg.body) == {"rid": "r1"}
+            await answered(leg)
+        await play.until(lambda: not aborts.in_flight)
+        assert shown(aborts) == (0, 1, 0, 0), "it is counted once"
+        assert delays == [SECONDS, AGAIN[0], SECONDS, AGAIN[1], SECONDS]
+
+
+@on_loop
+async def test_nothing_is_asked_again_when_the_router_ends() -> None:
+    async with Play(1) as play:
+        repeats: list[Callable[[], None]] = []
+
+        def call_later(seconds: float, call: Callable[[], None]) -> asyncio.TimerHandle:
+            if seconds != SECONDS:
+                repeats.append(call)
+            return play.loop.call_later(60.0, call)
+
+        aborts = Aborts(play.connections, call_later, ForwardRules())
+        aborts.abort(leg_to(play), [])
+        await answered(await play.leg())
+        await play.until(lambda: not aborts.in_flight)
+        await aborts.settle()
+        for repeat in repeats:
+            repeat()
+        assert (len(repeats), aborts.in_flight) == (1, 0)
+
+
+@on_loop
 async def test_no_more_than_so_many_are_open() -> None:
     async with Play(1) as play:
         aborts = Aborts(play.connections, play.loop.call_later, ForwardRules(), 2)
+        aborts.again = ()
         for _ in range(5):
             aborts.abort(leg_to(play), [])
         assert shown(aborts) == (2, 0, 0, 3)

@@ -137,8 +137,10 @@ def test_vllm_prefill_reads_first_and_hands_over(path: bytes, limit: dict[str, i
 
 def test_the_engine_tells_that_it_is_vllm() -> None:
     b = Pairs()
-    for worker in b.workers:
-        b.fleet.reported(worker, EngineReport(runtime="vllm"))
+    assert not b.plan(chat())[1].handoff
+    b.fleet.reported(b.named("d0"), EngineReport(runtime="vllm"))
+    assert b.plan(chat())[1].handoff, "one of them is enough"
+    b.fleet.reported(b.named("p0"), EngineReport(runtime="vllm"))
     assert b.plan(chat())[1].handoff
     b.router.pairs.rules = PairRules(connector="sglang")
     assert not b.plan(chat())[1].handoff
@@ -291,16 +293,32 @@ def test_a_decode_worker_gets_no_more_than_its_window() -> None:
     assert isinstance(b.router.expired(queued[1].tag, 99.0), RouterError)
 
 
-def test_no_retry_exceeds_a_window() -> None:
-    b = Pairs(1, 2)
+def test_a_retry_exceeds_a_window_rather_than_fail() -> None:
+    """It is not queued, and its engine queues what is above its window."""
+    b = Pairs(1, 3)
     b.windows(1)
     asked, plan = b.plan(chat())
     b.plan(chat())
-    retried = b.retry(asked, plan.legs[0], Outcome.FAILED)
+    retried = b.retry(asked, plan.legs[1], Outcome.BROKEN)
     assert retried is not None
-    assert names(retried) == ["p0", "d0"]
-    assert b.retry(asked, retried.legs[1], Outcome.BROKEN) is None, "the other one is full"
-    assert [worker.load for worker in b.workers] == [1, 0, 1]
+    assert names(retried) == ["p0", "d2"], "where there is room"
+    other, plan = b.plan(chat())
+    assert names(plan) == ["p0", "d0"]
+    retried = b.retry(other, plan.legs[1], Outcome.BROKEN)
+    assert retried is not None
+    assert names(retried)[1] in ("d1", "d2"), "nowhere is room"
+
+
+def test_a_queued_request_is_not_stranded_while_a_window_is_full() -> None:
+    b = Pairs(1, 1)
+    b.windows(1)
+    asked, plan = b.plan(chat())
+    queued = b.ask(chat())
+    b.router.refuse_stranded(Unavailable("the router ends"), 0.0)
+    for leg in plan.legs:
+        b.end(asked, leg)
+    b.settle()
+    assert names(queued.plan) == ["p0", "d0"]
 
 
 def test_a_window_without_room_says_so() -> None:
@@ -502,7 +520,7 @@ def test_counters_return_to_zero_whatever_happens(runtime: str, policy: str, eve
     b = Pairs(2, 2, runtime=runtime, policy=policy, queue=QueueRules(max_concurrent=4, queue_size=3))
     b.windows(WINDOW)
     asked_all: list[Asked] = []
-    now = 0.0
+    now, retries = 0.0, 0
     for kind, *what in events:
         now += 0.5
         if kind == "ask":
@@ -524,9 +542,10 @@ def test_counters_return_to_zero_whatever_happens(runtime: str, policy: str, eve
                     b.end(each, leg, what[2], now)
                 elif open_leg and what[2].retryable:
                     b.retry(each, leg, what[2], now)
+                    retries += 1
         b.settle(now)
         for worker in b.workers:
-            assert worker.role != "decode" or worker.load <= WINDOW or worker.told_role, worker
+            assert worker.role != "decode" or worker.load <= WINDOW + retries or worker.told_role, worker
             assert worker.load >= 0
     while any(isinstance(each.answers[-1], Plan) or each.waits for each in asked_all):
         for each in asked_all:

@@ -68,6 +68,8 @@ GET_LOAD = [
     [
         ("models", {"data": [{"id": "m", "max_model_len": 8192}]}, None, {**M, "context_length": 8192}),
         ("models", {"data": [{"id": "a", "meta": {"n_ctx": 512}}]}, None, {**A, "context_length": 512}),
+        ("models", {"data": [{"id": "a", "owned_by": "vllm"}]}, None, {**A, "runtime": "vllm"}),
+        ("models", {"data": [{"id": "a", "owned_by": "sglang"}]}, None, A),
         ("models", {"data": [{"id": "a"}, {"id": "b", "max_model_len": 9}]}, 1, {"model": "a", "names": A_AND_B}),
         (
             "server_info",

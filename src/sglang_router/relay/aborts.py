@@ -4,6 +4,11 @@ SGLang frees a leg that waits for its partner neither when its connection closes
 router sets the request's id and says it when the leg is over. Nobody waits for the answer:
 
     abort(leg, headers) --> at most MOST at once, each for at most SECONDS --> settled: told, failed or dropped
+                            ^                                                  |
+                            '--------- again, after AGAIN seconds -------------'
+
+An engine that is asked to end a request which it has not read yet forgets that it was asked: both came at almost the
+same time, on two connections. So it is asked again, which costs nothing if the request is gone.
 
 What goes wrong is logged at the level debug and counted; the engine's own timeout is the net below. Several ids,
 separated by spaces, are those of a batch: each is aborted.
@@ -30,6 +35,8 @@ MOST: Final = 256
 """Aborts in flight; further ones are not sent."""
 SECONDS: Final = 5.0
 """How long one may take."""
+AGAIN: Final = (1.0, 4.0)
+"""Seconds after which an engine is asked again, and once more."""
 AT_THE_END: Final = 1.0
 """How long all of them may take when the router ends."""
 
@@ -37,13 +44,30 @@ log: Final = logging.getLogger("sglang_router.relay")
 
 
 class Abort:
-    """One abort: the sink of its answer, which is dropped."""
+    """One abort: the sink of its answer, which is dropped.
 
-    __slots__ = ("_aborts", "_body", "_connection", "_head", "_timer", "bodyless", "decoding", "target")
+    again     seconds after which it is sent again, and once more
+    repeated  it has been sent before
+    """
+
+    __slots__ = (
+        "_aborts",
+        "_body",
+        "_connection",
+        "_head",
+        "_timer",
+        "again",
+        "bodyless",
+        "decoding",
+        "repeated",
+        "target",
+    )
 
     def __init__(self, aborts: Aborts, target: Target, head: bytes, body: bytes) -> None:
         self.bodyless = self.decoding = False
         self.target = target
+        self.again = aborts.again
+        self.repeated = False
         self._aborts = aborts
         self._head = head
         self._body = body
@@ -54,6 +78,10 @@ class Abort:
         """Send it; `timer` ends it."""
         self._timer = timer
         self._connection = self._aborts.pool.send(self.target, self, self._head, self._body, fresh=fresh)
+
+    def repeat(self) -> None:
+        """Send it again, if the router does not end."""
+        self._aborts.repeat(self)
 
     def late(self) -> None:
         """Give it up: time is over."""
@@ -98,9 +126,22 @@ class Aborts:
     told     aborts that an engine has answered
     failed   those that it has not
     dropped  those that were not sent, because too many were in flight
+    again    seconds after which one is sent again, and once more; these are not counted
     """
 
-    __slots__ = ("_call_later", "_forward", "_most", "_open", "_rest", "dropped", "failed", "pool", "told")
+    __slots__ = (
+        "_call_later",
+        "_forward",
+        "_most",
+        "_open",
+        "_rest",
+        "_waiting",
+        "again",
+        "dropped",
+        "failed",
+        "pool",
+        "told",
+    )
 
     def __init__(
         self,
@@ -111,10 +152,12 @@ class Aborts:
     ) -> None:
         self.pool = pool
         self.told = self.failed = self.dropped = 0
+        self.again: tuple[float, ...] = AGAIN
         self._call_later = call_later
         self._forward = forward
         self._most = most
         self._open: set[Abort] = set()
+        self._waiting: set[Abort] = set()  # to be sent again; as many at most as may be in flight
         self._rest: asyncio.Event | None = None  # set when none is in flight, if somebody waits for that
 
     def __repr__(self) -> str:
@@ -133,9 +176,18 @@ class Aborts:
                 log.debug("%s is not asked to end a request: %d such questions are open", leg.target.name, self._most)
                 continue
             body = json.dumps({"rid": rid.decode("latin-1")}).encode()
-            abort = Abort(self, leg.target, self._head(leg.target, headers, len(body)), body)
-            self._open.add(abort)
-            abort.send(self._call_later(SECONDS, abort.late))
+            self._send(Abort(self, leg.target, self._head(leg.target, headers, len(body)), body))
+
+    def _send(self, abort: Abort) -> None:
+        self._open.add(abort)
+        abort.send(self._call_later(SECONDS, abort.late))
+
+    def repeat(self, abort: Abort) -> None:
+        """Send one again whose time has come."""
+        if abort in self._waiting:
+            self._waiting.discard(abort)
+            if len(self._open) < self._most:
+                self._send(abort)
 
     def _head(self, target: Target, headers: Headers, length: int) -> bytes:
         start = self.pool.origin(target).start(b"POST", b"/abort_request")
@@ -149,16 +201,26 @@ class Aborts:
     def settled(self, abort: Abort, failure: str) -> None:
         """Take note that an abort is over. failure: why it was not answered; "" for one that was."""
         self._open.discard(abort)
+        if not abort.repeated:
+            self._count(abort, failure)
+        if abort.again and len(self._waiting) < self._most:
+            delay, abort.again = abort.again[0], abort.again[1:]
+            abort.repeated = True
+            self._waiting.add(abort)
+            self._call_later(delay, abort.repeat)
+        if self._rest is not None and not self._open:
+            self._rest.set()
+
+    def _count(self, abort: Abort, failure: str) -> None:
         if failure:
             self.failed += 1
             log.debug("%s could not be asked to end a request: %s", abort.target.name, failure)
         else:
             self.told += 1
-        if self._rest is not None and not self._open:
-            self._rest.set()
 
     async def settle(self, seconds: float = AT_THE_END) -> None:
         """Wait until none is in flight, for at most so many seconds: the router ends."""
+        self._waiting.clear()
         if self._open:
             self._rest = asyncio.Event()
             try:

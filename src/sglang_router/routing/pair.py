@@ -53,8 +53,8 @@ class ServingPair:
         return with_room(self.decode.candidates(now)) if self.prefill.candidates(now) else _NOBODY
 
     def able(self, now: float) -> Candidates:
-        """Return the same, and the workers left out only for --max-running-per-worker. No window is exceeded."""
-        return with_room(self.decode.able(now)) if self.prefill.able(now) else _NOBODY
+        """Return the same, and the workers left out only because they are full: a retry exceeds a window."""
+        return self.decode.able(now) if self.prefill.able(now) else _NOBODY
 
     def unavailable(self, now: float) -> Unavailable:
         """Return the error that says which half has no worker, why, and when to retry."""

@@ -85,8 +85,8 @@ class Pairs:
         """Return how the workers of a pair hand over what was computed: NIXL or SGLANG."""
         if self.rules.connector:
             return self.rules.connector
-        worker = next(iter(pair.workers))
-        return NIXL if _runtime_of(worker) == "vllm" else SGLANG
+        told = next((runtime for worker in pair.workers if (runtime := _runtime_of(worker))), "")
+        return NIXL if told == "vllm" else SGLANG
 
     def is_short(self, facts: Facts, cached: int, worker: Worker) -> bool:
         """Return whether the part of a prompt that is not cached is too short for a pair, in tokens of a worker.

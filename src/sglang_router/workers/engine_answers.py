@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from sglang_router.routing.model_names import names_of
 
+_VLLM = "vllm"
 _MAX_COUNT = 1 << 53
 """Counts above this are nonsense."""
 
@@ -34,7 +35,8 @@ Reader = Callable[[Any, "int | None"], ReportFields]
 def models(answer: Any, rank: int | None) -> ReportFields:
     """Read /v1/models: the first model, and all names. `max_model_len` is vLLM's and SGLang's, `meta` llama.cpp's.
 
-    An entry with a parent is an adapter: vLLM and SGLang list the loaded ones beside the model.
+    An entry with a parent is an adapter: vLLM and SGLang list the loaded ones beside the model. `owned_by` says that an
+    engine is vLLM. This is the first answer, so that is known before the engine gets a request.
     """
     listed = _objects(_field(answer, "data"))
     first = next(iter(listed), None)
@@ -45,7 +47,12 @@ def models(answer: Any, rank: int | None) -> ReportFields:
         [name for entry in listed if not entry.get("parent") for name in _names(entry)],
         [entry.get("id") for entry in listed if entry.get("parent")],
     )
-    return _found(model=_text(_field(first, "id")), context_length=length, names=names if names.bases else None)
+    return _found(
+        model=_text(_field(first, "id")),
+        context_length=length,
+        names=names if names.bases else None,
+        runtime=_VLLM if _field(first, "owned_by") == _VLLM else None,
+    )
 
 
 def _names(entry: dict[str, Any]) -> list[Any]:
@@ -104,7 +111,7 @@ def model_info(answer: Any, rank: int | None) -> ReportFields:
 def version(answer: Any, rank: int | None) -> ReportFields:
     """Read vLLM's /version."""
     found = _text(_field(answer, "version"))
-    return _found(version=found, runtime="vllm" if found else None)
+    return _found(version=found, runtime=_VLLM if found else None)
 
 
 def props(answer: Any, rank: int | None) -> ReportFields:
