@@ -1,7 +1,8 @@
-"""Real engines behind launch_server: install each, run all checks (`real_engines.course`), write its row in
-docs/engines.md.
+"""Real engines behind launch_server, and prefill/decode pairs of them: install each, run all checks
+(`real_engines.course`, `real_engines.pair_course`), write its rows in docs/engines.md.
 
-scripts/test-engines [llamacpp|vllm|sglang ...]      (a shell script; prepares the environment and runs this)
+scripts/test-engines [llamacpp|vllm|sglang|sglang-pd|vllm-pd ...]      (a shell script; prepares the environment and
+                                                                       runs this)
 
 --quick     only the tiny model, no download, no row written: for the test suite
 """
@@ -21,12 +22,15 @@ from scripts.real_engines import models
 from scripts.real_engines.course import Course
 from scripts.real_engines.engines import CHECKOUT, ENGINES, ENVIRONMENTS, Engine, SetupError, version
 from scripts.real_engines.launched import CourseError
+from scripts.real_engines.pair_course import Front, Given, in_namespace
+from scripts.real_engines.pair_routers import FRONTS
+from scripts.real_engines.pairs import KINDS, VLLM_PD, PairKind, install
 from scripts.real_engines.results import Results
 
 from sglang_router.errors import ConfigError
 
 PAGE = CHECKOUT / "docs" / "engines.md"
-BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+BEGIN, PAIRS_BEGIN, END = "<!-- measured: begin -->\n", "<!-- pairs: begin -->\n", "<!-- measured: end -->\n"
 COLUMNS = (
     *("engine", "version", "both healthy", "requests", "failed", "streams cut by kill -9", "cached tokens predicted"),
     *("reported", "back after kill -9", "rolling restart", "Ctrl-C", "date"),
@@ -47,9 +51,13 @@ def row(engine: Engine, python: str, results: Results) -> str:
         f"{results.back:.1f} s",
         f"{results.rolling:.1f} s",
         f"{results.end:.1f} s",
-        datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        _today(),
     ]
     return "| " + " | ".join(cells) + " |\n"
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
 def write(name: str, line: str) -> None:
@@ -60,6 +68,85 @@ def write(name: str, line: str) -> None:
     rows[name] = line
     text = "".join(rows[known] for known in ENGINES if known in rows)
     PAGE.write_text(before + BEGIN + HEAD + text + END + after)
+
+
+# -- pairs ------------------------------------------------------------------------------------------------
+
+PAIR_COLUMNS = (
+    *(
+        "pair",
+        "router",
+        "requests",
+        "failed",
+        "handed over",
+        "40 at once",
+        "chat, n = 2",
+        "fields of the router, sent by a client",
+    ),
+    *("decode killed: all answered after", "lost", "prefill killed: all answered after", "lost"),
+    *("left on the engines", "date"),
+)
+PAIR_HEAD = f"| {' | '.join(PAIR_COLUMNS)} |\n{'|---' * len(PAIR_COLUMNS)}|\n"
+
+
+def pair_row(kind: PairKind, front: Front) -> str:
+    cells = [
+        kind.name,
+        front.name,
+        str(front.requests),
+        str(front.failed),
+        str(front.moved) if kind is VLLM_PD else "-",
+        _seconds(front.forty),
+        front.samples,
+        front.fields,
+        _seconds(front.decode_killed),
+        str(front.decode_lost),
+        _seconds(front.prefill_killed),
+        str(front.prefill_lost),
+        f"{front.stuck:,}",
+        _today(),
+    ]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _seconds(value: float | None) -> str:
+    return "did not get there" if value is None else f"{value:.1f} s"
+
+
+def write_pairs(kind: PairKind, lines: list[str]) -> None:
+    """Replace the rows of one kind of pair."""
+    before, _, rest = PAGE.read_text().partition(PAIRS_BEGIN)
+    table, _, after = rest.partition(END)
+    rows: dict[str, list[str]] = {}
+    for line in table.splitlines(keepends=True)[2:]:
+        rows.setdefault(line.split("|")[1].strip(), []).append(line)
+    rows[kind.name] = lines
+    text = "".join("".join(rows[known]) for known in KINDS if known in rows)
+    PAGE.write_text(before + PAIRS_BEGIN + PAIR_HEAD + text + END + after)
+
+
+def run_pair(kind: PairKind) -> list[str]:
+    """Run all checks of a kind of pair behind each router; return what is wrong with ours."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{kind.name}-"))
+    print(kind.name, flush=True)
+    try:
+        python, imports = install(kind)
+        model = models.hugging_face(models.tiny(ENVIRONMENTS / "models"), ENVIRONMENTS / "models")
+        routers = {router.name: str(path) for router in FRONTS[kind.name] if (path := router.python())}
+        fronts = in_namespace(Given(kind.name, python, list(map(str, imports)), str(model), str(folder), routers))
+        wrong = [what for front in fronts for what in front.wrong]
+        if not wrong:
+            write_pairs(kind, [pair_row(kind, front) for front in fronts])
+    except (CourseError, SetupError) as error:
+        wrong = [str(error)]
+    if wrong:
+        print(f"  logs: {folder}")
+    else:
+        shutil.rmtree(folder)
+    return wrong
+
+
+# -- all ---------------------------------------------------------------------------------------------------
 
 
 def run(engine: Engine, quick: bool) -> Results:
@@ -96,17 +183,19 @@ def _progress(done: int, total: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/test-engines", description=__doc__.partition("\n")[0])
-    parser.add_argument("engines", nargs="*", metavar="ENGINE", help=f"any of {', '.join(ENGINES)} (all)")
+    parser.add_argument(
+        "engines", nargs="*", metavar="ENGINE", help=f"any of {', '.join(ENGINES)} (all of these), {', '.join(KINDS)}"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny model only, no row in docs/engines.md")
     options = parser.parse_args()
-    if unknown := set(options.engines) - set(ENGINES):
-        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(ENGINES)}")
+    if unknown := set(options.engines) - {*ENGINES, *KINDS}:
+        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join((*ENGINES, *KINDS))}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a `finally` ends the launcher
     os.chdir(CHECKOUT)
     wrong = {}
     try:
         for name in options.engines or ENGINES:
-            wrong[name] = run(ENGINES[name], options.quick).wrong
+            wrong[name] = run_pair(KINDS[name]) if name in KINDS else run(ENGINES[name], options.quick).wrong
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

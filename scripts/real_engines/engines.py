@@ -117,7 +117,7 @@ def _environment(name: str, contents: str, install: Callable[[str], None]) -> st
     wanted = f"{sys.version_info[:2]} {folder} {contents}\n"
     if not stamp.exists() or stamp.read_text() != wanted:
         print(f"  installing {contents} into .engines/{name} (some GB, a minute or two)", flush=True)
-        _run([sys.executable, "-m", "venv", "--clear", str(folder)])
+        run_quietly([sys.executable, "-m", "venv", "--clear", str(folder)])
         install(str(python))
         stamp.write_text(wanted)
     return str(python)
@@ -136,10 +136,11 @@ def _normal(requirement: str) -> str:
 
 
 def _pip(python: str, *arguments: str) -> None:
-    _run([python, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input", *arguments])
+    run_quietly([python, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input", *arguments])
 
 
-def _run(command: Sequence[str]) -> None:
+def run_quietly(command: Sequence[str]) -> None:
+    """Run a command; show nothing of it unless it fails. Raises: SetupError with the end of what it said."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("WARNING")]

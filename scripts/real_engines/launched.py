@@ -53,7 +53,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Called in the child: the kernel kills it if the test itself is killed (PR_SET_PDEATHSIG of prctl(2))."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
@@ -80,7 +80,7 @@ class Launched:
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # the test sends Ctrl-C to the whole process group, as a terminal does
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
                 env={**os.environ, **at_once, "TMPDIR": str(folder), **environ, name: value},
             )
         self._seen: set[Process] = set()

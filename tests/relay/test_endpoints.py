@@ -19,7 +19,7 @@ from sglang_router.routing.spec import WorkerSpec
 FORM = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--x--\r\n'
 LINES = "application/x-ndjson"
 LINE = b'{"model":"m","response":"Hi","done":false}\n'
-ENDPOINT_METHODS = [(row, method) for row in ENDPOINTS.values() for method in row.methods]
+ENDPOINT_METHODS = [(row, method) for row in ENDPOINTS.values() if not row.tunnel for method in row.methods]
 ONCE = [row for row in ENDPOINTS.values() if row.once]
 
 
