@@ -238,13 +238,15 @@ class Bench:
         while self.soon:
             self.soon.pop(0)(now)
 
-    def ask(self, request: Facts, now: float = 0.0) -> Asked:
-        """Ask where a request goes.
+    def ask(self, request: Facts, now: float = 0.0, priority: int | None = None) -> Asked:
+        """Ask where a request goes. priority: that its client asks for.
 
         Raises: RouterError, when it is refused.
         """
         number = len(self._asked) + 1
-        asked = self._asked[number] = Asked(self, RequestTag(number, b"r%d" % number, now, ROUTE), request)
+        tag = RequestTag(number, b"r%d" % number, now, ROUTE)
+        tag.named = (*tag.named[:5], priority)
+        asked = self._asked[number] = Asked(self, tag, request)
         asked.hear(self.router.ask(asked.tag, request, now))
         return asked
 

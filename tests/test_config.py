@@ -195,6 +195,8 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "model_id_from": ("label:llm", "label:llm"),
     "discovery_file": ("w.yaml", "w.yaml"),
     "discovery_dns": ("a:1, _http._tcp.b", ["a:1", "_http._tcp.b"]),
+    "jwt_issuer": ("https://h", "https://h"),
+    "jwt_jwks_uri": ("https://h/keys", "https://h/keys"),
     "autoscale": ("1:4", "1:4"),
     "scale_webhook": ("https://h/scale", "https://h/scale"),
     "kv_events_endpoint": ("tcp://{host}:5557", "tcp://{host}:5557"),
@@ -548,8 +550,8 @@ def test_missing_feature_is_refused_when_used(option: Option) -> None:
 
 
 def test_missing_features_are_named_together() -> None:
-    assert refused("--enable-trace --jwt-issuer i") == (
-        "not available in this version: --jwt-issuer, --enable-trace; start without them"
+    assert refused("--otlp-traces-endpoint h:1 --enable-trace") == (
+        "not available in this version: --enable-trace, --otlp-traces-endpoint; start without them"
     )
     assert read("--queue-size 100 --max-concurrent-requests -1 --backend sglang").checked().queue_size == 100
 

@@ -140,11 +140,42 @@ class MissingKey(Unauthorized):
     message = "An API key is required: send it as `Authorization: Bearer KEY`, or in the header x-api-key."
 
 
+class ExpiredKey(Unauthorized):
+    code = "expired_api_key"
+    message = "This API key has expired. Ask the operator of this router for another one."
+
+
+class InvalidToken(Unauthorized):
+    """A token of the identity provider that does not count (RFC 6750 3.1)."""
+
+    code = "invalid_token"
+    fields = (("www-authenticate", 'Bearer realm="sglang-router", error="invalid_token"'),)
+
+    def __init__(self, reason: str = "it cannot be read") -> None:
+        super().__init__(f"The token is not accepted: {reason}.")
+
+
+class TokenKeysMissing(AccessRefused):
+    """The issuer's public keys, or the one that signed the token, are being fetched."""
+
+    status = 503
+    code = "token_keys_unavailable"
+    type = "service_unavailable"
+    message = "The router has not got the key yet with which to check this token: the issuer is being asked. Try again."
+
+
 class Forbidden(AccessRefused):
     status = 403
     code = "forbidden"
     type = "permission_error"
     message = "The API key does not permit this request."
+
+
+class ModelNotAllowed(Forbidden):
+    """The entry of the client's key in the keys file names the models that it may ask for."""
+
+    code = "model_not_allowed"
+    message = "The API key does not permit this model. Name one that it permits in the field `model`."
 
 
 class NotFound(InvalidRequest):
@@ -264,6 +295,23 @@ class Overload(RouterError):
 class RateLimited(Overload):
     code = "rate_limited"
     message = "There are more requests per second than --rate-limit-tokens-per-second allows. Send fewer."
+
+
+class RequestsLimited(Overload):
+    """The limit of one client or one model, see docs/limits.md; so are the next two."""
+
+    code = "requests_limited"
+    message = "There are more requests per second than this key or this model may have. Send fewer."
+
+
+class ConcurrencyLimited(Overload):
+    code = "concurrency_limited"
+    message = "There are as many requests in flight as this key or this model may have. Wait until one ends."
+
+
+class TokensLimited(Overload):
+    code = "tokens_limited"
+    message = "The tokens per minute that this key or this model may have are used up. Try again later."
 
 
 class QueueFull(Overload):

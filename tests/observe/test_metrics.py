@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from event_makers import finished, leg, tag, target
 from fleets import any_policy, facts
 from sglang_router.observe.catalogue import METRICS, markdown
+from sglang_router.observe.clients import ClientCounts
 from sglang_router.observe.exposition import wanted
 from sglang_router.observe.live_sources import LiveSources
 from sglang_router.observe.metrics import DURATION_BUCKETS, Metrics
@@ -563,6 +564,7 @@ def busy(policy: str) -> Rig:
     renamed = leg(one)
     renamed.model = b'"tiny"'
     rig.metrics.finished(finished(renamed))
+    ClientCounts(lambda: ("alice",), rig.metrics.counts.clients).finished(finished(client="alice", code="queue_full"))
     return rig
 
 

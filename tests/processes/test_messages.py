@@ -166,7 +166,7 @@ def test_errors_arrive_as_they_were_raised(error: RouterError) -> None:
 def test_what_is_asked_is_what_the_decider_sees(path: bytes) -> None:
     endpoint = ENDPOINTS[path]
     route = endpoint.route or Route("POST", "/other/path", endpoint.name)
-    tag = RequestTag(7, b"id-1", 12.5, route, "10.0.0.9", "alice", 321, (b"id-1", b"session", b"trace", None, True))
+    tag = RequestTag(7, b"id-1", 12.5, route, "10.0.0.9", "alice", 321, (b"id-1", b"session", b"trace", None, True, 10))
     tag.model, tag.streaming = '"m"', True
     facts = Facts(endpoint, b"namespace", b"text", 2, True, b'"m"', b"session", b"x" * 321)
     ask = facing.ask_of(tag, facts, 13.0, facing.TextForm(b"text", digest=b"digest"))

@@ -308,7 +308,7 @@ TARGET = Target("http://10.0.0.7:30000", name="http://10.0.0.7:30000@1", worker_
 
 
 def tag(explained: bool, request_id: bytes = b"id-1") -> RequestTag:
-    named = (request_id, b"", b"", None, explained)
+    named = (request_id, b"", b"", None, explained, None)
     return RequestTag(1, request_id, 0.0, Route("POST", "/generate", "generate"), named=named)
 
 

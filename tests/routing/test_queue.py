@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from sglang_router.errors import QueueFull, RateLimited, TooManyWaiting
-from sglang_router.routing.queue import PAUSED, PLACE, ROOM, START, Queue, TokenBucket
+from sglang_router.routing.queue import PAUSED, PLACE, ROOM, START, Queue
 from sglang_router.routing.rules import QueueRules
+from sglang_router.routing.token_bucket import TokenBucket
 
 
 def queue_of(

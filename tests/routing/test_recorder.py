@@ -195,7 +195,7 @@ def test_nothing_is_left_of_what_has_ended() -> None:
     b.recorder.sink = lambda *record: taken.append(record)
     b.finish(b.again(b.again(b.route(b"abc", namespace=b"ns"), Outcome.REFUSED), Outcome.BUSY))
     b.finish(b.route(), Outcome.GONE)
-    named = (b"r9", b"s" * 100, b"", None, False)
+    named = (b"r9", b"s" * 100, b"", None, False, None)
     tag = RequestTag(9, b"r9", 0.0, Route("POST", "/generate", "generate"), named=named)
     b.recorder.finished(Finished(tag, None, Answered(503)))
     assert b.left == (0, 0, 0)
@@ -250,7 +250,7 @@ def test_sizes_are_bounded_and_a_model_is_shown_by_its_name() -> None:
     b = Desk(1)
     attempt = b.route()
     tag = attempt.asked.tag
-    tag.named = (b"r1", b"s" * 100_000, b"", None, False)
+    tag.named = (b"r1", b"s" * 100_000, b"", None, False, None)
     tag.model = '"tiny"'
     record = b.finish(attempt)
     assert (len(record.session), record.model) == (64, "tiny")

@@ -9,6 +9,10 @@
 
 "Locally" means from this machine; --control-plane-open lifts that, and nothing else. See `is_local` for the rules.
 
+Tokens of an identity provider (`access.tokens`) work beside the keys: the role admin is that of a control key, the role
+user reads the control plane. Where clients need a key, a token with one of these roles is one as well. With tokens the
+control plane needs a key or a token, as with --control-plane-api-keys.
+
 Keys are looked up by their SHA-256. The time that takes tells nothing about a key: the digest is made of all bytes that
 were sent; the dict compares a keyed hash of the digest before any of its bytes; and nobody can choose a digest, so no
 guess can approach the right key step by step. There is one lookup for all keys, found or not.
@@ -17,17 +21,20 @@ guess can approach the right key step by step. There is one lookup for all keys,
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from base64 import b64decode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum, IntEnum
 from hashlib import sha256
+from types import MappingProxyType
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import msgspec
 
-from sglang_router.config.keys import ClientKey, ControlKey
-from sglang_router.errors import AccessRefused, Forbidden, MissingKey, Unauthorized
+from sglang_router.config.keys import ClientKey, ControlKey, digest_of
+from sglang_router.errors import AccessRefused, ExpiredKey, Forbidden, MissingKey, Unauthorized
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -53,17 +60,34 @@ class Role(Enum):
 class Identity(msgspec.Struct, frozen=True, gc=False):
     """Who sent a request, for logs. Nothing in it is secret.
 
-    id    name of the client key, id of the control key, or one of the two below
-    name  of the owner of a control key
+    id       name of the client key, id of the control key, `jwt:` and the subject of a token, or one of the two below
+    name     of the owner of a control key
+    expires  when the key expires, in seconds since 1970; infinity: never
     """
 
     id: str
     name: str = ""
     role: Role = Role.NONE
+    expires: float = math.inf
 
 
 ANYONE = Identity("anyone")
 LOOPBACK = Identity("loopback")
+
+
+class TokenReader(Protocol):
+    """Reads tokens of an identity provider, see `access.tokens`."""
+
+    def identify(self, credentials: bytes, digest: bytes) -> Identity | None:
+        """Return whose valid token this is; None when it looks like no token.
+
+        digest  SHA-256 of the credentials
+
+        Raises: AccessRefused, when it is not valid, or nobody can tell now.
+        """
+
+    def is_meant_for_us(self, credentials: bytes) -> bool:
+        """Return whether this is a token for this router, valid or not."""
 
 
 # -- the decision ------------------------------------------------------------------------------------------------------
@@ -73,6 +97,7 @@ _NOT_FOR_IT = {
     AccessKind.CONTROL_READ: "This is a client key; the control plane has keys of its own.",
     AccessKind.CONTROL_CHANGE: "A change needs a key of the control plane with the role admin.",
 }
+_NO_ROLE = "This token is valid, but has no role here: --jwt-role-mapping says which roles of the issuer count."
 _NOT_LOCAL = (
     "Changes are accepted from this machine only: start the router with --control-plane-api-keys to make them from"
     " elsewhere, or with --control-plane-open where nobody else can reach it."
@@ -89,31 +114,60 @@ class _Rule(msgspec.Struct, frozen=True):
 class Access:
     """The keys and what each allows.
 
-    open  without control keys, changes are accepted from anywhere
+    open    without control keys, changes are accepted from anywhere
+    tokens  reads tokens of an identity provider; None: they are not accepted. Set it before `use`
+    wall    returns seconds since 1970; without, no key expires
     """
 
     _rules: tuple[_Rule, ...]  # by kind; replaced as a whole, as `_known` is
     _known: dict[bytes, Identity]
 
     def __init__(
-        self, client_keys: Iterable[ClientKey] = (), control_keys: Iterable[ControlKey] = (), *, open: bool = False
+        self,
+        client_keys: Iterable[ClientKey] = (),
+        control_keys: Iterable[ControlKey] = (),
+        *,
+        open: bool = False,
+        tokens: TokenReader | None = None,
+        wall: Callable[[], float] | None = None,
     ) -> None:
         self._open = open
+        self._tokens = tokens
+        self._wall = wall or _long_ago
         self.use(client_keys, control_keys)
 
-    def use(self, client_keys: Iterable[ClientKey], control_keys: Iterable[ControlKey]) -> None:
-        """Let these keys count from now on, and no others. Requests that were let in before go on."""
-        clients = {_digest(each.key): Identity(each.name, role=Role.CLIENT) for each in client_keys}
-        control = {_digest(each.key): Identity(each.id, each.name, Role(each.role)) for each in control_keys}
+    def use(
+        self,
+        client_keys: Iterable[ClientKey],
+        control_keys: Iterable[ControlKey],
+        expires: Mapping[bytes, float] = MappingProxyType({}),
+    ) -> None:
+        """Let these keys count from now on, and no others. Requests that were let in before go on.
+
+        expires  when keys expire that do: seconds since 1970, by their SHA-256
+        """
+        clients: dict[bytes, Identity] = {}
+        for key in client_keys:
+            digest = digest_of(key.key)
+            clients[digest] = Identity(key.name, role=Role.CLIENT, expires=expires.get(digest, math.inf))
+        control: dict[bytes, Identity] = {}
+        for one in control_keys:
+            digest = digest_of(one.key)
+            control[digest] = Identity(one.id, one.name, Role(one.role), expires.get(digest, math.inf))
         admins = {digest: identity for digest, identity in control.items() if identity.role is Role.ADMIN}
         inference = _Rule(clients or None)
-        if control:
+        if control or self._tokens is not None:
             read, change = _Rule(control), _Rule(admins)
         else:
             read, change = inference, _Rule(clients or None, locally=not self._open)
         self._rules = (_Rule(), inference, read, change)
         self._known = clients | control
+        self._client_names = frozenset(identity.id for identity in clients.values())
         self._control = control
+
+    def client_names(self) -> Collection[str]:
+        """Return the names of the clients' keys."""
+        return self._client_names
 
     @property
     def consumes_key(self) -> bool:
@@ -128,20 +182,24 @@ class Access:
     @property
     def withholds(self) -> Callable[[bytes], bool] | None:
         """Tells keys of the control plane, which must not reach a worker; None when no client's key can."""
-        return self.is_control_key if self._control and not self.consumes_key else None
+        guards = self._control or self._tokens is not None
+        return self.is_control_key if guards and not self.consumes_key else None
 
     def is_control_key(self, value: bytes) -> bool:
-        """Return whether a header field holds a key of the control plane: alone, behind a scheme, in a list, as the
-        value of a cookie, or as user name or password of Basic. Only the first words of a long value are looked at."""
+        """Return whether a header field holds a key of the control plane or a token: alone, behind a scheme, in a list,
+        as the value of a cookie, or as user name or password of Basic. Only the first words of a long value are looked
+        at."""
         whole = value.strip()
         words = [whole, *_WORDS.split(whole, _MOST_WORDS)[:_MOST_WORDS]]
         if whole[:6].lower() == b"basic ":
             words += _of_basic(whole[6:])
-        return any(sha256(word).digest() in self._control for word in words)
+        if any(sha256(word).digest() in self._control for word in words):
+            return True
+        return self._tokens is not None and any(map(self._tokens.is_meant_for_us, words))
 
     def warnings(self, host: str) -> list[str]:
         """Return what operators should know when the router listens on `host`, as far as the control plane goes."""
-        if self._control or _loopback_host(f"[{host}]" if ":" in host else host):
+        if self._control or self._tokens is not None or _loopback_host(f"[{host}]" if ":" in host else host):
             return []
         if self.consumes_key:
             may = "every client may read its control plane" + " and change its workers" * self._open
@@ -166,21 +224,42 @@ class Access:
             raise MissingKey
         else:
             digest = sha256(credentials).digest()
-            found = rule.allowed.get(digest)
-            if found is None:
-                raise self._refusal(kind, digest)
-            identity = found
+            identity = rule.allowed.get(digest) or self._bearer(kind, credentials, digest)
+            if identity.expires < math.inf and identity.expires <= self._wall():
+                raise ExpiredKey
         if rule.locally and not local:
             raise Forbidden(_NOT_LOCAL)
         return identity
+
+    def _bearer(self, kind: AccessKind, credentials: bytes, digest: bytes) -> Identity:
+        """Return whose token this is, if it allows the request. Raises: AccessRefused."""
+        found = None if self._tokens is None or digest in self._known else self._tokens.identify(credentials, digest)
+        if found is None:
+            raise self._refusal(kind, digest)
+        if found.role is Role.NONE:
+            raise Forbidden(_NO_ROLE)
+        if kind is AccessKind.CONTROL_CHANGE and found.role is not Role.ADMIN:
+            raise Forbidden(_NOT_FOR_IT[kind])
+        return found
 
     def _refusal(self, kind: AccessKind, digest: bytes) -> AccessRefused:
         """Make the error. The owner of a key that allows something else is told so, for they have that key already."""
         return Forbidden(_NOT_FOR_IT[kind]) if digest in self._known else Unauthorized()
 
     def identify(self, credentials: bytes | None) -> Identity:
-        """Return whose key this is, whatever it allows."""
-        return self._known.get(sha256(credentials or b"").digest(), ANYONE)
+        """Return whose key or valid token this is, whatever it allows."""
+        digest = sha256(credentials or b"").digest()
+        found = self._known.get(digest)
+        if found is None and credentials and self._tokens is not None:
+            try:
+                found = self._tokens.identify(credentials, digest)
+            except AccessRefused:
+                return ANYONE
+        return found or ANYONE
+
+
+def _long_ago() -> float:
+    return -math.inf
 
 
 _WORDS = re.compile(rb"[\s,;=]+")
@@ -193,10 +272,6 @@ def _of_basic(text: bytes) -> list[bytes]:
         return b64decode(text.strip()).split(b":", 1)
     except ValueError:
         return []
-
-
-def _digest(key: str) -> bytes:
-    return sha256(key.encode("ascii")).digest()
 
 
 def credentials_of(headers: Headers) -> bytes | None:

@@ -11,11 +11,19 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from sglang_router.config import small_files
 from sglang_router.errors import ConfigError
 
 Mark = tuple[int, ...]
+
+
+class Renewed(Protocol):
+    """What is loaded again when it changes: files, and the keys of an issuer (`app.issuer`)."""
+
+    def refresh(self, *, anyway: bool = False) -> bool:
+        """Load it again if it changed, or `anyway`; returns whether something new is in use now."""
 
 
 class WatchedFiles:

@@ -36,6 +36,7 @@ from sglang_router.app.admission import admission
 from sglang_router.app.caches import caches_of, events_of
 from sglang_router.app.deciding import book_of, recorder_of, shadows_of
 from sglang_router.app.discovering import discovery_of
+from sglang_router.app.issuer import tokens_of
 from sglang_router.app.memories import memories_of
 from sglang_router.app.models import models_of, policy_of, worker_policy
 from sglang_router.app.parts import App, Elsewhere
@@ -45,6 +46,7 @@ from sglang_router.autoscale.autoscaler import Autoscaler, autoscaler
 from sglang_router.config import RouterArgs
 from sglang_router.discovery.owner import Hands
 from sglang_router.observe.access import AccessLog, WorkerLog
+from sglang_router.observe.clients import ClientCounts
 from sglang_router.observe.deferred import Deferred
 from sglang_router.observe.live_sources import LiveSources
 from sglang_router.observe.logs import LogWriter
@@ -62,6 +64,7 @@ from sglang_router.routing.events import Listeners
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.prefix_tree.informed import KVCaches
+from sglang_router.routing.quotas import Quotas
 from sglang_router.routing.router import Router
 from sglang_router.wire.headers import ForwardRules
 from sglang_router.wire.limits import Limits
@@ -125,7 +128,9 @@ def build(
     tls, worker_tls = settings.server_tls(args), settings.worker_tls(args)
     elsewhere = elsewhere or Elsewhere()
     mark = elsewhere.mark or new_mark()
-    (access, key_files), answers = settings.access_rules(args), front.answers_of(args, rng, mark)
+    quotas, (tokens, issuer) = Quotas(args.max_priority), tokens_of(args, loop, clock)
+    access, key_files = settings.access_rules(args, quotas, tokens)
+    answers = front.answers_of(args, rng, mark)
     forward = settings.forward_rules(args, access, mark)
     shadows = shadows_of(args)
     caches = caches_of(args)
@@ -133,7 +138,7 @@ def build(
     fleet, connections = workers.fleet, workers.connections
     connections.mark = mark
     router = router_of(args, fleet, listeners, rng, partial(_soon, loop, clock), workers.checks.check_now)
-    router.recorder = recorder_of(args, clock)
+    router.recorder, router.quotas = recorder_of(args, clock), quotas
     models = models_of(args, router, rng, caches, shadows)
     if router.recorder is not None:
         router.recorder.policy_of = worker_policy(fleet)
@@ -199,7 +204,8 @@ def build(
         discovery=discovery,
         kv_events=events_of(args, loop, connections, caches),
         tls=tls,
-        watched=[files for files in (tls, worker_tls, key_files) if files is not None],
+        watched=[each for each in (tls, worker_tls, key_files, issuer) if each is not None],
+        issuer=issuer,
         **workers._asdict(),
     )
     _listen(app, writer)
@@ -328,6 +334,8 @@ def _metrics(args: RouterArgs, router: Router, sources: LiveSources) -> Metrics:
 def _listen(app: App, writer: LogWriter | None) -> None:
     """Add the listeners of events, in the order in which they receive them."""
     app.deferred.add(app.metrics)
+    if app.control.access.consumes_key:
+        app.deferred.add(ClientCounts(app.control.access.client_names, app.metrics.counts.clients))
     if app.router.recorder is not None:
         app.deferred.add(app.router.recorder)
     if app.scaler is not None:
@@ -336,5 +344,7 @@ def _listen(app: App, writer: LogWriter | None) -> None:
         app.deferred.add(AccessLog(writer, probes=app.args.log_probes))
     if app.kv_events is not None:
         app.listeners.add(app.kv_events)
+    if app.args.api_key_file or app.args.config or app.args.models:  # what they say may change
+        app.listeners.add(app.router.quotas)
     for listener in (app.membership, app.router, WorkerLog(), app.deferred):
         app.listeners.add(listener)

@@ -71,7 +71,7 @@ def answers_of(args: RouterArgs, rng: random.Random, mark: bytes) -> Answers:
     ids = RequestIds(rng.getrandbits, args.request_id_headers or REQUEST_ID_HEADERS, mark)
     cors = Cors(args.cors_allowed_origins) if args.cors_allowed_origins else None
     # Where the control plane has keys of its own, clients need not know where workers are.
-    by_id = bool(args.control_plane_api_keys or args.control_plane_api_keys_file)
+    by_id = bool(args.control_plane_api_keys or args.control_plane_api_keys_file or args.jwt_issuer)
     return Answers(ids, cors, args.decision_headers, by_id)
 
 

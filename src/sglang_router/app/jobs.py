@@ -22,8 +22,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sglang_router.access.tls import TLSFiles
-from sglang_router.access.watched import WatchedFiles
+from sglang_router.access.watched import Renewed
 from sglang_router.relay.clients import Clients
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.routing.router import Router
@@ -93,13 +92,13 @@ def relaying(
     clients: Sequence[Clients],
     connections: ConnectionPool,
     look: Callable[[float], None],
-    watched: Sequence[TLSFiles | WatchedFiles],
+    watched: Sequence[Renewed],
 ) -> tuple[Job, ...]:
     """Return the jobs of all that serve clients.
 
     clients  the registries whose deadlines are checked
     look     called with the time at each sweep
-    watched  files that are loaded again when they change
+    watched  files, and keys of an issuer, that are loaded again when they change
     """
 
     def sweep() -> float:
@@ -129,7 +128,7 @@ def table(
     clients: Sequence[Clients],
     connections: ConnectionPool,
     router: Router,
-    watched: Sequence[TLSFiles | WatchedFiles],
+    watched: Sequence[Renewed],
     tidy_every: float,
 ) -> tuple[Job, ...]:
     """Return the jobs of a router: those of `relaying`, and of what decides.

@@ -201,7 +201,7 @@ class Life:
             log.warning(
                 "no workers yet: start with --worker-urls http://HOST:PORT, or add one now: "
                 "curl -X POST %s'%s/add_worker?url=http://HOST:PORT'",
-                "-H 'Authorization: Bearer KEY' " if any(keys) else "",
+                "-H 'Authorization: Bearer KEY' " if any(keys) or args.jwt_issuer else "",
                 self.url,
             )
 
@@ -319,8 +319,9 @@ class Life:
             await app.scaler.close()
         await app.checks.close()
         await app.survey.close()
-        if app.kv_events is not None:
-            await app.kv_events.close()
+        for each in (app.issuer, app.kv_events):
+            if each is not None:
+                await each.close()
         await app.relay.aborts.settle()
         await app.connections.close()
         app.deferred.flush()

@@ -3,6 +3,7 @@
     use_models(args, router, tailor)
       names     aliases, fallbacks, strictness            --> routing.naming
       policies  settings of models, labels of workers     --> routing.pools, by a `Tailor`
+      limits    settings of models                        --> routing.quotas
 
 With --enable-igw, the label `policy` of a worker sets the policy of its model, as in the reference router: the first
 worker of the model decides, and its word counts until the model's last worker is removed. Settings in the file, or of
@@ -19,6 +20,7 @@ from typing import Any, Final
 from sglang_router.app import settings
 from sglang_router.app.deciding import in_shadow
 from sglang_router.config import RouterArgs
+from sglang_router.config.key_files import KeyTerms
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.model_names import text_of
 from sglang_router.routing.policies import POLICIES
@@ -106,6 +108,9 @@ def use_models(args: RouterArgs, router: Router, policies: ModelPolicies) -> Non
         router.naming.use(table.aliases, table.fallbacks, args.enable_igw)
     if policies.use(args) or pools.tailor is not None:
         pools.refit(policies)
+    limited = {text_of(name): each.terms for name, each in table.settings.items() if each.terms != KeyTerms()}
+    aliases = {text_of(alias): text_of(name) for alias, name in table.aliases.items()}
+    router.quotas.use_models({name: settings.model_rules(terms) for name, terms in limited.items()}, aliases)
 
 
 def models_of(

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sglang_router.access.tls import TLSFiles
-from sglang_router.access.watched import WatchedFiles
+from sglang_router.access.watched import Renewed
 from sglang_router.admin.context import Context, ReplicaControl
 from sglang_router.admin.exchange import ControlPlane
+from sglang_router.app.issuer import IssuerKeys
 from sglang_router.app.models import ModelPolicies
 from sglang_router.autoscale.actuator import Actuator
 from sglang_router.autoscale.autoscaler import Autoscaler
@@ -157,7 +158,8 @@ class App:
     kv_events         follows what workers say of their caches; None: they are not asked
     tls               key and certificate of the main port; None: plain HTTP
     keepalives        fills the silence of streams; None: nothing does
-    watched           all files of certificates and keys, to be loaded again when they change
+    watched           all files of certificates and keys, to be loaded again when they change; and the next one
+    issuer            the keys of the identity provider; None: there is none
     """
 
     args: RouterArgs
@@ -186,7 +188,8 @@ class App:
     discovery: Discovery
     kv_events: KVEvents | None
     tls: TLSFiles | None
-    watched: list[TLSFiles | WatchedFiles]
+    watched: list[Renewed]
+    issuer: IssuerKeys | None
 
     def attach(self, attachment: Attachment) -> None:
         """Connect a crew, which runs engines for the router, with the parts."""

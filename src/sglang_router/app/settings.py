@@ -7,27 +7,34 @@ from __future__ import annotations
 
 import logging
 import resource
+import time
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
-from sglang_router.access.permissions import Access
+from sglang_router.access.permissions import Access, TokenReader
 from sglang_router.access.tls import TLSFiles, server_files, worker_files
 from sglang_router.access.watched import WatchedFiles
 from sglang_router.admin.context import AddRules, AskTimeouts
 from sglang_router.config import RouterArgs, keys
+from sglang_router.config.key_files import KeyTerms
 from sglang_router.config.models import POLICY_OPTIONS, worker_models
 from sglang_router.relay.rules import Timeouts
 from sglang_router.resume.continuation import ResumeRules
 from sglang_router.routing.endpoints import ENDPOINTS
 from sglang_router.routing.facts import MOST_TEXT
+from sglang_router.routing.model_names import text_of
 from sglang_router.routing.prefix_tree.informed import KVCaches
+from sglang_router.routing.quotas import Quotas
 from sglang_router.routing.rules import (
     BreakerRules,
+    ClientRules,
     FleetRules,
     HealthRules,
+    LimitRules,
+    ModelRules,
     OutlierRules,
     PairRules,
     PolicySettings,
@@ -117,21 +124,42 @@ def retry_rules(args: RouterArgs) -> RetryRules:
     )
 
 
-def access_rules(args: RouterArgs) -> tuple[Access, WatchedFiles]:
+def access_rules(
+    args: RouterArgs, quotas: Quotas | None = None, tokens: TokenReader | None = None
+) -> tuple[Access, WatchedFiles]:
     """Load the API keys; return who may send which requests, and the key files, which change that when they change.
+
+    quotas  gets the limits of clients; None: this process does not decide
+    tokens  reads tokens of an identity provider; None: there is none
 
     Raises: ConfigError, when a key file cannot be used.
     """
     files = (args.api_key_file, args.control_plane_api_keys_file)
-    access = Access(open=args.control_plane_open)
+    access = Access(open=args.control_plane_open, tokens=tokens, wall=time.time)
 
     def load() -> None:
         ring = keys.load(args.api_key, files[0], args.control_plane_api_keys, files[1])
         for warning in ring.warnings:
             log.warning(warning)
-        access.use(ring.client, ring.control)
+        access.use(ring.client, ring.control, ring.expires)
+        if quotas is not None:
+            quotas.use_clients({name: _client_rules(terms) for name, terms in ring.terms.items()})
 
     return access, WatchedFiles([path for path in files if path], load, "keys", log)
+
+
+def _client_rules(terms: KeyTerms) -> ClientRules:
+    models = None if terms.models is None else frozenset(map(text_of, terms.models))
+    return ClientRules(_limit_rules(terms), models, terms.priority, terms.max_priority)
+
+
+def model_rules(terms: KeyTerms) -> ModelRules:
+    """Return what applies to all requests for one model."""
+    return ModelRules(_limit_rules(terms), terms.priority or 0)
+
+
+def _limit_rules(terms: KeyTerms) -> LimitRules:
+    return LimitRules(terms.requests_per_second, terms.burst, terms.max_concurrent_requests, terms.tokens_per_minute)
 
 
 def server_tls(args: RouterArgs) -> TLSFiles | None:
@@ -199,6 +227,7 @@ def queue_rules(args: RouterArgs) -> QueueRules:
         start_timeout=args.autoscale_wake_timeout_secs if args.scales_to_zero else args.startup_wait_secs,
         session_timeout=args.session_wait_secs,
         paused_timeout=args.rl_control_timeout_secs,
+        aging=args.priority_aging_secs,
     )
 
 

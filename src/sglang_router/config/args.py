@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sglang_router.config import compat
+from sglang_router.config import checks, compat, keys
 from sglang_router.config.flags import GIVEN, PREFIX, add_flags, new_parser
 from sglang_router.config.models import ModelTable, model_table, worker_models
 from sglang_router.config.option import flag_of
@@ -230,6 +230,25 @@ class RouterArgs(ReservedOptions):
                 raise ConfigError(f"{flags[0]} and {flags[1]} belong together; give both")
         if self.control_plane_open and (self.control_plane_api_keys or self.control_plane_api_keys_file):
             raise ConfigError("--control-plane-open cannot be used with control-plane keys; give only one of them")
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        """Check the options of an identity provider."""
+        if bool(self.jwt_issuer) != bool(self.jwt_audience):
+            raise ConfigError("--jwt-issuer and --jwt-audience belong together; give both")
+        if not self.jwt_issuer and (self.jwt_jwks_uri or self.jwt_role_mapping):
+            raise ConfigError("--jwt-jwks-uri and --jwt-role-mapping need --jwt-issuer; give it as well")
+        if self.jwt_issuer and self.control_plane_open:
+            raise ConfigError("--control-plane-open cannot be used with --jwt-issuer; give only one of them")
+        for name, role in self.jwt_role_mapping.items():
+            if role not in keys.ROLES:
+                raise ConfigError(f"--jwt-role-mapping: {name!r} is mapped to {role!r}; give admin or user")
+        for name in ("jwt_issuer", "jwt_jwks_uri"):
+            if url := getattr(self, name):
+                try:
+                    checks.issuer_url(url)
+                except ValueError as error:
+                    raise ConfigError(f"{OPTIONS[name].flag}: {error}") from None
 
     def _check_disaggregation(self) -> None:
         """Check that workers are named once, and of which kind."""

@@ -135,6 +135,28 @@ def webhook(url: str) -> str:
     return url
 
 
+def issuer_url(url: str) -> str:
+    """Check a URL from which keys are fetched: https; or http on this machine, where nobody can change them."""
+    try:
+        parts = urlsplit(url)
+        local = parts.hostname == "localhost" or (bool(parts.hostname) and _is_loopback(str(parts.hostname)))
+        sound = parts.port != 0 and (parts.scheme == "https" or (parts.scheme == "http" and local))
+    except ValueError:  # an invalid port, or brackets without an address
+        sound = False
+    if not sound or not parts.hostname or "@" in parts.netloc or not _VISIBLE.fullmatch(url):
+        raise ValueError("this is not a URL that begins with https:// (or http://, on this machine only)")
+    if parts.fragment:
+        raise ValueError("the URL must not have a fragment")
+    return url
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def command(text: str) -> str:
     """Check that a command can be split into words as a shell would do it."""
     try:

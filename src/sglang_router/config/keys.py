@@ -5,19 +5,25 @@
 
 A file or a variable has one entry per line; in a file, a line that begins with `#` is a comment. A key is visible ASCII
 without spaces, so a space always ends the name. Everything after the third colon is the key, including further colons.
+A file in YAML, TOML or JSON says more of each key: see `config.key_files`.
+
+In the place of a key may stand its SHA-256, `sha256:` and 64 hexadecimal digits: then a file gives no key away.
 
 No message and no `repr` in this module shows a key.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from sglang_router.config import small_files
+from sglang_router.config import key_files, small_files
+from sglang_router.config.key_files import Entry, KeyTerms, structured
 from sglang_router.errors import ConfigError
 
 ROLES = ("admin", "user")
@@ -25,6 +31,7 @@ CONTROL_FORM = "ID:NAME:ROLE:KEY with the role admin or user"
 
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
 _ANOTHER = re.compile(r",[^:]+:[^:]*:(admin|user):")
+_HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _OTHERS = 0o006
 """Permission bits of users who are neither the owner nor in the group."""
 
@@ -53,11 +60,24 @@ class ControlKey(NamedTuple):
 
 @dataclass(frozen=True)
 class KeyRing:
-    """All keys, without duplicates. `warnings` are for the log: files that other users of the machine may read."""
+    """All keys, without duplicates.
+
+    warnings  for the log: files that other users of the machine may read
+    terms     what applies to the clients with one name, where a file says it
+    expires   when keys expire that do: seconds since 1970, by `digest_of` the key
+    """
 
     client: tuple[ClientKey, ...] = ()
     control: tuple[ControlKey, ...] = ()
     warnings: tuple[str, ...] = ()
+    terms: Mapping[str, KeyTerms] = field(default_factory=dict)
+    expires: Mapping[bytes, float] = field(default_factory=dict, repr=False)
+
+
+def digest_of(key: str) -> bytes:
+    """Return the SHA-256 of a key, or the one that stands in its place."""
+    hashed = _HASHED.fullmatch(key)
+    return sha256(key.encode("ascii")).digest() if hashed is None else bytes.fromhex(hashed[1])
 
 
 # -- read from text ----------------------------------------------------------------------------------------------------
@@ -173,15 +193,52 @@ def load(
     Raises: ConfigError for a file that cannot be used and for duplicate keys or ids; also for a key that is both a
     client's and the control plane's, because every client with it could then change the router.
     """
-    clients = _placed("--api-key", api_keys) + _file(api_key_file, client_key)
+    clients = _placed("--api-key", api_keys)
     controls = _placed("--control-plane-api-keys", control_plane_api_keys)
-    controls += _file(control_plane_api_keys_file, control_key)
+    entries: list[tuple[Entry, str]] = []
+    if api_key_file is not None and structured(api_key_file):
+        for entry in key_files.read(api_key_file, ("name", "key"), limits=True):
+            texts = entry.texts
+            clients.append((entry.where, _entry(entry, client_key, (texts.get("name", ""), texts.get("key", "")))))
+            entries.append((entry, clients[-1][1].key))
+    else:
+        clients += _file(api_key_file, client_key)
+    if control_plane_api_keys_file is not None and structured(control_plane_api_keys_file):
+        for entry in key_files.read(control_plane_api_keys_file, ("id", "name", "role", "key"), limits=False):
+            parts = tuple(entry.texts.get(name, "") for name in ControlKey._fields)
+            controls.append((entry.where, _entry(entry, control_key, parts)))
+            entries.append((entry, controls[-1][1].key))
+    else:
+        controls += _file(control_plane_api_keys_file, control_key)
     keys = [(where, client.key) for where, client in clients] + [(where, control.key) for where, control in controls]
-    _distinct(keys, "key")
+    _distinct([(where, digest_of(key).hex()) for where, key in keys], "key")
     _distinct([(where, control.id) for where, control in controls], "id")
     named = [ClientKey(client.name or f"key-{place}", client.key) for place, (_, client) in enumerate(clients, 1)]
     warnings = [exposure(path) for path in (api_key_file, control_plane_api_keys_file) if path]
-    return KeyRing(tuple(named), tuple(control for _, control in controls), tuple(filter(None, warnings)))
+    return KeyRing(
+        tuple(named),
+        tuple(control for _, control in controls),
+        tuple(filter(None, warnings)),
+        _terms(named, {key: entry for entry, key in entries}),
+        {digest_of(key): entry.expires for entry, key in entries if entry.expires < math.inf},
+    )
+
+
+def _entry(entry: Entry, read: Callable[[object], T], parts: tuple[str, ...]) -> T:
+    try:
+        return read(parts)
+    except ValueError as error:
+        raise ConfigError(f"{entry.where}: {error}") from None
+
+
+def _terms(clients: Iterable[ClientKey], entries: Mapping[str, Entry]) -> dict[str, KeyTerms]:
+    """Return the terms by name. Raises: ConfigError, when two entries of one name differ."""
+    found: dict[str, KeyTerms] = {}
+    for client in clients:
+        entry = entries.get(client.key)
+        if entry is not None and found.setdefault(client.name, entry.terms) != entry.terms:
+            raise ConfigError(f"{entry.where}: another key of this name has other limits; give both the same")
+    return {name: terms for name, terms in found.items() if terms != KeyTerms()}
 
 
 def exposure(path: str) -> str | None:

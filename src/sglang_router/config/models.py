@@ -7,6 +7,7 @@
           cache-threshold: 0.3      +--> ModelTable <------------+
           aliases: [gpt-4]        --+
           fallback: llama-8b
+          max-concurrent-requests: 64
 
 Aliases lead to models, not to other aliases, once the table is made. The fallbacks of a model are the whole chain.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from sglang_router.config.key_files import KeyTerms, terms_of
 from sglang_router.config.option import did_you_mean
 from sglang_router.config.urls import parse_worker_url
 from sglang_router.errors import ConfigError
@@ -35,6 +37,8 @@ POLICY_OPTIONS = (
     "cost_load_cap",
 )
 """Options that a model may have for itself; the others have the value that holds for all."""
+TERMS = ("requests_per_second", "burst", "max_concurrent_requests", "tokens_per_minute", "priority")
+"""Limits of a model, and the priority of its requests, as of a key: see `config.key_files`."""
 LONGEST_CHAIN = 8
 """Fallbacks of a model, one after the other."""
 _LONGEST_NAME = 256
@@ -49,11 +53,13 @@ class ModelSettings(msgspec.Struct, frozen=True):
     policy_options  its policy and the options of that, where they differ from those of all models
     aliases         other names of the model
     fallback        the model that stands in for it; None: no other one
+    terms           its limits and the priority of its requests
     """
 
     policy_options: dict[str, Any] = {}
     aliases: tuple[str, ...] = ()
     fallback: str | None = None
+    terms: KeyTerms = KeyTerms()
 
 
 class ModelTable(msgspec.Struct, frozen=True):
@@ -127,19 +133,21 @@ def _names(given: Mapping[str, str], where: str) -> dict[str, str]:
 def _settings(name: str, given: Mapping[str, Any], accept: Accept) -> ModelSettings:
     """Return the settings of one model. Raises: ConfigError."""
     where = f"models: {name}"
-    known = {field.name for field in msgspec.structs.fields(ModelSettings)} - {"policy_options"}
+    known = {field.name for field in msgspec.structs.fields(ModelSettings)} - {"policy_options", "terms"}
     options = {key: accept(key, value, f"{where}: {key}") for key, value in given.items() if key in POLICY_OPTIONS}
-    others = {key: value for key, value in given.items() if key not in POLICY_OPTIONS and value is not None}
+    present = {key: value for key, value in given.items() if key not in POLICY_OPTIONS and value is not None}
+    others = {key: value for key, value in present.items() if key not in TERMS}
     for key in others:
         if key not in known:
-            hint = did_you_mean(key, {*known, *POLICY_OPTIONS})
+            hint = did_you_mean(key, {*known, *POLICY_OPTIONS, *TERMS})
             raise ConfigError(f"{where}: {key!r} is no setting of a model{hint}")
     if isinstance(others.get("aliases"), str):
         others["aliases"] = [others["aliases"]]
     try:
-        return msgspec.convert({**others, "policy_options": options}, ModelSettings)
+        found = msgspec.convert({**others, "policy_options": options}, ModelSettings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {error}") from None
+    return msgspec.structs.replace(found, terms=terms_of(where, {key: present[key] for key in TERMS if key in present}))
 
 
 def _end(alias: str, aliases: Mapping[str, str]) -> str:

@@ -1,9 +1,9 @@
-"""Files of options: YAML or TOML, by the end of their names."""
+"""Files of options and of keys: YAML or TOML, by the end of their names; of keys, JSON as well, which is YAML too."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
+OPTION_ENDS = (".yaml", ".yml", ".toml")
 
-def parse(path: Path) -> dict[object, Any]:
-    """Return what a file says, by key. Raises: ConfigError."""
-    if path.suffix.lower() not in _PARSERS:
+
+def parse(path: Path, ends: Collection[str] = OPTION_ENDS) -> dict[object, Any]:
+    """Return what a file says, by key. ends: those of its name that tell a format. Raises: ConfigError."""
+    if path.suffix.lower() not in ends:
         raise ConfigError(f"{path}: the name of the file must end in .yaml, .yml or .toml, which tells its format")
     content = read(path, _PARSERS[path.suffix.lower()])
     if not isinstance(content, dict | None):
@@ -75,4 +77,9 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # noqa: S506 - it is a SafeLoader
 
 
-_PARSERS: dict[str, Callable[[str], Any]] = {".yaml": parse_yaml, ".yml": parse_yaml, ".toml": tomllib.loads}
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    ".yaml": parse_yaml,
+    ".yml": parse_yaml,
+    ".json": parse_yaml,
+    ".toml": tomllib.loads,
+}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from sglang_router.config import checks, keys
 from sglang_router.config.checks import above, at_least, between
 from sglang_router.config.compat import VERSIONS
+from sglang_router.config.key_files import MOST_PRIORITY
 from sglang_router.config.kinds import ClientKeys, ControlKeys, ModelsMapping, Pairs
 from sglang_router.config.option import alias, option
 
@@ -268,8 +269,8 @@ class HTTPOptions:
     )
     api_key_file: str | None = option(
         None,
-        "File of client keys, one per line. Unlike flags, `ps` does not show them. The router reads the file again when"
-        " it changes.",
+        "File of client keys, one per line; or in YAML, TOML or JSON, with names, limits and expiry. Unlike flags, `ps`"
+        " does not show them. The router reads the file again when it changes.",
         SECURITY,
         metavar="FILE",
     )
@@ -282,7 +283,8 @@ class HTTPOptions:
     )
     control_plane_api_keys_file: str | None = option(
         None,
-        "File of control-plane keys, one per line. The router reads the file again when it changes.",
+        "File of control-plane keys, one per line; or in YAML, TOML or JSON, with expiry. The router reads the file"
+        " again when it changes.",
         SECURITY,
         metavar="FILE",
     )
@@ -290,6 +292,27 @@ class HTTPOptions:
         False,
         "Accept changes from any address although there are no control-plane keys. Without this option and without"
         " keys, the router accepts changes from this machine only.",
+        SECURITY,
+    )
+    jwt_issuer: str | None = option(
+        None,
+        "Accept tokens (JWT) of this OpenID Connect issuer beside the control plane's keys, as in"
+        " https://auth.example.com/realms/main. Needs --jwt-audience, and the package PyJWT[crypto].",
+        SECURITY,
+        metavar="URL",
+    )
+    jwt_audience: str | None = option(None, "Audience (`aud`) that these tokens must name.", SECURITY)
+    jwt_jwks_uri: str | None = option(
+        None,
+        "URL of the issuer's public keys. Without it, the issuer's discovery document names it.",
+        SECURITY,
+        metavar="URL",
+    )
+    jwt_role_mapping: dict[str, str] = option(
+        {},
+        "Maps the issuer's roles or groups to the router's, as in Gateway.Admin=admin. The role admin may read and"
+        " change the control plane, the role user read it; where clients need a key, both may send requests. Without"
+        " it, the roles admin and user of the issuer count.",
         SECURITY,
     )
     server_cert_path: str | None = option(
@@ -808,6 +831,22 @@ class HTTPOptions:
         "Most requests admitted per second, with bursts of one second's worth; others get 429. 0: no limit.",
         OVERLOAD,
         check=at_least(0),
+    )
+    max_priority: int = option(
+        0,
+        f"Highest priority that clients may ask for with the header x-smg-priority, from -{MOST_PRIORITY} to"
+        f" {MOST_PRIORITY}, unless the file of their key says another one. Queued requests of a higher priority begin"
+        " sooner.",
+        OVERLOAD,
+        check=between(-MOST_PRIORITY, MOST_PRIORITY),
+    )
+    priority_aging_secs: float = option(
+        1,
+        "A queued request that has waited for so long begins as soon as one of the next higher priority that comes"
+        " then.",
+        OVERLOAD,
+        unit="s",
+        check=above(0),
     )
     max_running_per_worker: int = option(
         0,

@@ -6,15 +6,13 @@ Using a `later` option is an error at the start. An `inert` option has no meanin
 warning. When a feature is built, its options move to `options.py`.
 """
 
-# ruff: noqa: RUF009 - `option` declares a field, as `dataclasses.field` does
-
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sglang_router.config.option import option
-from sglang_router.config.options import MODELS, SECURITY, HTTPOptions
+from sglang_router.config.options import MODELS, HTTPOptions
 
 TRACING = "Tracing"
 NO_EFFECT = "Without effect"
@@ -36,12 +34,6 @@ class ReservedOptions(HTTPOptions):
 
     # -- models
     backend: str = _later("sglang", "What kind the workers are.", MODELS, choices=("sglang", "openai"))
-
-    # -- access: tokens of an identity provider
-    jwt_issuer: str | None = _later(None, "OIDC issuer of the control plane's tokens.", SECURITY)
-    jwt_audience: str | None = _later(None, "Audience that these tokens must name.", SECURITY)
-    jwt_jwks_uri: str | None = _later(None, "URL of the issuer's public keys.", SECURITY)
-    jwt_role_mapping: dict[str, str] = _later({}, "Maps the issuer's roles to the router's.", SECURITY)
 
     # -- tracing
     enable_trace: bool = _later(False, "Send OpenTelemetry traces.", TRACING)

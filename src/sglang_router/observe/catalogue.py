@@ -16,6 +16,7 @@ from sglang_router.observe import discovery_readings as by_source
 from sglang_router.observe import kv_readings as kv
 from sglang_router.observe import pair_readings as pairs
 from sglang_router.observe import readings as read
+from sglang_router.observe.clients import per_client
 from sglang_router.observe.readings import Reader, Values
 from sglang_router.observe.session_readings import of_sessions
 from sglang_router.routing.roles import DECODE, PREFILL
@@ -34,6 +35,7 @@ class Family(msgspec.Struct, frozen=True):
 
 
 WORKER = ("worker",)
+CLIENT = ("client",)
 ROUTE = ("route",)
 SOURCE = ("source",)
 ANSWERS = ("worker", "model")
@@ -286,6 +288,23 @@ METRICS = (
         "Bytes of routing text that the engine's cache holds: those that were remembered when its reports began to say "
         "that some are not there; left out while nearly all are.",
         read.learned_capacity,
+    ),
+    # what clients use
+    Family(
+        "sgl_router_client_requests_total", COUNTER, CLIENT,
+        "Inference requests of clients with this key, refused ones included.",
+        per_client(lambda c: [((), c.requests)]),
+    ),
+    Family(
+        "sgl_router_client_tokens_total", COUNTER, (*CLIENT, "kind"),
+        "Tokens of their prompts (prompt), those of them that the engine had in its cache (cached), and of their"
+        " answers (completion), as far as engines tell.",
+        per_client(lambda c: [(("prompt",), c.prompt), (("cached",), c.cached), (("completion",), c.completion)]),
+    ),
+    Family(
+        "sgl_router_client_errors_total", COUNTER, (*CLIENT, "error_code"),
+        "Their requests that the router answered with an error of its own: limits, a full queue, no worker ...",
+        per_client(lambda c: [((code,), count) for code, count in c.refused.items()]),
     ),
     # workers, as the 0.1 and 0.2 series name them
     Family(
@@ -602,6 +621,8 @@ milliseconds. The metrics port takes at most 32 connections at a time and closes
   or an alias (`--model-alias`); at most 64 of one worker and 100 in all. Any other is `other`, so that clients cannot
   make series; none is `unknown`.
 - `error_code` is the code of the router's own errors, and empty for a worker's answer.
+- `client` is the name of a client's key, `jwt` for all tokens of the identity provider, `other` for names that are not
+  in use any more. There is none while clients need no key.
 - A request is counted when it ends, a decision when it is made: each leg of a retried request has its own.
 - Histograms have the bounds of `--prometheus-duration-buckets`, in seconds. A stream lasts to its last byte.
 - Prefix metrics say what the router remembers (policies `cache_aware` and `cost`). The engines' own metrics say what

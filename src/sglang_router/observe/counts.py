@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from sglang_router.observe.live_sources import LiveSources
-from sglang_router.observe.tallies import Histogram, Series, SeriesKind, Tally
+from sglang_router.observe.tallies import ClientTally, Histogram, Series, SeriesKind, Tally
 from sglang_router.routing.decisions import Decisions
 from sglang_router.routing.worker import Worker
 
@@ -57,6 +57,7 @@ class MetricCounts:
     unresumed  streams that broke and were not continued, by reason
     handoffs   requests of vLLM pairs, by what became of what the prefill worker handed over
     renamed    requests that were served under another name, by the labels of both
+    clients    by label, see `observe.clients`
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class MetricCounts:
         self.unresumed: dict[str, int] = {}
         self.handoffs: dict[str, int] = {}
         self.renamed: dict[tuple[str, str], int] = {}
+        self.clients: dict[str, ClientTally] = {}
 
     def __repr__(self) -> str:
         return f"<MetricCounts {len(self.tallies)} workers, {len(self.series)} series>"

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from sglang_router.routing.decisions import Decisions
+from sglang_router.routing.events import Answered
 from sglang_router.routing.usage import Usage
 
 OTHER: Final = "other"
@@ -135,6 +136,32 @@ class Tally:
         self.decisions.add(other.decisions)
         for outcome, legs in other.outcomes.items():
             self.ended(outcome, legs)
+
+
+class ClientTally:
+    """What the clients of one name have used.
+
+    requests                    relayed or refused
+    prompt, cached, completion  tokens, as far as engines tell, see `routing.usage.Usage`
+    refused                     requests that the router itself answered with an error, by its code
+    """
+
+    __slots__ = ("cached", "completion", "prompt", "refused", "requests")
+
+    def __init__(self) -> None:
+        self.requests = self.prompt = self.cached = self.completion = 0
+        self.refused: dict[str, int] = {}
+
+    def add(self, answer: Answered) -> None:
+        """Count a request."""
+        self.requests += 1
+        code, usage = answer.code, answer.usage
+        if code:
+            self.refused[code] = self.refused.get(code, 0) + 1
+        if usage is not None:
+            self.prompt += max(usage.prompt, 0)
+            self.cached += max(usage.cached, 0)
+            self.completion += max(usage.completion, 0)
 
 
 class Labels:

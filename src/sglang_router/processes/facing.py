@@ -68,6 +68,7 @@ def ask_of(tag: RequestTag, facts: Facts, now: float, shape: TextForm) -> Ask:
         facts.follows,
         facts.division,
         facts.sequences,
+        named[5],
     )
 
 
@@ -75,7 +76,7 @@ def tag_of(ask: Ask, number: int) -> RequestTag:
     """Return the tag of a request that a relay asks for. number: the decider's."""
     endpoint = ROWS[ask.endpoint]
     route = endpoint.route or Route(ask.method, ask.path, endpoint.name)
-    named = (ask.id, ask.key, ask.trace, None, ask.explained)
+    named = (ask.id, ask.key, ask.trace, None, ask.explained, ask.priority)
     tag = RequestTag(number, ask.id, ask.start, route, ask.peer, ask.client, ask.size, named)
     if ask.model:
         tag.model = ask.model.decode("utf-8", "replace")
@@ -172,7 +173,7 @@ def unasked_of(event: Finished) -> Unasked:
 def tag_unasked(told: Unasked, number: int) -> RequestTag:
     """Return the tag of such a request."""
     route = Route(told.method, told.path, told.endpoint)
-    named = (told.id, told.key, told.trace, None, False)
+    named = (told.id, told.key, told.trace, None, False, None)
     tag = RequestTag(number, told.id, told.start, route, told.peer, told.client, told.size, named)
     tag.model, tag.streaming = told.model, told.streaming
     return tag

@@ -41,9 +41,8 @@ class Ask(Message, tag=1):
     method     "" where the endpoint has only one, and one path
     size       bytes of the body; digest: its fingerprint, or b""
     text       the routing text; None: it is in the shared memory at `at`, `length` bytes
-    explained  the client asks why the worker is chosen
-    sequences  see Facts; it is read only where there are prefill and decode workers
-    session    that header or body name, or b""; follows, division: see Facts
+    explained  the client asks why the worker is chosen; priority: that it asks for
+    session    that header or body name, or b""; follows, division, sequences (with prefill workers only): see Facts
     """
 
     number: int
@@ -71,6 +70,7 @@ class Ask(Message, tag=1):
     follows: bytes = b""
     division: bytes = b""
     sequences: int = 0
+    priority: int | None = None
 
 
 class Retry(Message, tag=2):

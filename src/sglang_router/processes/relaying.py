@@ -24,6 +24,7 @@ from typing import Any, cast
 from sglang_router.admin.exchange import ControlPlane
 from sglang_router.app import front, settings
 from sglang_router.app.admission import admission
+from sglang_router.app.issuer import tokens_of
 from sglang_router.app.jobs import Jobs, keepalive, relaying
 from sglang_router.app.listening import open_all, servers_on
 from sglang_router.app.looping import on_loop
@@ -78,7 +79,8 @@ class RelayProcess:
         self._log.attach()
         rng = random.Random()
         self._tls, worker_tls = settings.server_tls(args), settings.worker_tls(args)
-        access, key_files = settings.access_rules(args)
+        tokens, self._issuer = tokens_of(args, loop, clock)
+        access, key_files = settings.access_rules(args, tokens=tokens)
         answers = front.answers_of(args, rng, given.mark)
         forward = settings.forward_rules(args, access, given.mark)
         self._connections = connections = front.connections_of(args, loop, system_look_up, rng, worker_tls)
@@ -105,7 +107,7 @@ class RelayProcess:
             admission(access, routes),
             front.upgrades_of(),
         )
-        self._watched = [files for files in (self._tls, worker_tls, key_files) if files is not None]
+        self._watched = [each for each in (self._tls, worker_tls, key_files, self._issuer) if each is not None]
         jobs = relaying(clock, (self._clients,), connections, self._look, self._watched)
         keepalives = front.keepalives_of(args, self._clients)
         if keepalives is not None:
@@ -155,6 +157,8 @@ class RelayProcess:
         self._jobs.close()
         self._clients.cut()
         await self._aborts.settle()
+        if self._issuer is not None:
+            await self._issuer.close()
         await self._connections.close()
         return 0
 

@@ -17,19 +17,21 @@ any other one would answer that there is no such thing.
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Hashable
-from typing import Final, Protocol, TypeVar
+from typing import Final, NamedTuple
 
 from sglang_router.errors import QueueTimeout, RouterError, SessionsFull, WorkersFull, WorkersPaused, WorkersStarting
 from sglang_router.routing.candidates import Candidates, candidates_of
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.kept_ids import KeptIds
+from sglang_router.routing.line import Queued
 from sglang_router.routing.models import Serving
 from sglang_router.routing.naming import Naming, adapter_of, rename
 from sglang_router.routing.pair import ServingPair
 from sglang_router.routing.pairs import Pairs
+from sglang_router.routing.plan import RequestTag
 from sglang_router.routing.pool import Pool
 from sglang_router.routing.pools import Pools
-from sglang_router.routing.queue import PAUSED, PLACE, ROOM, SESSION, START, Queue, Queued
+from sglang_router.routing.queue import PAUSED, PLACE, ROOM, SESSION, START, Queue
 from sglang_router.routing.roles import PREFILL
 from sglang_router.routing.sessions import Sessions
 from sglang_router.routing.standing import awaits_continue
@@ -41,15 +43,11 @@ HOLDER: Final = "holder"
 """Branch of a request that goes to the worker that keeps what it follows."""
 
 
-class QueuedItem(Protocol):
-    """What is queued of a request."""
+class Asked(NamedTuple):
+    """What the router needs to decide a queued request."""
 
-    @property
-    def facts(self) -> Facts:
-        """What routing knows of it."""
-
-
-W = TypeVar("W", bound=QueuedItem)
+    tag: RequestTag
+    facts: Facts
 
 
 class Assignment:
@@ -164,7 +162,7 @@ class Assignment:
             return (serving, holder)
         return (serving, SESSION) if self.sessions.begins(facts, now) else serving
 
-    def rejoins(self, queue: Queue[W], queued: Queued[W], now: float) -> bool:
+    def rejoins(self, queue: Queue[Asked], queued: Queued[Asked], now: float) -> bool:
         """Move a queued request to another line, if it belongs there now; return whether it does.
 
         For a session that ended while its request was queued begins anew, and nobody else may wait for that.
@@ -173,7 +171,7 @@ class Assignment:
         line = self.line(self.serving(facts), facts, now)
         return line != queued.line and queue.rejoin(queued.line, line, lambda item: item is queued.item)
 
-    def follow(self, queue: Queue[W], begun: Collection[Queued[W]], now: float) -> bool:
+    def follow(self, queue: Queue[Asked], begun: Collection[Queued[Asked]], now: float) -> bool:
         """Let the other requests of sessions that have begun wait no longer behind those that have not.
 
         begun  the requests that have begun, and were queued until now
@@ -213,7 +211,7 @@ class Assignment:
             return WorkersPaused(retry_after=_CONTINUED_AFTER)
         return error
 
-    def in_vain(self, queued: Queued[W], retry_after: float, now: float) -> RouterError:
+    def in_vain(self, queued: Queued[Asked], retry_after: float, now: float) -> RouterError:
         """Return the error for a request that has waited too long.
 
         retry_after  seconds after which another try may be worth it

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from sglang_router.errors import RouterError
 
-_NAMELESS: Final = (b"", b"", b"", None, False)
+_NAMELESS: Final = (b"", b"", b"", None, False, None)
 
 
 class Target(NamedTuple):
@@ -182,7 +182,7 @@ class RequestTag:
         peer: str = "",
         client: str = "",
         received: int = 0,
-        named: tuple[bytes, bytes, bytes, RouterError | None, bool] = _NAMELESS,
+        named: tuple[bytes, bytes, bytes, RouterError | None, bool, int | None] = _NAMELESS,
     ) -> None:
         self.number = number
         self.raw_id = raw_id

@@ -16,25 +16,30 @@
 
 Sessions that wait have a line of their own, and do not count for the others' bound.
 
-First come, first served: a new request is queued after those of its line (its pool of workers), and after all that wait
-for a place. A queued request holds no place. Requests are identified by their number (RequestTag.number).
+By priority, and first come, first served within one: a new request is queued after those of its line (its pool of
+workers) that begin before it (`routing.line`), and so are those that wait for a place. A queued request holds no place.
+Requests are identified by their number (RequestTag.number).
 
-The rate limit is a token bucket, stored as one number (GCRA, the virtual scheduling of ITU-T I.371): the moment when
-the bucket will be full again. A request takes its token when it arrives, whether it then begins or is queued.
+When the queue is full, a request of a higher priority takes the slot of the newest one of the lowest priority, which is
+refused in its place.
+
+The rate limit is a token bucket (`routing.token_bucket`). A request takes its token when it arrives, whether it then
+begins or is queued.
 
 Retry-After is the time until all requests that are queued now will have begun, at the rate at which requests ended
-lately.
+lately; those of a lower priority than the refused one are not counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator
 from typing import Final, Generic, TypeVar
 
-from sglang_router.errors import QueueFull, RateLimited, SessionsFull, TooManyWaiting
+from sglang_router.errors import Overload, QueueFull, RateLimited, SessionsFull, TooManyWaiting
+from sglang_router.routing.line import MIXED, Line, Queued, order_of
 from sglang_router.routing.rules import QueueRules
+from sglang_router.routing.token_bucket import TokenBucket
 
 T = TypeVar("T")
 
@@ -45,57 +50,6 @@ _WEIGHT: Final = 1 / 16
 """Weight of the latest pause between two ends in the mean pause."""
 _LONGEST: Final = 60.0
 """Longest Retry-After, in seconds: an estimate further ahead is not reliable."""
-_ROUNDING: Final = 1e-6
-"""Tolerance for rounding errors, in seconds, so that requests at exactly the rate limit pass."""
-
-
-class TokenBucket:
-    """A token bucket, full at the start.
-
-    rate   tokens added per second
-    burst  most tokens in it, at least 1; None: those of one second
-    """
-
-    __slots__ = ("_full_at", "_interval", "_slack")
-
-    def __init__(self, rate: float, burst: float | None = None) -> None:
-        self._interval = 1.0 / rate
-        self._slack = (max(1.0, rate if burst is None else burst) - 1.0) * self._interval
-        self._full_at = -math.inf
-
-    def take(self, now: float) -> float:
-        """Take a token and return 0.0; when there is none, return the seconds until there is one."""
-        full_at = max(self._full_at, now)
-        missing = full_at - now - self._slack
-        if missing > _ROUNDING:
-            return missing
-        self._full_at = full_at + self._interval
-        return 0.0
-
-
-class Queued(Generic[T]):
-    """A request in the queue.
-
-    number  of the request
-    item    what its owner needs to start it later
-    line    requests of one line begin in order; those of other lines may overtake them
-    why     PLACE, ROOM, START, SESSION or PAUSED
-    since   when it was queued; seconds of the router's clock
-    until   when it has waited too long
-    """
-
-    __slots__ = ("item", "line", "number", "since", "until", "why")
-
-    def __init__(self, number: int, item: T, line: Hashable, why: str, since: float, until: float) -> None:
-        self.number = number
-        self.item = item
-        self.line = line
-        self.why = why
-        self.since = since
-        self.until = until
-
-    def __repr__(self) -> str:
-        return f"<Queued {self.number} for {self.why} since {self.since:.3f} until {self.until:.3f}>"
 
 
 class Queue(Generic[T]):
@@ -109,6 +63,7 @@ class Queue(Generic[T]):
     __slots__ = (
         "_bucket",
         "_busy_since",
+        "_by_priority",
         "_for_place",
         "_for_session",
         "_lines",
@@ -125,9 +80,8 @@ class Queue(Generic[T]):
         self.rules = rules
         self.refused = {RateLimited.code: 0, QueueFull.code: 0, TooManyWaiting.code: 0, SessionsFull.code: 0}
         self._queued: dict[int, Queued[T]] = {}
-        # A dict keeps the order too, but to find its first key it skips all keys deleted before it: with 100,000
-        # requests queued, removing one and adding one costs 17 us with a dict, 3 us with an OrderedDict.
-        self._lines: dict[Hashable, OrderedDict[int, Queued[T]]] = {}
+        self._lines: dict[Hashable, Line[T]] = {}  # none is empty
+        self._by_priority: dict[int, int] = {}  # number of queued requests
         self._for_place = 0  # queued requests that wait for a place
         self._for_session = 0  # those that wait to begin a session
         self._running: set[int] = set()  # requests that have a place, where places are limited
@@ -169,35 +123,68 @@ class Queue(Generic[T]):
 
     # -- new requests --------------------------------------------------------------------------------------------------
 
-    def why_wait(self, line: Hashable) -> str:
+    def rank(self, priority: int, now: float) -> float:
+        """Return the rank of a request that is queued now, see `routing.line`."""
+        return now - priority * self.rules.aging
+
+    def why_wait(self, line: Hashable, rank: float = math.inf) -> str:
         """Return why a new request must be queued even if a worker is free; "" when it need not.
 
-        PLACE when no place is free or others wait for one, else the reason of the last request of its line.
+        PLACE when no place is free or others wait for one, else the reason of those of its line that begin before it.
+
+        rank  of the new request; infinity: all of its line begin before it
         """
         if self._for_place or not self.has_place:
             return PLACE
         ahead = self._lines.get(line)
-        return "" if ahead is None else ahead[next(reversed(ahead))].why
+        other = None if ahead is None else ahead.before(rank)
+        return "" if other is None else other.why
 
-    def check_length(self, why: str, now: float) -> None:
-        """Refuse a new request that would have to wait when the queue is full.
+    def check_length(self, why: str, now: float, priority: int = 0) -> Queued[T] | None:
+        """Find a slot for a new request that has to wait: None when the queue is not full, else the request that must
+        give its slot up (`give_up`).
 
-        Raises: QueueFull, TooManyWaiting, SessionsFull (429), with `retry_after`.
+        Raises: QueueFull, TooManyWaiting, SessionsFull (429), with `retry_after`, when there is none.
         """
         others = len(self._queued) - self._for_session
         if why == SESSION:
-            if self._for_session >= self.rules.queue_size:
-                self.refused[SessionsFull.code] += 1
-                raise SessionsFull(retry_after=self.retry_after(now))
+            full = self._for_session >= self.rules.queue_size
         elif why in (START, PAUSED):
             # No more may wait for a start than could run or wait afterwards.
             most = self.rules.most_starting if why == START else self.rules.most_paused
-            if others >= min(most, self._most + self.rules.queue_size):
-                self.refused[TooManyWaiting.code] += 1
-                raise TooManyWaiting(retry_after=5.0)
-        elif others >= self.rules.queue_size:
-            self.refused[QueueFull.code] += 1
-            raise QueueFull(retry_after=self.retry_after(now))
+            full = others >= min(most, self._most + self.rules.queue_size)
+        else:
+            full = others >= self.rules.queue_size
+        if not full:
+            return None
+        lower = self._newest_below(priority, why == SESSION)
+        if lower is None:
+            raise self._full(why, now, priority)
+        return lower
+
+    def _newest_below(self, priority: int, session: bool) -> Queued[T] | None:
+        """Return the newest request of the lowest priority below this one, of those that count for the same bound."""
+        if min(self._by_priority, default=priority) >= priority:
+            return None
+        lowest = [line.lowest() for line in self._lines.values()]
+        found = [each for each in lowest if each.priority < priority and (each.why == SESSION) is session]
+        return max(found, key=lambda each: (-each.priority, each.number), default=None)
+
+    def _full(self, why: str, now: float, priority: int) -> Overload:
+        """Count a refusal for a full queue; return its error."""
+        error: Overload
+        if why in (START, PAUSED):
+            error = TooManyWaiting(retry_after=5.0)
+        else:
+            estimate = self.retry_after(now, priority)
+            error = SessionsFull(retry_after=estimate) if why == SESSION else QueueFull(retry_after=estimate)
+        self.refused[error.code] += 1
+        return error
+
+    def give_up(self, queued: Queued[T], now: float) -> Overload:
+        """Take a request out of the queue, for one of a higher priority; return the error that answers it."""
+        self.remove(queued.number)
+        return self._full(queued.why, now, queued.priority)
 
     def take_token(self, now: float) -> None:
         """Take a token, where the rate is limited.
@@ -216,13 +203,18 @@ class Queue(Generic[T]):
             if len(self._running) == self._most:
                 self._busy_since = now
 
-    def wait(self, number: int, item: T, line: Hashable, why: str, now: float) -> Queued[T]:
-        """Queue a request, as the last one of its line."""
-        queued = Queued(number, item, line, why, now, now + self._patience(why))
+    def wait(self, number: int, item: T, line: Hashable, why: str, now: float, priority: int = 0) -> Queued[T]:
+        """Queue a request, as the last one of its priority in its line."""
+        until = now + self._patience(why)
+        queued = Queued(number, item, line, why, now, until, priority, self.rank(priority, now))
         if not self._queued and self.has_place:
             self._busy_since = now
         self._queued[number] = queued
-        self._lines.setdefault(line, OrderedDict())[number] = queued
+        waiting = self._lines.get(line)
+        if waiting is None:
+            waiting = self._lines[line] = Line()
+        waiting.add(queued)
+        self._by_priority[priority] = self._by_priority.get(priority, 0) + 1
         self._for_place += why == PLACE
         self._for_session += why == SESSION
         self.idle = False
@@ -232,6 +224,9 @@ class Queue(Generic[T]):
         """Change the reason why a request waits, and so its deadline; return False when it is the same."""
         if queued.why == why:
             return False
+        line = self._lines.get(queued.line)
+        if line is not None:
+            line.why = MIXED
         self._for_place += (why == PLACE) - (queued.why == PLACE)
         self._for_session += (why == SESSION) - (queued.why == SESSION)
         queued.why = why
@@ -241,13 +236,14 @@ class Queue(Generic[T]):
     def line_waits_for(self, line: Hashable, why: str) -> list[Queued[T]]:
         """Make all requests of a line wait for this reason; return those that waited for another one before.
 
-        Call it while a place is free, so that no request of the line waits for a place any more. The requests of a line
-        all wait for the same reason, or for a place, so checking the first one is usually enough.
+        Call it while a place is free. Usually all of them wait for one reason, which is known without a look at each.
         """
         queue = self._lines[line]
-        if not self._for_place and queue[next(iter(queue))].why == why:
+        if queue.why == why:
             return []
-        return [queued for queued in queue.values() if self.now_for(queued, why)]
+        changed = [queued for queued in queue if self.now_for(queued, why)]
+        queue.why = why
+        return changed
 
     def regroup(self, line_of: Callable[[T], Hashable]) -> None:
         """Move each request to the line of its item, after lines were added or removed. The order remains.
@@ -256,34 +252,33 @@ class Queue(Generic[T]):
 
         A request that changes its line waits for a place until it is known what that line waits for.
         """
-        lines: dict[Hashable, OrderedDict[int, Queued[T]]] = {}
-        for number, queued in self._queued.items():
+        lines: dict[Hashable, Line[T]] = {}
+        for queued in sorted(self._queued.values(), key=order_of):
             line = line_of(queued.item)
             if line != queued.line:
-                queued.line = line
                 self.now_for(queued, PLACE)
-            lines.setdefault(line, OrderedDict())[number] = queued
+                queued.line = line
+            lines.setdefault(line, Line()).add(queued)
         self._lines = lines
 
     def rejoin(self, line: Hashable, other: Hashable, moves: Callable[[T], bool]) -> bool:
-        """Move some requests of a line to another line, in the order of arrival; return whether there are any. O(n)
+        """Move some requests of a line to another line, in their order; return whether there are any. O(n)
 
         moves  returns whether an item moves
 
         They wait for a place until it is known what the other line waits for.
         """
-        waiting = self._lines.get(line, OrderedDict())
-        moved = [queued for queued in waiting.values() if moves(queued.item)]
+        waiting: Line[T] = self._lines.get(line, Line())
+        moved = [queued for queued in waiting if moves(queued.item)]
         if not moved:
             return False
-        joined = self._lines.get(other, OrderedDict())
         for queued in moved:
-            del waiting[queued.number]
-            queued.line = other
+            waiting.remove(queued)
             self.now_for(queued, PLACE)
-            joined[queued.number] = queued
-        self._lines[other] = OrderedDict(sorted(joined.items()))
-        if not waiting:
+            queued.line = other
+        joined: Line[T] = self._lines.get(other, Line())
+        self._lines[other] = Line(sorted([*joined, *moved], key=order_of))
+        if not len(waiting):
             del self._lines[line]
         return True
 
@@ -297,18 +292,23 @@ class Queue(Generic[T]):
     # -- queued and running requests -----------------------------------------------------------------------------------
 
     def first(self, passed_over: Collection[Hashable]) -> Queued[T] | None:
-        """Return the oldest request of the lines that are not passed over; None when there is none."""
-        heads = [line[next(iter(line))] for name, line in self._lines.items() if name not in passed_over]
-        return min(heads, key=_number, default=None)
+        """Return the request that begins next, of the lines that are not passed over; None when there is none."""
+        heads = [line.first() for name, line in self._lines.items() if name not in passed_over]
+        return min(heads, key=order_of, default=None)
 
     def remove(self, number: int) -> Queued[T] | None:
         """Take a request out of the queue, at any position; return None when it is not there."""
         queued = self._queued.pop(number, None)
         if queued is not None:
             line = self._lines[queued.line]
-            del line[number]
-            if not line:
+            line.remove(queued)
+            if not len(line):
                 del self._lines[queued.line]
+            left = self._by_priority[queued.priority] - 1
+            if left:
+                self._by_priority[queued.priority] = left
+            else:
+                del self._by_priority[queued.priority]
             self._for_place -= queued.why == PLACE
             self._for_session -= queued.why == SESSION
             self.idle = not self._queued and not self.limited
@@ -323,11 +323,9 @@ class Queue(Generic[T]):
             self._busy_since = now
         running.discard(number)
 
-    def retry_after(self, now: float) -> float:
-        """Return the estimated seconds until all requests queued now will have begun, for Retry-After."""
+    def retry_after(self, now: float, priority: int = 0) -> float:
+        """Return the estimated seconds until all requests queued now that a new one of this priority would not overtake
+        will have begun, for Retry-After."""
         pause = max(self._pause, now - self._busy_since)
-        return min(max(pause * (len(self._queued) + 1), 1.0), _LONGEST)
-
-
-def _number(queued: Queued[T]) -> int:
-    return queued.number
+        ahead = sum(count for each, count in self._by_priority.items() if each >= priority)
+        return min(max(pause * (ahead + 1), 1.0), _LONGEST)

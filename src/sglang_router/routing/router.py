@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Hashable, Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
 from sglang_router.errors import InternalError, QueueTimeout, RouterError
 from sglang_router.routing.again import Again, NextTry
-from sglang_router.routing.assignment import Assignment
+from sglang_router.routing.assignment import Asked, Assignment
 from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.decider import Deliver
 from sglang_router.routing.events import Listener, Retried, WorkerChanged
@@ -36,6 +36,7 @@ from sglang_router.routing.judge import Judge
 from sglang_router.routing.keys import bounded
 from sglang_router.routing.lease import Lease
 from sglang_router.routing.legs import Legs
+from sglang_router.routing.line import Queued
 from sglang_router.routing.models import Serving
 from sglang_router.routing.naming import keep_name
 from sglang_router.routing.outcome import Outcome
@@ -43,7 +44,8 @@ from sglang_router.routing.pair import ServingPair
 from sglang_router.routing.pairing import Pairing
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
 from sglang_router.routing.quarantine import Quarantine
-from sglang_router.routing.queue import PLACE, Queue, Queued
+from sglang_router.routing.queue import PLACE, Queue
+from sglang_router.routing.quotas import Quotas
 from sglang_router.routing.recorder import Recorder
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.roles import PREFILL, REGULAR
@@ -56,13 +58,6 @@ from sglang_router.routing.worker import Worker
 
 Soon = Callable[[Callable[[float], None]], None]
 """Calls a function with the time soon, after the current call: the event loop's `call_soon`."""
-
-
-class _Asked(NamedTuple):
-    """What the router needs to decide a queued request."""
-
-    tag: RequestTag
-    facts: Facts
 
 
 _SERVED: Final = Outcome.SERVED
@@ -80,6 +75,7 @@ class Router(Listener):
     check_now  requests a health check of a worker
     pairs      who serves in pairs, by which rules
     naming     aliases of models, and which model stands in for another
+    quotas     of single clients and models; without rules at first
     """
 
     deliver: Deliver
@@ -87,7 +83,7 @@ class Router(Listener):
     def __init__(
         self,
         fleet: Fleet,
-        queue: Queue[_Asked],
+        queue: Queue[Asked],
         listener: Listener,
         retries: RetryRules,
         budget: RetryBudget,
@@ -99,6 +95,7 @@ class Router(Listener):
         self.queue = queue
         self.budget = budget
         self.quarantine = Quarantine(rng)
+        self.quotas = Quotas()
         self._judge = Judge(fleet, self.quarantine, listener)
         self._truth = Truth(fleet, soon)
         self._pools = fleet.pools
@@ -150,6 +147,8 @@ class Router(Listener):
 
     def ask(self, tag: RequestTag, facts: Facts, now: float) -> Plan | Wait:
         """Decide where a new request goes. Raises: RouterError, see `Decider.ask`."""
+        if self.quotas.on:
+            self.quotas.admit(tag, facts, now)
         if self._who.sessions.on:
             self._who.sessions.recognise(facts)
         pool = self._pools.only or self._who.serving(facts)
@@ -166,18 +165,20 @@ class Router(Listener):
     def _ask_queue(self, tag: RequestTag, facts: Facts, pool: Serving, now: float) -> Plan | Wait:
         """Decide where a limit is set, requests are queued, or no worker can take the request now."""
         pool, queue = self._who.admitted(pool, facts, now), self.queue
-        line = self._who.line(pool, facts, now)
-        why = queue.why_wait(line)
+        line, priority = self._who.line(pool, facts, now), self.quotas.priority(tag, facts)
+        why = queue.why_wait(line, queue.rank(priority, now))
         if why != PLACE:
             queue.take_token(now)
             if not why:
                 if candidates := self._who.candidates(pool, facts, now):
                     return self._begin(tag, facts, pool, candidates, now)
                 why = self._who.awaited(pool, facts, now)
-        queue.check_length(why, now)
+        lower = queue.check_length(why, now, priority)
         if why == PLACE:
             queue.take_token(now)
-        queued = queue.wait(tag.number, _Asked(tag, facts), line, why, now)
+        if lower is not None:
+            self.deliver(lower.number, queue.give_up(lower, now))
+        queued = queue.wait(tag.number, Asked(tag, facts), line, why, now, priority)
         return Wait(queued.until, why)
 
     def _begin(self, tag: RequestTag, facts: Facts, pool: Serving, candidates: Candidates, now: float) -> Plan:
@@ -312,7 +313,7 @@ class Router(Listener):
     def expired(self, tag: RequestTag, now: float) -> RouterError:
         """Remove a request that waited too long from the queue; return the error that answers it."""
         queued = self.queue.remove(tag.number)
-        after = self.queue.retry_after(now)
+        after = self.queue.retry_after(now, 0 if queued is None else queued.priority)
         return QueueTimeout(retry_after=after) if queued is None else self._who.in_vain(queued, after, now)
 
     def withdraw(self, tag: RequestTag) -> None:
@@ -354,7 +355,7 @@ class Router(Listener):
 
     def _let_in(self, now: float) -> None:
         """Start the queued requests that can begin now, first come, first served; refuse those that wait in vain."""
-        self._scheduled, passed_over, begun = False, set[Hashable](), list[Queued[_Asked]]()
+        self._scheduled, passed_over, begun = False, set[Hashable](), list[Queued[Asked]]()
         self._regroup(now)
         while self.queue.has_place and (queued := self.queue.first(passed_over)) is not None:
             try:
@@ -373,17 +374,16 @@ class Router(Listener):
         if self._who.follow(self.queue, begun, now):
             self._freed()
 
-    def _answer(self, asked: _Asked, now: float) -> Plan | RouterError | str:
+    def _answer(self, asked: Asked, now: float) -> Plan | RouterError | str:
         """Return the answer to a queued request and remove it from the queue; or return what it still waits for."""
-        number = asked.tag.number
         try:
             pool = self._who.admitted(self._who.serving(asked.facts), asked.facts, now)
             if not (candidates := self._who.candidates(pool, asked.facts, now)):
                 return self._who.awaited(pool, asked.facts, now)
         except RouterError as error:
-            self.queue.remove(number)
+            self.queue.remove(asked.tag.number)
             return error
-        self.queue.remove(number)
+        self.queue.remove(asked.tag.number)
         return self._begin(asked.tag, asked.facts, pool, candidates, now)
 
     def _still_waits(self, line: Hashable, why: str) -> None:

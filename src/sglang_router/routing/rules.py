@@ -92,6 +92,7 @@ class QueueRules(msgspec.Struct, frozen=True):
     session_timeout seconds that a request may wait to begin a session
     paused_timeout  seconds that a request may wait for a paused worker to continue
     most_paused     requests that may wait for that
+    aging           seconds of waiting that are worth one point of priority, > 0
     """
 
     max_concurrent: int | None = None
@@ -104,6 +105,46 @@ class QueueRules(msgspec.Struct, frozen=True):
     session_timeout: float = 600.0
     paused_timeout: float = 600.0
     most_paused: int = 65536
+    aging: float = 1.0
+
+
+class LimitRules(msgspec.Struct, frozen=True):
+    """What one client or one model may have, see `routing.quotas`; None: no limit.
+
+    requests_per_second  > 0
+    burst                requests that may come at once after a pause, >= 1; None: one second's worth
+    max_concurrent       requests in flight, >= 1
+    tokens_per_minute    of prompts and answers together, > 0
+    """
+
+    requests_per_second: float | None = None
+    burst: float | None = None
+    max_concurrent: int | None = None
+    tokens_per_minute: float | None = None
+
+
+NO_LIMITS = LimitRules()
+
+
+class ClientRules(msgspec.Struct, frozen=True):
+    """What applies to the clients with one name.
+
+    models        those that they may ask for, by the JSON text of their names; None: all
+    priority      of their requests, unless they ask for another one; None: that of the model
+    max_priority  highest that they may ask for; None: that of all clients, or `priority` if it is higher
+    """
+
+    limits: LimitRules = NO_LIMITS
+    models: frozenset[bytes] | None = None
+    priority: int | None = None
+    max_priority: int | None = None
+
+
+class ModelRules(msgspec.Struct, frozen=True):
+    """What applies to all requests for one model. priority: theirs, unless client or key say another one."""
+
+    limits: LimitRules = NO_LIMITS
+    priority: int = 0
 
 
 class PairRules(msgspec.Struct, frozen=True):

@@ -1,0 +1,45 @@
+"""A token bucket, stored as one number (GCRA, the virtual scheduling of ITU-T I.371): the moment when it is full again.
+
+take(now)         take a token; or return how long there is none
+missing(now)      the same without taking one
+spend(n, now)     take n tokens, also when there are fewer: then there is none for longer
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+_ROUNDING: Final = 1e-6
+"""Tolerance for rounding errors, in seconds, so that requests at exactly the rate limit pass."""
+
+
+class TokenBucket:
+    """See the module. It is full at the start.
+
+    rate   tokens added per second
+    burst  most tokens in it, at least 1; None: those of one second
+    """
+
+    __slots__ = ("_full_at", "_interval", "_slack")
+
+    def __init__(self, rate: float, burst: float | None = None) -> None:
+        self._interval = 1.0 / rate
+        self._slack = (max(1.0, rate if burst is None else burst) - 1.0) * self._interval
+        self._full_at = -math.inf
+
+    def missing(self, now: float) -> float:
+        """Return the seconds until there is a token; 0.0 when there is one."""
+        missing = max(self._full_at, now) - now - self._slack
+        return missing if missing > _ROUNDING else 0.0
+
+    def spend(self, tokens: float, now: float) -> None:
+        """Take tokens."""
+        self._full_at = max(self._full_at, now) + tokens * self._interval
+
+    def take(self, now: float) -> float:
+        """Take a token and return 0.0; when there is none, return the seconds until there is one."""
+        missing = self.missing(now)
+        if not missing:
+            self.spend(1.0, now)
+        return missing
