@@ -225,22 +225,23 @@ def test_a_prefill_killed_after_the_hand_over_costs_nothing() -> None:
     with two() as bed:
         first = bed.fakes.hold(Stage.MOVED, *bed.pair.prefills)
         second = bed.fakes.hold(Stage.STREAMING, *bed.pair.decodes)
-        asked = bed.send(GENERATE, generate(stream=True))
-        bed.fakes.reached(second)
-        bed.fakes.call(bed.fakes.reached(first).kill)
-        bed.fakes.release(second)
-        told = events(asked.result())
-        assert told[-2]["text"] == answer_text(PROMPT, 3)
-        assert told[-1] == "[DONE]"
+        with bed.client(GENERATE, generate(stream=True)) as connection, connection.makefile("rb") as stream:
+            told = bed.first_event(stream)
+            bed.fakes.call(bed.fakes.reached(first).kill)
+            bed.fakes.release(second)
+            told += b"".join(iter(stream.readline, b"0\r\n"))
+        assert answer_text(PROMPT, 3).encode() in told
+        assert b"data: [DONE]" in told
         assert sum(len(engine.legs) for engine in bed.pair.decodes) == 1
 
 
 def test_a_decode_killed_in_mid_stream_ends_the_stream_with_an_error() -> None:
     with two() as bed:
         held = bed.fakes.hold(Stage.STREAMING, *bed.pair.decodes)
-        asked = bed.cut_short(GENERATE, generate(stream=True))
-        bed.fakes.call(bed.fakes.reached(held).kill)
-        told = asked.result()
+        with bed.client(GENERATE, generate(stream=True)) as connection, connection.makefile("rb") as stream:
+            told = bed.first_event(stream)
+            bed.fakes.call(bed.fakes.reached(held).kill)
+            told += stream.read()
         assert answer_text(PROMPT, 1).encode() in told
         assert b'"error"' in told
         assert not told.endswith(b"0\r\n\r\n"), "no clean end"

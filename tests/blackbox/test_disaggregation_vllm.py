@@ -221,9 +221,10 @@ def test_a_prefill_killed_before_decode_has_read_its_blocks_costs_no_request() -
 def test_a_decode_killed_in_mid_stream_ends_the_stream_with_an_error() -> None:
     with bed_of(1, 2) as bed:
         held = bed.fakes.hold(Stage.STREAMING, *bed.pair.decodes)
-        asked = bed.cut_short(COMPLETIONS, completion(stream=True))
-        bed.fakes.call(bed.fakes.reached(held).kill)
-        told = asked.result()
+        with bed.client(COMPLETIONS, completion(stream=True)) as connection, connection.makefile("rb") as stream:
+            told = bed.first_event(stream)
+            bed.fakes.call(bed.fakes.reached(held).kill)
+            told += stream.read()
         assert answer_text(PROMPT, 1).encode() in told
         assert b'"error"' in told
         assert not told.endswith(b"0\r\n\r\n"), "no clean end"

@@ -17,10 +17,12 @@ import enum
 import json
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
 from routers import free_port
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 WITHIN = 30.0
 """Seconds after which a wait fails; a busy machine is slow."""
@@ -144,10 +146,12 @@ class EdgeServer:
         self._frozen: asyncio.Event | None = None
         self._faults: dict[str, list[Fault | tuple[int, Any]]] = {}
         self._holds: dict[Stage, Hold] = {}
-        self._servers: list[asyncio.Server] = []
+        self._listeners: list[socket.socket] = []
+        self._opened: set[asyncio.Task[None]] = set()  # a task for each connection
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._news = asyncio.Event()
+        self._life = object()  # another one after `kill`
 
     # -- what a test does with it ------------------------------------------------------------------------
 
@@ -162,10 +166,43 @@ class EdgeServer:
     async def start(self) -> None:
         """Listen; after `kill`, on the same ports again."""
         self.up = True
-        self._servers = [await self.listen(self._serve, self.port)]
+        self._listeners = [self.listen(self._serve, self.port)]
 
-    async def listen(self, serve: Callable[..., Any], port: int) -> asyncio.Server:
-        return await asyncio.start_server(serve, "127.0.0.1", port)
+    def listen(self, serve: Serve, port: int) -> socket.socket:
+        """Serve connections until `kill`.
+
+        A closed server of asyncio forgets connections that it has just accepted, and leaves them open, as no killed
+        engine does. So connections are accepted here.
+        """
+        listener = socket.create_server(("127.0.0.1", port), backlog=512)
+        listener.setblocking(False)
+        asyncio.get_running_loop().add_reader(listener, self._accept, listener, serve)
+        return listener
+
+    def _accept(self, listener: socket.socket, serve: Serve) -> None:
+        with contextlib.suppress(OSError):  # there is no other one
+            while True:
+                connection = listener.accept()[0]
+                connection.setblocking(False)
+                task = asyncio.ensure_future(self._open(connection, serve, self._life))
+                self._opened.add(task)
+                task.add_done_callback(self._opened.discard)
+
+    async def _open(self, connection: socket.socket, serve: Serve, life: object) -> None:
+        reader, writer = await asyncio.open_connection(sock=connection)
+        if life is not self._life:
+            _abort(writer)
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._writers.add(writer)
+        try:
+            await serve(reader, writer)
+        finally:
+            writer.close()
+            self._writers.discard(writer)
+            self._tasks.discard(task)
 
     def kill(self, flush: bool = False) -> None:
         """End it as kill -9 does; with `flush`, what is written arrives first.
@@ -173,9 +210,11 @@ class EdgeServer:
         `start` makes a new one with the same ports, which knows nothing of before.
         """
         self.up = False
-        for server in self._servers:
-            server.close()
-        self._servers = []
+        self._life = object()
+        for listener in self._listeners:
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
+        self._listeners = []
         for writer in list(self._writers):
             if flush:
                 writer.close()
@@ -191,7 +230,7 @@ class EdgeServer:
 
     async def stop(self) -> None:
         """End it, and wait until nothing of it is left."""
-        tasks = list(self._tasks)
+        tasks = list(self._opened)
         self.kill()
         await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -248,22 +287,9 @@ class EdgeServer:
     # -- connections -------------------------------------------------------------------------------------
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        if not self.up:
-            _abort(writer)
-            return
-        self._tasks.add(task)
-        self._writers.add(writer)
-        try:
-            # asyncio's streams report a cancelled handler as an error, so it ends quietly instead.
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-                while await self._exchange(reader, writer):
-                    pass
-        finally:
-            writer.close()
-            self._writers.discard(writer)
-            self._tasks.discard(task)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            while await self._exchange(reader, writer):
+                pass
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         request = await read_request(reader)

@@ -14,7 +14,7 @@ import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from pd_fakes.edge import EdgeServer
 from pd_fakes.fleet import Fakes, Group, running
@@ -57,14 +57,15 @@ class Bed(Generic[G]):
             connection.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
             yield connection
 
-    def cut_short(self, path: str, body: Any) -> Future[bytes]:
-        """Send a request in a thread of its own; return all that comes until the connection closes."""
-
-        def read() -> bytes:
-            with self.client(path, body) as connection, connection.makefile("rb") as stream:
-                return stream.read()
-
-        return self._threads.submit(read)
+    @staticmethod
+    def first_event(stream: BinaryIO) -> bytes:
+        """Read an answer up to its first event: what a killed engine has sent, but the router not read, is lost."""
+        found = b""
+        while not found.rpartition(b"\n")[0].rpartition(b"\n")[2].startswith(b"data:"):
+            line = stream.readline()
+            assert line, found
+            found += line
+        return found
 
     def surveyed(self) -> None:
         """Wait until the router has heard twice of every engine what it is and how busy it is."""

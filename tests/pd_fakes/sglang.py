@@ -171,7 +171,7 @@ class SglangEngine(EdgeServer):
 
     async def start(self) -> None:
         await super().start()
-        self._servers.append(await self.listen(self._bootstrap, self.bootstrap_port))
+        self._listeners.append(self.listen(self._bootstrap, self.bootstrap_port))
 
     def reset(self) -> None:
         for leg in self.living:
@@ -381,24 +381,15 @@ class SglangEngine(EdgeServer):
 
     async def _bootstrap(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve the bootstrap port; a decode asks there for the KV cache of a room, and waits for it."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self._writers.add(writer)
         reply = Reply(reader, writer)
-        try:
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-                request = await read_request(reader)
-                if request.path == "/kv":
-                    await self._hand_over(request.body, reply, reader)
-                elif request.path in ("/route", "/health"):
-                    await reply.whole(200, {"prefill_http_port": self.port})
-                else:
-                    await reply.whole(404, {})
-        finally:
-            writer.close()
-            self._writers.discard(writer)
-            self._tasks.discard(task)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            request = await read_request(reader)
+            if request.path == "/kv":
+                await self._hand_over(request.body, reply, reader)
+            elif request.path in ("/route", "/health"):
+                await reply.whole(200, {"prefill_http_port": self.port})
+            else:
+                await reply.whole(404, {})
 
     async def _hand_over(self, asked: dict[str, Any], reply: Reply, reader: asyncio.StreamReader) -> None:
         meeting = self._meeting(asked["room"])

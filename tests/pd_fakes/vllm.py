@@ -140,7 +140,7 @@ class VllmEngine(EdgeServer):
 
     async def start(self) -> None:
         await super().start()
-        self._servers.append(await self.listen(self._side_channel, self.side_port))
+        self._listeners.append(self.listen(self._side_channel, self.side_port))
 
     def reset(self) -> None:
         for work in self.living:
@@ -266,24 +266,13 @@ class VllmEngine(EdgeServer):
 
     async def _side_channel(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Let a decode read the blocks of one prefill, once, while they are leased."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self._writers.add(writer)
-        try:
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-                asked = (await read_request(reader)).body
-                self._end_leases()
-                held = (
-                    self._held.pop(asked["remote_request_id"], None) if asked["remote_engine_id"] == self.id else None
-                )
-                reply = Reply(reader, writer)
-                await (reply.whole(200, {"tokens": tokens_of(held.prompt)}) if held else reply.whole(410, {}))
-                self.wake()
-        finally:
-            writer.close()
-            self._writers.discard(writer)
-            self._tasks.discard(task)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            asked = (await read_request(reader)).body
+            self._end_leases()
+            held = self._held.pop(asked["remote_request_id"], None) if asked["remote_engine_id"] == self.id else None
+            reply = Reply(reader, writer)
+            await (reply.whole(200, {"tokens": tokens_of(held.prompt)}) if held else reply.whole(410, {}))
+            self.wake()
 
     # -- answers -----------------------------------------------------------------------------------------
 

@@ -653,17 +653,51 @@ async def test_legs_that_were_not_sent_yet_are_not_aborted() -> None:
 # -- the whole of a kept connection ------------------------------------------------------------------------------------
 
 
+async def served_and_asked_again(client: Client, legs: list[Leg], play: Play, decider: PairDecider) -> None:
+    """Let both legs serve, and send another request, which comes on the connections that they keep."""
+    await served(client, legs, BODY)
+    await play.until(lambda: len(decider.ends) == 2)
+    await client.send(post(CHAT, BODY))
+    for leg in legs:
+        await leg.request()
+
+
 @pytest.mark.parametrize("role", [0, 1])
 @on_loop
-async def test_a_kept_connection_that_had_closed_is_replaced(role: int) -> None:
+async def test_when_a_kept_connection_had_closed_the_pair_is_planned_anew(role: int) -> None:
+    async with Pairs(script={"retries": 1}) as (play, decider):
+        client = await ask(play)
+        first = await decider.legs(play)
+        await served_and_asked_again(client, first, play, decider)
+        first[role].close()  # it may have been read: nothing is sent to a second engine under the same name
+        await first[1 - role].closed()
+        legs = await decider.legs(play)
+        assert [b'"bootstrap_room":2' in leg.body for leg in legs] == [True, True]
+        await served(client, legs, BODY)
+        assert ("retry", ("prefill", "decode")[role], Outcome.STALE) in decider.told
+        await decider.aborted(play, "r1-prefill", "r1-decode")
+
+
+@on_loop
+async def test_without_a_retry_a_kept_connection_that_had_closed_is_a_502() -> None:
     async with Pairs() as (play, decider):
         client = await ask(play)
         legs = await decider.legs(play)
-        await served(client, legs, BODY)
-        await play.until(lambda: len(decider.ends) == 2)
-        await client.send(post(CHAT, BODY))
-        for leg in legs:
-            await leg.request()
+        await served_and_asked_again(client, legs, play, decider)
+        legs[0].close()
+        response = await client.response()
+        assert (response.status, response.headers["x-smg-error-code"]) == (502, "worker_broken")
+        await decider.aborted(play, "r1-prefill", "r1-decode")
+
+
+@pytest.mark.parametrize("role", [0, 1])
+@on_loop
+async def test_a_leg_without_a_name_is_sent_again_where_a_kept_connection_had_closed(role: int) -> None:
+    async with Pairs() as (play, decider):
+        decider.named = False
+        client = await ask(play)
+        legs = await decider.legs(play)
+        await served_and_asked_again(client, legs, play, decider)
         legs[role].close()
         legs[role] = (await decider.legs(play, 1))[0]
         await served(client, legs, BODY)

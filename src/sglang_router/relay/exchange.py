@@ -285,7 +285,7 @@ class Exchange:
 
     def leg_broken(self, leg: Leg, outcome: Outcome, detail: str) -> None:
         """Retry a broken leg if the client has no head yet; fail otherwise. A stale connection is simply replaced."""
-        if outcome is Outcome.STALE:
+        if outcome is Outcome.STALE and not leg.planned.rid:  # one with a name: see `relay.pair`
             leg.send(True)
             return
         self.relay.decider.suspect(leg.planned)

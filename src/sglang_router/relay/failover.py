@@ -140,4 +140,4 @@ def _follow(exchange: Failing, pending: Pending, plan: Plan) -> None:
     if pending.step is not None and exchange.handled is not None:
         exchange.handled.follow(pending.step)
     # What broke one worker is never sent twice to the next, as it may be where a kept connection ends.
-    exchange.follow(plan, pending.outcome in BREAKS)
+    exchange.follow(plan, pending.outcome in BREAKS or pending.outcome is Outcome.STALE)

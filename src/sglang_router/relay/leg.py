@@ -48,7 +48,7 @@ LOOKS: Final = 4
 
 _NOT_SENT: Final = (Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.UNCONNECTED)
 """After a kept connection broke, these say that it was the worker's end, and not the end of an idle connection."""
-_MAY_GO_ON: Final = (Outcome.BROKEN, Outcome.CUT, Outcome.INVALID)
+_MAY_GO_ON: Final = (Outcome.BROKEN, Outcome.STALE, Outcome.CUT, Outcome.INVALID)
 """After these the engine may still have the leg."""
 
 

@@ -19,6 +19,9 @@ Given up: the connection closes, the engine is asked to end the leg if it knows 
 decider is told. Each leg is told to have ended exactly once, here or at the end of the exchange. A pair is `live` until
 one leg is to blame (`give_up_but`) or the exchange ends (`end`); then the exchange has one leg, as without a pair.
 
+A leg with a name (`PlannedLeg.rid`) is not sent twice: the engine may have read it before a kept connection broke, and
+two legs with one name and one room find nobody. The pair is planned anew.
+
 The prefill leg must answer by the deadline for the first byte, of a request that is no stream as well: an engine that
 hangs does not hold its client until the request's own deadline.
 """
@@ -202,7 +205,7 @@ class Pair:
 
     def leg_broken(self, leg: Leg, outcome: Outcome, detail: str) -> None:
         """Take the end without a complete answer."""
-        if outcome is Outcome.STALE and not self._over:
+        if outcome is Outcome.STALE and not leg.planned.rid and not self._over:
             leg.send(True)
         elif not self._settled():
             self.relay.decider.suspect(leg.planned)

@@ -27,6 +27,7 @@ ERRORS: Final[dict[Outcome, type[RouterError]]] = {
     Outcome.STARVED: TooManyConnections,
     Outcome.LOST: WorkerBroken,
     Outcome.BROKEN: WorkerBroken,
+    Outcome.STALE: WorkerBroken,
     Outcome.VANISHED: WorkerBroken,
     Outcome.INVALID: WorkerInvalid,
     Outcome.CUT: StreamBroken,

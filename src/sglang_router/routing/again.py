@@ -28,6 +28,8 @@ from sglang_router.routing.trail import Trail
 from sglang_router.routing.worker import Worker
 
 _NOBODY: Final = candidates_of(())
+_FREE: Final = frozenset((Outcome.REFUSED, Outcome.STALE))
+"""What cost no engine anything: a retry after it needs no budget."""
 _NOT_TAKEN: Final = frozenset((Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.UNCONNECTED, Outcome.BUSY))
 """After these a worker has not begun with the request."""
 
@@ -95,7 +97,7 @@ class Again:
                 readers = first or second
                 if not first:  # the pair is no fresher than its first half
                     fresh, again = _NOBODY, (fresh or again) if second else _NOBODY
-        if not (fresh or again) or (outcome is not Outcome.REFUSED and not budget.take(now)):
+        if not (fresh or again) or (outcome not in _FREE and not budget.take(now)):
             return None
         trail.retries += 1
         if fresh:

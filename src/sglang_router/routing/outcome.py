@@ -15,7 +15,7 @@
     CUT              no                 failure (break)      the connection broke inside the answer
     TIMEOUT          no                 failure (answer)     no answer in time; the engine may still compute: no retry
     SILENT           no                 failure (answer)     the answer began, and then nothing more arrived
-    STALE            no                 nothing              an idle connection was already closed; the leg is resent
+    STALE            yes                nothing              a kept connection was closed: leg or pair are sent again
     STARVED          no                 nothing              the router has no file descriptor left for a connection
     GONE             no                 nothing              the client disconnected
     ABANDONED        no                 nothing              the router gave the leg up
@@ -68,7 +68,7 @@ class Outcome(enum.Enum):
     CUT = ("cut", False, Hears.BREAK_FAILURE)
     TIMEOUT = ("timeout", False, Hears.ANSWER_FAILURE)
     SILENT = ("silent", False, Hears.ANSWER_FAILURE)
-    STALE = ("stale", False, Hears.NOTHING)
+    STALE = ("stale", True, Hears.NOTHING)
     STARVED = ("starved", False, Hears.NOTHING)
     GONE = ("gone", False, Hears.NOTHING)
     ABANDONED = ("abandoned", False, Hears.NOTHING)
