@@ -77,6 +77,7 @@ PURE = (
     "config.compat",
     "config.units",
     "wire",
+    "access.origins",
     "access.permissions",
     "access.redaction",
     "routing",

@@ -33,7 +33,7 @@ def test_each_path_and_method_has_one_row() -> None:
 def test_who_may_ask() -> None:
     """A row that is not named here is for admins: a forgotten one lets nobody in."""
     kinds = {kind: {row.path for row in ROWS if row.kind is kind} for kind in AccessKind}
-    assert kinds[AccessKind.PUBLIC] == {"/health", "/liveness", "/readiness"}
+    assert kinds[AccessKind.PUBLIC] == {"/", "/health", "/liveness", "/readiness"}
     about_models = {"/get_model_info", "/model_info", "/get_server_info", "/server_info"}
     lists = {"/v1/files", "/v1/batches", "/api/tags", "/api/ps"}
     models = {"/v1/models", "/v1/models/{model:path}", *about_models}
@@ -41,7 +41,7 @@ def test_who_may_ask() -> None:
     reads = {row.path for row in ROWS if row.kind is AccessKind.CONTROL_READ}
     decisions = {"/decisions", "/decisions/{request:path}"}
     looks = {"/get_loads", "/metrics", "/engine_metrics", "/version", "/list_workers", "/scale", "/openapi.json"}
-    looks |= {"/is_paused", "/is_sleeping", "/v1/rl/workers"}
+    looks |= {"/is_paused", "/is_sleeping", "/v1/rl/workers", "/overview"}
     assert reads == {*looks, "/workers", "/workers/{id:path}", "/restart_workers", *decisions}
     for row in ROWS:
         assert row.kind is AccessKind.CONTROL_CHANGE or row.methods == ["GET"], (
@@ -60,7 +60,7 @@ def test_every_row_is_served(row: ControlRow) -> None:
             assert reply.headers.get("x-smg-error-code") != "not_found"
 
 
-@pytest.mark.parametrize("path", ["/", "/nothing", "/health/", "/workers/", "/v1/models/", "//health", "/%ff"])
+@pytest.mark.parametrize("path", ["/nothing", "/health/", "/workers/", "/v1/models/", "//health", "/%ff"])
 def test_unknown_paths(path: str) -> None:
     with stack() as router:
         reply = router.get(path)

@@ -29,6 +29,7 @@ from sglang_router.admin import (
     decisions,
     engine_metrics,
     engine_relay,
+    home,
     info,
     lists,
     openapi,
@@ -42,7 +43,7 @@ from sglang_router.admin.context import AskTimeouts
 from sglang_router.admin.contract import CONTRACTS
 from sglang_router.admin.routes import ROUTES
 from sglang_router.admin.rows import ControlRow, Handler, plain_path, relayed_rows
-from sglang_router.errors import Conflict, ModelNotFound, ModelRequired, RouterError
+from sglang_router.errors import Conflict, ModelNotFound, ModelRequired, RateLimited, RouterError, ShuttingDown
 from stack import Reply, Stack, stack
 
 ROWS = [row for rows in ROUTES.values() for row in rows]
@@ -112,11 +113,12 @@ def test_regular_expressions_are_those_of_json_schema() -> None:
 
 MODULES = (
     *(adapters, adding, ask, broadcast, context, decisions, engine_metrics, engine_relay),
-    *(info, lists, orders, replicas, selection, workers),
+    *(home, info, lists, orders, replicas, selection, workers),
 )
 DEEPER: dict[str, tuple[type[RouterError], ...]] = {
     "unavailable": contract.NO_WORKER,
     "refusal": (ModelRequired, ModelNotFound),
+    "admit": (RateLimited, ShuttingDown),
     "restart_worker": (Conflict,),
     "restart_all": (Conflict,),
 }
@@ -216,8 +218,9 @@ ELSEWHERE = {
     "/restart_workers": {"200", "202"},
     "/workers/{id}/restart": {"202"},
     "/add_worker": {"503"},
+    "/overview": {"429", "503"},
 }
-"""Answers that need engines run by the router, autoscaling, or a shutdown: see the black-box tests."""
+"""Answers that need engines run by the router, autoscaling, many viewers, or a shutdown: see the other tests."""
 
 
 class Asker:

@@ -251,7 +251,9 @@ def test_without_keys_changes_come_from_this_machine(worker: PlainWorker, flags:
         assert ask(local, "POST", change).status == 200
         passed_on = ask(local, "POST", change, x_forwarded_for="127.0.0.1")
         page = ask(local, "POST", change, origin=WEB)
-        assert {passed_on.status, page.status} == {allowed}
+        assert (passed_on.status, page.status) == (allowed, 403)
+        own = ask(local, "POST", change, origin=local, x_sglang_router_page="1")
+        assert own.status == 200
         assert ask(local, "GET", "/workers", origin=WEB).status == 200
         away = elsewhere(router)
         if away is not None:
@@ -262,7 +264,7 @@ def test_without_keys_changes_come_from_this_machine(worker: PlainWorker, flags:
         if not flags:
             assert "--control-plane-api-keys" in passed_on.json()["error"]["message"]
             lines_of(router, f"POST {change} 403 by=anyone", 3 if away else 2)
-        lines_of(router, f"POST {change} 200 by=loopback peer=127.0.0.1", 1)
+        lines_of(router, f"POST {change} 200 by=loopback peer=127.0.0.1", 2)
 
 
 def test_urls_that_no_worker_may_have(worker: PlainWorker) -> None:

@@ -7,7 +7,7 @@
     CONTROL_READ     a control key                   a client key             everybody
     CONTROL_CHANGE   a control key, role admin       a client key, locally    locally
 
-"Locally" means from this machine; --control-plane-open lifts that, and nothing else. See `is_local` for the rules.
+"Locally" means from this machine; --control-plane-open lifts that, and nothing else. See `access.origins`.
 
 Tokens of an identity provider (`access.tokens`) work beside the keys: the role admin is that of a control key, the role
 user reads the control plane. Where clients need a key, a token with one of these roles is one as well. With tokens the
@@ -20,7 +20,6 @@ guess can approach the right key step by step. There is one lookup for all keys,
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import re
 from base64 import b64decode
@@ -29,14 +28,12 @@ from enum import Enum, IntEnum
 from hashlib import sha256
 from types import MappingProxyType
 from typing import Protocol
-from urllib.parse import urlsplit
 
 import msgspec
 
+from sglang_router.access.origins import Headers, loopback_host
 from sglang_router.config.keys import ClientKey, ControlKey, digest_of
 from sglang_router.errors import AccessRefused, ExpiredKey, Forbidden, MissingKey, Unauthorized
-
-Headers = Iterable[tuple[bytes, bytes]]
 
 
 class AccessKind(IntEnum):
@@ -199,7 +196,7 @@ class Access:
 
     def warnings(self, host: str) -> list[str]:
         """Return what operators should know when the router listens on `host`, as far as the control plane goes."""
-        if self._control or self._tokens is not None or _loopback_host(f"[{host}]" if ":" in host else host):
+        if self._control or self._tokens is not None or loopback_host(f"[{host}]" if ":" in host else host):
             return []
         if self.consumes_key:
             may = "every client may read its control plane" + " and change its workers" * self._open
@@ -213,7 +210,7 @@ class Access:
         """Return who asks, if they may.
 
         credentials  what `credentials_of` found
-        local        what `is_local` said; it matters for changes only
+        local        what `access.origins.is_local` said; it matters for changes only
 
         Raises: AccessRefused
         """
@@ -284,93 +281,6 @@ def credentials_of(headers: Headers) -> bytes | None:
         elif name == b"x-api-key" and other is None:
             other = value
     return other
-
-
-# -- from where --------------------------------------------------------------------------------------------------------
-
-_PASSED_ON = re.compile(
-    rb"via|x-scheme|remote-user|.*(?:forward|prox(?:y|ied)|client-?(?:ip|cert|dn|geo|port)|orig(?:inal|inating)?-|real-|-ip\Z|cdn)"
-    rb"|(?:x-)?(?:akamai|amz|amzn|appengine|arr|azure|cf|cloud|cluster|edge|envoy|fastly|fly|gateway|haproxy|incap"
-    rb"|ingress|kong|nf|nginx|ngrok|remote|rewrite|ssl|sucuri|surrogate|tailscale|traefik|varnish|vercel)-"
-    rb"|x-(?:auth-request-|cache|host\Z|lb-|varnish|webauth-)"
-)
-"""How the names of fields begin that a proxy adds. What they say is never believed; they show that the peer speaks for
-somebody else."""
-
-
-def is_local(peername: object, headers: Headers) -> bool:
-    """Whether a request was made on this machine, and not for somebody elsewhere.
-
-    peername  what getpeername() gave: an IP address in a tuple, the text of a Unix socket, None when not known
-
-    A request that a proxy forwarded does not count, nor one that a browser sent for a page from elsewhere: any web
-    page can make a browser send requests to 127.0.0.1, and can even make its own name point there.
-    """
-    fields = dict(headers)
-    return is_loopback(peername) and not _passed_on(fields) and not _of_foreign_page(peername, fields)
-
-
-def _passed_on(fields: dict[bytes, bytes]) -> bool:
-    """Whether a proxy forwarded this."""
-    return any(map(_PASSED_ON.match, fields))
-
-
-def is_loopback(peername: object) -> bool:
-    """Whether a peer is on this machine: 127.0.0.0/8 (also as ::ffff:127.0.0.1), ::1, any Unix socket.
-
-    None is not: a client that resets its connection at once leaves no address, although its request is read.
-    """
-    if isinstance(peername, (str, bytes)):
-        return True
-    return isinstance(peername, tuple) and len(peername) >= 2 and _loopback_address(str(peername[0]))
-
-
-def _loopback_address(text: str) -> bool:
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return address.is_loopback
-
-
-def _of_foreign_page(peername: object, fields: dict[bytes, bytes]) -> bool:
-    """Whether a browser may have sent this for a page from elsewhere.
-
-    Browsers say which page made them send a request, but not always: a GET for an image has no Origin, and none has
-    Sec-Fetch-* when the router was asked by a name that is not `localhost`. So no name is believed but that one: the
-    name of a page's own host can be made to point here (DNS rebinding). And who says that it is a browser must say for
-    which page. The router's own pages are not foreign, if they were loaded from loopback. Pages reach no Unix socket.
-    """
-    if isinstance(peername, (str, bytes)) and not {b"origin", b"sec-fetch-site"} & fields.keys():
-        return False
-    host = fields.get(b"host", b"").decode("latin-1")
-    if host and not _address_or_localhost(host):
-        return True
-    origin, site, referer = fields.get(b"origin"), fields.get(b"sec-fetch-site"), fields.get(b"referer")
-    if origin is None and site is None and referer is None:
-        return fields.get(b"user-agent", b"").startswith(b"Mozilla/")
-    pages = [page.decode("latin-1").partition("://")[2].partition("/")[0] for page in (origin, referer) if page]
-    same_origin = origin != b"" and all(page == host for page in pages)
-    return not (same_origin and site in (None, b"none", b"same-origin") and _loopback_host(host))
-
-
-def _address_or_localhost(authority: str) -> bool:
-    """Whether a Host names no name that somebody else could own."""
-    try:
-        name = urlsplit(f"//{authority}").hostname or ""
-        return "@" not in authority and (name == "localhost" or bool(ipaddress.ip_address(name.partition("%")[0])))
-    except ValueError:
-        return False
-
-
-def _loopback_host(authority: str) -> bool:
-    try:
-        name = urlsplit(f"//{authority}").hostname or ""
-    except ValueError:
-        return False
-    return name == "localhost" or _loopback_address(name)
 
 
 # -- the audit log -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from sglang_router.access.permissions import Access
 from sglang_router.admin.decision_book import DecisionBook
+from sglang_router.admin.live import Live
 from sglang_router.admin.shared import Shared
 from sglang_router.autoscale.autoscaler import Autoscaler
 from sglang_router.relay.connection_pool import ConnectionPool
@@ -143,6 +144,7 @@ class Context:
     discovery       returns what each source that looks for workers says of itself; None: there is none
     fan_out         workers that are asked at once by a request for several; 0: all
     ending          the router is about to stop: it is not ready any more
+    live            what the page shows; `app.build` sets it
     """
 
     fleet: Fleet
@@ -166,6 +168,7 @@ class Context:
     aliases: Mapping[str, str] = field(default_factory=dict)
     paired: bool = False
     ending: bool = False
+    live: Live = field(init=False)
 
     def attach_replicas(self, replicas: ReplicaControl) -> None:
         """From now on, describe and restart the engines that `replicas` runs."""

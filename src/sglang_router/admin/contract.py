@@ -19,12 +19,14 @@ from sglang_router.admin import (
     decisions,
     engine_metrics,
     engine_relay,
+    home,
     info,
     lists,
     replicas,
     shapes,
     workers,
 )
+from sglang_router.admin.live import Frame
 from sglang_router.admin.rows import Handler
 from sglang_router.errors import (
     Conflict,
@@ -39,6 +41,7 @@ from sglang_router.errors import (
     NoWorkers,
     Overload,
     QueueTimeout,
+    RateLimited,
     RouterError,
     ShuttingDown,
     Unauthorized,
@@ -186,6 +189,26 @@ CONTRACTS: dict[Handler, Contract] = {
         ),
     ),
     decisions.show: Contract((DeclaredAnswer("The decision.", shape=DecisionRecord),), (DecisionNotFound, Conflict)),
+    home.home: Contract(
+        (
+            DeclaredAnswer(
+                "The page, for Accept: text/html; else what the router is.",
+                shape=shapes.Home,
+                media=("application/json", "text/html"),
+            ),
+        )
+    ),
+    home.overview: Contract(
+        (
+            DeclaredAnswer(
+                "Everything at this moment. In a stream: an event `hello`, and events whose data are such objects; each"
+                " but the first has only what changed.",
+                shape=Frame,
+                media=("application/json", "text/event-stream"),
+            ),
+        ),
+        (RateLimited, ShuttingDown),
+    ),
     info.version: Contract((DeclaredAnswer("The version.", shape=shapes.Version),)),
     info.metrics: Contract((DeclaredAnswer("The exposition, in the format that Accept prefers.", media=_PROMETHEUS),)),
     engine_metrics.merged: Contract(

@@ -39,3 +39,8 @@ class DecisionBook:
         """
         self._flush()
         return [*self._recorder.running(self._leases(), self._clock(), ids), *self._recorder.ended()]
+
+    def latest(self, most: int) -> list[DecisionRecord]:
+        """Return the decisions about the last so many requests that ended, the newest first."""
+        self._flush()
+        return self._recorder.latest(most)

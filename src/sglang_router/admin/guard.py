@@ -15,13 +15,20 @@ import logging
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sglang_router.access.permissions import AccessKind, Identity, audit_line, credentials_of, is_local
+from sglang_router.access.origins import is_local, of_another_site
+from sglang_router.access.permissions import (
+    AccessKind,
+    Identity,
+    audit_line,
+    credentials_of,
+)
 from sglang_router.admin.context import Context
 from sglang_router.admin.rows import Handler
-from sglang_router.errors import AccessRefused, InternalError, RouterError
+from sglang_router.errors import AccessRefused, Forbidden, InternalError, RouterError
 
 log = logging.getLogger("sglang_router.audit")
 
+_ANOTHER_SITE = "This change comes from a web page that is not the router's own: such pages need a key."
 _LEFT = "client_left"
 """The code of a change whose client closed the connection before the answer."""
 
@@ -36,6 +43,8 @@ async def guarded(context: Context, kind: AccessKind, handler: Handler, request:
     local = kind is AccessKind.CONTROL_CHANGE and is_local(request.state.peername, fields)
     try:
         who = context.access.check(kind, credentials, local)
+        if kind is AccessKind.CONTROL_CHANGE and not credentials and of_another_site(fields):
+            raise Forbidden(_ANOTHER_SITE)
     except AccessRefused as error:
         if kind is AccessKind.CONTROL_CHANGE:
             _log_change(context.access.identify(credentials), request, error.status, error.code)

@@ -67,6 +67,14 @@ class Version(Shape):
     build: Literal["compiled by mypyc", "interpreted"]
 
 
+class Home(Shape):
+    """What the router is. `version`: for those who may read the control plane. `links`: paths by what they are."""
+
+    name: str
+    links: dict[str, str]
+    version: str | UnsetType = UNSET
+
+
 class Models(Shape):
     """The models of all healthy workers; each as the first engine that has it describes it."""
 

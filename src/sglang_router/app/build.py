@@ -39,6 +39,7 @@ from sglang_router.app.discovering import discovery_of
 from sglang_router.app.issuer import tokens_of
 from sglang_router.app.memories import memories_of
 from sglang_router.app.models import models_of, policy_of, worker_policy
+from sglang_router.app.overview import live_of
 from sglang_router.app.parts import App, Elsewhere
 from sglang_router.app.routers import fleet_of, router_of
 from sglang_router.app.scrapes import Scrapes
@@ -163,6 +164,7 @@ def build(
         control.discovery = sources.discovery = discovery.reports
     control.decisions = book_of(router, deferred, clock)
     control.aliases = router.naming.aliases
+    control.live = live_of(control, metrics.counts, args.policy)
     serve = partial(ControlPlane, loop=loop, clock=clock, answers=answers, timeout=args.request_timeout_secs)
     plane = serve(seams.app or create_app(control), listener=listeners)
     scrape = serve(create_metrics_app(render), listener=Listeners(), timeout=_SCRAPED_WITHIN)
@@ -336,6 +338,7 @@ def _listen(app: App, writer: LogWriter | None) -> None:
     app.deferred.add(app.metrics)
     if app.control.access.consumes_key:
         app.deferred.add(ClientCounts(app.control.access.client_names, app.metrics.counts.clients))
+    app.deferred.add(app.control.live.witness)
     if app.router.recorder is not None:
         app.deferred.add(app.router.recorder)
     if app.scaler is not None:

@@ -5,6 +5,7 @@
     trim        1 s                                  close old idle connections to workers
     keepalive   0.25 s                               fill the silence of streams, with --sse-keepalive-secs
     judge       1 s (5 s with 200 workers or more)   eject outliers, and let them return
+    points      10 s                                 keep a point of the page's curves
     renew       2 s                                  load certificates and keys that were renewed
     collect     1 s                                  collect the youngest generation of garbage
     tidy        --eviction-interval-secs             clean up the policies' memories in small steps
@@ -52,6 +53,11 @@ def keepalive(look: Callable[[], None]) -> Job:
         return _SWEEP_EVERY
 
     return Job("keepalive", run)
+
+
+def points(sample: Callable[[], float]) -> Job:
+    """Return the job that keeps the page's figures of the last half an hour."""
+    return Job("points", sample)
 
 
 class Jobs:

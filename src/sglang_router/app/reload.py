@@ -41,6 +41,7 @@ class Reload:
     def run(self) -> None:
         """Read everything again."""
         log.info("SIGHUP: reading keys, certificates and files again")
+        self._app.control.live.witness.note("reload", why="keys, certificates and files are read again (SIGHUP)")
         for files in self._app.watched:
             files.refresh(anyway=True)
         if self._args.config:
@@ -53,6 +54,7 @@ class Reload:
             new = old.reread()
         except ConfigError as error:
             log.warning("%s; the options stay as they are", error)
+            self._app.control.live.witness.note("reload", new="refused", why=f"{error}; the options stay as they are")
             return
         changed = {name: None for name in OPTIONS if getattr(new, name) != getattr(old, name)}.keys()
         if "log_level" in changed:

@@ -96,6 +96,14 @@ class TokenCounts:
             self.predicted += usage.predicted
             self.misses += usage.missed
 
+    def merge(self, other: TokenCounts) -> None:
+        """Add what another worker's engine told."""
+        self.prompt += other.prompt
+        self.cached += other.cached
+        self.completion += other.completion
+        self.predicted += other.predicted
+        self.misses += other.misses
+
 
 class Tally:
     """What was counted for one worker, or for all removed workers of one role (`name` is "" then).
@@ -132,8 +140,10 @@ class Tally:
         self.transitions[old, new] = self.transitions.get((old, new), 0) + 1
 
     def add(self, other: Tally) -> None:
-        """Add all of another tally except its transitions and tokens: no metric sums them."""
+        """Add all of another tally except its transitions: nothing sums them."""
         self.decisions.add(other.decisions)
+        for model, counts in other.tokens.items():
+            self.tokens.setdefault(model, TokenCounts()).merge(counts)
         for outcome, legs in other.outcomes.items():
             self.ended(outcome, legs)
 

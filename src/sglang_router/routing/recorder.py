@@ -3,7 +3,7 @@
     Router._plan  --> decided    notes the table of the candidates, of some requests only
     listeners     --> retried    how an attempt ended that another one follows
                       finished   the record of a request, which is kept
-    admin         --> ended, running
+    admin         --> ended, latest, running
     log file      <-- sink       each record, with the request's text to be hashed
 
 Every ended request leaves a record: that costs a quarter of a microsecond, because everything in it is known at the
@@ -22,6 +22,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Final
 
 from sglang_router.routing.assignment import HOLDER
@@ -239,6 +240,10 @@ class Recorder(Listener):
     def ended(self) -> list[DecisionRecord]:
         """Return the records that are kept, the newest first."""
         return list(reversed(self._records))
+
+    def latest(self, most: int) -> list[DecisionRecord]:
+        """Return the last so many of these records, the newest first; the others are not looked at."""
+        return list(islice(reversed(self._records), most))
 
     def running(self, leases: Iterable[Lease], now: float, ids: Container[str] = ()) -> Iterator[DecisionRecord]:
         """Return the records of requests in flight, the newest first, at most `MOST_RUNNING`.

@@ -1,0 +1,148 @@
+"""The page for operators, and what it is fed with.
+
+    GET /           a browser (Accept: text/html) gets the page; a program gets the name of the router, and links
+    GET /overview   everything that the page shows, in JSON; as a stream for Accept: text/event-stream
+
+The page is one file of the package, static/page.html, with its style and script in it. It contains no figure, so it is
+for everybody; the figures are for those who may read the control plane. A key is typed into the page, is kept in the
+browser's sessionStorage, and goes in the Authorization header: never in a URL or a cookie. As EventSource cannot send
+that header, the page reads the stream with fetch.
+
+The Content-Security-Policy allows this one script and this one style, by their hashes, and requests to the router.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from functools import cache
+from hashlib import sha256
+from importlib.resources import files
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from sglang_router.access.origins import is_local
+from sglang_router.access.permissions import AccessKind, credentials_of
+from sglang_router.admin.context import JSON, Context
+from sglang_router.admin.live import Live
+from sglang_router.errors import AccessRefused
+from sglang_router.version import __version__
+
+PATH = "/"
+_LINKS = {
+    "page": PATH,
+    "overview": "/overview",
+    "health": "/health",
+    "readiness": "/readiness",
+    "models": "/v1/models",
+    "workers": "/workers",
+    "decisions": "/decisions",
+    "metrics": "/metrics",
+    "openapi": "/openapi.json",
+}
+_STREAM = "text/event-stream"
+_FRESH = {"cache-control": "no-store", "vary": "accept, authorization"}
+
+
+async def home(context: Context, request: Request) -> Response:
+    """Answer with the page, or say what this is."""
+    if "text/html" in request.headers.get("accept", ""):
+        page, policy = _page()
+        fields = _FRESH | _PROTECTED | {"content-security-policy": policy}
+        return Response(page, media_type="text/html", headers=fields)
+    told: dict[str, Any] = {"name": "sglang-router", "links": _LINKS}
+    if _may(context, AccessKind.CONTROL_READ, request) == "":
+        told["version"] = __version__
+    return JSON(told, headers=_FRESH)
+
+
+async def overview(context: Context, request: Request) -> Response:
+    """Answer with what the page shows, once or as a stream."""
+    context.live.admit()
+    if _STREAM not in request.headers.get("accept", ""):
+        context.live.enter()
+        try:
+            _, frame = await context.live.next(0)
+        finally:
+            context.live.leave()
+        return Response(frame, media_type="application/json", headers=_FRESH)
+    refusal = _may(context, AccessKind.CONTROL_CHANGE, request)
+    return LiveStream(context.live, {"changes": not refusal, "why": refusal})
+
+
+class LiveStream(Response):
+    """Frames until the client leaves or the router ends. hello: told first."""
+
+    media_type = _STREAM
+
+    def __init__(self, live: Live, hello: dict[str, Any]) -> None:
+        super().__init__(headers=_FRESH)
+        del self.headers["content-length"]
+        self._live = live
+        self._hello = hello
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream."""
+        live, seen = self._live, 0
+        live.enter()
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            hello = b"event: hello\ndata: %b\n\n" % msgspec.json.encode(self._hello)
+            more = scope["method"] != "HEAD"
+            await send({"type": "http.response.body", "body": hello, "more_body": more})
+            while more:
+                seen, frame = await live.next(seen)
+                more = not live.ending
+                await send({"type": "http.response.body", "body": b"data: %b\n\n" % frame, "more_body": more})
+        finally:
+            live.leave()
+
+
+def _may(context: Context, kind: AccessKind, request: Request) -> str:
+    """Return why a client may not ask for this kind; "" if it may."""
+    fields = request.scope["headers"]
+    try:
+        context.access.check(kind, credentials_of(fields), is_local(request.state.peername, fields))
+    except AccessRefused as error:
+        return str(error)
+    return ""
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+_PROTECTED = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+}
+_INLINE = re.compile(rb"<(script|style)[^>]*>(.*?)</\1>", re.DOTALL)
+
+
+@cache
+def _page() -> tuple[bytes, str]:
+    """Read the page; return it with its Content-Security-Policy."""
+    page = (files("sglang_router.admin") / "static" / "page.html").read_bytes()
+    hashes: dict[bytes, list[str]] = {b"script": [], b"style": []}
+    for kind, text in _INLINE.findall(page):
+        hashes[kind].append(f"'sha256-{b64encode(sha256(text).digest()).decode()}'")
+    return page, "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src {' '.join(hashes[b'script'])}",
+            f"style-src {' '.join(hashes[b'style'])}",
+            "connect-src 'self'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+            "require-trusted-types-for 'script'",
+            "trusted-types 'none'",
+        )
+    )

@@ -1,0 +1,65 @@
+"""What the page says of a worker's state, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from fleets import Bench
+from sglang_router.admin.worker_row import row_of, state_of
+from sglang_router.routing.outcome import Outcome
+from sglang_router.routing.states import Health
+from sglang_router.routing.worker import Worker
+
+
+def drained(bench: Bench, worker: Worker) -> None:
+    bench.fleet.set_draining(worker, True)
+
+
+def returning(bench: Bench, worker: Worker) -> None:
+    drained(bench, worker)
+    worker.returning = True
+
+
+def unwell(bench: Bench, worker: Worker) -> None:
+    worker.health, worker.last_error = Health.UNHEALTHY, "connection refused"
+
+
+def ejected(bench: Bench, worker: Worker) -> None:
+    worker.ejected = "9 of its last 10 answers failed"
+
+
+def broken(bench: Bench, worker: Worker) -> None:
+    for now in range(20):
+        bench.route(b"x", now=float(now)).end(Outcome.FAILED, now=float(now))
+
+
+CASES: list[tuple[Callable[[Bench, Worker], None], str, str]] = [
+    (lambda bench, worker: None, "healthy", ""),
+    (drained, "draining", "no new requests; 0 requests in flight"),
+    (returning, "restarting", "it is restarted after 0 requests in flight"),
+    (unwell, "unhealthy", "connection refused"),
+    (ejected, "ejected", "9 of its last 10 answers failed"),
+    (broken, "open", "in a row; the breaker is open for"),
+]
+
+
+@pytest.mark.parametrize(("happens", "state", "why"), CASES, ids=[case[1] for case in CASES])
+def test_one_word_for_its_state_and_the_reason(happens: Callable[[Bench, Worker], None], state: str, why: str) -> None:
+    bench = Bench(1, "round_robin")
+    (worker,) = bench.workers
+    happens(bench, worker)
+    told, reason = state_of(worker, None)
+    assert told == state
+    assert (why in reason) if why else not reason
+
+
+def test_a_replica_says_why_it_ended() -> None:
+    bench = Bench(1, "round_robin")
+    (worker,) = bench.workers
+    worker.health = Health.DOWN
+    replica = {"reason": "exit status 1, 5 times in 300 s", "restarts": 5}
+    assert state_of(worker, replica) == ("down", "exit status 1, 5 times in 300 s")
+    row = row_of(worker, (0.0, None, 0.0, None), 7, 1000.0, replica)
+    assert (row.restarts, row.managed, row.tree, row.since) == (5, True, 7, 1000.0 + worker.since)
