@@ -17,6 +17,7 @@ import asyncio
 import random
 import socket
 import struct
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, cast
@@ -53,6 +54,12 @@ def post(path: str, body: bytes, *headers: str, version: str = "1.1") -> bytes:
     """Return a POST request with a JSON body."""
     lines = [f"POST {path} HTTP/{version}", "Host: router", "Content-Type: application/json", *headers]
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
+
+
+def narrow(sock: socket.socket, size: int = 1 << 16) -> None:
+    """Give a connection small buffers that stay small, whatever the system would choose. size: bytes of each."""
+    for which in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        sock.setsockopt(socket.SOL_SOCKET, which, size)
 
 
 class Response(NamedTuple):
@@ -245,6 +252,16 @@ class Recorder(Listener):
         self.changes.append(event)
 
 
+class HandClock:
+    """A clock that only the test moves, so that no limit passes because a machine is slow."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class NoChecks(HealthChecks):
     """Health checks that are never made; `asked` records the workers for which one was requested."""
 
@@ -288,6 +305,7 @@ class Play:
     app        the control plane
     decider    returns the decider that the relay asks
     endpoints  the relayed endpoints
+    clock      of the router
     options    further options of the router
     """
 
@@ -299,11 +317,18 @@ class Play:
         app: Any = no_app,
         decider: Callable[[Router], Decider] = lambda router: router,
         endpoints: Mapping[bytes, Endpoint] = ENDPOINTS,
+        clock: Callable[[], float] = time.monotonic,
         **options: Any,
     ) -> None:
         loop = asyncio.get_running_loop()
         seams = Seams(
-            rng=random.Random(1), endpoints=endpoints, decider=decider, checks=NoChecks, survey=NoSurvey, app=app
+            clock=clock,
+            rng=random.Random(1),
+            endpoints=endpoints,
+            decider=decider,
+            checks=NoChecks,
+            survey=NoSurvey,
+            app=app,
         )
         self.app = built = build(RouterArgs(**{**QUICK, **options}), loop, seams=seams)
         self._count, self._healthy = workers, healthy
@@ -374,6 +399,14 @@ class Play:
         client = Client(*await asyncio.open_connection("127.0.0.1", port, limit=limit))
         self._clients.append(client)
         return client
+
+    def narrow(self, client: Client, size: int = 1 << 16) -> ClientConnection:
+        """Give the only client's connection small socket buffers; return the router's end of it."""
+        (connection,) = self.clients.connections
+        assert isinstance(connection, ClientConnection)
+        for writer in (client.writer, connection.transport):
+            narrow(writer.get_extra_info("socket"), size)
+        return connection
 
     async def leg(self) -> Leg:
         """Return the next request that reached a worker."""

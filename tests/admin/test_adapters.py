@@ -10,6 +10,7 @@ from stack import Reply, Stack, stack
 
 VLLM, SGLANG = "/v1/load_lora_adapter", "/load_lora_adapter"
 UNLOAD = "/unload_lora_adapter"
+LONG = b'{"lora_name":"a","x":"%b"}' % (b"x" * (1 << 18))
 SQL = {"lora_name": "sql", "lora_path": "/adapters/sql"}
 
 
@@ -102,7 +103,7 @@ def test_where_nobody_is_known_to_have_it_all_are_asked_to_unload_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"{}", b'{"lora_name":7}', b'{"lora_name":""}', b'{"lora_name":"a\\nb"}', b"\xff"]
+    "body", [b"", b"{", b"[]", b"{}", b'{"lora_name":7}', b'{"lora_name":""}', b'{"lora_name":"a\\nb"}', b"\xff", LONG]
 )
 def test_a_body_without_a_name_reaches_no_engine(body: bytes) -> None:
     with stack() as router:

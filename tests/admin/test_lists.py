@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from fake_worker import CLOSE, FakeWorker, Gate, Seen, answer
+from sglang_router.admin.lists import MOST_ENTRIES
 from stack import Stack, stack
 
 FILES = "/v1/files"
@@ -41,6 +43,14 @@ class Lister(FakeWorker):
             return listed(self.files, False)
         begin = self.files.index(after) + 1 if after in self.files else 0
         return listed(self.files[begin : begin + limit], len(self.files) > begin + limit)
+
+
+class Endless(Lister):
+    """Lists all its files, and says that there are more."""
+
+    def reply_to(self, seen: Seen, scripted: bytes | Gate) -> bytes | Gate:
+        found = super().reply_to(seen, scripted)
+        return listed(self.files, True) if seen.route.partition("?")[0] == f"GET {FILES}" else found
 
 
 def listed(files: list[str], more: bool) -> bytes:
@@ -99,6 +109,35 @@ def test_who_follows_the_pages_sees_each_entry_once(limit: int, known: bool) -> 
         found = pages(router, f"limit={limit}")
         assert [name for page in found for name in page] == list("abcdefg")
         assert all(len(page) <= limit for page in found)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 10])
+def test_workers_that_share_their_files_list_each_once(limit: int) -> None:
+    with stack() as router:
+        listers(router, Lister(["a", "b", "c"]), Lister(["a", "b", "c"]), Lister(["d"]))
+        assert [*chain(*pages(router, f"limit={limit}"))] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 10])
+def test_an_entry_that_an_engine_lists_twice_leads_nobody_in_a_circle(limit: int) -> None:
+    with stack() as router:
+        listers(router, Lister(["a", "a", "b"], pages=False), Lister(["c"]))
+        assert [*chain(*pages(router, f"limit={limit}"))] == ["a", "b", "c"]
+
+
+def test_a_worker_that_always_says_that_there_is_more_does_not_hide_the_next_one() -> None:
+    with stack() as router:
+        listers(router, Endless(["a", "b"], pages=False), Endless([], pages=False), Lister(["c"]))
+        assert [*chain(*pages(router, ""))] == ["a", "b", "c"]
+
+
+def test_a_page_of_countless_entries_is_cut() -> None:
+    with stack() as router:
+        listers(router, Lister([f"{number}" for number in range(MOST_ENTRIES + 5)], page=1 << 20, pages=False))
+        found = get(router)
+        assert (len(found["data"]), found["has_more"], found["last_id"]) == (MOST_ENTRIES, True, f"{MOST_ENTRIES - 1}")
+        rest = get(router, f"?after={found['last_id']}")
+        assert (len(rest["data"]), rest["has_more"]) == (5, False)
 
 
 def test_without_a_limit_a_page_ends_where_that_of_an_engine_ends() -> None:
@@ -180,7 +219,7 @@ def test_an_engine_that_wants_another_key_says_so() -> None:
 def test_a_long_page_is_read_too() -> None:
     names = [f"file-{number:05}" for number in range(9_000)]
     with stack() as router:
-        listers(router, Lister(names, page=10_000), Lister(names[:2000], page=10_000))
+        listers(router, Lister(names, page=10_000), Lister([f"other-{name}" for name in names[:2000]], page=10_000))
         found = get(router)
         assert (len(found["data"]), found["has_more"]) == (10_000, True)
 

@@ -253,6 +253,8 @@ def conforms(method: str, template: str, reply: Reply) -> str:
         required = DOCUMENT["components"]["headers"][field["$ref"].rpartition("/")[2]].get("required")
         assert name in reply.headers or not required
     shape = declared["content"][media]["schema"].get("$ref", "").rpartition("/")[2]
+    if "x-smg-error-code" in reply.headers and not template.startswith("/api"):
+        shape = "Error"  # also where an engine may answer with this status
     if shape:
         named = {each.__name__: each for each in openapi.structs()}
         msgspec.json.decode(reply.body, type=named[shape])

@@ -287,6 +287,23 @@ def test_roles_and_bootstrap_ports_are_taken_and_shown() -> None:
         assert counts == {"prefill_count": 1, "decode_count": 1, "regular_count": 0}
 
 
+@pytest.mark.parametrize("role", ["regular", "decode"])
+def test_a_bootstrap_port_is_kept_until_the_engine_says_that_it_is_a_prefill_worker(role: str) -> None:
+    with stack() as router:
+        fake = router.fake({})
+        assert router.post("/workers", {"url": fake.url, "worker_type": role, "bootstrap_port": 8998}).status == 202
+        assert router.worker(fake.url).spec.bootstrap_port == 8998
+
+
+def test_an_empty_model_id_takes_the_name_back() -> None:
+    with stack() as router:
+        fake = router.fake({})
+        accepted = router.post("/workers", {"url": fake.url, "model_id": "red"}).json()
+        assert router.get(accepted["location"]).json()["model_id"] == "red"
+        assert router.ask("PUT", accepted["location"], b'{"model_id": ""}').status == 202
+        assert router.worker(fake.url).names.bases == ()
+
+
 def test_workers_are_listed_with_counts() -> None:
     with stack() as router:
         assert router.get("/workers").json()["total"] == 0
@@ -317,7 +334,8 @@ def test_workers_are_listed_with_counts() -> None:
         (b'{"url": "http://h", "worker_type": "encode"}', 422, "$.worker_type"),
         (b'{"url": "http://h", "worker_type": "prefill", "bootstrap_port": 0}', 422, "$.bootstrap_port"),
         (b'{"url": "http://h", "worker_type": "prefill", "bootstrap_port": 65536}', 422, "$.bootstrap_port"),
-        (b'{"url": "http://h", "worker_type": "decode", "bootstrap_port": 8998}', 400, "prefill worker"),
+        (b'{"url": "http://h", "model_id": "two\\nlines"}', 422, "$.model_id"),
+        (b'{"url": "http://h", "model_id": "%b"}' % (b"m" * 257), 422, "$.model_id"),
     ],
 )
 def test_descriptions_are_checked(body: bytes, status: int, said: str) -> None:

@@ -6,6 +6,7 @@ import logging
 import random
 from typing import Any
 
+import msgspec
 import pytest
 
 from fleets import Attempt, Bench, spec
@@ -132,6 +133,13 @@ def test_the_label_of_the_first_worker_sets_the_policy_of_its_model() -> None:
     assert p.of(second) == "round_robin", "its word counts until the last worker is removed"
     p.fleet.remove(second)
     assert p.of(p.add("a3", "A")) == "cache_aware"
+
+
+def test_a_label_that_an_operator_adds_later_counts_at_once() -> None:
+    p = Policies(enable_igw=True)
+    worker, other = p.add("a", "A"), p.add("b", "B")
+    p.fleet.amend(worker, msgspec.structs.replace(worker.spec, labels={"policy": "random"}))
+    assert (p.of(worker), p.of(other)) == ("random", "cache_aware")
 
 
 def test_the_file_comes_before_labels_and_labels_count_only_with_igw() -> None:

@@ -174,6 +174,30 @@ def test_a_model_has_its_own_policy_and_sighup_changes_it(big: str, small: str, 
         assert chat(router, "mini").status == 404
 
 
+def test_sighup_applies_what_it_says_and_nothing_else_of_the_file(big: str, small: str, tmp_path: Path) -> None:
+    config = tmp_path / "router.yaml"
+
+    def write(called: str, more: str, *urls: str) -> None:
+        names = f"worker-model:\n  {urls[-1]}: {called}\n"
+        config.write_text(f"worker-urls: [{', '.join(urls)}]\n{names}model-alias: {{mini: {called}}}\n{more}")
+
+    write("blue", "", big, small)
+    with router_process([], "--config", str(config)) as router:
+        router.until(lambda: chat(router, "blue").status == 200)
+        announced(router, BIG, SMALL)
+        assert worker(chat(router, "blue")) == small
+        write("green", "", big, small)
+        router.send_signal(signal.SIGHUP)
+        router.until(lambda: worker(chat(router, "green")) == small)
+        assert chat(router, "blue").status == 404
+        assert worker(chat(router, "mini")) == small
+        write("red", "enable-igw: true\npolicy: random\n", big)  # the other one is gone, and its name with it
+        router.send_signal(signal.SIGHUP)
+        router.until(lambda: worker(chat(router, "mini")) == big)
+        router.until(lambda: "these changes need a restart: --enable-igw, --policy" in router.log())
+        assert chat(router, "whatever").status == 200, "names are as strict as before"
+
+
 @ONE_AND_TWO
 def test_adapters_are_loaded_everywhere_and_known_at_once(big: str, small: str, processes: tuple[str, ...]) -> None:
     with router_process([big, small], "--engine-report-interval-secs", "0", *processes) as router:

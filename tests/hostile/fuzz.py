@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hostile.arena import Polite
+from hostile.arena import Polite, post
 from routers import RouterProcess
 
 URL = {"type": "string", "pattern": r"^http://127\.0\.0\.[1-9]:[1-9]$"}
@@ -98,10 +98,13 @@ def fuzz(
     if not report.exists():
         return Fuzzed(done.returncode, done.stdout, False, 0, 0)
     told = json.loads(report.read_text())
-    complete = told["complete"] and not told["test_cases"]["errored"]
-    return Fuzzed(done.returncode, done.stdout, complete, told["operations"]["tested"], told["test_cases"]["generated"])
+    operations, cases = told["operations"], told["test_cases"]
+    if operations is None or cases is None:  # it ended before it knew what to test
+        return Fuzzed(done.returncode, done.stdout, False, 0, 0)
+    complete = told["complete"] and not cases["errored"]
+    return Fuzzed(done.returncode, done.stdout, complete, operations["tested"], cases["generated"])
 
 
 def polite(router: RouterProcess) -> Polite:
-    """Yield a client that sends requests to the engines all the time."""
-    return Polite(int(router.url.rpartition(":")[2]))
+    """Return a client that sends requests all the time. It names the engines' model: schemathesis adds others."""
+    return Polite(int(router.url.rpartition(":")[2]), post("/generate", b'{"model": "built-in", "text": "polite"}'))

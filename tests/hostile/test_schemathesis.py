@@ -63,3 +63,10 @@ def test_a_broken_promise_would_be_seen(tmp_path: Path) -> None:
         run = fuzz(router, document, urls, tmp_path, "--include-path=/get_loads", "--phases=fuzzing", *SEED)
     assert (run.status, run.operations) == (1, 1), run.output
     assert "promised" in run.output
+
+
+def test_a_run_that_ends_early_has_tested_nothing(tmp_path: Path) -> None:
+    with engine_processes(1, *ENGINES) as urls, router_process(urls, *FLAGS) as router:
+        run = fuzz(router, {"no": "document"}, urls, tmp_path, *SEED)
+    assert run.status != 0
+    assert (run.complete, run.operations, run.cases) == (False, 0, 0), run.output

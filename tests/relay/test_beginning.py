@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from played import Client, Leg, Play, post, run
+from played import PATIENCE, Client, HandClock, Leg, Play, post, run
 from sglang_router.config.keys import ClientKey
 from sglang_router.relay.beginning import Beginning
 from sglang_router.relay.deadlines import Due
@@ -546,21 +546,31 @@ async def test_f23_a_client_that_takes_nothing_is_cut() -> None:
 
 @on_loop
 async def test_f23_a_client_that_reads_slowly_is_served() -> None:
-    async with Play(1, send_timeout_secs=0.3) as play:
-        client = await play.client(limit=1 << 18)
+    clock = HandClock()
+    async with Play(1, clock=clock, send_timeout_secs=0.3) as play:
+        client = await play.client(limit=1 << 13)
         await client.send(post(CHAT, STREAM))
         leg = await play.leg()
+        connection = play.narrow(client, 1 << 14)
         await leg.start_stream()
-        size = 24 << 20
-        event = b"data: {%s}\n\n" % (b"x" * size)
+        event = b"data: {%s}\n\n" % (b"x" * (4 << 20))
         sending = asyncio.ensure_future(leg.send(chunk(event) + b"0\r\n\r\n"))
         await client.head()
         end, stalled_at = b"", []
         while end != b"\r\n0\r\n\r\n":
-            if any(connection.deadline[0] is Due.SEND for connection in play.clients.connections):
-                stalled_at.append(play.clock())
-            end = (end + await client.reader.read(1 << 20))[-7:]
-            await asyncio.sleep(0.03)  # the pace of this client
+            await play.until(lambda: connection.stalled or connection.exchange is None)
+            due, left = connection.deadline, connection.transport.get_write_buffer_size()
+            if due[0] is Due.SEND:
+                stalled_at.append(clock.now)
+            while end != b"\r\n0\r\n\r\n":
+                data = await asyncio.wait_for(client.reader.read(1 << 13), PATIENCE)
+                assert data, "the client was cut"
+                end = (end + data)[-7:]
+                if connection.deadline != due or connection.transport.get_write_buffer_size() < left:
+                    break  # the router has noticed
+            if len(stalled_at) < 20:
+                clock.now += 0.2  # the pace of this client
+                play.clients.sweep()
         await sending
         await play.ended(1)
         assert stalled_at[-1] - stalled_at[0] > 0.3

@@ -19,6 +19,7 @@ from sglang_router.routing.spec import WorkerSpec
 FORM = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--x--\r\n'
 LINES = "application/x-ndjson"
 LINE = b'{"model":"m","response":"Hi","done":false}\n'
+FAILURE = b'{"error":"boom"}\n'
 ENDPOINT_METHODS = [(row, method) for row in ENDPOINTS.values() if not row.tunnel for method in row.methods]
 ONCE = [row for row in ENDPOINTS.values() if row.once]
 
@@ -245,6 +246,37 @@ async def test_what_is_sent_once_never_goes_on_a_kept_connection() -> None:
         assert play.played[0].connections == 2
 
 
+@pytest.mark.parametrize(
+    ("broke", "other", "requests"),
+    [
+        (bare("GET", "/v1/files/file-1"), bare("GET", "/v1/files/file-2"), 1),
+        (bare("GET", "/v1/responses/resp_1"), bare("DELETE", "/v1/responses/resp_1"), 1),
+        (bare("GET", "/unheard?of=1"), bare("GET", "/unheard?of=2"), 1),
+        (bare("POST", "/one"), bare("POST", "/two"), 2),
+        (bare("POST", "/slots/1?action=save"), bare("POST", "/slots/2?action=save"), 2),
+    ],
+)
+@on_loop
+async def test_a_request_without_a_body_that_broke_workers_does_not_stand_for_all_others(
+    broke: bytes, other: bytes, requests: int
+) -> None:
+    """Two engines that ended while they were asked for one file made the router refuse all clients all files.
+
+    requests  how many it takes to break two workers
+    """
+    async with Play(4, relay_unknown_paths=True, disable_circuit_breaker=True) as play:
+        client = await play.client()
+        for _ in range(requests):
+            await client.send(broke)
+            for _ in range(2 // requests):
+                (await play.leg()).reset()
+            assert (await client.response()).status == 502
+        await client.send(broke)
+        assert (await client.response()).status == 422
+        leg = await sent(client, other, play)
+        assert (await answered(leg, client)).status == 200
+
+
 @on_loop
 async def test_a_small_question_is_retried() -> None:
     async with Play(2) as play:
@@ -373,6 +405,28 @@ async def test_a_first_line_that_is_an_error_is_retried_and_reaches_the_client_w
         response = await client.response()
         assert response.status == 500
         assert set(json.loads(response.body)) == {"error"}
+
+
+@pytest.mark.parametrize(
+    "framed",
+    [
+        b"transfer-encoding: chunked\r\n\r\n11\r\n" + FAILURE + b"\r\n0\r\n\r\n",
+        b"content-length: 17\r\n\r\n" + FAILURE,
+        b"content-length: 16\r\n\r\n" + FAILURE[:-1],
+    ],
+)
+@on_loop
+async def test_a_line_that_is_an_error_is_retried_also_where_the_answer_ends_with_it(framed: bytes) -> None:
+    async with Play(2) as play:
+        client = await play.client()
+        leg = await sent(client, post("/api/chat", b'{"messages":[]}'), play)
+        await leg.send(b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n" + framed)
+        leg = await play.leg()
+        await leg.send(
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\ncontent-length: %d\r\n\r\n%b" % (len(LINE), LINE)
+        )
+        response = await client.response()
+        assert (response.status, response.body) == (200, LINE)
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from played import Client, Leg, Play, post, run
+from played import Client, Leg, Play, narrow, post, run
 from sglang_router.relay.client import ClientConnection
+from sglang_router.relay.exchange import Exchange
+from sglang_router.relay.upstream import UpstreamConnection
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.states import Breaker
 
@@ -618,25 +620,32 @@ async def test_slow_reader_pauses_its_worker_and_memory_stays_bounded() -> None:
     async with Play() as play:
         client = await play.client(limit=65536)
         leg = await exchange(play, client, CHAT, b'{"stream":true}')
+        connection, upstream = play.narrow(client), upstream_of(play)
+        for transport in (upstream, leg.writer.transport):
+            narrow(transport.get_extra_info("socket"))
         await leg.start_stream()
-        chunk, sent = b"x" * 65536, 0
-        leg.writer.transport.set_write_buffer_limits(high=0)
-        while sent < 1000:  # far more than the kernel buffers
-            leg.writer.write(b"10000\r\n" + chunk + b"\r\n")
-            sent += 1
-            try:
-                await asyncio.wait_for(leg.writer.drain(), 0.5)
-            except asyncio.TimeoutError:
-                break
-        assert sent < 1000, "the worker was never paused"
-        (connection,) = play.clients.connections
-        assert isinstance(connection, ClientConnection)
+        chunk, count = b"10000\r\n%s\r\n" % (b"x" * 65536), 200  # far more than all buffers take
+        leg.writer.write(chunk * count)
+        await play.until(lambda: connection.stalled and not upstream.is_reading())
+        for _ in range(1000):  # and it stays so
+            await asyncio.sleep(0)
         assert connection.transport.get_write_buffer_size() < 1 << 20
+        assert leg.writer.transport.get_write_buffer_size() > count // 2 * 65536  # the rest is still the worker's
         reading = asyncio.ensure_future(client.response())
         await leg.send(b"0\r\n\r\n")
         response = await reading
         assert response.complete
-        assert len(response.body) == sent * 65536
+        assert len(response.body) == count * 65536
+
+
+def upstream_of(play: Play) -> asyncio.Transport:
+    """Return the router's end of the connection to the worker of the only request."""
+    (connection,) = play.clients.connections
+    assert isinstance(connection, ClientConnection)
+    assert isinstance(connection.exchange, Exchange)
+    (leg,) = connection.exchange.legs
+    assert isinstance(leg.connection, UpstreamConnection)
+    return leg.connection.transport
 
 
 @on_loop

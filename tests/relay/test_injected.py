@@ -78,6 +78,34 @@ def test_only_streams_of_completions_whose_clients_say_nothing_are_asked_for(
     run(main())
 
 
+@pytest.mark.parametrize("options", ["", ',"stream_options":{"include_usage":false}'])
+def test_a_body_in_utf_16_passes_as_it_is(options: str) -> None:
+    """The question was added in ASCII, so that engines could not read the body any more."""
+    body = BODY.decode().replace("}]}", "}]" + options + "}").encode("utf-16")
+
+    async def main() -> None:
+        async with injecting() as play:
+            client, leg = await asked(play, body)
+            assert leg.body == body
+            await leg.answer(200, b"{}")
+            await client.response()
+
+    run(main())
+
+
+def test_what_a_worker_needs_is_added_to_a_body_in_utf_16_as_well() -> None:
+    async def main() -> None:
+        async with Play() as play:
+            (worker,) = play.workers
+            worker.splice, worker.dresses = b'"data_parallel_rank":1', True  # as of a rank
+            client, leg = await asked(play, BODY.decode().encode("utf-16"))
+            assert leg.body == BODY[:-1] + b',"data_parallel_rank":1}'
+            await leg.answer(200, b"{}")
+            await client.response()
+
+    run(main())
+
+
 def test_without_the_option_nothing_is_changed() -> None:
     async def main() -> None:
         async with Play() as play:

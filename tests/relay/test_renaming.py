@@ -85,7 +85,8 @@ def test_large_bodies(size: int, members: bytes, first: bool) -> None:
         (b'{"a":{"model":"b"}, "model":\n"b" }', b'{"a":{"model":"b"}, "model":\n"X" }'),
         (b'{"prompt":"x"}', b'{"prompt":"x"}'),
         (b'\xef\xbb\xbf{"model":"b"}', b'\xef\xbb\xbf{"model":"X"}'),
-        ('{"model":"b"}'.encode("utf-16"), '{"model":"b"}'.encode("utf-16")),
+        ('{"model":"b","x":"é"}'.encode("utf-16"), '{"model":"X","x":"é"}'.encode()),
+        ('{"x":"\ud800","model":"b"}'.encode("utf-32-be", "surrogatepass"), b'{"x":"\xed\xa0\x80","model":"X"}'),
         (b'{"model":"b","x":NaN}', b'{"model":"X","x":NaN}'),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from types import FrameType
 
@@ -164,6 +165,14 @@ def test_an_adapter_stays_with_its_worker_when_others_take_its_seat() -> None:
     assert lora.load == len(busy)
 
 
+def test_an_adapter_with_the_name_of_another_model_takes_no_requests_of_that() -> None:
+    s = Several()
+    s.add("a", "A", adapters=("B",))
+    s.add("b", "B")
+    assert s.serve("B") == {"b"}
+    assert s.serve("A:B") == {"a"}, "this says which is meant"
+
+
 def test_workers_whose_models_overlap_share_a_pool() -> None:
     s = Several()
     s.add("ab", "A", "B")
@@ -262,6 +271,16 @@ def test_a_queued_request_follows_its_model() -> None:
     late.attempt.end()
     s.bench.settle()
     assert isinstance(waiting.answers[-1], ModelNotFound)
+
+
+def test_the_longest_name_is_found_with_each_character_escaped() -> None:
+    name = "\U0001f600" * LONGEST_NAME
+    s = Several()
+    s.add("a", name)
+    s.add("b", "B")
+    for spelled in (json.dumps(name), json.dumps(name, ensure_ascii=False)):
+        attempt = s.bench.send(read(ENDPOINTS[b"/generate"], b'{"model":%b,"text":"x"}' % spelled.encode()))
+        assert attempt.worker.url == "http://a:1"
 
 
 @pytest.mark.parametrize("count", [1, 10_000])

@@ -18,6 +18,7 @@ from sglang_router.routing.worker import Worker
 
 CHAT = ENDPOINTS[b"/v1/chat/completions"]
 GENERATE = ENDPOINTS[b"/generate"]
+RESPONSES = ENDPOINTS[b"/v1/responses"]
 PROMPT = b"a prompt that is long enough to count"
 
 
@@ -199,6 +200,37 @@ def test_a_fallback_serves_while_nobody_else_can() -> None:
     assert n.served("A") == ("b", b'"B"')
     n.fleet.set_draining(a, False)
     assert n.served("A") == ("a", b""), "it is back"
+
+
+def test_a_response_that_a_fallback_keeps_is_continued_there_after_the_model_is_back() -> None:
+    n = Named({"gpt-4": "A"}, {"A": ("C", "B")})
+    a, b = n.add("a", "A"), n.add("b", "B")
+    n.add("c", "C")
+    n.fleet.set_draining(a, True)
+    for worker in n.pools.find(b'"C"').workers:
+        n.fleet.set_draining(worker, True)
+
+    def respond(model: str, previous: str = "") -> Attempt:
+        more = f',"previous_response_id":"{previous}"' * bool(previous)
+        return n.route(read(RESPONSES, f'{{"model":"{model}","input":"x"{more}}}'.encode()))
+
+    first = respond("A")
+    assert first.worker is b
+    n.bench.router.holds(first.leg, b"resp_1")
+    first.end()
+    n.fleet.set_draining(a, False)
+    for model in ("A", "gpt-4"):
+        again = respond(model, "resp_1")
+        assert (again.worker, again.leg.model, again.branch) == (b, b'"B"', "holder")
+        again.end()
+    for unknown in ("", "resp_2"):
+        other = respond("A", unknown)
+        assert other.worker is a
+        other.end()
+    n.fleet.set_draining(b, True)
+    last = respond("A", "resp_1")
+    assert last.worker is a, "it keeps this no more than any other, but it takes requests"
+    last.end()
 
 
 @pytest.mark.parametrize("others", [("C", "D"), ("B", "C")])

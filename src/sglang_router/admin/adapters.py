@@ -18,8 +18,11 @@ from sglang_router.admin.broadcast import ask_all, done_by, results_of
 from sglang_router.admin.context import Context
 from sglang_router.admin.shapes import Adapter
 from sglang_router.errors import InvalidRequest, NoWorkers
-from sglang_router.routing.model_names import Names, is_name, names_of, text_of
+from sglang_router.routing.model_names import Names, names_of, text_of
 from sglang_router.routing.worker import Worker
+
+_MOST_BYTES = 1 << 18
+"""The longest description of an adapter."""
 
 
 async def load(context: Context, request: Request) -> Response:
@@ -47,13 +50,13 @@ async def unload(context: Context, request: Request) -> Response:
 
 def _name(body: bytes) -> str:
     """Return the name of the adapter. Raises: InvalidRequest, when the body names none."""
+    if len(body) > _MOST_BYTES:  # decoding it would block the event loop
+        raise InvalidRequest(f"The description of an adapter is longer than {_MOST_BYTES} bytes.")
     try:
-        name = msgspec.json.decode(body, type=Adapter).lora_name
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        name = ""
-    if not is_name(name):
-        raise InvalidRequest("The body must be a JSON object with the adapter's name in lora_name.", param="lora_name")
-    return name
+        return msgspec.json.decode(body, type=Adapter).lora_name
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        message = f"The body must be a JSON object with the adapter's name in lora_name: {error}."
+        raise InvalidRequest(message, param="lora_name") from None
 
 
 def _workers(context: Context, model: str) -> list[Worker]:

@@ -130,9 +130,14 @@ _ADAPTER = Contract(
     (QueryParameter("model", "The model to which the adapter belongs; only needed where there are several."),),
     body=shapes.Adapter,
 )
+_CONDITION = r"[^,=]*[^,=\s][^,=]*=[^,]*"
+_CONDITIONS = rf"^{_CONDITION}(,{_CONDITION}){{0,63}}$"
+"""See `admin.selection`."""
 _SELECTOR = (
     QueryParameter(
-        "selector", "For these workers only: `id`, `url`, `model`, `role` or labels, as in `model=m,zone=a`."
+        "selector",
+        "For these workers only: `id`, `url`, `model`, `role` or labels, as in `model=m,zone=a`.",
+        pattern=_CONDITIONS,
     ),
 )
 _TO_ALL = Contract(_broadcast(shapes.Told, "207"), (InvalidRequest, WorkerNotFound, NoWorkers), _SELECTOR, body=AnyBody)

@@ -2,11 +2,14 @@
 
     GET /v1/files, /v1/batches     worker 1: f1 f2 | worker 2: f3 | ...    their lists one after the other, not by time
         ?limit=2                   f1 f2, has_more
-        ?limit=2&after=f2          who keeps f2? worker 1: its list after f2, then those of the workers behind it
+        ?limit=2&after=f2          who keeps f2? worker 1: its list after f2, then those of the workers behind it;
+                                   of several that keep it (a folder that they share) the last one
     GET /api/tags, /api/ps         the models of all; those that can be loaded once each
 
-A client that follows `after` so sees each object once, as often as it asks. All workers are asked at the same time, and
-each for a page only, so an answer is bounded. A worker whose list goes on ends the page: what follows is its own.
+A client that follows `after` so sees each object once, as often as it asks. It does not go in a circle where an engine
+lists something twice: a page begins behind the last place of the entry that ended the one before. All workers are asked
+at the same time, and each for a page only, so an answer is bounded. A worker whose list goes on ends the page: what
+follows is its own. One that says so of a page without anything new has no more.
 
 A worker without such a list (404) keeps nothing. One that does not answer is missing in the list, which says so:
 `unavailable_workers` is their number. An engine's entries are passed on as they are.
@@ -35,7 +38,7 @@ _LIMIT = re.compile("[1-9][0-9]{0,3}|10000")
 _MOST_PAGE = 1 << 22
 """Bytes of one worker's page; a longer one counts as no answer."""
 _SHORT = 1 << 15
-"""Bytes of a page that is decoded at once; a longer one in a thread."""
+"""Bytes of pages that are decoded and joined at once; longer ones in a thread."""
 _ABSENT = (404, 405, 501)
 """What engines without such a list answer."""
 
@@ -74,7 +77,7 @@ async def objects(context: Context, request: Request) -> Response:
         keeps = [at for at, (_, reply) in enumerate(found) if isinstance(reply, Fetched) and reply.ok]
         if not keeps:
             raise NotFound(f"No worker keeps what `after` names: {after[:100]!r}.", param="after")
-        workers = workers[keeps[0] :]
+        workers = workers[keeps[-1] :]
     others = [(name, value) for name, value in query if name != "after"]
     targets = [_target(path, query), *[_target(path, others)] * (len(workers) - 1)]
     replies = await all_of(
@@ -83,7 +86,8 @@ async def objects(context: Context, request: Request) -> Response:
     pages = await _pages(replies)
     if not any(pages):
         return await _nothing(context, path, replies)
-    return JSON(_joined(pages, after, limit, _missing(replies, pages)))
+    parts = (pages, after, limit, _missing(replies, pages))
+    return JSON(_joined(*parts) if _short(replies) else await asyncio.to_thread(_joined, *parts))
 
 
 async def models(context: Context, request: Request) -> Response:
@@ -99,8 +103,13 @@ async def models(context: Context, request: Request) -> Response:
         return await _nothing(context, path, replies)
     listed = [entry for page in pages if page is not None for entry in page.models][:MOST_ENTRIES]
     if path == "/api/tags":
-        listed = list({_name_of(entry).name: entry for entry in reversed(listed)}.values())[::-1]
+        listed = _each_once(listed) if _short(replies) else await asyncio.to_thread(_each_once, listed)
     return JSON({"models": listed} | _missing(replies, pages))
+
+
+def _each_once(listed: list[msgspec.Raw]) -> list[msgspec.Raw]:
+    """The first entry of each name."""
+    return list({_name_of(entry).name: entry for entry in reversed(listed)}.values())[::-1]
 
 
 def _engines(context: Context) -> list[Worker]:
@@ -118,6 +127,11 @@ def _limit(query: list[tuple[str, str]]) -> int:
 
 def _target(path: str, query: list[tuple[str, str]]) -> bytes:
     return (f"{path}?{urlencode(query)}" if query else path).encode()
+
+
+def _short(replies: list[Reply]) -> bool:
+    """Whether they are so short that the event loop can look at each entry."""
+    return sum(len(reply.body) for reply in replies if isinstance(reply, Fetched)) <= _SHORT
 
 
 async def _pages(replies: list[Reply]) -> list[_Page | None]:
@@ -145,26 +159,30 @@ def _missing(replies: list[Reply], pages: list[_Page | None]) -> dict[str, int]:
 
 def _joined(pages: list[_Page | None], after: str, limit: int, missing: dict[str, int]) -> dict[str, Any]:
     """The pages one after the other, up to the limit."""
-    entries: list[msgspec.Raw] = []
+    entries: dict[str, msgspec.Raw] = {}  # by id; one that comes again stands where it came last
     more = False
     for at, page in enumerate(pages):
-        if page is None:
+        if page is None or more:
             continue
         data = page.data if at or not after else _behind(page.data, after)
-        room = limit - len(entries)
-        entries += data[:room]
-        if page.has_more or len(data) > room:
-            more = True
-            break
-    ends = {"first_id": _name_of(entries[0]).id, "last_id": _name_of(entries[-1]).id} if entries else {}
-    return {"object": "list", "data": entries, **ends, "has_more": more, **missing}
+        for number, entry in enumerate(data[:MOST_ENTRIES]):
+            name = _name_of(entry).id or f"\0{at},{number}"
+            if name not in entries and len(entries) == limit:
+                more = True
+                break
+            entries.pop(name, None)
+            entries[name] = entry
+        more = more or len(data) > MOST_ENTRIES or (page.has_more and bool(data))
+    named = list(entries.values())
+    ends = {"first_id": _name_of(named[0]).id, "last_id": _name_of(named[-1]).id} if named else {}
+    return {"object": "list", "data": named, **ends, "has_more": more, **missing}
 
 
 def _behind(data: list[msgspec.Raw], after: str) -> list[msgspec.Raw]:
-    """The entries behind the one with this id: an engine may list all, whatever it is asked."""
+    """The entries behind the last one with this id: an engine may list all, whatever it is asked."""
     name = after.encode()
-    at = next((at for at, raw in enumerate(data) if name in bytes(raw) and _name_of(raw).id == after), -1)
-    return data[at + 1 :]
+    places = (at for at in reversed(range(len(data))) if name in bytes(data[at]) and _name_of(data[at]).id == after)
+    return data[next(places, -1) + 1 :]
 
 
 def _name_of(entry: msgspec.Raw) -> _Named:

@@ -35,6 +35,8 @@ from sglang_router.routing.body_reader import NAMESPACE
 
 PATH = "/openapi.json"
 _KEPT = "Relayed to the worker that keeps this; when that is not known, the workers are asked in turn."
+_OF_ENGINES = "4XX"
+"""Declared by those that pass on what an engine answers."""
 _ITSELF = Contract((DeclaredAnswer("This document."),))
 
 Schema = dict[str, Any]
@@ -145,8 +147,17 @@ def _query_parameter(parameter: QueryParameter) -> Schema:
 def _responses(contract: Contract, more: tuple[type[RouterError], ...], shape: type[shapes.Shape]) -> Schema:
     """The answers by status, and the one that any path may give. shape: of errors."""
     answers = {answer.status: _answer(answer) for answer in contract.answers}
-    responses: Schema = dict(sorted({**answers, **dict(_errors((*contract.errors, *more), shape))}.items()))
+    errors = dict(_errors((*contract.errors, *more), shape))
+    if _OF_ENGINES in answers:  # an engine may answer with any of these, too
+        errors |= {str(error.status): _either(errors[str(error.status)]) for error in contract.errors}
+    responses: Schema = dict(sorted({**answers, **errors}.items()))
     return responses | {"default": {"$ref": "#/components/responses/AnyError"}}
+
+
+def _either(error: Schema, media: str = "*/*") -> Schema:
+    """The answer with a status that may be an error of the router or the engine's."""
+    about = f"The worker's answer, or, with x-smg-error-code:\n{error['description']}"
+    return {"description": about, "content": {media: {"schema": {}}}}
 
 
 def _answer(answer: DeclaredAnswer) -> Schema:
@@ -215,8 +226,7 @@ def _relayed_responses() -> Schema:
     content = {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}, "*/*": {}}
     responses: Schema = {"200": {"description": "The worker's answer, byte for byte.", "content": content}}
     for status, error in _errors(RELAYED):
-        about = f"The worker's answer, or, with x-smg-error-code:\n{error['description']}"
-        responses[status] = {"description": about, "content": {"application/json": {}}}
+        responses[status] = _either(error, "application/json")
     responses["default"] = {"description": "The worker's answer, or an error of the router, with x-smg-error-code."}
     return responses
 

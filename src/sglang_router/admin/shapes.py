@@ -8,7 +8,7 @@ A field that may be missing has the default UNSET; one that may be null says so.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -16,8 +16,15 @@ from msgspec import UNSET, UnsetType
 from sglang_router.autoscale.scaler import ScalingRules
 from sglang_router.routing.decision_record import DecisionRecord
 from sglang_router.routing.engine_report import EngineReport
+from sglang_router.routing.model_names import LONGEST_NAME
 from sglang_router.routing.source import SourceReport
 from sglang_router.routing.states import Breaker, Health
+
+_NO_CONTROLS = r"[^\x00-\x1f\x7f-\x9f]"
+ModelName = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_NAME, pattern=rf"^{_NO_CONTROLS}+\Z")]
+"""What can be the name of a model, or of an adapter: one line that is not too long."""
+ModelNameOrNone = Annotated[str, msgspec.Meta(max_length=LONGEST_NAME, pattern=rf"^{_NO_CONTROLS}*\Z")]
+"""The same, or nothing."""
 
 
 class Shape(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -136,7 +143,7 @@ class Adapter(msgspec.Struct):
     lora_path  where the engine finds it; only for loading
     """
 
-    lora_name: str
+    lora_name: ModelName
     lora_path: str | None = None
 
 

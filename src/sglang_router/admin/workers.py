@@ -28,6 +28,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from sglang_router.admin.context import JSON, Context
+from sglang_router.admin.shapes import ModelNameOrNone
 from sglang_router.admin.shared import in_slices
 from sglang_router.config import parse_worker_url
 from sglang_router.config.option import did_you_mean
@@ -60,10 +61,13 @@ _MAX_BYTES = 1 << 18
 
 
 class Change(msgspec.Struct, kw_only=True):
-    """What can be changed on a worker at any time; None leaves it as it is. Times in seconds."""
+    """What can be changed on a worker at any time; None leaves it as it is. Times in seconds.
+
+    An empty `model_id` is none: the worker has only the names that its engine announces.
+    """
 
     api_key: _Key | None = None
-    model_id: str | None = None
+    model_id: ModelNameOrNone | None = None
     priority: _Priority | None = None
     cost: float | None = None
     labels: dict[str, str] | None = None
@@ -75,7 +79,7 @@ class Change(msgspec.Struct, kw_only=True):
 
 
 class Registration(Change, kw_only=True):
-    """The body of POST /workers."""
+    """The body of POST /workers. `bootstrap_port` counts while the worker is a prefill one: its engine may say so."""
 
     url: _URL
     worker_type: Literal["regular", "prefill", "decode"] = "regular"
@@ -145,8 +149,6 @@ async def create(context: Context, request: Request) -> Response:
     """Register a worker and answer at once; it takes requests once a health check finds it healthy."""
     wanted = await _read(request, Registration)
     url = _checked_url(wanted.url)
-    if wanted.bootstrap_port is not None and wanted.worker_type != "prefill":
-        raise InvalidRequest("Only a prefill worker has a bootstrap_port.", param="bootstrap_port")
     if context.fleet.entries(url):
         raise Conflict(f"Worker {url} already exists", param="url")
     rules = context.add_rules

@@ -6,7 +6,7 @@
       limits    settings of models                        --> routing.quotas
 
 With --enable-igw, the label `policy` of a worker sets the policy of its model, as in the reference router: the first
-worker of the model decides, and its word counts until the model's last worker is removed. Settings in the file, or of
+label among the model's workers decides, and counts until the last of them is removed. Settings in the file, or of
 --models, come before it.
 """
 

@@ -54,6 +54,8 @@ def begins(head: ResponseHead, framing: Framing, data: bytes, done: bool) -> boo
     """Return whether an answer has visibly begun, and not with an error event."""
     if head.events:
         return data.endswith(USUAL_ENDS) and b"data:" in data and b"error" not in data and b"ping" not in data
+    if head.lines:  # the first one may be an error, also where the answer ends with it
+        return False
     return done or (data != b"" and not isinstance(framing, Chunked)) or head.status == 101
 
 

@@ -10,7 +10,7 @@ Engines tell what a stream took only if they are asked to, in one more event bef
     data: {"id": ..., "choices": [], "usage": {"prompt_tokens": 455, ...}}
 
 A client that has set `stream_options`, whatever to, gets what it has asked for, and nothing is changed. A body above
-LARGE bytes is not searched, and passes as it is.
+LARGE bytes, or in UTF-16, is not searched, and passes as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Final
 import msgspec
 
 from sglang_router.routing.facts import LARGE, Facts
+from sglang_router.routing.tolerant import in_utf8
 from sglang_router.wire.gathering import Body
 from sglang_router.wire.sse import payloads
 
@@ -35,7 +36,7 @@ _MARKS: Final = (b'"choices":[]', b'"choices": []')
 
 def wanted(facts: Facts, body: Body) -> bool:
     """Return whether the usage of this request's stream is to be asked for."""
-    if facts.endpoint.name not in _ENDPOINTS or len(body) > LARGE or _NAME in body:
+    if facts.endpoint.name not in _ENDPOINTS or len(body) > LARGE or _NAME in body or in_utf8(body) is not body:
         return False
     return b"\\u00" not in body or _ESCAPED.search(body) is None
 

@@ -33,6 +33,7 @@ from sglang_router.relay.whole_events import ANY_END, CHUNKED_ENDS, PLAIN_ENDS, 
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag
+from sglang_router.routing.tolerant import in_utf8
 from sglang_router.routing.usage import Usage
 from sglang_router.wire.framing import Framing
 from sglang_router.wire.gathering import Body
@@ -208,7 +209,7 @@ class Leg:
             body = renamed(request.body, exchange.facts, planned.model, members)
         elif members:
             place = None if exchange.facts is None else exchange.facts.place
-            body = splice_at(request.body, place, members) if place else splice(request.body, members)
+            body = splice_at(request.body, place, members) if place else splice(in_utf8(request.body), members)
         if tag.streaming:
             exchange.sending(self)
         start = connections.origin.start(request.method, request.target)

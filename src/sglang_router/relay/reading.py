@@ -147,12 +147,15 @@ def _ask(exchange: Unrouted, facts: Facts, now: float, hinted: Hinted | None) ->
 
 
 def _find_place(facts: Facts, request: Request) -> None:
-    """Read what says which worker may answer, besides the body: the id in the path, else the model in the query.
+    """Read what the body does not say: what is asked for, and who may answer, by the id in the path, else by the model
+    in the query.
 
     Raises: NotFound for a path that leads upwards: a proxy in front of an engine could follow it to other paths.
     """
     if _UPWARDS.search(unquote_to_bytes(request.path)):
         raise NotFound
+    if facts.endpoint.route is None:
+        facts.target = b"%b %b" % (request.method, request.target)
     if facts.endpoint.about:
         facts.follows = bounded(request.path.split(b"/")[ID_SEGMENT])
     elif not facts.model and (found := _MODEL.search(request.target, len(request.path))) is not None:

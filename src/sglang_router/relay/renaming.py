@@ -6,8 +6,8 @@
 
 Only the value of `model` changes, in length too; every other byte stays. A large body is not copied. What routing has
 found of it (`Facts.name_at`, `Facts.place`) says where to cut; a small JSON body is skimmed here, which takes
-microseconds. (Adding a second member `model` at the end would be quicker, but engines that read strictly refuse a name
-that stands there twice.)
+microseconds, and one in UTF-16 becomes UTF-8, in which the name is written. (Adding a second member `model` at the end
+would be quicker, but engines that read strictly refuse a name that stands there twice.)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sglang_router.errors import RouterError
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.multipart import span_of
 from sglang_router.routing.skim import Skim
+from sglang_router.routing.tolerant import in_utf8
 from sglang_router.wire.gathering import Body
 from sglang_router.wire.splice import Spliced, replace, replace_and_splice, splice
 
@@ -38,6 +39,8 @@ def renamed(body: Body, facts: Facts, model: bytes, members: bytes) -> Body | Sp
         span = span_of(body)
         return body if span is None else replace(body, span, msgspec.json.decode(model, type=str).encode())
     place = facts.place
+    if place is None:
+        body = in_utf8(body)
     span = _span(body) if place is None else facts.name_at
     if span is None:
         return splice(body, members) if members else body
@@ -50,7 +53,7 @@ def renamed(body: Body, facts: Facts, model: bytes, members: bytes) -> Body | Sp
 
 
 def _span(body: Body) -> tuple[int, int] | None:
-    """Return where the model of a JSON object stands; None if it has none, or is in another encoding than UTF-8."""
+    """Return where the model of a JSON object stands; None if it has none."""
     skim = Skim(body, _WANTED)
     try:
         while not skim.step():

@@ -11,7 +11,7 @@
 
 A request about something that a worker keeps (a response, a file) goes to that worker whatever its state: no other one
 has it. A request that continues or uses it goes there as long as the worker takes requests, and waits for room there:
-any other one would answer that there is no such thing.
+any other one would answer that there is no such thing. So does one that a fallback has begun, after its model is back.
 """
 
 from __future__ import annotations
@@ -106,8 +106,24 @@ class Assignment:
     def _named(self, facts: Facts) -> Serving:
         """Return who serves the model of a request, where that is to be looked at."""
         if self.naming.on:
-            return self.naming.find(facts)
+            found = self.naming.find(facts)
+            return (self._continued(found, facts) or found) if facts.follows else found
         return self._pools.find(facts.model, adapter=adapter_of(facts))
+
+    def _continued(self, serving: Serving, facts: Facts) -> Serving | None:
+        """Let the fallback go on that keeps what a request continues; None: none of them does, or it takes no requests.
+
+        It stood in for the model when that was stored; the model's own workers would say that there is no such thing.
+        """
+        holder = self.holder(facts)
+        if holder is None or not holder.is_well or holder in serving.workers:
+            return None
+        for model in self.naming.fallbacks(facts):
+            found = self._pools.find(model, holder.role, strict=True)
+            if holder in found.workers:
+                rename(facts, model)
+                return found
+        return None
 
     def admitted(self, serving: Serving, facts: Facts, now: float) -> Serving:
         """Return who serves a request: those, or the workers of another model that stands in for its own.

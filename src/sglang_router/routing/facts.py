@@ -30,7 +30,7 @@ from sglang_router.routing.body_reader import NOTHING, BodyReader, division_of, 
 from sglang_router.routing.endpoints import Endpoint
 from sglang_router.routing.imprint import Imprint
 from sglang_router.routing.keys import LONGEST, bounded
-from sglang_router.routing.model_names import LONGEST_TEXT, spelled
+from sglang_router.routing.model_names import LONGEST_SPELLING, LONGEST_TEXT, spelled
 from sglang_router.routing.multipart import model_of
 from sglang_router.routing.reserved import HOLDERS, LONGEST_HELD, RESERVED, first_reserved
 from sglang_router.routing.session_hints import BodyHints
@@ -70,6 +70,8 @@ class Facts:
                  asked for
     sequences    1, or 2 when it wants several answers of a prompt; 0: not read yet (`routing.sequences`)
     follows      the id of what a worker keeps and the request continues, uses or is about, at most 64 bytes
+    target       method and target, where the endpoint does not tell them; else b"". They tell requests without a body
+                 apart
     """
 
     __slots__ = (
@@ -88,6 +90,7 @@ class Facts:
         "sequences",
         "session",
         "streaming",
+        "target",
         "text",
     )
 
@@ -116,6 +119,7 @@ class Facts:
         self.reserved = ""
         self.session = b""
         self.follows = b""
+        self.target = b""
         self.sequences = 0
 
     def __repr__(self) -> str:
@@ -280,7 +284,7 @@ def _facts(
     model = bytes(fields.model)
     if model in NOTHING:
         model = b""
-    elif b"\\" in model and len(model) <= LONGEST_TEXT:
+    elif b"\\" in model and len(model) <= LONGEST_SPELLING:
         model = spelled(model)
     scaffold = reader.scaffold(text) if text else 0
     namespace, division = model, b""

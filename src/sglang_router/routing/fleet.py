@@ -127,7 +127,7 @@ class Fleet:
         """Change what an operator said of a worker: key, name, weights, health checks. Its URL stays."""
         worker.describe(msgspec.structs.replace(spec, url=worker.spec.url, dp_rank=worker.dp_rank))
         if not worker.removed:
-            self.pools.place(worker)
+            self.pools.amended(worker)
 
     def reported(self, worker: Worker, report: EngineReport) -> None:
         """Store what an engine reported about itself."""

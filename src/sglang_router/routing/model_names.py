@@ -17,6 +17,8 @@ LONGEST_NAME: Final = 256
 """Characters of a name; what is longer, or does not print, is no name."""
 LONGEST_TEXT: Final = 4 * LONGEST_NAME + 2
 """Bytes of a name as JSON text."""
+LONGEST_SPELLING: Final = 12 * LONGEST_NAME + 2
+"""The same with each character escaped, as two halves of a pair."""
 
 
 class Names(NamedTuple):

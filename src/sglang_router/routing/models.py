@@ -37,6 +37,7 @@ from sglang_router.routing.worker import Worker
 _SHOWN_NAMES: Final = 10
 _SHOWN_CHARACTERS: Final = 100
 _MAIN: Final = b""
+_BASES, _ADAPTERS = 0, 1  # fields of `Names`
 _RETRY_AFTER: Final = 5.0
 """Retry-After in seconds: nothing better is known."""
 
@@ -241,11 +242,12 @@ class ServedModels:
     # -- who may serve a request -------------------------------------------------------------------------------------
 
     def by_name(self) -> dict[bytes, list[Worker]]:
-        """Return the workers that may serve each announced name."""
+        """Return the workers that may serve each announced name; those come first that say it is their model's."""
         found: dict[bytes, list[Worker]] = {}
-        for profile, workers in self._workers.items():
-            for name in (*profile.bases, *profile.adapters):
-                found.setdefault(text_of(name), []).extend(workers)
+        for names in (_BASES, _ADAPTERS):
+            for profile, workers in self._workers.items():
+                for name in profile[names]:
+                    found.setdefault(text_of(name), []).extend(workers)
         for text, those in self._with_adapters().items():
             found.setdefault(text, those)
         if not self.several:

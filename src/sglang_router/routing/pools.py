@@ -129,6 +129,12 @@ class Pools:
         if others or any(moved):
             self._count(others)
 
+    def amended(self, worker: Worker) -> None:
+        """The same for a worker of which an operator says something else now: a name, or a policy."""
+        self.place(worker)
+        if self.tailor is not None:
+            self._fit(self._of[worker], self.tailor)
+
     def _put(self, worker: Worker) -> bool:
         """Put a worker into its pool; return whether it was not there."""
         key, old = self._assign(worker), self._of.get(worker)

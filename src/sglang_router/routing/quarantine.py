@@ -14,9 +14,10 @@ A prompt can end an engine, and clients try again: without a memory each try wou
 became unhealthy, was removed, or is another process now. One process counts once, however many copies of a request
 were in flight there, or at its data-parallel ranks, when it ended.
 
-A request is recognised by a keyed hash of its endpoint and of the length, the first and the last `_PART` bytes of its
-body. A hash is computed only after a break, and, while requests are remembered, for a request of the same endpoint and
-length. At most MOST are remembered; the oldest is forgotten first.
+A request is recognised by a keyed hash of its endpoint, of its method and target where the endpoint does not tell them,
+and of the length, the first and the last `_PART` bytes of its body. A hash is computed only after a break, and, while
+requests are remembered, for a request of the same endpoint and length. At most MOST are remembered; the oldest is
+forgotten first.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def fingerprint(key: bytes, facts: Facts) -> bytes:
     body, size = facts.body, len(facts.body)
     if isinstance(body, Imprint):
         return body.digest
-    digest = blake2b(b"%b\0%d\0" % (facts.endpoint.path, size), digest_size=16, key=key)
+    digest = blake2b(b"%b\0%b\0%d\0" % (facts.endpoint.path, facts.target, size), digest_size=16, key=key)
     digest.update(body[:_PART])
     digest.update(body[max(_PART, size - _PART) :])
     return digest.digest()
