@@ -54,7 +54,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "autoscale": BELOW_ADMIN,
     "restart": {"errors", "words", "config", "routing", "workers"},
     "admin": BELOW_ADMIN | {"version", "autoscale"},
-    "app": BELOW_APP,
+    "app": BELOW_APP | {"version"},
     "processes": BELOW_APP | {"app"},
     "engine": {"errors", "version", "config", "process"},
     "router_args": {"config"},

@@ -182,6 +182,7 @@ TEXTS: dict[str, tuple[str, Any]] = {
 }
 SAMPLES: dict[str, tuple[str, Any]] = {
     "worker_urls": (f"{A}, {B}", [A, B]),
+    "otlp_traces_endpoint": ("https://collector:4318", "https://collector:4318"),
     "decode_urls": (A, [A]),
     "model_alias": ("a=b, c=d", {"a": "b", "c": "d"}),
     "model_fallback": ("a=b, c=d", {"a": "b", "c": "d"}),
@@ -549,10 +550,7 @@ def test_missing_feature_is_refused_when_used(option: Option) -> None:
     assert message == f"not available in this version: {option.flag}; start without it"
 
 
-def test_missing_features_are_named_together() -> None:
-    assert refused("--otlp-traces-endpoint h:1 --enable-trace") == (
-        "not available in this version: --enable-trace, --otlp-traces-endpoint; start without them"
-    )
+def test_a_missing_feature_that_is_not_used_does_no_harm() -> None:
     assert read("--queue-size 100 --max-concurrent-requests -1 --backend sglang").checked().queue_size == 100
 
 

@@ -52,8 +52,10 @@ FLAGS = (
 )
 ROUTERS = (("--policy", "cache_aware"), ("--policy", "round_robin"), ("--resume-streams", "--policy", "prefix_hash"))
 """Further flags of each pair of routers."""
-UNSTABLE = re.compile(r"process_|python_|smg_worker_connections_active")
-"""Names of metrics of the process, and of what a worker may have closed or not."""
+UNSTABLE = re.compile(
+    r"process_|python_|smg_worker_connections_active|sgl_router_(loop_lag|config_loaded|request_body_bytes)"
+)
+"""Names of metrics of the process and of moments, and of what a worker or a client may have closed or not."""
 ACCESS = "sglang_router.access"
 MADE_ID = re.compile(rb"\b[a-z]+-[0-9a-f]{24}\b")
 LOOKS = frozenset(("/health", "/workers", "/metrics", "/version"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,11 +15,13 @@ from event_makers import finished, leg
 from fleets import any_policy
 from sglang_router.observe import access, logs
 from sglang_router.observe.access import AccessLog, WorkerLog
+from sglang_router.observe.short_lines import ShortLines
 from sglang_router.routing.events import Finished, WorkerChanged
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules
 from sglang_router.routing.spec import WorkerSpec
+from sglang_router.routing.trace_ids import TraceIds
 from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
 
@@ -89,11 +92,11 @@ def test_text() -> None:
     start = "2025-10-25T12:00:00.250Z INFO  sglang_router.access: "
     assert access_lines(served(), PLAIN, REFUSED) == [
         start + "POST /v1/chat/completions 200 id=chatcmpl-1 peer=10.0.0.9 worker=http://w:1 branch=hit matched=87%"
-        " retries=0 duration_ms=812.4 first_byte_ms=95.1 in=5120 out=20480 stream=1",
+        " retries=0 duration_ms=812.4 first_byte_ms=95.1 in=5120 out=20480 stream=1 model=m ttft_ms=95.1",
         start + "GET /health 200 id=req-2 peer=- worker=- branch=- matched=-"
         " retries=0 duration_ms=0.4 first_byte_ms=0.4 in=0 out=2 stream=0",
         start + "POST /v1/chat/completions 503 id=chatcmpl-1 peer=10.0.0.9 worker=- branch=- matched=-"
-        " retries=0 duration_ms=812.4 first_byte_ms=- in=5120 out=20480 stream=1 code=no_workers outcome=-",
+        " retries=0 duration_ms=812.4 first_byte_ms=- in=5120 out=20480 stream=1 code=no_workers outcome=- model=m",
     ]
 
 
@@ -109,9 +112,9 @@ def test_a_client_that_left_and_a_broken_worker_are_told() -> None:
     gone = served(outcome=Outcome.GONE)
     cut = served(outcome=Outcome.CUT, code="stream_broken", retries=2)
     one, other = access_lines(gone, cut)
-    assert one.endswith(" stream=1 code=- outcome=gone")
+    assert one.endswith(" stream=1 code=- outcome=gone model=m ttft_ms=95.1")
     assert " retries=2 " in other
-    assert other.endswith(" stream=1 code=stream_broken outcome=cut")
+    assert other.endswith(" stream=1 code=stream_broken outcome=cut model=m ttft_ms=95.1")
 
 
 def test_both_workers_of_a_pair_are_told() -> None:
@@ -126,7 +129,7 @@ def test_both_workers_of_a_pair_are_told() -> None:
 
 def test_the_name_of_a_clients_key_is_told() -> None:
     named = served(client="alice")
-    assert access_lines(named)[0].endswith(" stream=1 client=alice")
+    assert access_lines(named)[0].endswith(" stream=1 client=alice model=m ttft_ms=95.1")
     assert json.loads(access_lines(named, form="json")[0])["client"] == "alice"
     assert "client" not in access_lines(served())[0] + access_lines(served(), form="json")[0]
 
@@ -142,7 +145,7 @@ def test_the_model_that_served_is_told_where_the_client_named_another_one() -> N
 
 def test_streams_that_another_worker_went_on_with_are_told() -> None:
     resumed = served(retries=2, resumed=2)
-    assert access_lines(resumed)[0].endswith(" stream=1 resumed=2")
+    assert access_lines(resumed)[0].endswith(" stream=1 resumed=2 model=m ttft_ms=95.1")
     assert json.loads(access_lines(resumed, form="json")[0])["resumed"] == 2
     assert "resumed" not in access_lines(served())[0] + access_lines(served(), form="json")[0]
 
@@ -150,9 +153,9 @@ def test_streams_that_another_worker_went_on_with_are_told() -> None:
 def test_tokens_are_told_as_far_as_the_engine_tells_them() -> None:
     known, some, none = served(usage=Usage(455, 0, 8)), served(usage=Usage(455, -1, -1), resumed=1), served()
     first, second, third = access_lines(known, some, none)
-    assert first.endswith(" stream=1 prompt_tokens=455 cached_tokens=0 completion_tokens=8")
-    assert second.endswith(" stream=1 prompt_tokens=455 resumed=1")
-    assert third.endswith(" stream=1")
+    assert first.endswith(" stream=1 prompt_tokens=455 cached_tokens=0 completion_tokens=8 model=m ttft_ms=95.1")
+    assert second.endswith(" stream=1 prompt_tokens=455 resumed=1 model=m ttft_ms=95.1")
+    assert third.endswith(" stream=1 model=m ttft_ms=95.1")
     lines = map(json.loads, access_lines(known, some, none, form="json"))
     assert [{name: tokens for name, tokens in line.items() if "_tokens" in name} for line in lines] == [
         {"prompt_tokens": 455, "cached_tokens": 0, "completion_tokens": 8},
@@ -184,9 +187,77 @@ def test_json() -> None:
         "in": 5120,
         "out": 20480,
         "stream": True,
+        "model": "m",
+        "ttft_ms": 95.1,
     }
     assert (plain["worker"], plain["outcome"], plain["matched"]) == (None, None, None)
     assert (refused["code"], refused["first_byte_ms"]) == ("no_workers", None)
+
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+"""Of a traceparent."""
+
+
+def test_the_time_in_the_queue_and_the_trace_are_told() -> None:
+    event = served()
+    event.tag.queued = 0.0204
+    event.tag.named = (b"", b"", f"00-{TRACE}-00f067aa0ba902b7-01".encode(), None, False, None)
+    assert access_lines(event)[0].endswith(f" ttft_ms=95.1 queue_ms=20.4 trace_id={TRACE}")
+    told = json.loads(access_lines(event, form="json")[0])
+    assert (told["queue_ms"], told["trace_id"]) == (20.4, TRACE)
+    event.tag.named = (b"", b"", b"nonsense", None, False, None)
+    assert "trace_id" not in access_lines(event)[0] + access_lines(event, form="json")[0]
+
+
+def test_the_router_tells_the_traces_that_it_begins() -> None:
+    ids = TraceIds(b"key", 1.0)
+    with log_at("info", "text") as (writer, lines):
+        AccessLog(writer, traces=ids).finished(served())
+        assert lines()[0].endswith(f" trace_id={ids.context(served().tag).trace.decode()}")
+
+
+def test_models_that_clients_choose_do_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "_MOST_HEADS", 50)
+    names = [f'"m{n}"' for n in range(120)]
+    lines = access_lines(*(served(model=name) for name in names * 2))
+    assert [line.split(" model=")[1].split()[0] for line in lines] == [name.strip('"') for name in names * 2]
+
+
+def test_short_lines_for_people_at_a_terminal() -> None:
+    short, stamp = ShortLines(colours=False), "2025-10-25T12:00:00.250Z"
+    assert short.request(served(usage=Usage(455, 0, 8), retries=1), stamp) == (
+        "12:00:00.250 200 POST /v1/chat/completions  812 ms, first 95 ms  w:1 hit 87%  455+8 tokens  1 retry\n"
+    )
+    assert short.request(REFUSED, stamp) == "12:00:00.250 503 POST /v1/chat/completions  812 ms  no_workers\n"
+    assert short.request(served(path="/\x1b[2K\n"), stamp).startswith('12:00:00.250 200 POST "/\\u001b[2K\\n"  ')
+    assert short.line(stamp, 30, "x", "worker is\nill", {"worker": "http://w:1"}, "") == (
+        "12:00:00.250 WARN worker is\\nill worker=http://w:1\n"
+    )
+    coloured = ShortLines(colours=True)
+    assert "\x1b[32m200\x1b[0m" in coloured.request(served(), stamp)
+    assert "\x1b[31m503\x1b[0m" in coloured.request(REFUSED, stamp)
+    assert "\x1b[33mWARN\x1b[0m" in coloured.line(stamp, 30, "x", "y", {}, "")
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_a_terminal_gets_short_lines(monkeypatch: pytest.MonkeyPatch, no_color: str, coloured: bool) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm")
+    shown, terminal = pty.openpty()
+    writer = logs.configure("info", "auto", None, stderr=terminal)
+    assert writer.short is not None
+    AccessLog(writer, short=writer.short.request).finished(served())
+    writer.close(10)
+    line = os.read(shown, 4096).decode()
+    os.close(shown)
+    os.close(terminal)
+    assert "POST /v1/chat/completions  812 ms" in line
+    assert ("\x1b[" in line) == coloured
+
+
+def test_what_is_no_terminal_gets_whole_lines() -> None:
+    with log_at("info", "auto") as (writer, _):
+        assert writer.short is None
 
 
 @pytest.mark.parametrize("level", ["warn", "error"])
@@ -231,7 +302,7 @@ def test_clients_cannot_break_or_forge_a_json_line(field: str, text: str) -> Non
     assert line.isprintable()
     parsed: dict[str, Any] = json.loads(line)
     assert parsed[field] == text
-    assert len(parsed) == 20
+    assert len(parsed) == 22
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

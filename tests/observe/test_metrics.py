@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg
 from sglang_router.routing.policies.base import Choice
 from sglang_router.routing.policies.shadowed import ShadowTally
+from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules
 from sglang_router.routing.sessions import Sessions
 from sglang_router.routing.source import SourceReport
@@ -99,6 +101,15 @@ def index_of_one_cache() -> KVIndex:
     return index
 
 
+class Spans:
+    sent = 13
+    lost = 14
+
+
+class Renewed:
+    expires_at: float | None = 1.8e9
+
+
 class Rig:
     """A fleet of two workers whose requests take no time, and its metrics."""
 
@@ -123,6 +134,13 @@ class Rig:
             shadows=tally_of_a_shadow(),
             kv_index=index_of_one_cache(),
             discovery=lambda: [FOUND],
+            retry_budget=RetryBudget(),
+            spans=Spans(),
+            version="1.2.3",
+            configured=1.7e9,
+            certificates={"server": Renewed()},
+            body_bytes=lambda: 11,
+            body_limit=lambda: 12,
             replicas=lambda: [row for row in REPLICAS if self.fleet.by_url(row[0])],
         )
         paths = ["/health", "/workers/{worker_id}/drain"]
@@ -561,6 +579,9 @@ def busy(policy: str) -> Rig:
     rig.fleet.reported(one, FULL)
     rig.metrics.finished(finished(leg(one), usage=Usage(10, 4, 2)))
     one.belief.capacity = 1 << 20
+    queued = finished(leg(one), streaming=True, client="alice", usage=Usage(10, 4, 26), duration=0.8, first_byte=0.3)
+    queued.tag.queued = 0.2
+    rig.metrics.finished(queued)
     renamed = leg(one)
     renamed.model = b'"tiny"'
     rig.metrics.finished(finished(renamed))
@@ -621,6 +642,49 @@ def test_sessions_are_told_by_worker_and_by_what_became_of_their_requests() -> N
     assert rig.get("sgl_router_session_time_to_live_seconds") == 900
 
 
+def test_the_times_of_answers_are_told_by_worker_and_model() -> None:
+    rig = busy("cache_aware")
+    at = {"worker": W1, "model": "m"}
+    assert rig.get("sgl_router_worker_time_to_first_token_seconds_count", **at) == 1, "of the stream"
+    assert rig.get("sgl_router_worker_time_to_first_token_seconds_sum", **at) == pytest.approx(0.3)
+    assert rig.get("sgl_router_worker_inter_token_seconds_sum", **at) == pytest.approx(0.02), "0.5 s for 25 gaps"
+    assert rig.get("sgl_router_worker_inter_token_seconds_bucket", **at, le="0.025") == 1
+    served = rig.get("sgl_router_worker_request_duration_seconds_count", **at)
+    assert served == rig.get("sgl_router_worker_outcomes_total", worker=W1, outcome="served")
+
+
+def test_one_token_has_no_pace() -> None:
+    rig = Rig()
+    rig.metrics.finished(finished(rig.leg(), streaming=True, usage=Usage(10, 4, 1)))
+    assert not rig.samples("sgl_router_worker_inter_token_seconds")
+
+
+def test_queued_requests_are_counted() -> None:
+    rig = busy("cache_aware")
+    assert rig.get("sgl_router_queue_seconds_count") == 1
+    assert rig.get("sgl_router_queue_seconds_sum") == pytest.approx(0.2)
+
+
+def test_ejections_are_told_by_worker() -> None:
+    rig = Rig()
+    worker = rig.worker(W1)
+    worker.ejected = "it lags"
+    rig.metrics.worker_changed(WorkerChanged(worker, "outlier", "kept", "held_off"))
+    assert rig.get("sgl_router_worker_ejected", worker=W1) == 1
+    assert rig.get("sgl_router_worker_ejections_total", worker=W1) == 1
+    assert rig.get("sgl_router_worker_ejections_total", worker=W2) == 0
+
+
+def test_the_router_tells_of_itself() -> None:
+    rig = Rig()
+    rig.metrics.late(0.02)
+    assert rig.get("sgl_router_loop_lag_seconds_count") == 1
+    assert rig.get("sgl_router_loop_lag_seconds_bucket", le="0.025") == 1
+    assert rig.get("sgl_router_build_info", version="1.2.3", python=platform.python_version()) == 1
+    assert rig.get("sgl_router_certificate_expires_timestamp_seconds", use="server") == 1.8e9
+    assert rig.get("sgl_router_trace_spans_total", result="lost") == 14
+
+
 def test_rows_have_unique_names_of_the_two_families() -> None:
     names = [row.name for row in METRICS]
     assert len(set(names)) == len(names)
@@ -640,9 +704,14 @@ def test_rows_have_unique_names_of_the_two_families() -> None:
         ("sgl_router_desired_workers", 6),
         ("sgl_router_decision_records", 8),
         ("sgl_router_decision_log_lost_total", 9),
+        ("sgl_router_config_loaded_timestamp_seconds", 1.7e9),
+        ("sgl_router_request_body_bytes", 11),
+        ("sgl_router_request_body_limit_bytes", 12),
+        ("sgl_router_retry_budget_retries", 0),
+        ("sgl_router_retry_budget_refused_total", 0),
     ],
 )
-def test_what_others_know(name: str, expected: int) -> None:
+def test_what_others_know(name: str, expected: float) -> None:
     assert Rig().get(name) == expected
 
 

@@ -43,6 +43,7 @@ from sglang_router.app.overview import live_of
 from sglang_router.app.parts import App, Elsewhere
 from sglang_router.app.routers import fleet_of, router_of
 from sglang_router.app.scrapes import Scrapes
+from sglang_router.app.traces import export_of, ids_of, tracing_of
 from sglang_router.autoscale.autoscaler import Autoscaler, autoscaler
 from sglang_router.config import RouterArgs
 from sglang_router.discovery.owner import Hands
@@ -67,6 +68,8 @@ from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.prefix_tree.informed import KVCaches
 from sglang_router.routing.quotas import Quotas
 from sglang_router.routing.router import Router
+from sglang_router.routing.trace_ids import TraceIds
+from sglang_router.version import __version__
 from sglang_router.wire.headers import ForwardRules
 from sglang_router.wire.limits import Limits
 from sglang_router.workers.engine_survey import EngineSurvey
@@ -145,12 +148,20 @@ def build(
         router.recorder.policy_of = worker_policy(fleet)
     clients, scrapers = front.clients_of(args, clock, connections)
     workers.checks.vanished = partial(_take_back, clients, elsewhere)
-    rules = front.relay_rules(args, forward)
+    traces = ids_of(args, mark)
+    rules = front.relay_rules(args, forward, traces)
     relay = Relay(loop, clock, seams.decider(router), connections, answers, listeners, rules)
     scaler = autoscaler(args, loop, fleet, lambda: clients.unanswered().with_others(elsewhere.unanswered()), clock)
     sources = _sources(clients, elsewhere, connections, router, scaler, writer)
     sources.tunnels = lambda: relay.tunnels.open + elsewhere.tunnels
     sources.shadows = shadows
+    exported = export_of(args)
+    sources.spans = exported
+    sources.certificates = {
+        use: files for use, files in (("server", tls), ("workers", worker_tls)) if files is not None
+    }
+    if not args.relay_processes:
+        sources.body_bytes, sources.body_limit = lambda: clients.budget.held, lambda: clients.budget.limit
     sources.policy_of = policy_of(fleet.pools)
     sources.kv_index = None if caches is None else caches.index
     if router.recorder is not None:
@@ -204,13 +215,14 @@ def build(
         plane=plane,
         scaler=scaler,
         discovery=discovery,
+        spans=exported,
         kv_events=events_of(args, loop, connections, caches),
         tls=tls,
         watched=[each for each in (tls, worker_tls, key_files, issuer) if each is not None],
         issuer=issuer,
         **workers._asdict(),
     )
-    _listen(app, writer)
+    _listen(app, writer, traces)
     elsewhere.attach(app)
     return app
 
@@ -317,6 +329,9 @@ def _sources(
         waiting_sessions=(lambda: router.queue.sessions) if router.sessions.waits else None,
         sessions=router.sessions if router.sessions.on else None,
         desired_workers=None if scaler is None else lambda: scaler.desired,
+        retry_budget=router.budget,
+        version=__version__,
+        configured=time.time(),
     )
 
 
@@ -333,7 +348,7 @@ def _metrics(args: RouterArgs, router: Router, sources: LiveSources) -> Metrics:
     )
 
 
-def _listen(app: App, writer: LogWriter | None) -> None:
+def _listen(app: App, writer: LogWriter | None, traces: TraceIds | None) -> None:
     """Add the listeners of events, in the order in which they receive them."""
     app.deferred.add(app.metrics)
     if app.control.access.consumes_key:
@@ -344,10 +359,13 @@ def _listen(app: App, writer: LogWriter | None) -> None:
     if app.scaler is not None:
         app.deferred.add(app.scaler.observer)
     if app.args.access_log and writer is not None:
-        app.deferred.add(AccessLog(writer, probes=app.args.log_probes))
+        short = None if writer.short is None else writer.short.request
+        app.deferred.add(AccessLog(writer, probes=app.args.log_probes, traces=traces, short=short))
     if app.kv_events is not None:
         app.listeners.add(app.kv_events)
     if app.args.api_key_file or app.args.config or app.args.models:  # what they say may change
         app.listeners.add(app.router.quotas)
+    if traces is not None and app.spans is not None:
+        app.listeners.add(tracing_of(app.args, app.router, traces, app.spans, app.clock))
     for listener in (app.membership, app.router, WorkerLog(), app.deferred):
         app.listeners.add(listener)

@@ -38,6 +38,7 @@ from sglang_router.relay.tunnel import TunnelExchange
 from sglang_router.relay.unknown_paths import METHODS, UnknownPaths
 from sglang_router.resume.handler import handlers_of
 from sglang_router.routing.endpoints import ENDPOINTS, READS, UNKNOWN, UNKNOWN_READ, Endpoint
+from sglang_router.routing.trace_ids import TraceIds
 from sglang_router.wire.cors import Cors
 from sglang_router.wire.headers import ForwardRules
 from sglang_router.wire.request import Request
@@ -84,7 +85,7 @@ def clients_of(args: RouterArgs, clock: Callable[[], float], connections: Connec
     return clients, Clients(clock, ByteBudget(_NO_LIMIT), scrapers, lambda: 0, numbers)
 
 
-def relay_rules(args: RouterArgs, forward: ForwardRules) -> RelayRules:
+def relay_rules(args: RouterArgs, forward: ForwardRules, traces: TraceIds | None) -> RelayRules:
     """Return the options of the relay."""
     return RelayRules(
         settings.timeouts(args),
@@ -94,6 +95,7 @@ def relay_rules(args: RouterArgs, forward: ForwardRules) -> RelayRules:
         args.inject_usage,
         settings.session_hints(args),
         TunnelRules(args.max_tunnels, args.tunnel_idle_timeout_secs, args.tunnel_max_secs),
+        traces,
     )
 
 

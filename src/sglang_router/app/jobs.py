@@ -3,6 +3,7 @@
     job         every                                what
     sweep       0.25 s                               check deadlines and the queue
     trim        1 s                                  close old idle connections to workers
+    lag         0.25 s                               measure by how much this timer is late
     keepalive   0.25 s                               fill the silence of streams, with --sse-keepalive-secs
     judge       1 s (5 s with 200 workers or more)   eject outliers, and let them return
     points      10 s                                 keep a point of the page's curves
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -26,6 +28,7 @@ from typing import NamedTuple
 from sglang_router.access.watched import Renewed
 from sglang_router.relay.clients import Clients
 from sglang_router.relay.connection_pool import ConnectionPool
+from sglang_router.relay.silences import KeepAlives
 from sglang_router.routing.router import Router
 
 _SWEEP_EVERY = 0.25
@@ -45,14 +48,32 @@ class Job(NamedTuple):
     run: Callable[[], float]
 
 
-def keepalive(look: Callable[[], None]) -> Job:
-    """Return the job that fills the silence of streams."""
+def keepalive(keepalives: KeepAlives | None) -> tuple[Job, ...]:
+    """Return the job that fills the silence of streams; none where no option asks for it."""
+    if keepalives is None:
+        return ()
+    look = keepalives.look
 
     def run() -> float:
         look()
         return _SWEEP_EVERY
 
-    return Job("keepalive", run)
+    return (Job("keepalive", run),)
+
+
+def lag(clock: Callable[[], float], late: Callable[[float], None]) -> Job:
+    """Return the job that measures by how many seconds timers of the event loop are late, and tells `late`."""
+    due = math.inf
+
+    def run() -> float:
+        nonlocal due
+        now = clock()
+        if due < math.inf:
+            late(max(now - due, 0.0))
+        due = now + _SWEEP_EVERY
+        return _SWEEP_EVERY
+
+    return Job("lag", run)
 
 
 def points(sample: Callable[[], float]) -> Job:

@@ -25,7 +25,7 @@ from sglang_router.app import settings
 from sglang_router.app.advice import advice
 from sglang_router.app.build import build
 from sglang_router.app.deciding import open_log
-from sglang_router.app.jobs import Jobs, keepalive, points, table
+from sglang_router.app.jobs import Jobs, keepalive, lag, points, table
 from sglang_router.app.listening import Listening, address_errors, open_all, port_of
 from sglang_router.app.looping import on_loop
 from sglang_router.app.parts import App, Attachment, Elsewhere
@@ -102,9 +102,8 @@ class Life:
         self._clients: tuple[Clients | Elsewhere, ...] = (*ports, app.elsewhere)
         self._metrics_url = ""  # of the metrics port, if there is one
         jobs = table(app.clock, ports, app.connections, app.router, app.watched, args.eviction_interval_secs)
-        keepalives = () if app.keepalives is None else (keepalive(app.keepalives.look),)
-        jobs += (points(app.control.live.sample), *keepalives)
-        self._jobs = Jobs(app.loop, jobs)
+        more = (lag(app.clock, app.metrics.late), points(app.control.live.sample), *keepalive(app.keepalives))
+        self._jobs = Jobs(app.loop, jobs + more)
         self._decisions = open_log(args, app.router.recorder, app.loop.call_later)
         if (decisions := self._decisions) is not None:
             app.metrics.sources.unlogged_decisions = lambda: decisions.lost
@@ -319,7 +318,7 @@ class Life:
             await app.scaler.close()
         await app.checks.close()
         await app.survey.close()
-        for each in (app.issuer, app.kv_events):
+        for each in (app.issuer, app.kv_events, app.spans):
             if each is not None:
                 await each.close()
         await app.relay.aborts.settle()

@@ -38,7 +38,7 @@ def totals_of(counts: MetricCounts) -> Iterator[Totals | None]:
     for number, tally in enumerate(tallies, 1):
         totals.matched += tally.decisions.matched
         totals.total += tally.decisions.total
-        for tokens in tally.tokens.values():
+        for tokens in (each.tokens for each in tally.answers.values()):
             totals.prompt += tokens.prompt
             totals.cached += tokens.cached
             totals.completion += tokens.completion

@@ -18,6 +18,7 @@ from sglang_router.admin.context import Context, ReplicaControl
 from sglang_router.admin.exchange import ControlPlane
 from sglang_router.app.issuer import IssuerKeys
 from sglang_router.app.models import ModelPolicies
+from sglang_router.app.traces import Export
 from sglang_router.autoscale.actuator import Actuator
 from sglang_router.autoscale.autoscaler import Autoscaler
 from sglang_router.config import RouterArgs
@@ -155,6 +156,7 @@ class App:
     control           what the endpoints of the control plane use; plane: serves the control plane
     scaler            None: the number of workers is fixed
     discovery         looks for workers, where an option asks for it
+    spans             sends the spans of traces; None: requests are not traced
     kv_events         follows what workers say of their caches; None: they are not asked
     tls               key and certificate of the main port; None: plain HTTP
     keepalives        fills the silence of streams; None: nothing does
@@ -186,6 +188,7 @@ class App:
     plane: ControlPlane
     scaler: Autoscaler | None
     discovery: Discovery
+    spans: Export | None
     kv_events: KVEvents | None
     tls: TLSFiles | None
     watched: list[Renewed]

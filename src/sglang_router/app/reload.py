@@ -12,6 +12,7 @@ did at the start.
 from __future__ import annotations
 
 import logging
+import time
 
 import msgspec
 
@@ -58,6 +59,7 @@ class Reload:
             log.warning("%s; the options stay as they are", error)
             self._app.control.live.witness.note("reload", new="refused", why=f"{error}; the options stay as they are")
             return
+        self._app.metrics.sources.configured = time.time()
         changed = {name: None for name in OPTIONS if getattr(new, name) != getattr(old, name)}.keys()
         if "log_level" in changed:
             self._writer.set_level(new.log_level)

@@ -240,6 +240,7 @@ def forward_rules(args: RouterArgs, access: Access, mark: bytes) -> ForwardRules
         withheld=access.withholds,
         mark=mark,
         readable=args.sse_keepalive_secs > 0 or args.inject_usage,
+        traced=args.enable_trace,
     )
 
 

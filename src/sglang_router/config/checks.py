@@ -111,6 +111,18 @@ def _separated(texts: list[str]) -> list[str]:
     return [part for text in texts for part in text.replace(",", " ").split()] or texts
 
 
+def collector(endpoint: str) -> str:
+    """Return where a collector of traces listens: host and port, or an http URL."""
+    try:
+        parts = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
+        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    if not valid or (parts.port is None and "://" not in endpoint) or parts.username or parts.query:
+        raise ValueError(f"{endpoint!r} is not a host and port, as in localhost:4317, or an http URL without a query")
+    return endpoint
+
+
 def scale_range(text: str) -> str:
     """Return MIN:MAX without spaces and leading zeros: whole numbers with 0 <= MIN <= MAX and 1 <= MAX."""
     low, separator, high = (part.strip() for part in text.partition(":"))

@@ -47,6 +47,7 @@ OUTLIERS = "Outliers"
 HEALTH = "Health checks"
 METRICS = "Metrics"
 DECISIONS = "Decisions"
+TRACING = "Tracing"
 LOGGING = "Logging"
 
 
@@ -1085,6 +1086,32 @@ class HTTPOptions:
         DECISIONS,
     )
 
+    # -- tracing
+    enable_trace: bool = option(
+        False,
+        "Send OpenTelemetry traces: a span of each request, and one of each attempt at a worker, which is the parent of"
+        " the engine's own spans. Needs the packages of the extra `otel`: pip install 'sglang-router[otel]'.",
+        TRACING,
+    )
+    otlp_traces_endpoint: str = option(
+        "localhost:4317",
+        "Where to send traces: host and port of a collector, or a URL; https:// for TLS. The usual port is 4317 for"
+        " grpc, and 4318 for http/protobuf.",
+        TRACING,
+        check=checks.collector,
+        metavar="HOST:PORT",
+    )
+    otlp_traces_protocol: str = option(
+        "grpc", "How to send traces.", TRACING, choices=("grpc", "http/protobuf"), synonyms={"http": "http/protobuf"}
+    )
+    trace_sample_ratio: float = option(
+        1.0,
+        "Which part of the traces that begin at the router is recorded. A request with a traceparent is recorded if"
+        " that says so.",
+        TRACING,
+        check=between(0, 1),
+    )
+
     # -- logging
     log_level: str = option(
         "info",
@@ -1093,7 +1120,13 @@ class HTTPOptions:
         choices=("debug", "info", "warn", "error"),
         synonyms={"warning": "warn", "critical": "error", "fatal": "error", "trace": "debug"},
     )
-    log_format: str = option("text", "Format of log lines.", LOGGING, choices=("text", "json"))
+    log_format: str = option(
+        "auto",
+        "Format of log lines. auto: short, coloured lines where standard error is a terminal and no --log-dir is given"
+        " (without colours if NO_COLOR is set), else text.",
+        LOGGING,
+        choices=("auto", "text", "json"),
+    )
     log_dir: str | None = option(
         None,
         "Folder for log files, one a day; created if it does not exist. A file that was moved away is begun anew.",

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from sglang_router.config.option import option
 from sglang_router.config.options import MODELS, HTTPOptions
 
-TRACING = "Tracing"
 NO_EFFECT = "Without effect"
 
 T = TypeVar("T")
@@ -34,10 +33,6 @@ class ReservedOptions(HTTPOptions):
 
     # -- models
     backend: str = _later("sglang", "What kind the workers are.", MODELS, choices=("sglang", "openai"))
-
-    # -- tracing
-    enable_trace: bool = _later(False, "Send OpenTelemetry traces.", TRACING)
-    otlp_traces_endpoint: str = _later("localhost:4317", "Where to send traces.", TRACING)
 
     # -- without effect
     mini_lb: bool = _inert(False, "Use the reference's minimal load balancer of pairs; this router is none.")

@@ -2,10 +2,11 @@
 
     2026-10-25T12:00:00.123Z INFO  sglang_router.access: POST /v1/chat/completions 200 id=chatcmpl-4f peer=10.0.0.9
         worker=http://10.0.0.7:30000 branch=hit matched=87% retries=0 duration_ms=812.4 first_byte_ms=95.1
-        in=5120 out=20480 stream=1 prompt_tokens=1280 cached_tokens=1104 completion_tokens=300
-                                                                            (one line; broken here to fit)
+        in=5120 out=20480 stream=1 prompt_tokens=1280 cached_tokens=1104 completion_tokens=300 model=llama
+        ttft_ms=95.1 queue_ms=20.0 trace_id=4bf92f3577b34da6a3ce929d0e0e4736   (one line; broken here to fit)
 
-The tokens are there as far as the engine tells them. Of a pair, `worker` is the decode worker, and `prefill` follows.
+ttft_ms is there for streams, queue_ms for requests that were queued, trace_id where there is a trace. The tokens
+are there as far as the engine tells them. Of a pair, `worker` is the decode worker, and `prefill` follows.
 
 A line never contains: text of a prompt or an answer, a header value except the request id, the query string. What
 clients choose (id, path) is escaped where it could end the line or be read as another field.
@@ -28,6 +29,7 @@ from sglang_router.routing.events import Finished, Listener, Quarantined, Worker
 from sglang_router.routing.model_names import plain_name
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag
+from sglang_router.routing.trace_ids import TraceIds, context_of
 from sglang_router.routing.usage import Usage
 
 _LOGGER: Final = "sglang_router.access"
@@ -48,15 +50,27 @@ class AccessLog(Listener):
 
     clock   gives seconds since 1970
     probes  also the requests by which others watch the router, see `PROBES`
+    traces  the ids of traces; None: only those that clients name are known
+    short   formats lines for a terminal; None: all fields are written
     """
 
-    def __init__(self, writer: LogWriter, clock: Callable[[], float] = time.time, *, probes: bool = True) -> None:
+    def __init__(
+        self,
+        writer: LogWriter,
+        clock: Callable[[], float] = time.time,
+        *,
+        probes: bool = True,
+        traces: TraceIds | None = None,
+        short: Callable[[Finished, str], str] | None = None,
+    ) -> None:
         self._writer = writer
+        self._traces = traces
         self._probes = probes
         self._clock = clock
         self._stamp = Stamp()
-        self._line = self._json if writer.json else self._text
-        self._heads: dict[tuple[str, str, int], str] = {}  # by method, path and status; at most _MOST_HEADS
+        self._line = short or (self._json if writer.json else self._text)
+        # The text before the id, and the field of the model; by method, path, status and model. At most _MOST_HEADS.
+        self._heads: dict[tuple[str, str, int, str], tuple[str, str]] = {}
 
     def finished(self, event: Finished) -> None:
         """Write the line of a request."""
@@ -78,7 +92,9 @@ class AccessLog(Listener):
         """
         tag, leg, answer = event.tag, event.leg, event.answer
         request_id, first, outcome = tag.id, answer.first_byte, answer.outcome
-        head = self._heads.get((tag.route.method, tag.route.path, answer.status)) or self._head(tag, answer.status)
+        route = tag.route
+        kept = self._heads.get((route.method, route.path, answer.status, tag.model))
+        head, more = kept or self._head(tag, answer.status)
         if not plain(request_id):
             request_id = value(request_id)
         worker = branch = matched = "-"
@@ -95,21 +111,48 @@ class AccessLog(Listener):
             times = "%.1f first_byte_ms=%.1f" % (answer.duration * 1e3, first * 1e3)  # noqa: UP031
         else:
             times = f"{answer.duration * 1e3:.1f} first_byte_ms=-"
-        if answer.usage is not None:
-            end += _tokens(answer.usage)
+        usage = answer.usage
+        if usage is not None:
+            if usage.prompt >= 0 <= usage.cached and usage.completion >= 0:  # usual
+                told = (usage.prompt, usage.cached, usage.completion)
+                end += " prompt_tokens=%d cached_tokens=%d completion_tokens=%d" % told  # noqa: UP031
+            else:
+                end += _tokens(usage)
+        if tag.streaming or tag.queued or tag.named[2] or self._traces is not None:
+            more += self._times_and_trace(tag, first)
         end += "" if outcome is _SERVED and not (answer.code or tag.client or answer.resumed) else _end(event)
         return (
             f"{now}{head}{request_id} peer={tag.peer or '-'}"
             f" worker={worker} branch={branch} matched={matched} retries={answer.retries or '0'}"
-            f" duration_ms={times} in={tag.received} out={answer.sent} stream={'1' if tag.streaming else '0'}{end}\n"
+            f" duration_ms={times} in={tag.received} out={answer.sent}"
+            f" stream={'1' if tag.streaming else '0'}{end}{more}\n"
         )
 
-    def _head(self, tag: RequestTag, status: int) -> str:
-        """Return the line's text between time and request id. Texts of relayed paths are kept: few, and hot."""
+    def _head(self, tag: RequestTag, status: int) -> tuple[str, str]:
+        """Return the line's text between time and request id, and the field of the model.
+
+        Texts of relayed paths are kept: few, and hot. Clients choose models, so not for ever.
+        """
         head = f" INFO  {_LOGGER}: {tag.route.method} {value(tag.route.path)} {status} id="
-        if tag.route.endpoint and len(self._heads) < _MOST_HEADS and len(head) <= _LONGEST_HEAD:
-            self._heads[tag.route.method, tag.route.path, status] = head
-        return head
+        model = f" model={value(plain_name(tag.model))}" if tag.model else ""
+        if tag.route.endpoint and len(head) + len(tag.model) <= _LONGEST_HEAD:
+            if len(self._heads) >= _MOST_HEADS:
+                self._heads.clear()
+            self._heads[tag.route.method, tag.route.path, status, tag.model] = head, model
+        return head, model
+
+    def _times_and_trace(self, tag: RequestTag, first: float) -> str:
+        """Return the fields of streams, of queued requests, and of those that belong to a trace."""
+        text = f" ttft_ms={first * 1e3:.1f}" if tag.streaming and first >= 0.0 else ""
+        if tag.queued:
+            text += f" queue_ms={tag.queued * 1e3:.1f}"
+        trace = self._trace_id(tag)
+        return f"{text} trace_id={trace}" if trace else text
+
+    def _trace_id(self, tag: RequestTag) -> str:
+        """Return the id of the request's trace; "" without one."""
+        known = context_of(tag.named[2]) if self._traces is None else self._traces.context(tag)
+        return "" if known is None else known.trace.decode()
 
     def _json(self, event: Finished, now: str) -> str:
         text = _encode(self._fields(event, now)).decode()
@@ -149,14 +192,15 @@ class AccessLog(Listener):
             usage.completion if usage.completion >= 0 else msgspec.UNSET,
             plain_name(leg.model.decode("utf-8", "replace")) if leg is not None and leg.model else msgspec.UNSET,
             leg.partner.target.name if leg is not None and leg.partner is not None else msgspec.UNSET,
+            cut(plain_name(tag.model)) if tag.model else msgspec.UNSET,
+            round(first * 1e3, 1) if tag.streaming and first >= 0.0 else msgspec.UNSET,
+            round(tag.queued * 1e3, 1) if tag.queued else msgspec.UNSET,
+            (self._trace_id(tag) or msgspec.UNSET) if self._traces is not None or tag.named[2] else msgspec.UNSET,
         )
 
 
 def _tokens(usage: Usage) -> str:
-    """Return the fields of what the engine told of its answer."""
-    if usage.prompt >= 0 <= usage.cached and usage.completion >= 0:  # usual; see `_text` for the "%"
-        told = (usage.prompt, usage.cached, usage.completion)
-        return " prompt_tokens=%d cached_tokens=%d completion_tokens=%d" % told  # noqa: UP031
+    """Return the fields of what the engine told of its answer, where it did not tell all."""
     text = f" prompt_tokens={usage.prompt}" if usage.prompt >= 0 else ""
     if usage.cached >= 0:
         text += f" cached_tokens={usage.cached}"

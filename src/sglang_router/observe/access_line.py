@@ -15,6 +15,10 @@ class AccessLine(msgspec.Struct, gc=False):
     resumed        only when another worker continued the stream
     prefill        the worker that read the prompt; only of a pair, of which `worker` wrote the answer
     ..._tokens     only when the engine told them
+    model          as the client names it; only when it does
+    ttft_ms        only of streams: the same as first_byte_ms
+    queue_ms       only when the request was queued
+    trace_id       only when it is part of a trace
     served_model   only when it is not the one that the client named
     """
 
@@ -45,3 +49,7 @@ class AccessLine(msgspec.Struct, gc=False):
     completion_tokens: int | msgspec.UnsetType = msgspec.UNSET
     served_model: str | msgspec.UnsetType = msgspec.UNSET
     prefill: str | msgspec.UnsetType = msgspec.UNSET
+    model: str | msgspec.UnsetType = msgspec.UNSET
+    ttft_ms: float | msgspec.UnsetType = msgspec.UNSET
+    queue_ms: float | msgspec.UnsetType = msgspec.UNSET
+    trace_id: str | msgspec.UnsetType = msgspec.UNSET

@@ -16,6 +16,7 @@ from sglang_router.observe import discovery_readings as by_source
 from sglang_router.observe import kv_readings as kv
 from sglang_router.observe import pair_readings as pairs
 from sglang_router.observe import readings as read
+from sglang_router.observe import router_readings as router
 from sglang_router.observe.clients import per_client
 from sglang_router.observe.readings import Reader, Values
 from sglang_router.observe.session_readings import of_sessions
@@ -119,6 +120,26 @@ METRICS = (
         "sgl_router_waiting_requests", GAUGE, (),
         "Queued inference requests: for a place, a worker with room, a worker that starts, or room for a session.",
         read.live(lambda s: s.waiting),
+    ),
+    Family(
+        "sgl_router_queue_seconds", HISTOGRAM, (),
+        "Seconds in the queue, of requests that were queued.", lambda counts: [((), counts.queued)],
+    ),
+    # of each worker and model
+    Family(
+        "sgl_router_worker_request_duration_seconds", HISTOGRAM, ANSWERS,
+        "Seconds from the whole request in to the last byte of the answer out, of served requests.",
+        router.answer_times(lambda t: t.duration),
+    ),
+    Family(
+        "sgl_router_worker_time_to_first_token_seconds", HISTOGRAM, ANSWERS,
+        "Seconds from the whole request in to the first event of the answer, of served streams.",
+        router.answer_times(lambda t: t.first_token),
+    ),
+    Family(
+        "sgl_router_worker_inter_token_seconds", HISTOGRAM, ANSWERS,
+        "Mean seconds between two tokens of a served stream, of those whose engine told how many there were.",
+        router.answer_times(lambda t: t.inter_token),
     ),
     # the decision
     Family(
@@ -355,6 +376,15 @@ METRICS = (
         "Requests in flight on the least loaded worker in rotation.", read.load_of_all(min),
     ),
     Family(
+        "sgl_router_worker_ejected", GAUGE, WORKER,
+        "1: ejected, because it fails or lags far more than the others, else 0.",
+        read.per_worker(lambda w: int(bool(w.ejected))),
+    ),
+    Family(
+        "sgl_router_worker_ejections_total", COUNTER, WORKER,
+        "How often the worker was ejected.", read.per_tally(lambda t: t.ejections),
+    ),
+    Family(
         "sgl_router_cb_state", GAUGE, WORKER,
         "Circuit breaker: 0 closed, 1 open, 2 half open.", read.per_worker(read.breaker),
     ),
@@ -486,6 +516,50 @@ METRICS = (
     Family(
         "sgl_router_log_lines_lost_total", COUNTER, (),
         "Log lines lost because a disk was full or a pipe was blocked.", read.live(lambda s: s.lost_lines),
+    ),
+    Family(
+        "sgl_router_build_info", GAUGE, ("version", "python"),
+        "1; the labels say which router runs.", router.build_info,
+    ),
+    Family(
+        "sgl_router_config_loaded_timestamp_seconds", GAUGE, (),
+        "When the options were read last, seconds since 1970.",
+        lambda counts: [((), counts.sources.configured)] if counts.sources.configured else [],
+    ),
+    Family(
+        "sgl_router_certificate_expires_timestamp_seconds", GAUGE, ("use",),
+        "When a certificate in use expires, seconds since 1970: that of the router's port (server), or what it shows to"
+        " workers (workers).",
+        router.certificates,
+    ),
+    Family(
+        "sgl_router_loop_lag_seconds", HISTOGRAM, (),
+        "By how much a timer of the event loop was late, measured four times a second: time in which no request moved;"
+        " of the deciding process.",
+        lambda counts: [((), counts.lag)],
+    ),
+    Family(
+        "sgl_router_retry_budget_retries", GAUGE, (),
+        "Retries in the window of the retry budget.", router.budget(lambda b: b.retries),
+    ),
+    Family(
+        "sgl_router_retry_budget_refused_total", COUNTER, (),
+        "Retries that the retry budget did not allow.", router.budget(lambda b: b.refused),
+    ),
+    Family(
+        "sgl_router_request_body_bytes", GAUGE, (),
+        "Bytes of request bodies in memory, against --max-buffered-request-bytes; left out with --relay-processes.",
+        read.live(lambda s: s.body_bytes),
+    ),
+    Family(
+        "sgl_router_request_body_limit_bytes", GAUGE, (),
+        "--max-buffered-request-bytes; left out with --relay-processes.", read.live(lambda s: s.body_limit),
+    ),
+    Family(
+        "sgl_router_trace_spans_total", COUNTER, ("result",),
+        "Spans of traces that the collector took (sent), and that it did not take, or for which there was no room"
+        " (lost); only with --enable-trace.",
+        router.spans,
     ),
     # HTTP, as the 0.3 series names it
     Family(

@@ -10,11 +10,12 @@ Owner: `observe.metrics.Metrics`, on the event loop's thread.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Protocol
 
 from sglang_router.observe.live_sources import LiveSources
-from sglang_router.observe.tallies import ClientTally, Histogram, Series, SeriesKind, Tally
+from sglang_router.observe.tallies import ClientTally, Histogram, ModelAnswers, Series, SeriesKind, Tally
 from sglang_router.routing.decisions import Decisions
 from sglang_router.routing.worker import Worker
 
@@ -56,6 +57,8 @@ class MetricCounts:
     changes    changes of workers, by what changed and the new state
     unresumed  streams that broke and were not continued, by reason
     handoffs   requests of vLLM pairs, by what became of what the prefill worker handed over
+    queued     seconds that queued requests waited
+    lag        seconds by which timers of the event loop were late
     renamed    requests that were served under another name, by the labels of both
     clients    by label, see `observe.clients`
     """
@@ -79,6 +82,8 @@ class MetricCounts:
         self.changes: dict[tuple[str, str], int] = {}
         self.unresumed: dict[str, int] = {}
         self.handoffs: dict[str, int] = {}
+        self.queued = self.histogram()
+        self.lag = self.histogram()
         self.renamed: dict[tuple[str, str], int] = {}
         self.clients: dict[str, ClientTally] = {}
 
@@ -95,6 +100,15 @@ class MetricCounts:
         if series is None:
             series = self.series[kind] = Series(kind, endpoint, len(self.bounds) + 1)
         return series
+
+    def answers(self, tally: Tally, model: str) -> ModelAnswers:
+        """Return what is counted of a worker's answers for a model, by its label."""
+        return tally.answers.setdefault(model, ModelAnswers(len(self.bounds) + 1))
+
+    def observe(self, histogram: Histogram, seconds: float) -> None:
+        """Add one observation."""
+        histogram.counts[bisect_left(self.bounds, seconds)] += 1
+        histogram.sum += seconds
 
     def tally(self, worker_id: str, role: str) -> Tally:
         """Return the tally of a worker, or that of the removed workers of its role."""

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import msgspec
 
 from sglang_router.routing.kv_index import KVIndex
 from sglang_router.routing.policies.shadowed import ShadowTally
+from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.sessions import Sessions
 from sglang_router.routing.source import SourceReport
 
 Number = Callable[[], int]
+
+
+class Certificate(Protocol):
+    """A certificate in use. expires_at: seconds since 1970; None: there is none."""
+
+    expires_at: float | None
+
+
+class SpanCounts(Protocol):
+    """Spans of traces that the collector took, and those that were lost."""
+
+    sent: int
+    lost: int
 
 
 class LiveSources(msgspec.Struct, kw_only=True):
@@ -32,6 +47,12 @@ class LiveSources(msgspec.Struct, kw_only=True):
     unlogged_decisions    requests that are missing in the log of decisions
     shadows               what the shadow policies would have done
     kv_index              what workers say of their KV caches
+    spans                 sends the spans of traces
+    retry_budget          limits all retries together
+    version               of the router
+    configured            when its options were read last, seconds since 1970
+    certificates          those in use, by what they are for: "server", "workers"
+    body_bytes            bytes of request bodies in memory; body_limit: the most there may be
     policy_of             the policy of a model by its name, "" for the usual one
     discovery             what each source that looks for workers says of itself
     replicas              URL, number of restarts, and whether it is up, of each replica that the router runs itself
@@ -50,6 +71,13 @@ class LiveSources(msgspec.Struct, kw_only=True):
     unlogged_decisions: Number | None = None
     shadows: ShadowTally | None = None
     kv_index: KVIndex | None = None
+    spans: SpanCounts | None = None
+    retry_budget: RetryBudget | None = None
+    version: str = ""
+    configured: float = 0.0
+    certificates: dict[str, Certificate] = msgspec.field(default_factory=dict)
+    body_bytes: Number | None = None
+    body_limit: Number | None = None
     policy_of: Callable[[str], str] | None = None
     discovery: Callable[[], Iterable[SourceReport]] | None = None
     replicas: Callable[[], Iterable[tuple[str, int, bool]]] | None = None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 
 from sglang_router.observe.line_parts import LONGEST_MESSAGE, Stamp, cut, escaped, value
 from sglang_router.observe.log_files import KEEP_ALL, DailyFile, KeepRules
+from sglang_router.observe.short_lines import ShortLines
 from sglang_router.observe.writer import CAPACITY, CLOSE_TIMEOUT, Destination, LineBuffer, OpenFile
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
@@ -50,6 +52,8 @@ def _name(level: int) -> str:
     return _NAMES[max(known for known in _NAMES if known <= max(level, logging.DEBUG))]
 
 
+AUTO = "auto"
+"""The format of lines that nobody has chosen: short ones on a terminal, else text."""
 FORMATS: dict[str, Callable[[str, int, str, str, Mapping[str, object], str], str]] = {
     "text": text_line,
     "json": json_line,
@@ -62,15 +66,24 @@ class LogWriter:
     level  the least severe level that is wanted, a number of `logging`
     json   whether lines are JSON
     line   formats one record
+    short  how lines are made short, for people at a terminal; None: they are not
     write  takes a line that ends in a newline, and whether it is urgent; never blocks
     """
 
     write: Callable[[str, bool], None]
 
-    def __init__(self, level: int, form: str, files: list[Destination], capacity: int = CAPACITY) -> None:
+    def __init__(
+        self,
+        level: int,
+        form: str,
+        files: list[Destination],
+        capacity: int = CAPACITY,
+        short: ShortLines | None = None,
+    ) -> None:
         self.level = level
         self.json = form == "json"
-        self.line = FORMATS[form]
+        self.short = short
+        self.line = FORMATS[form] if short is None else short.line
         self._buffers = [LineBuffer(file, self._notice, capacity) for file in files]
         self.write = self._buffers[0].put if len(files) == 1 else self._write
         self._handler: _Handler | None = None
@@ -153,14 +166,22 @@ class _Handler(logging.Handler):
 def configure(
     level: str, form: str, log_dir: str | None, *, stderr: int = _STDERR, keep: KeepRules = KEEP_ALL
 ) -> LogWriter:
-    """Start logging: level debug, info, warn or error; form text or json; `log_dir` gets one file per day, and `keep`
-    says how many of them stay.
+    """Start logging.
+
+    level    debug, info, warn or error
+    form     text or json; auto: text, or short lines where standard error is a terminal and the only destination
+    log_dir  gets one file per day; keep: how many of them stay
 
     Raises: ConfigError when the file cannot be opened.
     """
     files: list[Destination] = [OpenFile(stderr)]
     if log_dir is not None:
         files.append(DailyFile(log_dir, time.time, keep))
-    writer = LogWriter(LEVELS[level], form, files)
+    short = None
+    if form == AUTO:
+        form = "text"
+        if log_dir is None and os.isatty(stderr):
+            short = ShortLines(colours=not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
+    writer = LogWriter(LEVELS[level], form, files, short=short)
     writer.attach()
     return writer

@@ -23,7 +23,7 @@ from sglang_router.observe import exposition
 from sglang_router.observe.catalogue import METRICS
 from sglang_router.observe.counts import MetricCounts, RememberedPrefixes
 from sglang_router.observe.live_sources import LiveSources
-from sglang_router.observe.tallies import OTHER, Labels, Series, SeriesKind
+from sglang_router.observe.tallies import OTHER, Labels, ModelAnswers, Series, SeriesKind
 from sglang_router.routing.endpoints import ENDPOINTS, UNKNOWN
 from sglang_router.routing.events import Answered, Finished, Listener, Retried, WorkerChanged
 from sglang_router.routing.outcome import Outcome
@@ -42,6 +42,7 @@ _MOST_KINDS: Final = 20_000
 _UNKNOWN: Final = UNKNOWN.path.decode()
 """The label of all paths that `--relay-unknown-paths` relays; those that nobody has are "other"."""
 _SERVED: Final = Outcome.SERVED  # a global is quicker than a member of an enumeration
+_EJECTED: Final = ("outlier", "held_off")
 _GONE: Final = Outcome.GONE
 _ABANDONED: Final = Outcome.ABANDONED
 
@@ -96,7 +97,8 @@ class Metrics(Listener):
             kind = (route.method, route.path, label_of(tag.model), tag.streaming, answer.status, answer.code)
             series = known.get(kind) or self._other_series(kind, route.endpoint)
             seconds, histogram = answer.duration, series.duration
-            histogram.counts[bisect_left(bounds, seconds)] += 1
+            bucket = bisect_left(bounds, seconds)
+            histogram.counts[bucket] += 1
             histogram.sum += seconds
             seconds = answer.first_byte
             if seconds >= 0.0:
@@ -112,13 +114,22 @@ class Metrics(Listener):
                 tally = tallies.get(target.worker_id) or self.counts.of_removed(target.role)
                 outcomes = tally.outcomes
                 outcomes[label] = outcomes.get(label, 0) + 1
+                answers = tally.answers.get(series.model) or self.counts.answers(tally, series.model)
                 if answer.usage is not None:
-                    tally.told(series.model, answer.usage)
+                    answers.tokens.add(answer.usage)
+                if outcome is _SERVED:
+                    histogram = answers.duration
+                    histogram.counts[bucket] += 1
+                    histogram.sum += answer.duration
+                    if tag.streaming:
+                        self._stream(answers, answer)
                 if leg.model:
                     names = (series.model, label_of(leg.model.decode("utf-8", "replace")))
                     self.counts.renamed[names] = self.counts.renamed.get(names, 0) + 1
                 if leg.partner is not None:
                     self._count_prefill(leg.partner, outcome)
+            if tag.queued:
+                self.counts.observe(self.counts.queued, tag.queued)
             if outcome is not _SERVED or answer.retries or answer.handoff:
                 self._failed_or_retried(series, answer)
 
@@ -150,6 +161,8 @@ class Metrics(Listener):
             counts.tallies[worker.id].role = worker.role
         elif what == "breaker" and worker.id in counts.tallies:
             counts.tallies[worker.id].moved(event.old, event.new)
+        elif change == _EJECTED and worker.id in counts.tallies:
+            counts.tallies[worker.id].ejections += 1
 
     def _failed_or_retried(self, series: Series, answer: Answered) -> None:
         """Count what only requests have that their first leg did not serve, or served with another worker."""
@@ -163,6 +176,18 @@ class Metrics(Listener):
             unresumed[answer.unresumed] = unresumed.get(answer.unresumed, 0) + 1
         if answer.handoff:
             handoffs[answer.handoff] = handoffs.get(answer.handoff, 0) + 1
+
+    def _stream(self, answers: ModelAnswers, answer: Answered) -> None:
+        """Count the pace of a stream."""
+        first, usage = answer.first_byte, answer.usage
+        if first >= 0.0:
+            self.counts.observe(answers.first_token, first)
+            if usage is not None and usage.completion > 1:
+                self.counts.observe(answers.inter_token, (answer.duration - first) / (usage.completion - 1))
+
+    def late(self, seconds: float) -> None:
+        """Count by how much a timer of the event loop was late."""
+        self.counts.observe(self.counts.lag, seconds)
 
     def _other_series(self, kind: SeriesKind, endpoint: str) -> Series:
         """Return the series of a kind that is new, or whose labels are folded."""

@@ -350,7 +350,7 @@ def shadow(items: Callable[[ShadowTally], Iterable[Sample]]) -> Reader:
 
 def tokens(value: Callable[[TokenCounts], int]) -> Callable[[Tally], Iterable[Sample]]:
     """Read a count of tokens by model."""
-    return lambda tally: [((model,), value(counts)) for model, counts in tally.tokens.items()]
+    return lambda tally: [((model,), value(a.tokens)) for model, a in tally.answers.items() if a.tokens.any]
 
 
 def transitions(tally: Tally) -> Iterable[Sample]:

@@ -84,14 +84,20 @@ class TokenCounts:
     def __init__(self) -> None:
         self.prompt = self.cached = self.completion = self.predicted = self.misses = 0
 
+    @property
+    def any(self) -> bool:
+        """Whether an engine has told of tokens."""
+        return bool(self.prompt or self.cached or self.completion)
+
     def add(self, usage: Usage) -> None:
         """Count an answer."""
-        if usage.prompt > 0:
-            self.prompt += usage.prompt
-        if usage.cached > 0:
-            self.cached += usage.cached
-        if usage.completion > 0:
-            self.completion += usage.completion
+        prompt, cached, completion = usage.prompt, usage.cached, usage.completion
+        if prompt > 0:
+            self.prompt += prompt
+        if cached > 0:
+            self.cached += cached
+        if completion > 0:
+            self.completion += completion
         if usage.predicted > 0:
             self.predicted += usage.predicted
             self.misses += usage.missed
@@ -105,16 +111,34 @@ class TokenCounts:
         self.misses += other.misses
 
 
+class ModelAnswers:
+    """Answers of one worker for one model: their tokens, and the times of those that were served.
+
+    duration     from the whole request to the last byte of the answer
+    first_token  from the whole request to the first event; of streams
+    inter_token  mean time between two tokens of a stream whose engine told how many there were
+    """
+
+    __slots__ = ("duration", "first_token", "inter_token", "tokens")
+
+    def __init__(self, buckets: int) -> None:
+        self.tokens = TokenCounts()
+        self.duration = Histogram(buckets)
+        self.first_token = Histogram(buckets)
+        self.inter_token = Histogram(buckets)
+
+
 class Tally:
     """What was counted for one worker, or for all removed workers of one role (`name` is "" then).
 
     decisions    those for the worker, which the router counts
-    tokens       of its answers, by the label of the model
+    answers      by the label of the model
+    ejections    how often it was ejected
     outcomes     legs, by label of their Outcome
     transitions  moves of the circuit breaker, by old and new state
     """
 
-    __slots__ = ("decisions", "name", "outcomes", "role", "tokens", "transitions")
+    __slots__ = ("answers", "decisions", "ejections", "name", "outcomes", "role", "transitions")
 
     def __init__(self, name: str, role: str, decisions: Decisions) -> None:
         self.name = name
@@ -122,14 +146,8 @@ class Tally:
         self.decisions = decisions
         self.outcomes: dict[str, int] = {}
         self.transitions: dict[tuple[str, str], int] = {}
-        self.tokens: dict[str, TokenCounts] = {}
-
-    def told(self, model: str, usage: Usage) -> None:
-        """Count what an engine told of an answer. model: the label."""
-        counts = self.tokens.get(model)
-        if counts is None:
-            counts = self.tokens[model] = TokenCounts()
-        counts.add(usage)
+        self.answers: dict[str, ModelAnswers] = {}
+        self.ejections = 0
 
     def ended(self, outcome: str, legs: int = 1) -> None:
         """Count legs that ended, by the label of their outcome."""
@@ -140,10 +158,11 @@ class Tally:
         self.transitions[old, new] = self.transitions.get((old, new), 0) + 1
 
     def add(self, other: Tally) -> None:
-        """Add all of another tally except its transitions: nothing sums them."""
+        """Add all of another tally except its transitions, times and ejections: nothing sums them."""
         self.decisions.add(other.decisions)
-        for model, counts in other.tokens.items():
-            self.tokens.setdefault(model, TokenCounts()).merge(counts)
+        for model, answers in other.answers.items():
+            mine = self.answers.setdefault(model, ModelAnswers(len(answers.duration.counts)))
+            mine.tokens.merge(answers.tokens)
         for outcome, legs in other.outcomes.items():
             self.ended(outcome, legs)
 

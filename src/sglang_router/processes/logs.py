@@ -13,7 +13,7 @@ import time
 import traceback
 
 from sglang_router.observe.line_parts import Stamp
-from sglang_router.observe.logs import FORMATS, LEVELS
+from sglang_router.observe.logs import AUTO, FORMATS, LEVELS
 from sglang_router.processes.link import Link
 from sglang_router.processes.message import as_text
 from sglang_router.processes.messages import Said
@@ -29,7 +29,7 @@ class RelayLog(logging.Handler):
         super().__init__()
         self.link: Link | None = None
         self._level = LEVELS[level]
-        self._line = FORMATS[form]
+        self._line = FORMATS["text" if form == AUTO else form]
         self._index = index
 
     def attach(self) -> None:

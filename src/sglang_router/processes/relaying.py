@@ -28,6 +28,7 @@ from sglang_router.app.issuer import tokens_of
 from sglang_router.app.jobs import Jobs, keepalive, relaying
 from sglang_router.app.listening import open_all, servers_on
 from sglang_router.app.looping import on_loop
+from sglang_router.app.traces import ids_of
 from sglang_router.config import RouterArgs
 from sglang_router.processes import message, messages, sockets
 from sglang_router.processes.control import ControlProxy
@@ -89,7 +90,7 @@ class RelayProcess:
         self._remote = remote = RemoteDecider(index, TextRing(given.memories[index]), patience, clock, given.key)
         self._reporter = reporter = Reporter(remote)
         self._clients, _ = front.clients_of(args, clock, connections)
-        rules = front.relay_rules(args, forward)
+        rules = front.relay_rules(args, forward, ids_of(args, given.mark))
         self._relay = relay = Relay(loop, clock, remote, connections, answers, reporter, rules)
         self._aborts = relay.aborts
         self._control = ControlProxy()
@@ -109,9 +110,7 @@ class RelayProcess:
         )
         self._watched = [each for each in (self._tls, worker_tls, key_files, self._issuer) if each is not None]
         jobs = relaying(clock, (self._clients,), connections, self._look, self._watched)
-        keepalives = front.keepalives_of(args, self._clients)
-        if keepalives is not None:
-            jobs += (keepalive(keepalives.look),)
+        jobs += keepalive(front.keepalives_of(args, self._clients))
         self._jobs = Jobs(loop, jobs)
         self._servers: list[asyncio.Server] = []
         self._accepts = False  # whether the sockets are open

@@ -213,6 +213,8 @@ class Leg:
         if tag.streaming:
             exchange.sending(self)
         start = connections.origin.start(request.method, request.target)
+        if relay.traces is not None:
+            start += relay.traces.fields(tag, planned.lease, request.headers)
         head = request_head(request, start, tag.raw_id, len(body), target.key, relay.forward)
         self.connection = connections.send(self, head, body, again or self.fresh)
 

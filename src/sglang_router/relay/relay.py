@@ -18,6 +18,7 @@ from sglang_router.relay.tunnels import Tunnels
 from sglang_router.routing.decider import Decider, Delivered
 from sglang_router.routing.events import Listeners
 from sglang_router.routing.session_hints import SessionHints
+from sglang_router.routing.trace_ids import TraceIds
 from sglang_router.wire.headers import ForwardRules
 
 
@@ -38,9 +39,10 @@ class RelayRules:
     inject_usage  ask engines for the usage of streams, see `relay.injected`
     hints         recognise the sessions of requests; None: no option asks for them
     tunnels       the limits on WebSockets
+    traces        the ids of traces, which engines are told; None: no option asks for traces
     """
 
-    __slots__ = ("forward", "handlers", "hints", "inject_usage", "most_text", "timeouts", "tunnels")
+    __slots__ = ("forward", "handlers", "hints", "inject_usage", "most_text", "timeouts", "traces", "tunnels")
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class RelayRules:
         inject_usage: bool = False,
         hints: SessionHints | None = None,
         tunnels: TunnelRules = TunnelRules(),  # noqa: B008  (frozen)
+        traces: TraceIds | None = None,
     ) -> None:
         self.timeouts = timeouts
         self.forward = forward
@@ -59,6 +62,7 @@ class RelayRules:
         self.inject_usage = inject_usage
         self.hints = hints
         self.tunnels = tunnels
+        self.traces = traces
 
 
 class Relay:
@@ -81,6 +85,7 @@ class Relay:
         "most_text",
         "queued",
         "timeouts",
+        "traces",
         "tunnels",
     )
 
@@ -108,6 +113,7 @@ class Relay:
         self.most_text = rules.most_text
         self.inject_usage = rules.inject_usage
         self.hints = rules.hints
+        self.traces = rules.traces
         self.aborts = Aborts(connections, loop.call_later, rules.forward)
         self.tunnels = Tunnels(rules.tunnels)
         self.queued: dict[int, Undecided] = {}

@@ -232,7 +232,7 @@ class Assignment:
 
         retry_after  seconds after which another try may be worth it
         """
-        facts = queued.item.facts
+        facts, queued.item.tag.queued = queued.item.facts, now - queued.since
         if queued.why == SESSION:
             return SessionsFull(retry_after=retry_after)
         if queued.why != PLACE:

@@ -3,6 +3,7 @@
     Routed          a request got a worker (also for each retry)
     Retried         a leg failed and another one follows; when none follows, Finished tells how the last leg ended
     Quarantined     a request broke several workers: it is refused for a while when it comes again
+    LegEnded        a leg ended that is not retried; only for a router with a `tracer`
     FirstByte       the first byte of an answer is about to be sent to the client
     Finished        a request ended: exactly one event for every request, whatever its end
     WorkerChanged   the state of a worker changed: one of CHANGES
@@ -29,27 +30,58 @@ CHANGES: Final = (
 
 
 class Routed:
-    """The decider chose a worker. policy: name of the policy; retries: attempts before this one."""
+    """The decider chose a worker.
 
-    __slots__ = ("leg", "policy", "retries", "tag")
+    policy      name of the policy
+    retries     attempts before this one
+    candidates  how many workers the policy could choose from
+    """
 
-    def __init__(self, tag: RequestTag, leg: PlannedLeg, policy: str, retries: int) -> None:
+    __slots__ = ("candidates", "leg", "policy", "retries", "tag")
+
+    def __init__(self, tag: RequestTag, leg: PlannedLeg, policy: str, retries: int, candidates: int = 0) -> None:
         self.tag = tag
         self.leg = leg
         self.policy = policy
         self.retries = retries
+        self.candidates = candidates
 
 
 class Retried:
-    """A leg failed with `outcome`, and another attempt follows after `delay` seconds (0: at once)."""
+    """A leg failed with `outcome`, and another attempt follows after `delay` seconds (0: at once).
 
-    __slots__ = ("delay", "leg", "outcome", "tag")
+    status  that the worker answered; 0: none
+    """
 
-    def __init__(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, delay: float) -> None:
+    __slots__ = ("delay", "leg", "outcome", "status", "tag")
+
+    def __init__(self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, delay: float, status: int = 0) -> None:
         self.tag = tag
         self.leg = leg
         self.outcome = outcome
         self.delay = delay
+        self.status = status
+
+
+class LegEnded:
+    """A leg ended, and no retry followed.
+
+    at       when, seconds of the router's clock
+    usage    what its engine told of the answer; None: nothing
+    session  that the request belongs to; b"" when none was recognised
+    """
+
+    __slots__ = ("at", "leg", "outcome", "session", "tag", "usage")
+
+    def __init__(
+        self, tag: RequestTag, leg: PlannedLeg, outcome: Outcome, at: float, usage: Usage | None, session: bytes
+    ) -> None:
+        self.tag = tag
+        self.leg = leg
+        self.outcome = outcome
+        self.at = at
+        self.usage = usage
+        self.session = session
 
 
 class Quarantined:

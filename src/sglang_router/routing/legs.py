@@ -87,7 +87,8 @@ class Legs:
                 leg.splice = b""
         worker.decisions.count(policy.label, choice.branch, choice.matched, total)
         if self._listener.hears_routed:
-            self._listener.routed(Routed(tag, leg, policy.label, 0 if trail is None else trail.retries))
+            before = 0 if trail is None else trail.retries
+            self._listener.routed(Routed(tag, leg, policy.label, before, len(candidates)))
         return leg
 
     def give_back(self, leg: PlannedLeg, now: float) -> None:

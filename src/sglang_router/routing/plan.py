@@ -153,6 +153,7 @@ class RequestTag:
     client     name of the client's API key; "" when no key is required
     received   bytes of the request's body
     named      what was read from its header; see `wire.request_id.Named`
+    queued     seconds for which it was queued; 0: it was not
     explained  the client asks why the worker is chosen (x-sglang-router-explain)
     model      the model as sent, JSON text; "" when the request names none
     streaming  the client asked for a stream
@@ -166,6 +167,7 @@ class RequestTag:
         "named",
         "number",
         "peer",
+        "queued",
         "raw_id",
         "received",
         "route",
@@ -196,6 +198,7 @@ class RequestTag:
         self.explained = named[4]
         self.model = ""
         self.streaming = False
+        self.queued = 0.0
 
     def __repr__(self) -> str:
         return f"<RequestTag {self.number} {self.id} {self.route.method} {self.route.path}>"

@@ -29,7 +29,7 @@ from sglang_router.routing.again import Again, NextTry
 from sglang_router.routing.assignment import Asked, Assignment
 from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.decider import Deliver
-from sglang_router.routing.events import Listener, Retried, WorkerChanged
+from sglang_router.routing.events import LegEnded, Listener, Retried, WorkerChanged
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.judge import Judge
@@ -73,8 +73,8 @@ class Router(Listener):
     rng        for the jitter of pauses
     soon       lets the router check the queue after the call that freed something
     check_now  requests a health check of a worker
-    pairs      who serves in pairs, by which rules
-    naming     aliases of models, and which model stands in for another
+    pairs      who serves in pairs, by which rules; naming: aliases of models, and which stands in for another
+    tracer     hears LegEnded; None: nobody does
     quotas     of single clients and models; without rules at first
     """
 
@@ -98,17 +98,15 @@ class Router(Listener):
         self.quotas = Quotas()
         self._judge = Judge(fleet, self.quarantine, listener)
         self._truth = Truth(fleet, soon)
-        self._pools = fleet.pools
-        self._who = Assignment(fleet.pools)
-        self.naming = self._who.naming
-        self.pairs = self._who.pairs
+        self._pools, self._who = fleet.pools, Assignment(fleet.pools)
+        self.naming, self.pairs = self._who.naming, self._who.pairs
         self._again = Again(fleet, self._who, retries, rng)
         self._legs = Legs(fleet, self._who, listener)
         self._pairing = Pairing(fleet.pools, self._who, self._legs, rng)
         self._listener = listener
-        self._soon = soon
-        self._check_now = check_now
+        self._soon, self._check_now = soon, check_now
         self._leases = self._legs.open
+        self.tracer: Callable[[LegEnded], None] | None = None
         self._trails: dict[int, Trail] = {}  # by number of the request; only of requests that are retried now
         self._scheduled = False  # `_let_in` will be called
         self._pools_seen = fleet.pools.version  # version of the pools to which the queue's lines belong
@@ -245,7 +243,7 @@ class Router(Listener):
             self._pairing.replaced(tag.number)
         if lease.session is not None:
             self._who.sessions.ended(lease.session, now, False)
-        self._listener.retried(Retried(tag, leg, outcome, plan.delay))
+        self._listener.retried(Retried(tag, leg, outcome, plan.delay, status))
         return plan
 
     # -- what became of a leg ------------------------------------------------------------------------------------------
@@ -265,6 +263,8 @@ class Router(Listener):
         lease = self._leases.pop(leg.lease, None)
         if lease is None:
             return
+        if self.tracer is not None:
+            self.tracer(LegEnded(tag, leg, outcome, now, usage, lease.facts.session))
         last = not self._pairing.open or self._pairing.is_last(tag.number, lease, outcome, now)
         if lease.session is not None:
             self._who.sessions.ended(lease.session, now, outcome is _SERVED)
@@ -365,6 +365,7 @@ class Router(Listener):
                 self.deliver(queued.number, InternalError())
                 raise
             if not isinstance(answer, str):
+                queued.item.tag.queued = now - queued.since
                 self.deliver(queued.number, answer)
                 begun.append(queued)
                 continue

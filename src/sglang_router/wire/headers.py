@@ -74,6 +74,7 @@ SWITCHES: Final = b"connection: Upgrade\r\nupgrade: websocket\r\n"
 _NO_BODY: Final = b"\r\ncontent-length: 0\r\n"
 _NEVER_SENT: Final = HOP_BY_HOP | _REBUILT
 _LOOKED_AT: Final = WHITELIST | {b"authorization", b"connection"}
+_TRACES: Final = frozenset((b"traceparent", b"tracestate"))
 
 
 class UpgradeRequest(Request):
@@ -91,13 +92,18 @@ class ForwardRules:
     withheld    says of a credential whether it is a key of this router's control plane, which no worker may see
     mark        this process in Via
     readable    workers are not asked for compressed answers, in which the router could neither write nor hide anything
+    traced      traceparent and tracestate are written anew, see `routing.trace_ids`
     tail        the end of each head: the Via field, if there is a mark, and the empty line
     never_sent  names of fields that are never forwarded as they came
+    looked_at   names of fields that are forwarded without a question, or handled one by one
     prefixes    beginnings of names that are forwarded, besides the whitelist
     careful     what is forwarded is not only the whitelist: see `holds_back`
     """
 
-    __slots__ = ("careful", "everything", "guarded", "never_sent", "prefixes", "tail", "trusted", "withheld")
+    __slots__ = (
+        *("careful", "everything", "guarded", "looked_at", "never_sent"),
+        *("prefixes", "tail", "trusted", "withheld"),
+    )
 
     def __init__(
         self,
@@ -107,6 +113,7 @@ class ForwardRules:
         withheld: Callable[[bytes], bool] | None = None,
         mark: bytes = b"",
         readable: bool = False,
+        traced: bool = False,
     ) -> None:
         self.everything = everything
         self.guarded = guarded
@@ -118,7 +125,10 @@ class ForwardRules:
         never = _NEVER_SENT if trusted else _NEVER_SENT | ROUTING
         if guarded:
             never |= {b"x-api-key"}
-        self.never_sent = never | {b"accept-encoding"} if readable else never
+        if readable:
+            never |= {b"accept-encoding"}
+        self.never_sent = never | _TRACES if traced else never
+        self.looked_at = _LOOKED_AT - _TRACES if traced else _LOOKED_AT
 
     def holds_back(self, name: bytes, value: bytes, start: bytes) -> bool:
         """Return whether a field is kept back that would be forwarded by its name. start: of the head."""
@@ -153,8 +163,9 @@ def request_head(
     """
     lines = [start, b"x-request-id: ", request_id, b"\r\ncontent-length: %d\r\n" % length]
     authorized, never_sent, everything, prefixes = rules.guarded, rules.never_sent, rules.everything, rules.prefixes
+    looked_at = rules.looked_at
     for name, value in request.headers:
-        if name not in _LOOKED_AT:
+        if name not in looked_at:
             if name in never_sent or not (everything or name.startswith(prefixes)):
                 continue
             if rules.careful and rules.holds_back(name, value, start):
