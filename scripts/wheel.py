@@ -35,7 +35,15 @@ LOCK = PLACE / "lock"
 STAMP = "made-at"
 """In an environment that is complete: where it was made."""
 DIST = CHECKOUT / "dist"
-INPUTS = ("src", "pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "scripts/compile*.py")
+INPUTS = (
+    "src",
+    "pyproject.toml",
+    "hatch_build.py",
+    "README.md",
+    "LICENSE",
+    "docs/sglang-router.1",
+    "scripts/compile*.py",
+)
 
 
 class WheelError(Exception):

@@ -12,6 +12,7 @@
     admin                      the control plane
     app                        assembly and life cycle
     processes                  one router in several processes
+    commands                   ask a running router; check, complete, explain the command line
     launch_router  launch  launch_server  explain  cli             doors;   engine stands alone
     replay                     what decides, with simulated engines, in virtual time
 
@@ -61,12 +62,16 @@ MAY_KNOW: dict[str, set[str]] = {
     "sglang_router_rs": set(),
     "router": {"launch_router", "router_args", "sglang_router_rs"},
     "mini_lb": {"router", "router_args"},
-    "launch_router": {"errors", "config", "process", "processes"},
+    "commands": {"errors", "words", "version", "config", "app"},
+    "launch_router": {"errors", "config", "process", "processes", "commands"},
     "launch": BELOW_APP | {"app", "engine"},
     "launch_server": {"config", "process", "launch", "launch_router", "processes"},
     "replay": {"errors", "version", "config", "routing", "app", "engine"},
-    "explain": {"errors", "words", "routing"},
-    "cli": {"errors", "version", "config", "launch_router", "launch_server", "engine", "explain", "replay"},
+    "explain": {"errors", "words", "config", "routing", "commands"},
+    "cli": {
+        *("errors", "version", "config", "commands", "launch", "launch_router", "launch_server"),
+        *("engine", "explain", "replay"),
+    },
     "__main__": {"cli"},
     "__init__": {"version"},
 }
@@ -75,6 +80,8 @@ PURE = (
     "errors",
     "words",
     "config.compat",
+    "config.effective",
+    "config.live",
     "config.units",
     "wire",
     "access.origins",
@@ -118,6 +125,10 @@ PURE = (
     "processes.failures",
     "processes.message",
     "processes.messages",
+    "commands.describing",
+    "commands.figures",
+    "commands.printable",
+    "commands.tables",
 )
 """Rooms and modules without I/O, clock, chance or log of their own: what they need of these is an argument."""
 

@@ -13,8 +13,9 @@ import pytest
 from decision_records import A, record
 from routers import free_port, plain_worker
 from sglang_router import explain
+from sglang_router.commands.asking import KEY_VARIABLE, NO_ROUTER, NOT_ALLOWED, URL_VARIABLE
 from sglang_router.errors import ConfigError
-from sglang_router.explain import BRANCHES, KEY_VARIABLE, NO_ROUTER, NOT_ALLOWED, NOT_FOUND, URL_VARIABLE
+from sglang_router.explain import BRANCHES, NOT_FOUND
 from sglang_router.routing import policies
 from sglang_router.routing.assignment import HOLDER
 from sglang_router.routing.considered import Considered

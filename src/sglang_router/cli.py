@@ -3,35 +3,43 @@
 sglang-router launch ...    the router     (as python -m sglang_router.launch_router; also without `launch`)
 sglang-router serve ...     engines and the router     (as python -m sglang_router.launch_server; also `server`)
 sglang-router engine ...    the built-in engine     (as python -m sglang_router.engine)
+sglang-router status ...    and the others of `commands.operating`, `top`, `explain`: ask a running router
+sglang-router check-config  checks a configuration and starts nothing
 sglang-router replay ...    compare policies on a load, in virtual time
-sglang-router explain ...   why a request got its worker
+sglang-router completion    what completes all of these in a shell
+
+`commands.manual.COMMANDS` describes them, for `--help` and for the manual page.
 """
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from sglang_router import launch_router, launch_server
+from sglang_router.commands.manual import COMMANDS, OPERATING
+from sglang_router.config.flags import new_parser
 from sglang_router.config.option import did_you_mean
 from sglang_router.errors import ConfigError
 from sglang_router.version import version_line
 
-_HELP = """\
+_NAME = "sglang-router"
+
+
+def _help() -> str:
+    rows = "".join(f"  {name:<19}{about}\n" for name, about in COMMANDS.items())
+    return f"""\
 usage: sglang-router COMMAND [options]
 
 A fast, cache-aware router for fleets of LLM engines.
 
 commands:
-  serve              start engines and the router in front of them, as one OpenAI server;
-                     `sglang-router serve --backend llamacpp` needs no GPU and downloads a small model
-  launch             start the router in front of engines that run already (the command may be left out)
-  engine             start the built-in engine, which simulates an SGLang server and needs no GPU
-  replay             compare routing policies on a recorded or generated load, in virtual time
-  explain            ask a running router why a request got its worker
-
-`sglang-router COMMAND --help` lists the options of a command.
+{rows}
+`sglang-router COMMAND --help` lists the options of a command. A first try without GPU and model:
+`sglang-router serve --backend llamacpp`.
 
 options:
   -h, --help         show this text
@@ -48,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     if not words:
-        print(_HELP, end="")
+        print(_help(), end="")
         return 1
     command = _COMMANDS.get(words[0])
     if command is not None:
@@ -77,7 +85,53 @@ def _replay(words: list[str]) -> int:
 def _explain(words: list[str]) -> int:
     from sglang_router.explain import main as explain  # imported here: the other commands do not need it
 
-    return explain(words, prog="sglang-router explain")
+    return explain(words, prog=f"{_NAME} explain")
+
+
+def _top(words: list[str]) -> int:
+    from sglang_router.commands.top import main as top  # imported here: it needs a terminal's module
+
+    return top(words, prog=f"{_NAME} top")
+
+
+def _operate(name: str, words: list[str]) -> int:
+    from sglang_router.commands import operating  # imported here: the other commands do not need it
+
+    return operating.main(name, words, f"{_NAME} {name}")
+
+
+def _check(words: list[str]) -> int:
+    from sglang_router.commands import checking  # imported here: the other commands do not need it
+
+    return checking.main(words, f"{_NAME} check-config")
+
+
+def _completion(words: list[str]) -> int:
+    from sglang_router.commands import completion  # imported here: the other commands do not need it
+
+    return completion.main(words, f"{_NAME} completion", parsers())
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers of all commands, by name."""
+    from sglang_router import explain  # imported here: only `completion` needs all of them
+    from sglang_router.commands import checking, completion, operating, top
+    from sglang_router.engine import options as engine
+    from sglang_router.launch import options as serve
+    from sglang_router.replay import options as replay
+
+    found: dict[str, argparse.ArgumentParser] = {
+        "launch": new_parser(f"{_NAME} launch"),
+        "serve": serve.new_parser(f"{_NAME} serve"),
+        "engine": engine.new_parser(),
+        **{name: operating.parser(name, f"{_NAME} {name}") for name in operating.COMMANDS},
+        "top": top.parser(f"{_NAME} top"),
+        "explain": explain.parser(f"{_NAME} explain"),
+        "check-config": checking.parser(f"{_NAME} check-config"),
+        "replay": replay.new_parser(f"{_NAME} replay"),
+        "completion": completion.parser(f"{_NAME} completion"),
+    }
+    return found
 
 
 def _serve(words: list[str]) -> int:
@@ -101,8 +155,12 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "engine": _engine,
     "replay": _replay,
     "explain": _explain,
-    "-h": _show(_HELP),
-    "--help": _show(_HELP),
+    "top": _top,
+    "check-config": _check,
+    "completion": _completion,
+    **{name: partial(_operate, name) for name in OPERATING},
+    "-h": _show(_help()),
+    "--help": _show(_help()),
     "-V": _show(_VERSION),
     "--version": _show(_VERSION),
     "--version-verbose": _show(f"{_VERSION}Python {platform.python_version()}, {platform.platform()}\n"),

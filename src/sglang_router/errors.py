@@ -268,6 +268,14 @@ class Unprocessable(InvalidRequest):
     code = "unprocessable"
 
 
+class ConfigRefused(InvalidRequest):
+    """The file, the keys or the certificates cannot be used, so a reload changed nothing."""
+
+    status = 422
+    code = "config_refused"
+    message = "The configuration cannot be used, and nothing was changed."
+
+
 class RequestBreaksWorkers(Unprocessable):
     """A request like this one ended the connections of two workers a short time ago, and perhaps the workers."""
 

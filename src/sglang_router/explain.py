@@ -12,20 +12,26 @@ printed.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import http.client
-import os
-import ssl
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from typing import NamedTuple
-from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from sglang_router.errors import ConfigError
+from sglang_router.commands.asking import (
+    NO_ROUTER,
+    REFUSED,
+    UNREADABLE,
+    Door,
+    Failed,
+    door_of,
+    new_parser,
+    quoted,
+    told,
+)
+from sglang_router.commands.printable import pretty, shown
+from sglang_router.config.flags import OptionParser
 from sglang_router.routing.assignment import HOLDER
 from sglang_router.routing.considered import Considered
 from sglang_router.routing.decision_record import DecisionAttempt, DecisionRecord
@@ -34,15 +40,7 @@ from sglang_router.routing.roles import REGULAR
 from sglang_router.routing.sessions import BRANCH
 from sglang_router.words import counted
 
-NOT_FOUND, NO_ROUTER, NOT_ALLOWED = 1, 3, 4
-URL_VARIABLE, KEY_VARIABLE = "SGLANG_ROUTER_URL", "SGLANG_ROUTER_API_KEY"
-_URL = "http://127.0.0.1:30000"
-_TIMEOUT = 10.0
-_MOST = 1 << 24
-"""Bytes of an answer."""
-
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What the decoder raises for content that is no JSON, or no record."""
+NOT_FOUND = REFUSED
 
 BRANCHES = {
     "hit": "it is believed to have the longest part of the prompt cached",
@@ -70,143 +68,57 @@ BRANCHES = {
 """What the branches mean: those of the policies, and of what sends requests to a worker before they are asked."""
 
 
-_NO_URL = "--url is not a URL such as http://127.0.0.1:30000"
-
-
-class _Failed(Exception):
-    """No decision can be shown: the message says why."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 def main(words: Sequence[str], prog: str) -> int:
     """Run the command; return its exit status."""
-    options = _parser(prog).parse_args(words)
-    key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE, "")
-    url = options.url or os.environ.get(URL_VARIABLE) or _URL
+    options = parser(prog).parse_all(words)
+    door = door_of(options)
     try:
-        content = _ask(url, options.id, key.strip(), options.ca_cert)
+        content = _ask(door, options.id)
         record = msgspec.json.decode(content, type=DecisionRecord)
-    except _Failed as failed:
+    except Failed as failed:
         print("error:", failed, file=sys.stderr)
         return failed.status
-    except _UNREADABLE:
-        print(f"error: what answers at {shown(url)} is no router that explains decisions.", file=sys.stderr)
+    except UNREADABLE:
+        print(f"error: what answers at {door.shown} is no router that explains decisions.", file=sys.stderr)
         return NO_ROUTER
     if options.json:
-        print(escaped(msgspec.json.format(content, indent=2).decode()))
+        print(pretty(content))
     else:
         print("\n".join(lines(record)))
     return 0
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Show why a request got its worker, and what came of it. The router keeps the last decisions"
+def parser(prog: str) -> OptionParser:
+    """Return the parser of the command line."""
+    made = new_parser(
+        prog,
+        "Show why a request got its worker, and what came of it. The router keeps the last decisions"
         " (--decision-records); a request with the header `x-sglang-router-explain: 1` leaves all details.",
-        epilog="exit status: 0 shown, 1 not found, 2 wrong options, 3 no router answers, 4 not allowed",
     )
-    parser.add_argument("id", metavar="ID", help="id of the request: x-request-id of its answer")
-    parser.add_argument("--url", help=f"where the router is; by default the variable {URL_VARIABLE}, or {_URL}")
-    about_key = f"a key that may read the control plane; by default the variable {KEY_VARIABLE}"
-    parser.add_argument("--api-key", metavar="KEY", help=about_key)
-    parser.add_argument("--ca-cert", metavar="FILE", help="trust the certificates in this file, for https")
-    parser.add_argument("--json", action="store_true", help="print the record as JSON")
-    return parser
+    made.epilog = "exit status: 0 shown, 1 not found, 2 wrong options, 3 no router answers, 4 not allowed"
+    made.add_argument("id", metavar="ID", help="id of the request: x-request-id of its answer")
+    return made
 
 
 # -- the question ------------------------------------------------------------------------------------------------------
 
 
-def _ask(url: str, request_id: str, key: str, ca_cert: str | None) -> bytes:
-    """Return the router's answer about a request.
-
-    Raises: _Failed, when it has none; ConfigError, when the options cannot be used.
-    """
-    try:
-        parts = urlsplit(url)
-        scheme, host, port = parts.scheme, parts.hostname, parts.port
-    except ValueError:
-        scheme, host, port = "", None, None
-    if scheme not in ("http", "https") or not host or "@" in parts.netloc:
-        raise ConfigError(_NO_URL)
-    if not key.isascii() or not key.isprintable():
-        raise ConfigError("--api-key is not visible ASCII")
-    path = f"{parts.path.rstrip('/')}/decisions/{quote(request_id, safe='', errors='surrogateescape')}"
-    try:
-        with contextlib.closing(_connection(scheme, host, port, ca_cert)) as connection:
-            connection.request("GET", path, headers={"authorization": f"Bearer {key}"} if key else {})
-            answer = connection.getresponse()
-            status, content = answer.status, answer.read(_MOST)
-    except UnicodeError:
-        raise ConfigError(_NO_URL) from None
-    except (OSError, http.client.HTTPException) as error:
-        why = shown(str(error).strip() or type(error).__name__)
-        raise _Failed(NO_ROUTER, f"no router answers at {shown(url)}: {why}.") from None
-    if status == 200:
-        return content
-    told = f" It says: {message}" if (message := _message(content)) else ""
-    if status in (401, 403):
-        with_key = "this key" if key else "anybody without a key (--api-key)"
-        raise _Failed(NOT_ALLOWED, f"the router at {shown(url)} does not let {with_key} read decisions.{told}")
-    if status == 404 and not _is_unknown_path(answer.headers.get("x-smg-error-code", "")):
+def _ask(door: Door, request_id: str) -> bytes:
+    """Return the router's answer about a request. Raises: Failed, when it has none."""
+    reply = door.ask("GET", f"/decisions/{quoted(request_id)}", purpose="read decisions")
+    if reply.status == 200:
+        return reply.content
+    if reply.status == 404 and reply.code == "decision_not_found":  # else the router is older, or it is none
         why = "the id is wrong, the request never came there, or it is too long ago (--decision-records)"
-        raise _Failed(NOT_FOUND, f"the router at {shown(url)} keeps no decision about {shown(request_id)}: {why}.")
-    if status == 409:
-        raise _Failed(NOT_FOUND, f"the router at {shown(url)} keeps no decisions.{told}")
-    raise _Failed(NO_ROUTER, f"what answers at {shown(url)} cannot explain decisions: status {status}.{told}")
-
-
-def _connection(scheme: str, host: str, port: int | None, ca_cert: str | None) -> http.client.HTTPConnection:
-    if scheme == "http":
-        return http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
-    try:
-        trusted = ssl.create_default_context(cafile=ca_cert)
-    except OSError as error:
-        raise ConfigError(f"--ca-cert {ca_cert}: {error.strerror or error}") from None
-    return http.client.HTTPSConnection(host, port, timeout=_TIMEOUT, context=trusted)
-
-
-def _is_unknown_path(code: str) -> bool:
-    """Whether a 404 says nothing of the request: the router is older than this command, or something else answers."""
-    return code != "decision_not_found"
-
-
-class _Detail(msgspec.Struct):
-    message: str = ""
-
-
-class _Error(msgspec.Struct):
-    error: _Detail
-
-
-def _message(content: bytes) -> str:
-    """Return the message of an error of the router; "" for any other content."""
-    try:
-        return shown(msgspec.json.decode(content, type=_Error).error.message)
-    except _UNREADABLE:
-        return ""
+        raise Failed(NOT_FOUND, f"the router at {door.shown} keeps no decision about {shown(request_id)}: {why}.")
+    if reply.status == 409:
+        raise Failed(NOT_FOUND, f"the router at {door.shown} keeps no decisions.{told(reply)}")
+    raise Failed(
+        NO_ROUTER, f"what answers at {door.shown} cannot explain decisions: status {reply.status}.{told(reply)}"
+    )
 
 
 # -- the answer --------------------------------------------------------------------------------------------------------
-
-
-def shown(text: str) -> str:
-    """Return a text as a terminal may print it."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
-
-
-def escaped(text: str) -> str:
-    """Return JSON text with escapes in place of what a terminal would not print, but newlines."""
-    return "".join([char if char.isprintable() or char == "\n" else _escape(char) for char in text])
-
-
-def _escape(char: str) -> str:
-    units = char.encode("utf-16-be")
-    return "".join([f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2)])
 
 
 def lines(record: DecisionRecord) -> Iterator[str]:

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from sglang_router import process
+from sglang_router.commands import checking
 from sglang_router.config import HelpFormatter as CustomHelpFormatter
 from sglang_router.config import RouterArgs, parse
 from sglang_router.errors import ConfigError
 
 __all__ = ["CustomHelpFormatter", "RouterArgs", "launch_router", "main", "parse_router_args"]
 
+_CHECK = "--check-config"
 _PROG = "python -m sglang_router.launch_router"
 
 
@@ -61,6 +63,9 @@ def launch_router(args: object, *, serve: Callable[[RouterArgs], int] | None = N
 def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
     """Run the command; return its exit status."""
     words = sys.argv[1:] if argv is None else argv
+    if _CHECK in words:
+        left = [word for word in words if word != _CHECK]
+        return exit_status(lambda: checking.main(left, f"{prog} {_CHECK}"))
     return exit_status(lambda: launch_router(parse(words, prog=prog)))
 
 

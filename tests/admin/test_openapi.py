@@ -33,6 +33,7 @@ from sglang_router.admin import (
     info,
     lists,
     openapi,
+    options,
     orders,
     replicas,
     selection,
@@ -43,7 +44,15 @@ from sglang_router.admin.context import AskTimeouts
 from sglang_router.admin.contract import CONTRACTS
 from sglang_router.admin.routes import ROUTES
 from sglang_router.admin.rows import ControlRow, Handler, plain_path, relayed_rows
-from sglang_router.errors import Conflict, ModelNotFound, ModelRequired, RateLimited, RouterError, ShuttingDown
+from sglang_router.errors import (
+    ConfigRefused,
+    Conflict,
+    ModelNotFound,
+    ModelRequired,
+    RateLimited,
+    RouterError,
+    ShuttingDown,
+)
 from stack import Reply, Stack, stack
 
 ROWS = [row for rows in ROUTES.values() for row in rows]
@@ -65,7 +74,7 @@ def test_every_path_and_method_is_in_it_and_nothing_else() -> None:
 
 
 def test_every_handler_has_a_contract_and_every_contract_a_handler() -> None:
-    assert CONTRACTS.keys() == {row.handler for row in ROWS if row.path != openapi.PATH}
+    assert CONTRACTS.keys() == {row.handler for row in ROWS if row.path not in (openapi.PATH, openapi.PAGE)}
 
 
 def test_it_is_served() -> None:
@@ -113,7 +122,7 @@ def test_regular_expressions_are_those_of_json_schema() -> None:
 
 MODULES = (
     *(adapters, adding, ask, broadcast, context, decisions, engine_metrics, engine_relay),
-    *(home, info, lists, orders, replicas, selection, workers),
+    *(home, info, lists, options, orders, replicas, selection, workers),
 )
 DEEPER: dict[str, tuple[type[RouterError], ...]] = {
     "unavailable": contract.NO_WORKER,
@@ -121,6 +130,7 @@ DEEPER: dict[str, tuple[type[RouterError], ...]] = {
     "admit": (RateLimited, ShuttingDown),
     "restart_worker": (Conflict,),
     "restart_all": (Conflict,),
+    "reload": (ConfigRefused,),
 }
 """Errors raised outside of `admin`, by the name of the called method."""
 
@@ -278,6 +288,7 @@ def test_every_answer_is_declared_and_every_declared_answer_is_given() -> None:
         with_two_workers(ask)
         the_family(ask)
         the_decisions(ask)
+        the_reload(ask)
     missing, undeclared = declared() - ask.seen, ask.seen - declared()
     assert (missing, undeclared) == (set(), set())
 
@@ -391,6 +402,17 @@ def the_decisions(ask: Asker) -> None:
     ask.router.context.decisions = None
     for path in ("/decisions", "/decisions/{request}"):
         ask(f"GET {path}", request="r-1")
+
+
+def the_reload(ask: Asker) -> None:
+    def refuse(why: str) -> context.ReloadReport:
+        raise ConfigRefused
+
+    ask("GET /docs")
+    ask("GET /config")
+    for reload in (None, refuse, lambda why: context.ReloadReport(["--policy"], [], [], [], "r.yaml")):
+        ask.router.context.reload = reload
+        ask("POST /reload")
 
 
 def test_a_worker_that_is_a_rank_has_the_declared_shape() -> None:

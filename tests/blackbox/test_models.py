@@ -191,10 +191,10 @@ def test_sighup_applies_what_it_says_and_nothing_else_of_the_file(big: str, smal
         router.until(lambda: worker(chat(router, "green")) == small)
         assert chat(router, "blue").status == 404
         assert worker(chat(router, "mini")) == small
-        write("red", "enable-igw: true\npolicy: random\n", big)  # the other one is gone, and its name with it
+        write("red", "enable-igw: true\nqueue-timeout-secs: 7\n", big)  # the other one is gone, and its name with it
         router.send_signal(signal.SIGHUP)
         router.until(lambda: worker(chat(router, "mini")) == big)
-        router.until(lambda: "these changes need a restart: --enable-igw, --policy" in router.log())
+        router.until(lambda: "these changes need a restart: --enable-igw, --queue-timeout-secs" in router.log())
         assert chat(router, "whatever").status == 200, "names are as strict as before"
 
 

@@ -160,12 +160,12 @@ def test_case_12_21_22_signals_keys_logs_and_config(tmp_path: Path) -> None:
 
             # case 12: SIGHUP reads everything again, at once
             write_anew(keys, "bob secret-b\n")
-            config.write_text(f"worker-urls: [{two.url}]\nqueue-size: 8\n")
+            config.write_text(f"worker-urls: [{two.url}]\nqueue-size: 8\nconnect-timeout-secs: 8\n")
             router.send_signal(signal.SIGHUP)
             router.until(lambda: not allowed("secret-a"))
             router._key = "secret-b"
             router.until(lambda: set(router.workers()) == {two.url})
-            router.until(lambda: "these changes need a restart: --queue-size" in router.log())
+            router.until(lambda: "these changes need a restart: --connect-timeout-secs" in router.log())
 
 
 def test_case_22_probes_are_not_logged_and_ports_are_told(tmp_path: Path) -> None:

@@ -49,10 +49,12 @@ class WatchedFiles:
     def refresh(self, *, anyway: bool = False) -> bool:
         """Load the files again if they changed, or `anyway`; returns whether new ones are in use now.
 
+        Without files, `anyway` loads what the options say.
+
         Files that cannot be used are one warning, and are tried again at each call.
         """
         marks = self._look()
-        if not marks or (marks == self._marks and not anyway):
+        if not anyway and (not marks or marks == self._marks):
             self.complaint = ""
             return False
         try:
@@ -64,8 +66,9 @@ class WatchedFiles:
                 self._log.warning("%s: %s; the files loaded before stay in use", self._topic, error)
             return False
         self._marks, self.complaint = marks, ""
-        self._log.info("%s: loaded %s anew", self._topic, ", ".join(self._paths))
-        return True
+        if self._paths:
+            self._log.info("%s: loaded %s anew", self._topic, ", ".join(self._paths))
+        return bool(self._paths)
 
     def _refuse_pipes(self) -> None:
         for path in filter(small_files.is_pipe, self._paths):

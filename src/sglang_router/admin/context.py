@@ -22,6 +22,7 @@ from sglang_router.admin.decision_book import DecisionBook
 from sglang_router.admin.live import Live
 from sglang_router.admin.shared import Shared
 from sglang_router.autoscale.autoscaler import Autoscaler
+from sglang_router.config import RouterArgs
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.roles import DECODE, PREFILL, REGULAR
@@ -110,6 +111,22 @@ class SharedAnswer(Generic[T]):
             return answer
 
 
+class ReloadReport(msgspec.Struct, frozen=True):
+    """What a reload did.
+
+    changed        flags of the options that have other values now
+    needs_restart  flags of those whose new values count after a restart only
+    added          URLs of workers that the file names now; removed: of those that only it had named
+    file           the file of --config; None: there is none, so that only keys and certificates were read again
+    """
+
+    changed: list[str]
+    needs_restart: list[str]
+    added: list[str]
+    removed: list[str]
+    file: str | None
+
+
 class ReplicaControl(Protocol):
     """Runs engines on this machine: the supervisor of `launch_server`. Each of these returns at once."""
 
@@ -143,6 +160,8 @@ class Context:
     paired          the options ask for prefill and decode workers (--pd-disaggregation)
     discovery       returns what each source that looks for workers says of itself; None: there is none
     fan_out         workers that are asked at once by a request for several; 0: all
+    args            the options in effect
+    reload          reads the configuration again; None: it cannot be. Raises: ConfigRefused
     ending          the router is about to stop: it is not ready any more
     live            what the page shows; `app.build` sets it
     """
@@ -167,6 +186,8 @@ class Context:
     generated: SharedAnswer[Any] = field(default_factory=SharedAnswer)
     aliases: Mapping[str, str] = field(default_factory=dict)
     paired: bool = False
+    args: RouterArgs = field(default_factory=RouterArgs)
+    reload: Callable[[str], ReloadReport] | None = None
     ending: bool = False
     live: Live = field(init=False)
 

@@ -22,13 +22,16 @@ from sglang_router.admin import (
     home,
     info,
     lists,
+    options,
     replicas,
     shapes,
     workers,
 )
+from sglang_router.admin.context import ReloadReport
 from sglang_router.admin.live import Frame
 from sglang_router.admin.rows import Handler
 from sglang_router.errors import (
+    ConfigRefused,
     Conflict,
     DecisionNotFound,
     Forbidden,
@@ -215,6 +218,8 @@ CONTRACTS: dict[Handler, Contract] = {
         (RateLimited, ShuttingDown),
     ),
     info.version: Contract((DeclaredAnswer("The version.", shape=shapes.Version),)),
+    options.index: Contract((DeclaredAnswer("All options.", shape=shapes.Options),)),
+    options.reload: Contract((DeclaredAnswer("What changed.", shape=ReloadReport),), (ConfigRefused, Conflict)),
     info.metrics: Contract((DeclaredAnswer("The exposition, in the format that Accept prefers.", media=_PROMETHEUS),)),
     engine_metrics.merged: Contract(
         (DeclaredAnswer("The exposition.", media=_TEXT),), (WorkerUnreachable, NoWorkers, WorkersStarting)
@@ -273,7 +278,7 @@ CONTRACTS: dict[Handler, Contract] = {
         (DeclaredAnswer("The last decision, and those before it.", shape=shapes.Scale),), (Conflict,)
     ),
 }
-"""Every handler of `admin.routes.ROUTES`, except that of the document itself."""
+"""Every handler of `admin.routes.ROUTES`, except those of the document itself."""
 
 RELAYED: tuple[type[RouterError], ...] = (
     *REFUSED,

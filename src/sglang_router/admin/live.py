@@ -182,14 +182,14 @@ class _Row(msgspec.Struct):
 
 
 class Live:
-    """See the module. policy: its name."""
+    """See the module. policy: the name of the usual one, which a reload may change."""
 
     def __init__(self, parts: Parts, counters: Counters, policy: str, wall: Callable[[], float] = time.time) -> None:
         self.witness = Witness(wall)
         self.viewers = 0
         self._parts = parts
         self._counters = counters
-        self._policy = policy
+        self.policy = policy
         self._wall = wall
         self._epoch = wall() - parts.clock()
         self._begun = parts.clock()
@@ -366,7 +366,7 @@ class Live:
             at=round(self._wall(), 1),
             version=__version__,
             build=build(),
-            policy=self._policy,
+            policy=self.policy,
             uptime=round(self._parts.clock() - self._begun, 1),
             now=self._now,
             columns=COLUMNS,

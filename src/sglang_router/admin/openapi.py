@@ -34,10 +34,14 @@ from sglang_router.errors import RouterError
 from sglang_router.routing.body_reader import NAMESPACE
 
 PATH = "/openapi.json"
+PAGE = "/docs"
 _KEPT = "Relayed to the worker that keeps this; when that is not known, the workers are asked in turn."
 _OF_ENGINES = "4XX"
 """Declared by those that pass on what an engine answers."""
-_ITSELF = Contract((DeclaredAnswer("This document."),))
+_ITSELF = {
+    PATH: Contract((DeclaredAnswer("This document."),)),
+    PAGE: Contract((DeclaredAnswer("This document, as a page.", media=("text/html",)),)),
+}
 
 Schema = dict[str, Any]
 
@@ -96,7 +100,7 @@ _HEADERS: Schema = {
 
 
 def _operation(group: str, row: ControlRow, method: str) -> Schema:
-    contract = _ITSELF if row.path == PATH else CONTRACTS[row.handler]
+    contract = _ITSELF.get(row.path) or CONTRACTS[row.handler]
     parameters = _path_parameters(row.path)
     parameters += [_query_parameter(parameter) for parameter in contract.query]
     operation: Schema = {"operationId": _name(method, row.path), "tags": [group], "summary": row.about}

@@ -17,6 +17,7 @@ from sglang_router.access.permissions import AccessKind
 from sglang_router.admin import (
     adapters,
     adding,
+    api_page,
     broadcast,
     decisions,
     engine_metrics,
@@ -25,6 +26,7 @@ from sglang_router.admin import (
     info,
     lists,
     openapi,
+    options,
     replicas,
     workers,
 )
@@ -37,10 +39,21 @@ async def openapi_document(context: Context, request: Request) -> Response:
     return Response(_document(), media_type="application/json")
 
 
+async def openapi_page(context: Context, request: Request) -> Response:
+    """Return the OpenAPI document as a page."""
+    return Response(_page(), media_type="text/html", headers=api_page.HEADERS)
+
+
 @cache
 def _document() -> bytes:
     """Built once, at the first request: it takes 7 ms of the event loop."""
     return msgspec.json.encode(openapi.document(ROUTES))
+
+
+@cache
+def _page() -> bytes:
+    """Built once, at the first request."""
+    return api_page.html(openapi.document(ROUTES)).encode()
 
 
 PUBLIC, CLIENTS, CHANGES = AccessKind.PUBLIC, AccessKind.INFERENCE, AccessKind.CONTROL_CHANGE
@@ -108,9 +121,22 @@ ROUTES: dict[str, tuple[Row, ...]] = {
             "What the page shows, in JSON; with `Accept: text/event-stream` as a stream, a frame a second.",
         ),
         Row("GET /version", info.version, "The version of the router, and whether it runs compiled."),
+        Row(
+            "GET /config",
+            options.index,
+            "The options in effect, and where each value comes from; secrets are hidden.",
+        ),
         Row("GET /metrics", info.metrics, "The metrics of the router, for Prometheus."),
         Row("GET /engine_metrics", engine_metrics.merged, "The metrics of all engines; label `worker_addr`: the URL."),
+        Row(f"GET {openapi.PAGE}", openapi_page, "The same document as a page for people; it needs no other server."),
         Row(f"GET {openapi.PATH}", openapi_document, "The OpenAPI 3.1 document of all endpoints."),
+    ),
+    "Configuration": (
+        Row(
+            "POST /reload",
+            options.reload,
+            "Reads the file of --config, keys and certificates again, as SIGHUP does: all of it, or nothing (422).",
+        ),
     ),
     "Broadcast": (
         Row(

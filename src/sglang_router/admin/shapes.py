@@ -14,6 +14,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from sglang_router.autoscale.scaler import ScalingRules
+from sglang_router.config.effective import EffectiveOption
 from sglang_router.routing.decision_record import DecisionRecord
 from sglang_router.routing.engine_report import EngineReport
 from sglang_router.routing.model_names import LONGEST_NAME
@@ -80,6 +81,13 @@ class Home(Shape):
     name: str
     links: dict[str, str]
     version: str | UnsetType = UNSET
+
+
+class Options(Shape):
+    """The options in effect. `file`: the file of --config."""
+
+    options: list[EffectiveOption]
+    file: str | None
 
 
 class Models(Shape):

@@ -1,17 +1,22 @@
 """What a router says at its start about options that probably do not do what was meant.
 
 advice(args, environ, exists) -> sentences, each a warning in the log
+remark(args)                      logs them, and what --compat has set
 """
 
 from __future__ import annotations
 
 import ipaddress
+import logging
+import os
 import random
 from collections.abc import Callable, Mapping
 
-from sglang_router.config import RouterArgs
+from sglang_router.config import OPTIONS, RouterArgs, as_flag
 from sglang_router.routing.policies import POLICIES
 from sglang_router.routing.rules import PolicySettings
+
+log = logging.getLogger("sglang_router")
 
 _CONTAINER_FILES = ("/.dockerenv", "/run/.containerenv")
 _KUBERNETES = "KUBERNETES_SERVICE_HOST"
@@ -50,3 +55,12 @@ def is_loopback_host(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def remark(args: RouterArgs) -> None:
+    """Log what --compat has set, and what probably is not as it was meant."""
+    if args.assumed:
+        values = (as_flag(option, getattr(args, name)) for name, option in OPTIONS.items() if name in args.assumed)
+        log.info("defaults of %s are in effect: %s", args.compat, " ".join(values))
+    for warning in advice(args, os.environ, os.path.exists):
+        log.warning(warning)

@@ -41,7 +41,7 @@ from sglang_router.app.memories import memories_of
 from sglang_router.app.models import models_of, policy_of, worker_policy
 from sglang_router.app.overview import live_of
 from sglang_router.app.parts import App, Elsewhere
-from sglang_router.app.routers import fleet_of, router_of
+from sglang_router.app.routers import PolicyParts, fleet_of, router_of
 from sglang_router.app.scrapes import Scrapes
 from sglang_router.app.traces import export_of, ids_of, tracing_of
 from sglang_router.autoscale.autoscaler import Autoscaler, autoscaler
@@ -176,6 +176,7 @@ def build(
     control.decisions = book_of(router, deferred, clock)
     control.aliases = router.naming.aliases
     control.live = live_of(control, metrics.counts, args.policy)
+    control.args = args
     serve = partial(ControlPlane, loop=loop, clock=clock, answers=answers, timeout=args.request_timeout_secs)
     plane = serve(seams.app or create_app(control), listener=listeners)
     scrape = serve(create_metrics_app(render), listener=Listeners(), timeout=_SCRAPED_WITHIN)
@@ -186,6 +187,7 @@ def build(
         loop=loop,
         clock=clock,
         models=models,
+        policies=PolicyParts(rng, shadows, caches),
         listeners=listeners,
         deferred=deferred,
         router=router,

@@ -16,13 +16,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from sglang_router import process
 from sglang_router.app import settings
-from sglang_router.app.advice import advice
+from sglang_router.app.advice import remark
 from sglang_router.app.build import build
 from sglang_router.app.deciding import open_log
 from sglang_router.app.jobs import Jobs, keepalive, lag, points, table
@@ -32,7 +31,7 @@ from sglang_router.app.parts import App, Attachment, Elsewhere
 from sglang_router.app.reload import Reload
 from sglang_router.app.signals import Signals, first_of
 from sglang_router.autoscale.scaler import ScalingRules
-from sglang_router.config import OPTIONS, RouterArgs, as_flag
+from sglang_router.config import RouterArgs
 from sglang_router.errors import ConfigError, ShuttingDown
 from sglang_router.observe import logs
 from sglang_router.observe.log_files import KeepRules
@@ -360,13 +359,15 @@ async def _run(
     signals = Signals(loop, {} if elsewhere is None else elsewhere.passed)
     app = build(args, loop, writer, elsewhere=elsewhere)
     life = Life(app, writer)
-    signals.reload = Reload(app, writer).run
+    reload = Reload(app, writer)
+    signals.reload = reload.hang_up
     # Each write finds by itself that its file was moved away; this line makes the new one.
     signals.reopen = lambda: writer.tell("log files are opened again")
     crew: Crew | None = None
     try:
         await life.start()
-        _remark(args)
+        reload.started()
+        remark(args)
         if crew_of is None:
             life.say_how_to_add_workers()
         else:
@@ -384,15 +385,6 @@ async def _run(
         await life.close()
     log.info("stopped")
     return signals.status
-
-
-def _remark(args: RouterArgs) -> None:
-    """Log what --compat has set, and what probably is not as it was meant."""
-    if args.assumed:
-        values = (as_flag(option, getattr(args, name)) for name, option in OPTIONS.items() if name in args.assumed)
-        log.info("defaults of %s are in effect: %s", args.compat, " ".join(values))
-    for warning in advice(args, os.environ, os.path.exists):
-        log.warning(warning)
 
 
 def _url(scheme: str, host: str, port: int) -> str:

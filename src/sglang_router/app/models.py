@@ -37,6 +37,8 @@ log = logging.getLogger("sglang_router")
 Dress = Callable[[Policy], Policy]
 """Puts a policy into what surrounds all of them: the shadow of another one."""
 _LABEL: Final = "policy"
+_SIZES: Final = ("max_tree_size", "prefix_hash_bytes", "assignment_mode")
+"""Settings of policies for which they are made anew."""
 Rule = tuple[str, str, PolicySettings]
 """Who says so (FILE or LABEL), the policy's name, and its options."""
 _FILE, _HINT = "file", "label"
@@ -98,6 +100,16 @@ class ModelPolicies:
         assert isinstance(rule, tuple)
         _, name, rules = rule
         return self._dress(POLICIES[name](rules, self._rng))
+
+    def adjust(self, policy: Policy, old: Hashable, new: Hashable) -> bool:
+        """Let a policy follow another rule, if only thresholds differ; return whether it does."""
+        assert isinstance(old, tuple)
+        assert isinstance(new, tuple)
+        (_, was, before), (_, name, rules) = old, new
+        if name != was or any(getattr(before, size) != getattr(rules, size) for size in _SIZES):
+            return False
+        policy.adjust(rules)
+        return True
 
 
 def use_models(args: RouterArgs, router: Router, policies: ModelPolicies) -> None:

@@ -18,6 +18,7 @@ from sglang_router.admin.context import Context, ReplicaControl
 from sglang_router.admin.exchange import ControlPlane
 from sglang_router.app.issuer import IssuerKeys
 from sglang_router.app.models import ModelPolicies
+from sglang_router.app.routers import PolicyParts
 from sglang_router.app.traces import Export
 from sglang_router.autoscale.actuator import Actuator
 from sglang_router.autoscale.autoscaler import Autoscaler
@@ -150,6 +151,7 @@ class App:
     """The parts of one router. `build` makes it; `app.lifecycle` starts and stops it.
 
     models            chooses the policies of models
+    policies          what policies are made with
     clients           the connections of the main port; scrapers: those of the metrics port
     elsewhere         the clients that other processes of this router serve
     frontend          the main port; metrics_frontend: the metrics port
@@ -172,6 +174,7 @@ class App:
     fleet: Fleet
     router: Router
     models: ModelPolicies
+    policies: PolicyParts
     connections: ConnectionPool
     checks: HealthChecks
     survey: EngineSurvey

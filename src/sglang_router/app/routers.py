@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from sglang_router.app import settings
 from sglang_router.app.deciding import in_shadow
@@ -25,6 +26,16 @@ from sglang_router.routing.router import Router, Soon
 from sglang_router.routing.rules import PolicySettings
 from sglang_router.routing.worker import Worker
 
+MakePolicy = Callable[[], Policy]
+
+
+class PolicyParts(NamedTuple):
+    """What policies are made with beside the options; see `fleet_of`."""
+
+    rng: random.Random
+    shadows: ShadowTally | None = None
+    caches: KVCaches | None = None
+
 
 def fleet_of(
     args: RouterArgs,
@@ -41,13 +52,22 @@ def fleet_of(
     shadows  counts what the policies in the shadow say; None: there are none
     caches   what workers say of their KV caches; None: they are not asked
     """
-    rules = settings.policy_settings(args, caches)
-    make = partial(_policy, rules, rng, kind or POLICIES[args.policy], shadows)
+    make, roles = usual_policies(args, PolicyParts(rng, shadows, caches), kind)
     fleet = Fleet(listeners, new_id, make, settings.fleet_rules(args))
-    for role, name in ((PREFILL, args.prefill_policy), (DECODE, args.decode_policy)):
-        if name is not None:
-            fleet.pools.policies[role] = partial(_policy, rules, rng, POLICIES[name], shadows)
+    fleet.pools.policies = roles
     return fleet
+
+
+def usual_policies(
+    args: RouterArgs, parts: PolicyParts, kind: type[Policy] | None = None
+) -> tuple[MakePolicy, dict[str, MakePolicy]]:
+    """Return what makes the policies of pools, and what makes those of single roles. kind: see `fleet_of`."""
+    rng, shadows = parts.rng, parts.shadows
+    rules = settings.policy_settings(args, parts.caches)
+    make = partial(_policy, rules, rng, kind or POLICIES[args.policy], shadows)
+    named = {PREFILL: args.prefill_policy, DECODE: args.decode_policy}
+    roles = {role: partial(_policy, rules, rng, POLICIES[name], shadows) for role, name in named.items() if name}
+    return make, dict[str, MakePolicy](roles)
 
 
 def _policy(rules: PolicySettings, rng: random.Random, kind: type[Policy], shadows: ShadowTally | None) -> Policy:

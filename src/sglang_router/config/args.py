@@ -22,7 +22,7 @@ from sglang_router.config.flags import GIVEN, PREFIX, add_flags, new_parser
 from sglang_router.config.models import ModelTable, model_table, worker_models
 from sglang_router.config.option import flag_of
 from sglang_router.config.reserved import ReservedOptions
-from sglang_router.config.sources import merge, read_file
+from sglang_router.config.sources import MergedValues, merge, read_file
 from sglang_router.config.table import ALIASES, OPTIONS, accept
 from sglang_router.errors import ConfigError
 
@@ -34,13 +34,14 @@ class RouterArgs(ReservedOptions):
     """The options, explained in `docs/options.md`.
 
     given      names of the options that a flag, variable or file set
-    from_file  names of those among them whose value a file set
+    from_file  names of those among them whose value a file set; from_environment: a variable
     slips      what looks like a mistake and changes nothing, as sentences
     assumed    names of the options whose value --compat set
     """
 
     given: frozenset[str] = field(default=frozenset(), compare=False)
     from_file: frozenset[str] = field(default=frozenset(), compare=False)
+    from_environment: frozenset[str] = field(default=frozenset(), compare=False)
     slips: tuple[str, ...] = field(default=(), compare=False)
     assumed: frozenset[str] = field(default=frozenset(), compare=False)
 
@@ -95,7 +96,7 @@ class RouterArgs(ReservedOptions):
             if name in flags_given or value != (OPTIONS[name].default if name in OPTIONS else None)
         }
         merged = merge(flags, environ)
-        return cls(**merged.values, given=merged.given, from_file=merged.from_file, slips=merged.slips)
+        return _of(cls, merged)
 
     def checked(self) -> RouterArgs:
         """Return a copy with every value checked, aliases resolved and dependent values computed.
@@ -135,8 +136,8 @@ class RouterArgs(ReservedOptions):
         fixed = self.given - self.from_file
         values = {name: getattr(self, name) for name in fixed}
         new = {name: value for name, value in file.items() if name not in fixed}
-        given = fixed | new.keys()
-        return RouterArgs(**values | new, given=frozenset(given), from_file=frozenset(new)).checked()
+        origins: dict[str, Any] = {"from_file": frozenset(new), "from_environment": self.from_environment}
+        return RouterArgs(**values | new, given=frozenset(fixed | new.keys()), **origins).checked()
 
     def without_effect(self) -> list[str]:
         """Return the flags of the options that are set but have no effect in this router."""
@@ -298,7 +299,12 @@ def parse(
     namespace = new_parser(prog).parse_all(argv)
     flags_given: frozenset[str] = getattr(namespace, GIVEN)
     merged = merge({name: getattr(namespace, name) for name in flags_given}, environ)
-    return RouterArgs(**merged.values, given=merged.given, from_file=merged.from_file, slips=merged.slips)
+    return _of(RouterArgs, merged)
+
+
+def _of(kind: type[RouterArgs], merged: MergedValues) -> RouterArgs:
+    """Return the options that were read from all sources."""
+    return kind(**merged.values, **{name: getattr(merged, name) for name in MergedValues._fields[1:]})
 
 
 def _attributes(args: object, use_router_prefix: bool) -> dict[str, Any]:

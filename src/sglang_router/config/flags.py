@@ -9,8 +9,8 @@ command line, because only these override the environment.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Collection, Sequence
+from typing import Any, Final, NoReturn
 
 from sglang_router.config.option import ENVIRONMENT_PREFIX, Alias, Option, did_you_mean
 from sglang_router.config.table import ROUTER, OptionTable
@@ -92,18 +92,53 @@ def _added(before: Any, value: Any) -> Any:
     return value
 
 
-def new_parser(prog: str) -> OptionParser:
-    """Return the parser of the launch command."""
+COMMON: Final = (
+    *("worker_urls", "service_discovery", "selector", "discovery_file"),
+    *("host", "port", "config", "relay_processes", "reuse_port", "state_file"),
+    *("api_key_file", "control_plane_api_keys_file", "server_cert_path", "server_key_path"),
+    *("policy", "max_concurrent_requests", "queue_size", "max_running_per_worker"),
+    *("prometheus_port", "log_level", "log_dir"),
+)
+"""The options that --help shows; --help-all shows the others, too."""
+
+
+class _Help(argparse.Action):
+    """Print a help text and end: the one of `only` these options, or of all."""
+
+    def __init__(self, only: Collection[str] | None = None, **details: Any) -> None:
+        super().__init__(nargs=0, **details)
+        self._only = only
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        new_parser(parser.prog, self._only).print_help()
+        parser.exit()
+
+
+def new_parser(prog: str, only: Collection[str] | None = None) -> OptionParser:
+    """Return the parser of the launch command. only: names of the options that it knows; None: all."""
+    more = "" if only is None else f" --help-all shows {len(ROUTER.options) - len(only)} more."
     parser = OptionParser(
         prog=prog,
         usage="%(prog)s [--worker-urls URL ...] [options]",
         description="Start the router in front of workers: SGLang, vLLM, llama.cpp or built-in engines.",
-        epilog=f"Every option is also a variable {ENVIRONMENT_PREFIX}<NAME> and a key of the --config file.",
+        epilog=f"Every option is also a variable {ENVIRONMENT_PREFIX}<NAME> and a key of the --config file.{more}",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
+    details: dict[str, Any] = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    parser.add_argument("-h", "--help", action=_Help, only=COMMON, help="show the options that people use", **details)
+    parser.add_argument("--help-all", action=_Help, help="show all options", **details)
+    about = "check the options and all that they name, start nothing; exit status 0: they can be used"
+    parser.add_argument("--check-config", action="store_true", help=about)
     add_version(parser)
-    add_flags(parser)
+    add_flags(parser, only=only)
     return parser
 
 
@@ -118,14 +153,20 @@ def add_flags(
     *,
     use_router_prefix: bool = False,
     exclude_host_port: bool = False,
+    only: Collection[str] | None = None,
 ) -> None:
-    """Add a table's options to a parser, in groups; with the prefix as `--router-...`, except those in `_SHARED`."""
+    """Add a table's options to a parser, in groups; with the prefix as `--router-...`, except those in `_SHARED`.
+
+    only  names of the options that are added; None: all
+    """
     if parser.get_default(table.given) is None:
         parser.set_defaults(**{table.given: frozenset()})
     groups: dict[str, Any] = {}
     entries: list[Option | Alias] = [*table.options.values(), *table.aliases.values()]
     for entry in entries:
         if exclude_host_port and entry.name in ("host", "port"):
+            continue
+        if only is not None and entry.name not in only:
             continue
         target = table.options[entry.target] if isinstance(entry, Alias) else entry
         if target.group not in groups:

@@ -43,11 +43,12 @@ _KEYS: dict[str, str] = {
 
 class MergedValues(NamedTuple):
     """The values of all sources. `given`: options that any source set; `from_file`: those whose value the file set;
-    `slips`: what looks like a mistake and changes nothing."""
+    `from_environment`: those whose value a variable set; `slips`: what looks like a mistake and changes nothing."""
 
     values: dict[str, Any]
     given: frozenset[str]
     from_file: frozenset[str]
+    from_environment: frozenset[str]
     slips: tuple[str, ...]
 
 
@@ -59,12 +60,20 @@ def merge(flags: Mapping[str, Any], environ: Mapping[str, str]) -> MergedValues:
     variables = read_environ(environ)
     path = flags.get("config") or variables.get("config")
     file = read_file(Path(path)) if path else {}
-    over = {**variables, **resolve_aliases(flags, "command line")}
+    line = resolve_aliases(flags, "command line")
+    over = {**variables, **line}
     values = {**file, **over}
     mirror_aliases(values)
     from_file = file.keys() - over.keys()
-    given = frozenset(values.keys() & OPTIONS.keys())
-    return MergedValues(values, given, frozenset(from_file & OPTIONS.keys()), unknown_variables(environ))
+    from_environment = variables.keys() - line.keys()
+    known = OPTIONS.keys()
+    return MergedValues(
+        values,
+        frozenset(values.keys() & known),
+        frozenset(from_file & known),
+        frozenset(from_environment & known),
+        unknown_variables(environ),
+    )
 
 
 def read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -91,19 +100,47 @@ def unknown_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Read the options in a YAML or TOML file: a flat mapping, with `-` or `_` in its keys; null means not given."""
+    """Read the options in a YAML or TOML file: a flat mapping, with `-` or `_` in its keys; null means not given.
+
+    Raises: ConfigError.
+    """
+    values, errors = _read_keys(path)
+    if errors:
+        raise errors[0]
+    return resolve_aliases(values, str(path))
+
+
+def file_errors(path: str) -> list[str]:
+    """Return all that is wrong with single keys of a file, a sentence each."""
+    try:
+        values, errors = _read_keys(Path(path))
+        if not errors:
+            resolve_aliases(values, path)
+    except ConfigError as error:
+        return [str(error)]
+    return [str(error) for error in errors]
+
+
+def _read_keys(path: Path) -> tuple[dict[str, Any], list[ConfigError]]:
+    """Return the values of a file, and what is wrong with others. Raises: ConfigError for the file as a whole."""
     from sglang_router.config.option_files import parse  # imported here: YAML takes 10 ms, and most starts read no file
 
     values: dict[str, Any] = {}
+    errors: list[ConfigError] = []
     spelled: dict[str, object] = {}  # name -> the key in the file
     for key, value in parse(path).items():
         name = _KEYS.get(str(key).replace("-", "_"))
         if name is None or name == "config":
             why = "cannot be set in a file" if name else f"is not an option{did_you_mean(str(key), _KEYS)}"
-            raise ConfigError(f"{path}: {key!r} {why}")
+            errors.append(ConfigError(f"{path}: {key!r} {why}"))
+            continue
         if name in spelled:
-            raise ConfigError(f"{path}: {spelled[name]!r} and {key!r} are one option; give only one of them")
+            both = f"{spelled[name]!r} and {key!r}"
+            errors.append(ConfigError(f"{path}: {both} are one option; give only one of them"))
         spelled[name] = key
-        if value is not None:
-            values[name] = accept(name, value, f"{path}: {key}")
-    return resolve_aliases(values, str(path))
+        try:
+            if value is not None:
+                values[name] = accept(name, value, f"{path}: {key}")
+        except ConfigError as error:
+            errors.append(error)
+    return values, errors

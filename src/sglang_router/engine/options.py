@@ -57,8 +57,8 @@ class EngineOptions:
         return min(self.context_length, self.capacity_tokens // self.page_size * self.page_size)
 
 
-def parse_options(argv: list[str]) -> EngineOptions:
-    """Read the options in `argv`. A mistake ends the program with one line and status 2, --help with status 0."""
+def new_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m sglang_router.engine",
         description="Simulate an SGLang server: real KV cache, modelled time, generated text without a model.",
@@ -72,6 +72,12 @@ def parse_options(argv: list[str]) -> EngineOptions:
             parser.add_argument(flag, action="store_true", help=option.metadata["help"])
         else:
             parser.add_argument(flag, type=type(option.default), default=option.default, help=option.metadata["help"])
+    return parser
+
+
+def parse_options(argv: list[str]) -> EngineOptions:
+    """Read the options in `argv`. A mistake ends the program with one line and status 2, --help with status 0."""
+    parser = new_parser()
     options = EngineOptions(**vars(parser.parse_args(argv)))
     try:
         options.scheduler()

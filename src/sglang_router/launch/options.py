@@ -149,7 +149,7 @@ def parse(
     Raises: ConfigError; SystemExit(0) after --help.
     """
     own, engines = _cut(list(argv))
-    parser = _parser(prog)
+    parser = new_parser(prog)
     namespace, rest = parser.parse_known_args(own)
     for word in rest:
         if word.startswith(("--router-", "--router_")):
@@ -171,7 +171,8 @@ def _cut(argv: list[str]) -> tuple[list[str], list[str]]:
     return [_SPELLINGS.get(word, word) for word in argv[:end]], argv[end + 1 :]
 
 
-def _parser(prog: str) -> OptionParser:
+def new_parser(prog: str) -> OptionParser:
+    """Return the parser of the command line."""
     parser = OptionParser(
         prog=prog,
         usage="%(prog)s [--backend NAME] --model-path MODEL [--dp-size N] [--host HOST] [--port PORT]\n"

@@ -1,4 +1,4 @@
-"""What all messages are, and those about the control plane: see `processes.messages` for the others.
+"""What all messages are, and those about the control plane and keys: see `processes.messages` for the others.
 
 relay --> decider                decider --> relay
 AppAsk, AppBody    a request     AppWants              the next part of the body
@@ -41,6 +41,18 @@ class ErrorSent(Message, tag=35):
     param: str | None
     retry_after: float | None
     fields: list[tuple[str, str]]
+
+
+class ReadAgain(Message, tag=47):
+    """Read keys and certificates again.
+
+    level                      of the log
+    client_keys, control_keys  those of the options, which may have changed: the fields of ClientKey and ControlKey
+    """
+
+    level: int
+    client_keys: list[tuple[str, str]]
+    control_keys: list[tuple[str, str, str, str]]
 
 
 class AppAsk(Message, tag=17):

@@ -29,6 +29,7 @@ from sglang_router.processes.message import (
     ErrorSent,
     Message,
     PlannedOne,
+    ReadAgain,
 )
 
 # -- relay to decider --------------------------------------------------------------------------------------------------
@@ -348,12 +349,6 @@ class Cut(Message, tag=46):
     """Close all connections now."""
 
     round: int
-
-
-class ReadAgain(Message, tag=47):
-    """Read keys and certificates again."""
-
-    level: int
 
 
 FromRelay = (

@@ -30,6 +30,7 @@ from sglang_router.app.listening import open_all, servers_on
 from sglang_router.app.looping import on_loop
 from sglang_router.app.traces import ids_of
 from sglang_router.config import RouterArgs
+from sglang_router.config.keys import ClientKey, ControlKey
 from sglang_router.processes import message, messages, sockets
 from sglang_router.processes.control import ControlProxy
 from sglang_router.processes.facing import target_of
@@ -136,7 +137,7 @@ class RelayProcess:
             messages.Drain: self._drain,
             messages.StopAccepting: lambda _: self._stop_accepting(),
             messages.Cut: self._cut,
-            messages.ReadAgain: self._reload,
+            message.ReadAgain: self._reload,
             message.AppWants: control.heard,
             message.AppHead: control.heard,
             message.AppData: control.heard,
@@ -277,8 +278,10 @@ class RelayProcess:
         if self._remote.link is not None:
             self._remote.link.put(messages.Drained(number))
 
-    def _reload(self, reload: messages.ReadAgain) -> None:
+    def _reload(self, reload: message.ReadAgain) -> None:
         self._log.set_level(reload.level)
+        self._args.api_key = [ClientKey(*each) for each in reload.client_keys]
+        self._args.control_plane_api_keys = [ControlKey(*each) for each in reload.control_keys]
         for files in self._watched:
             files.refresh(anyway=True)
 

@@ -25,7 +25,7 @@ from sglang_router.processes.desk import Desk
 from sglang_router.processes.facing import known_of
 from sglang_router.processes.given import BUILT, ENDING, LEADING, PASSED, READY, Given, Launch
 from sglang_router.processes.link import Link, decode_from_relay
-from sglang_router.processes.message import Message
+from sglang_router.processes.message import Message, ReadAgain
 from sglang_router.processes.ports import RelayPort
 from sglang_router.relay.clients import Unanswered
 from sglang_router.routing.events import Listener, WorkerChanged
@@ -76,6 +76,7 @@ class Relays(Elsewhere, Listener):
         self._opened = False  # the router has started
         self._round = 0  # drains so far
         self._drain: messages.Drain | None = None  # the last one
+        self._again: ReadAgain | None = None  # what the last reload told
         self._wanted = False
         self._save: Callable[[], Awaitable[object]] | None = None
         self._saving = False  # a write of the state is due
@@ -255,6 +256,8 @@ class Relays(Elsewhere, Listener):
                 LEVELS[self._app.args.log_level],
             )
         )
+        if self._again is not None:  # it was started with the keys of the start
+            link.put(self._again)
         if self._drain is not None:
             link.put(self._drain)
         port.pid = hello.pid
@@ -325,7 +328,13 @@ class Relays(Elsewhere, Listener):
 
     def reload(self) -> None:
         """Let relays read keys and certificates again."""
-        self._tell(messages.ReadAgain(LEVELS[self._app.args.log_level]))
+        args = self._app.args
+        self._again = ReadAgain(
+            LEVELS[args.log_level],
+            [(*each,) for each in args.api_key],
+            [(*each,) for each in args.control_plane_api_keys],
+        )
+        self._tell(self._again)
 
     def stop_accepting(self) -> None:
         """Let relays accept no further clients, and the supervisor start no process again."""

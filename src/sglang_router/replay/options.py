@@ -146,8 +146,8 @@ def listed() -> list[tuple[str, str, str]]:
     return [*rows, *((flag, help, "off") for flag, help in _SWITCHES.items())]
 
 
-def parse_options(argv: Sequence[str], prog: str = "sglang-router replay") -> ReplayOptions:
-    """Read the options. Raises: ConfigError; SystemExit(0) after --help."""
+def new_parser(prog: str) -> OptionParser:
+    """Return the parser of what follows the trace."""
     parser = OptionParser(
         prog=prog,
         usage="%(prog)s TRACE [options] [options of the router]",
@@ -168,6 +168,12 @@ def parse_options(argv: Sequence[str], prog: str = "sglang-router replay") -> Re
         )
     for flag, help in _SWITCHES.items():
         parser.add_argument(flag, action="store_true", help=help)
+    return parser
+
+
+def parse_options(argv: Sequence[str], prog: str = "sglang-router replay") -> ReplayOptions:
+    """Read the options. Raises: ConfigError; SystemExit(0) after --help."""
+    parser = new_parser(prog)
     trace, *words = argv or ["-h"]
     if trace in ("-h", "--help"):
         parser.print_help()

@@ -154,6 +154,10 @@ class Pool:
             self._seat(worker)
         return old
 
+    def limit(self, most_load: int) -> None:
+        """Let each worker have at most so many requests in flight from now on; 0: no limit."""
+        self._most_load = most_load
+
     def changed(self, worker: Worker) -> None:
         """Take note that the state of a worker changed."""
         self._seating.changed(worker)

@@ -12,8 +12,10 @@ worker has left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterator
 from typing import Protocol
+
+import msgspec
 
 from sglang_router.errors import RouterError
 from sglang_router.routing.models import ServedModels, Serving
@@ -21,7 +23,7 @@ from sglang_router.routing.named import NamedWorkers
 from sglang_router.routing.policies.base import Policy
 from sglang_router.routing.pool import Pool, PoolKey
 from sglang_router.routing.roles import REGULAR
-from sglang_router.routing.rules import FleetRules
+from sglang_router.routing.rules import FleetRules, PolicySettings
 from sglang_router.routing.worker import Worker
 
 
@@ -33,6 +35,9 @@ class Tailor(Protocol):
 
     def make(self, rule: Hashable) -> Policy:
         """Return a new policy for a rule, which is not None."""
+
+    def adjust(self, policy: Policy, old: Hashable, new: Hashable) -> bool:
+        """Make a policy follow another rule, if it can without forgetting anything; return whether it does now."""
 
 
 def one_pool(worker: Worker) -> PoolKey:
@@ -209,8 +214,36 @@ class Pools:
         """Give a pool the policy that its models have now."""
         rule = tailor.rule_of(pool.workers, pool.rule)
         if rule != pool.rule:
-            pool.rule = rule
+            old, pool.rule = pool.rule, rule
+            if old is not None and rule is not None and tailor.adjust(pool.policy, old, rule):
+                return
             self._closing.append(pool.use(self._usual(pool.key) if rule is None else tailor.make(rule)))
+
+    # -- for a reload --------------------------------------------------------------------------------------------------
+
+    def adjust(self, settings: PolicySettings) -> None:
+        """Let the usual policies follow other settings, without forgetting anything."""
+        for pool in self._pools.values():
+            if pool.rule is None:
+                pool.policy.adjust(settings)
+
+    def use(
+        self, make_policy: Callable[[], Policy], roles: dict[str, Callable[[], Policy]], anew: Container[str]
+    ) -> None:
+        """Let others make the usual policies from now on; see `policies` for `roles`.
+
+        anew  the roles whose pools get a new policy at once; the others keep the ones that they have
+        """
+        self._make_policy, self.policies = make_policy, roles
+        for pool in self._pools.values():
+            if pool.rule is None and pool.key.role in anew:
+                self._closing.append(pool.use(self._usual(pool.key)))
+
+    def limit(self, most_load: int) -> None:
+        """Let each worker have at most so many requests in flight from now on; 0: no limit."""
+        self._rules = msgspec.structs.replace(self._rules, most_load=most_load)
+        for pool in (self.nobody, *self._pools.values()):
+            pool.limit(most_load)
 
     # -- for those who set names and policies ------------------------------------------------------------------------
 

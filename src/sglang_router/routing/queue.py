@@ -33,7 +33,7 @@ lately; those of a lower priority than the refused one are not counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import Final, Generic, TypeVar
 
 from sglang_router.errors import Overload, QueueFull, RateLimited, SessionsFull, TooManyWaiting
@@ -120,6 +120,18 @@ class Queue(Generic[T]):
     def has_place(self) -> bool:
         """Whether a place is free."""
         return len(self._running) < self._most
+
+    def use(self, rules: QueueRules, running: Iterable[int]) -> None:
+        """Let other limits count from now on; what is queued stays so. running: the requests that have begun.
+
+        The bucket of the rate limit stays as full as it is, unless the rate changes: then it is full.
+        """
+        if (rules.rate, rules.burst) != (self.rules.rate, self.rules.burst):
+            self._bucket = None if rules.rate is None else TokenBucket(rules.rate, rules.burst)
+        self.rules = rules
+        self._most = math.inf if rules.max_concurrent is None else rules.max_concurrent
+        self._running = set() if rules.max_concurrent is None else set(running)
+        self.idle = not self._queued and not self.limited
 
     # -- new requests --------------------------------------------------------------------------------------------------
 

@@ -64,6 +64,7 @@ class Recorder(Listener):
     most       records that are kept
     every      one request of so many gets a table; 0: only those that must
     most_load  requests in flight that one worker may have; 0: no limit
+    policy     what the usual policy is called
     epoch      returns what must be added to a time of the router's clock to get seconds since 1970
     failed     takes the fault of a policy that cannot explain itself
     policy_of  tells the policy by which a worker is chosen, "" for the usual one; None: all are chosen by that
@@ -82,9 +83,9 @@ class Recorder(Listener):
         self.most = most
         self.sink: Sink | None = None
         self.policy_of: Callable[[str], str] | None = None
-        self._policy = policy
+        self.policy = policy
         self._every = every or _NEVER
-        self._most_load = most_load
+        self.most_load = most_load
         self._epoch = epoch
         self._fault = failed
         self._explains = True  # the policy has not failed to
@@ -153,7 +154,7 @@ class Recorder(Listener):
         if len(candidates) < len(pool.workers):
             for worker in pool.workers:
                 if worker not in candidates:
-                    why = reason(worker, self._most_load, trail, now, held)
+                    why = reason(worker, self.most_load, trail, now, held)
                     found.append(Considered(worker.url, 0, None, None, worker.load, why))
                     if len(found) == MOST_CONSIDERED:
                         break
@@ -171,7 +172,7 @@ class Recorder(Listener):
 
     def finished_all(self, events: Sequence[Finished]) -> None:
         """Keep the records of requests that ended."""
-        records, noted, usual, epoch, sink = self._records, self._noted, self._policy, self._epoch(), self.sink
+        records, noted, usual, epoch, sink = self._records, self._noted, self.policy, self._epoch(), self.sink
         policy_of = self.policy_of
         tabled, most_lines = self._tabled, self.most * LINES_PER_RECORD
         for event in events:
@@ -270,7 +271,7 @@ class Recorder(Listener):
                 _session(tag),
                 tag.streaming,
                 tag.received,
-                self._policy if policy_of is None else policy_of(name) or self._policy,
+                self.policy if policy_of is None else policy_of(name) or self.policy,
                 name,
                 choice.branch,
                 choice.matched,

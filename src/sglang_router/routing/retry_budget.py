@@ -52,9 +52,8 @@ class RetryBudget:
 
     def __init__(self, rules: RetryBudgetRules | None = None) -> None:
         rules = rules or RetryBudgetRules()
-        self._ratio = rules.ratio
-        self._free = rules.floor * rules.window + _ROUNDING
         self._width = rules.window / _SLOTS
+        self.use(rules)
         self._requests = [0] * _SLOTS
         self._retries = [0] * _SLOTS
         self._number = 0  # of the newest slot, counted from time 0
@@ -64,6 +63,11 @@ class RetryBudget:
 
     def __repr__(self) -> str:
         return f"<RetryBudget {self.retries} retries of {self.requests} requests>"
+
+    def use(self, rules: RetryBudgetRules) -> None:
+        """Let another share and floor count from now on; the window stays as long as it was."""
+        self._ratio = rules.ratio
+        self._free = rules.floor * self._width * _SLOTS + _ROUNDING
 
     def request(self, now: float) -> None:
         """Count a client's request; its retries do not count as requests."""

@@ -162,6 +162,10 @@ class Policy:
         usage  what the engine told of its answer; None: nothing
         """
 
+    def adjust(self, settings: PolicySettings) -> None:
+        """Follow other settings from now on, and forget nothing. Sizes of memories stay as they were."""
+        self.settings = settings
+
     # -- notices, which a policy may ignore --------------------------------------------------------------------------
 
     def added(self, worker: Worker) -> None:

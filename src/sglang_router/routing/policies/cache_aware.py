@@ -50,13 +50,18 @@ class CacheAware(Policy):
         self._informed = self._memory.informed
         self.tree = self._memory.tree
         self._longest_text = self.tree.max_text
-        self._threshold = settings.cache_threshold
-        self._abs = settings.balance_abs_threshold
-        self._rel = settings.balance_rel_threshold
         self._by_slot: dict[int, Worker] = {}
+        self.adjust(settings)
 
     def __repr__(self) -> str:
         return f"<CacheAware turn {self._turn}, {self.tree!r}>"
+
+    def adjust(self, settings: PolicySettings) -> None:
+        """Follow other thresholds from now on."""
+        super().adjust(settings)
+        self._threshold = settings.cache_threshold
+        self._abs = settings.balance_abs_threshold
+        self._rel = settings.balance_rel_threshold
 
     def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
         """Choose the worker with the longest matching prefix, unless load or a short match speak against it."""

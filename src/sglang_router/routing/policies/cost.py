@@ -98,12 +98,17 @@ class Cost(Policy):
         self.pressure = Pressure()
         self.paces = Paces()
         self._longest_text = self.tree.max_text
-        self._load_cap = settings.cost_load_cap
+        self.adjust(settings)
         self._by_slot: dict[int, Worker] = {}
         self._rooms: dict[int, Slot] = {}  # what the tree holds for each slot
 
     def __repr__(self) -> str:
         return f"<Cost turn {self._turn}, {self.pressure!r}, {self.tree!r}>"
+
+    def adjust(self, settings: PolicySettings) -> None:
+        """Follow another cap of the load from now on."""
+        super().adjust(settings)
+        self._load_cap = settings.cost_load_cap
 
     # -- the choice ----------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from sglang_router.routing.considered import Considered
 from sglang_router.routing.decision_record import ShadowChoice
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.policies.base import Choice, Policy
+from sglang_router.routing.rules import PolicySettings
 from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
 
@@ -164,6 +165,12 @@ class Shadowed(Policy):
         self._obeyed.reported(choice, facts, usage, now)
         choice.note = both
         self._quietly(lambda: self._shadow.reported(both.shadow, facts, usage, now))
+
+    def adjust(self, settings: PolicySettings) -> None:
+        """Let both policies follow other settings."""
+        super().adjust(settings)
+        self._obeyed.adjust(settings)
+        self._quietly(lambda: self._shadow.adjust(settings))
 
     # -- notices -------------------------------------------------------------------------------------------------------
 
