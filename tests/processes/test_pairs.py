@@ -9,9 +9,11 @@ import pytest
 
 from desks import Decider, Ends, Relay
 from fleets import ROUTE
-from pairs import Pairs, chat, spliced
+from pairs import UNCHECKED, Pairs, chat, spliced
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import RequestTag
+from sglang_router.routing.rules import QueueRules
+from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.usage import Usage
 
 
@@ -118,6 +120,35 @@ def test_the_decider_hears_how_many_answers_are_wanted() -> None:
     play.relay.remote.paired = False
     play.ask(2)
     assert len(play.relay.plans[2].legs) == 2
+
+
+def test_it_hears_so_before_it_is_known_that_there_are_pairs() -> None:
+    """Requests are queued while workers start, and roles are found out meanwhile."""
+    play = Play()
+    play.relay.remote.paired = False
+    play.ask(1, n=2)
+    assert 1 not in play.relay.plans
+    assert sum(play.loads) == 0
+
+
+def test_a_new_decider_that_does_not_know_roles_yet_adopts_both_as_one_request() -> None:
+    play = Play()
+    play.ask(1)
+    prefill, _ = play.relay.plans[1].legs
+    play.relay.remote.lost()
+    bench = Pairs(0, 0, queue=QueueRules(max_concurrent=1))
+    for worker in play.decider.bench.workers:
+        bench.workers.append(bench.fleet.add(WorkerSpec(url=worker.url, health=UNCHECKED), 0.0, restored=worker.id))
+    play.decider = Decider(2, play.ends, bench)
+    play.relay.connect(play.decider)
+    play.exchange()
+    assert (sum(play.loads), bench.router.queue.running) == (2, 1)
+    play.relay.remote.ended(play.relay.tags[1], prefill, Outcome.SERVED, 0.5)
+    play.exchange()
+    assert (sum(play.loads), bench.router.queue.running) == (1, 1), "the decode leg has the place"
+    play.relay.finish(1, Outcome.SERVED)
+    play.exchange()
+    assert (sum(play.loads), bench.router.queue.running) == (0, 0)
 
 
 def test_a_client_that_leaves_ends_both() -> None:

@@ -158,7 +158,7 @@ async def test_nothing_is_asked_again_when_the_router_ends() -> None:
 @on_loop
 async def test_no_more_than_so_many_are_open() -> None:
     async with Play(1) as play:
-        aborts = Aborts(play.connections, play.loop.call_later, ForwardRules(), 2)
+        aborts = Aborts(play.connections, play.loop.call_later, ForwardRules(), 2, 0)
         aborts.again = ()
         for _ in range(5):
             aborts.abort(leg_to(play), [])
@@ -167,6 +167,26 @@ async def test_no_more_than_so_many_are_open() -> None:
             await answered(await play.leg())
         await play.until(lambda: not aborts.in_flight)
         assert shown(aborts) == (0, 2, 0, 3)
+
+
+@on_loop
+async def test_a_long_list_that_is_given_up_leaves_nobody_behind() -> None:
+    """Each prompt must be asked for by its name, and other clients' requests are given up meanwhile."""
+    async with Play(1) as play:
+        aborts = Aborts(play.connections, play.loop.call_later, ForwardRules(), 2, 3)
+        aborts.again = ()
+        aborts.abort(leg_to(play, b"r_0 r_1 r_2 r_3"), [])
+        aborts.abort(leg_to(play, b"other"), [])
+        aborts.abort(leg_to(play, b"too-many"), [])
+        assert shown(aborts) == (2, 0, 0, 1)
+        rids = set()
+        for _ in range(5):
+            leg = await play.leg()
+            rids.add(json.loads(leg.body)["rid"])
+            await answered(leg)
+        await play.until(lambda: not aborts.in_flight)
+        assert rids == {"r_0", "r_1", "r_2", "r_3", "other"}
+        assert shown(aborts) == (0, 5, 0, 1)
 
 
 @on_loop

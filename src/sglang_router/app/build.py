@@ -19,7 +19,6 @@ import asyncio
 import random
 import time
 import uuid
-from collections import ChainMap
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -38,7 +37,7 @@ from sglang_router.app.deciding import book_of, recorder_of, shadows_of
 from sglang_router.app.discovering import discovery_of
 from sglang_router.app.issuer import tokens_of
 from sglang_router.app.memories import memories_of
-from sglang_router.app.models import models_of, policy_of, worker_policy
+from sglang_router.app.models import models_of, policy_of
 from sglang_router.app.overview import live_of
 from sglang_router.app.parts import App, Elsewhere
 from sglang_router.app.routers import PolicyParts, fleet_of, router_of
@@ -144,8 +143,6 @@ def build(
     router = router_of(args, fleet, listeners, rng, partial(_soon, loop, clock), workers.checks.check_now)
     router.recorder, router.quotas = recorder_of(args, clock), quotas
     models = models_of(args, router, rng, caches, shadows)
-    if router.recorder is not None:
-        router.recorder.policy_of = worker_policy(fleet)
     clients, scrapers = front.clients_of(args, clock, connections)
     workers.checks.vanished = partial(_take_back, clients, elsewhere)
     traces = ids_of(args, mark)
@@ -346,7 +343,8 @@ def _metrics(args: RouterArgs, router: Router, sources: LiveSources) -> Metrics:
         sources,
         duration_buckets=args.prometheus_duration_buckets,
         paths=[row.path for rows in ROUTES.values() for row in rows],
-        models=ChainMap(pools.models.known, router.naming.labels),
+        models=pools.models.known,
+        aliases=router.naming.labels,
     )
 
 

@@ -120,6 +120,8 @@ def use_models(args: RouterArgs, router: Router, policies: ModelPolicies) -> Non
         router.naming.use(table.aliases, table.fallbacks, args.enable_igw)
     if policies.use(args) or pools.tailor is not None:
         pools.refit(policies)
+        if router.recorder is not None:
+            router.recorder.policy_of = worker_policy(router.fleet)
     limited = {text_of(name): each.terms for name, each in table.settings.items() if each.terms != KeyTerms()}
     aliases = {text_of(alias): text_of(name) for alias, name in table.aliases.items()}
     router.quotas.use_models({name: settings.model_rules(terms) for name, terms in limited.items()}, aliases)

@@ -57,6 +57,7 @@ class Metrics(Listener):
     duration_buckets  upper bounds in seconds for all histograms; None: DURATION_BUCKETS
     paths             paths served beside the relayed ones, "{name}" for one segment; any other path is "other"
     models            the names that workers announce now, by their JSON text; any other name is "other"
+    aliases           the same of the names that an operator gives to models
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Metrics(Listener):
         duration_buckets: Sequence[float] | None = None,
         paths: Iterable[str] = (),
         models: Mapping[str, str] = MappingProxyType({}),
+        aliases: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.sources = sources or LiveSources()
         self._bounds = sorted(set(duration_buckets or DURATION_BUCKETS))
@@ -77,7 +79,7 @@ class Metrics(Listener):
             self.counts.worker_added(worker)
         self._tallies = self.counts.tallies
         self._series = self.counts.series
-        self._labels = Labels([*(path.decode() for path in ENDPOINTS), *paths], models)
+        self._labels = Labels([*(path.decode() for path in ENDPOINTS), *paths], models, aliases)
         self._registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._registry)

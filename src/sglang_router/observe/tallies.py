@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from sglang_router.routing.decisions import Decisions
@@ -197,13 +198,17 @@ class Labels:
     """Bounds the labels that clients choose.
 
     `paths` are the paths the router serves, exact or with parameters as in "/workers/{id}". `models` are the names that
-    workers announce now, by their JSON text: only these become labels, and at most `MOST_MODELS` in the process's life.
+    workers announce now, by their JSON text, and `aliases` what an operator calls models: only these become labels, and
+    at most `MOST_MODELS` in the process's life.
     A label that was given once stays, so that its counters go on when the model comes back.
     """
 
-    def __init__(self, paths: Iterable[str], models: Mapping[str, str]) -> None:
+    def __init__(
+        self, paths: Iterable[str], models: Mapping[str, str], aliases: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         paths = tuple(paths)
         self._announced = models
+        self._aliases = aliases
         self._exact = frozenset(path for path in paths if "{" not in path)
         self._patterns = [(_pattern(path), path) for path in paths if "{" in path]
         self._models: dict[str, str] = {"": "unknown"}
@@ -223,6 +228,8 @@ class Labels:
         label = self._models.get(model)
         if label is None:
             label = self._announced.get(model, OTHER)
+            if label == OTHER and self._aliases:
+                label = self._aliases.get(model, OTHER)
             if label == OTHER or len(self._models) > MOST_MODELS:
                 return OTHER
             self._models[model] = label

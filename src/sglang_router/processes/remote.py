@@ -103,6 +103,7 @@ class RemoteDecider:
         self.link: Link | None = None
         self.targets: dict[int, Target] = {}
         self.wanted = self.paired = False
+        self._settled = False  # there was a plan: from then on the roles of workers are known
         self._index = index
         self._ring = ring
         self._patience = patience
@@ -126,7 +127,7 @@ class RemoteDecider:
         if len(self._unheard) >= MOST:
             raise DeciderGone(retry_after=1.0)
         number, link = tag.number, self.link
-        if self.paired and facts.endpoint.generates:
+        if (self.paired or not self._settled) and facts.endpoint.generates:
             wants_several(facts)  # the decider, which has no body, may need to know
         asked = self._requests[number] = self._unheard[number] = _Asked(tag, facts)
         if link is None or link.stuck or self._kept:
@@ -241,6 +242,7 @@ class RemoteDecider:
         if asked.failed is not None:
             asked.legs.pop(asked.failed.leg.lease, None)
             self._began.discard(asked.failed.leg.lease)
+        self._settled = True
         now = self._clock() + plan.delay
         for leg in legs:
             asked.legs[leg.lease] = (leg, now)

@@ -4,7 +4,7 @@ SGLang frees a leg that waits for its partner neither when its connection closes
 router sets the request's id and says it when the leg is over. Nobody waits for the answer:
 
     abort(leg, headers) --> at most MOST at once, each for at most SECONDS --> settled: told, failed or dropped
-                            ^                                                  |
+                            ^ the others wait, at most MOST_WAITING            |
                             '--------- again, after AGAIN seconds -------------'
 
 An engine that is asked to end a request which it has not read yet forgets that it was asked: both came at almost the
@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -32,7 +33,9 @@ from sglang_router.wire.request import Headers
 from sglang_router.wire.response import ResponseHead
 
 MOST: Final = 256
-"""Aborts in flight; further ones are not sent."""
+"""Aborts in flight; further ones wait: one list of prompts that is given up has as many."""
+MOST_WAITING: Final = 8192
+"""Aborts that wait; further ones are not sent."""
 SECONDS: Final = 5.0
 """How long one may take."""
 AGAIN: Final = (1.0, 4.0)
@@ -125,7 +128,7 @@ class Aborts:
 
     told     aborts that an engine has answered
     failed   those that it has not
-    dropped  those that were not sent, because too many were in flight
+    dropped  those that were not sent, because too many waited
     again    seconds after which one is sent again, and once more; these are not counted
     """
 
@@ -133,8 +136,10 @@ class Aborts:
         "_call_later",
         "_forward",
         "_most",
+        "_most_waiting",
         "_open",
         "_rest",
+        "_unsent",
         "_waiting",
         "again",
         "dropped",
@@ -149,6 +154,7 @@ class Aborts:
         call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle],
         forward: ForwardRules,
         most: int = MOST,
+        most_waiting: int = MOST_WAITING,
     ) -> None:
         self.pool = pool
         self.told = self.failed = self.dropped = 0
@@ -156,7 +162,9 @@ class Aborts:
         self._call_later = call_later
         self._forward = forward
         self._most = most
+        self._most_waiting = most_waiting
         self._open: set[Abort] = set()
+        self._unsent: deque[Abort] = deque()
         self._waiting: set[Abort] = set()  # to be sent again; as many at most as may be in flight
         self._rest: asyncio.Event | None = None  # set when none is in flight, if somebody waits for that
 
@@ -171,12 +179,15 @@ class Aborts:
     def abort(self, leg: PlannedLeg, headers: Headers) -> None:
         """Ask the engine of a leg to end it. headers: the client's; their key is sent as with the leg itself."""
         for rid in leg.rid.split():
-            if len(self._open) >= self._most:
-                self.dropped += 1
-                log.debug("%s is not asked to end a request: %d such questions are open", leg.target.name, self._most)
-                continue
             body = json.dumps({"rid": rid.decode("latin-1")}).encode()
-            self._send(Abort(self, leg.target, self._head(leg.target, headers, len(body)), body))
+            abort = Abort(self, leg.target, self._head(leg.target, headers, len(body)), body)
+            if len(self._open) < self._most:
+                self._send(abort)
+            elif len(self._unsent) < self._most_waiting:
+                self._unsent.append(abort)
+            else:
+                self.dropped += 1
+                log.debug("%s is not asked to end a request: too many such questions wait", leg.target.name)
 
     def _send(self, abort: Abort) -> None:
         self._open.add(abort)
@@ -201,6 +212,8 @@ class Aborts:
     def settled(self, abort: Abort, failure: str) -> None:
         """Take note that an abort is over. failure: why it was not answered; "" for one that was."""
         self._open.discard(abort)
+        if self._unsent:
+            self._send(self._unsent.popleft())
         if not abort.repeated:
             self._count(abort, failure)
         if abort.again and len(self._waiting) < self._most:

@@ -380,7 +380,8 @@ class Exchange:
         if shown is not None:
             planned = shown.planned
         sent = shown.sent if shown else 0
-        answer = Answered(self.status, code, outcome, now - tag.start, self.first_byte, sent, self.retries)
+        retries = 0 if self._plan is None else self._plan.retries
+        answer = Answered(self.status, code, outcome, now - tag.start, self.first_byte, sent, retries)
         answer.usage = usage
         if pair is not None:
             answer.handoff = pair.handoff

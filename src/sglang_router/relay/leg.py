@@ -128,6 +128,7 @@ class Leg:
     """See the module.
 
     planned     the leg as the plan has it: target, lease, splice
+    bodyless    the answer has no body, whatever its head says
     connection  what carries the leg; None before it is sent and after its end
     decoding    take the answer's content without its transfer coding
     framing     of the answer, as far as the client has it; None before the head
@@ -149,6 +150,7 @@ class Leg:
         "_quiet",
         "_resent",
         "_seen",
+        "bodyless",
         "chunked",
         "connection",
         "decoding",
@@ -174,7 +176,7 @@ class Leg:
         self.planned = planned
         self.connection: Carrier | None = None
         self.decoding = decoding
-        self.fresh = False
+        self.fresh = self.bodyless = False
         self._resent = False  # a kept connection broke on it, and it was sent again
         # per answer
         self.framing: Framing | None = None
@@ -212,7 +214,9 @@ class Leg:
             body = splice_at(request.body, place, members) if place else splice(in_utf8(request.body), members)
         if tag.streaming:
             exchange.sending(self)
-        start = connections.origin.start(request.method, request.target)
+        method = request.method
+        self.bodyless = method == b"HEAD"
+        start = connections.origin.start(method, request.target)
         if relay.traces is not None:
             start += relay.traces.fields(tag, planned.lease, request.headers)
         head = request_head(request, start, tag.raw_id, len(body), target.key, relay.forward)
@@ -262,11 +266,6 @@ class Leg:
         self._seen, self._quiet = self.sent, 0
 
     # -- called by the connection (Sink) -------------------------------------------------------------------------------
-
-    @property
-    def bodyless(self) -> bool:
-        """Whether the answer has no body, whatever its head says."""
-        return self._exchange.request.method == b"HEAD"
 
     def connected(self, connection: UpstreamConnection) -> None:
         """Take the connection that was opened for the leg."""

@@ -1,6 +1,7 @@
 """Where a request goes that a worker has failed, and after which pause.
 
     a failure       a worker that has not failed the request; else one that has, after a pause that grows
+                    a pair of which a half has none left: a regular worker, if there is one
     a 404 for what nobody knows who keeps it: the next worker, until all were asked (`routing.kept_ids`)
 
 A request about something that a worker keeps, or that continues it, goes nowhere else than to that worker, if it is
@@ -87,16 +88,14 @@ class Again:
             (serving, fresh), again = left, _NOBODY
         else:
             most = 0 if elsewhere else rules.per_worker
-            fresh, again = self._candidates(serving, trail, most, now)
-            lost = not fresh and (not again or outcome is Outcome.REFUSED)
-            if lost and assignment.naming.on and not continued and (other := assignment.instead(facts, now)):
-                serving, most = other, rules.per_worker
-                fresh, again = self._candidates(serving, trail, most, now)
-            if isinstance(serving, ServingPair):
-                first, second = self._candidates(serving.prefill, trail, most, now)
-                readers = first or second
-                if not first:  # the pair is no fresher than its first half
-                    fresh, again = _NOBODY, (fresh or again) if second else _NOBODY
+            fresh, again, readers = self._halves(serving, trail, most, now)
+            if not fresh and (not again or outcome is Outcome.REFUSED):
+                if isinstance(serving, ServingPair) and (regular := assignment.naming.find(facts)).able(now):
+                    serving = regular
+                    fresh, again, readers = self._halves(serving, trail, most, now)
+                elif assignment.naming.on and not continued and (other := assignment.instead(facts, now)):
+                    serving = other
+                    fresh, again, readers = self._halves(serving, trail, rules.per_worker, now)
         if not (fresh or again) or (outcome not in _FREE and not budget.take(now)):
             return None
         trail.retries += 1
@@ -113,6 +112,18 @@ class Again:
         trail.retries += 1
         trail.strangers += 1
         return NextTry(*found)
+
+    def _halves(
+        self, serving: Serving, trail: Trail, most: int, now: float
+    ) -> tuple[Candidates, Candidates, Candidates | None]:
+        """Return what `_candidates` does, and of a pair those for its first half: it is no fresher than that."""
+        fresh, again = self._candidates(serving, trail, most, now)
+        if not isinstance(serving, ServingPair):
+            return fresh, again, None
+        first, second = self._candidates(serving.prefill, trail, most, now)
+        if first:
+            return fresh, again, first
+        return _NOBODY, (fresh or again) if second else _NOBODY, second
 
     def _candidates(self, serving: Serving, trail: Trail, most: int, now: float) -> tuple[Candidates, Candidates]:
         """Return the workers that have not failed the request, and those that have but may be tried again.

@@ -32,7 +32,7 @@ from sglang_router.routing.plan import RequestTag
 from sglang_router.routing.pool import Pool
 from sglang_router.routing.pools import Pools
 from sglang_router.routing.queue import PAUSED, PLACE, ROOM, SESSION, START, Queue
-from sglang_router.routing.roles import PREFILL
+from sglang_router.routing.roles import PREFILL, ROLES
 from sglang_router.routing.sessions import Sessions
 from sglang_router.routing.standing import awaits_continue
 from sglang_router.routing.worker import Worker
@@ -93,10 +93,9 @@ class Assignment:
 
     def refusal(self, serving: Serving, facts: Facts) -> RouterError | None:
         """Return the error for a request that nobody can serve; None for any other request."""
-        refusal = self._pools.refusal(serving, facts.model)
-        if refusal is None and serving is self._pools.nobody:
-            refusal = self.pairs.refusal(facts)
-        return refusal
+        pools = self._pools
+        refusal = self.pairs.refusal(facts) if pools.paired and serving is pools.nobody else None
+        return refusal or pools.refusal(serving, facts.model)
 
     def _anywhere(self, facts: Facts) -> bool:
         """Return whether any worker may answer a request, whatever model it serves."""
@@ -151,11 +150,14 @@ class Assignment:
 
         The model's own workers are not looked at: call it when none of them can serve the request.
         """
+        before = facts.model, facts.namespace, facts.asked
         for model in self.naming.fallbacks(facts):
-            found = self._pools.find(model, strict=True)
-            if found.able(now) or (self._pools.paired and self.pairs.of_model(model).able(now)):
+            if any(self._pools.find(model, role, strict=True).workers for role in ROLES):
                 rename(facts, model)
-                return self.serving(facts)
+                serving = self.serving(facts)  # pairs do not serve every request
+                if serving.able(now):
+                    return serving
+                facts.model, facts.namespace, facts.asked = before
         return None
 
     def candidates(self, serving: Serving, facts: Facts, now: float) -> Candidates:
@@ -176,7 +178,11 @@ class Assignment:
         """Return the line in which a request waits. A session that is live does not wait behind those that begin."""
         if not facts.endpoint.about and (holder := self.holder(facts)) is not None:
             return (serving, holder)
-        return (serving, SESSION) if self.sessions.begins(facts, now) else serving
+        return (serving, SESSION) if self._begins(serving, facts, now) else serving
+
+    def _begins(self, serving: Serving, facts: Facts, now: float) -> bool:
+        """Return whether a session begins that needs room; what it needs of a pair, nobody looks at."""
+        return self.sessions.begins(facts, now) and not isinstance(serving, ServingPair)
 
     def rejoins(self, queue: Queue[Asked], queued: Queued[Asked], now: float) -> bool:
         """Move a queued request to another line, if it belongs there now; return whether it does.
@@ -252,7 +258,7 @@ class Assignment:
             return SESSION if self.holder(facts) is None else ROOM
         error = self.unavailable(serving, facts, now)
         if isinstance(error, WorkersFull):
-            return SESSION if self.sessions.begins(facts, now) else ROOM
+            return SESSION if self._begins(serving, facts, now) else ROOM
         if isinstance(error, WorkersStarting):
             return START
         if isinstance(error, WorkersPaused):

@@ -46,6 +46,11 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     prefilled_tokens: int | None = None
     prefill_busy_us: int | None = None
 
+    @property
+    def requests(self) -> int:
+        """Requests that it has, computed or queued, as far as it tells."""
+        return (self.running or 0) + (self.queued or 0)
+
     def known(self) -> dict[str, int | str]:
         """Return what the engine told, by name."""
         return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}

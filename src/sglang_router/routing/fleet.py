@@ -129,13 +129,14 @@ class Fleet:
         if not worker.removed:
             self.pools.amended(worker)
 
-    def reported(self, worker: Worker, report: EngineReport) -> None:
-        """Store what an engine reported about itself."""
+    def reported(self, worker: Worker, report: EngineReport, counted: bool = True) -> None:
+        """Store what an engine reported about itself. counted: it has just counted its requests."""
+        if report.window is not None:
+            worker.window.told(report.window, report.requests if counted else None, worker.load)
         if report == worker.report:
             return
         worker.report = report
-        if report.window is not None:
-            worker.window.told(report.window, (report.running or 0) + (report.queued or 0), worker.load)
+        worker.told_port = report.bootstrap_port or worker.told_port
         old = worker.role if report.role is None else worker.tell_role(report.role)
         if report.prefilled_tokens is not None and report.prefill_busy_us is not None:
             worker.work.told(report.prefilled_tokens, report.prefill_busy_us)

@@ -95,6 +95,17 @@ class Lease:
     def __repr__(self) -> str:
         return f"<Lease {self.number} on {self.worker.url}{', closed' * self.closed}>"
 
+    def occupy(self, rooms: int) -> None:
+        """Take as much of the worker's window as a list has prompts; `close` gives it back."""
+        window, close, more = self.worker.window, self._close, rooms - 1
+        window.more += more
+
+        def give_back(lease: Lease, outcome: Outcome, now: float, held: bool) -> None:
+            window.more -= more
+            close(lease, outcome, now, held)
+
+        self._close = give_back
+
     def sent(self, uncached: int, streams: bool, now: float, delay: float) -> None:
         """Note that a request is sent, after a delay. uncached: as for `streams`.
 

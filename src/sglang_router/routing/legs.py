@@ -20,6 +20,7 @@ from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg, RequestTag
 from sglang_router.routing.recorder import Recorder
 from sglang_router.routing.roles import DECODE
+from sglang_router.routing.sessions import Place
 from sglang_router.routing.trail import Trail
 
 
@@ -59,8 +60,9 @@ class Legs:
         A session is at home where its context is computed, so it has no part in the choice of a decode worker.
         """
         policy, sessions, recorder = serving.policy, self._who.sessions, self.recorder
-        placed = sessions.on and facts.session and half != DECODE
-        place = sessions.place(facts, candidates, now) if placed else None
+        place: Place | None = None
+        if sessions.on and facts.session and half != DECODE:
+            place = sessions.place(facts, candidates, now)
         choice = policy.choose(facts, candidates if place is None else place.candidates, now)
         if place is not None:
             sessions.name(place, choice)
@@ -74,9 +76,11 @@ class Legs:
         lease.tag, lease.facts, lease.choice = tag, facts, choice
         if place is not None:
             lease.session = sessions.chosen(place, choice, facts, now)
-        if half != DECODE:
+        if not half:
+            lease.sent(total - choice.matched if total else -1, facts.streaming, now, delay)
+        elif half != DECODE:
             # The end of a prefill leg is what the first byte of a stream is: its prompt is read.
-            lease.sent(total - choice.matched if total else -1, facts.streaming or half != "", now, delay)
+            lease.sent(total - choice.matched if total else -1, True, now, delay)
         elif facts.streaming:
             lease.streams(-1, now + delay)
         self.open[lease.number] = lease

@@ -1,7 +1,8 @@
 """A pair: a prefill worker reads the prompt of a request, a decode worker writes its answer.
 
 A pair may take a request when a prefill worker may, and a decode worker whose window (`routing.window`) has room. For
-the router's queue it is one thing: what waits for room waits for a decode worker.
+the router's queue it is one thing: what waits for room waits for a decode worker. So pairs of the same halves are
+equal, and lists of prompts, which need more room than others, wait in the same line.
 """
 
 from __future__ import annotations
@@ -22,13 +23,21 @@ class ServingPair:
     """See the module. It is a `routing.models.Serving`.
 
     prefill, decode  who serves each half
+    rooms            how much of a window the request takes: as many as it has prompts
     """
 
-    __slots__ = ("decode", "prefill")
+    __slots__ = ("decode", "prefill", "rooms")
 
-    def __init__(self, prefill: Serving, decode: Serving) -> None:
+    def __init__(self, prefill: Serving, decode: Serving, rooms: int = 1) -> None:
         self.prefill = prefill
         self.decode = decode
+        self.rooms = rooms
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ServingPair) and self.prefill is other.prefill and self.decode is other.decode
+
+    def __hash__(self) -> int:
+        return hash((self.prefill, self.decode))
 
     def __repr__(self) -> str:
         return f"<ServingPair {self.prefill!r}, {self.decode!r}>"
@@ -50,11 +59,19 @@ class ServingPair:
 
     def candidates(self, now: float) -> Candidates:
         """Return the decode workers that may take a request now; none without a prefill worker for it."""
-        return with_room(self.decode.candidates(now)) if self.prefill.candidates(now) else _NOBODY
+        return self.with_room(self.decode.candidates(now)) if self.prefill.candidates(now) else _NOBODY
 
     def able(self, now: float) -> Candidates:
         """Return the same, and the workers left out only because they are full: a retry exceeds a window."""
         return self.decode.able(now) if self.prefill.able(now) else _NOBODY
+
+    def with_room(self, found: Candidates) -> Candidates:
+        """Return the decode workers whose windows have room for the request. O(n), if the engines tell windows."""
+        full = 0
+        for worker in found:
+            if worker.window.full(worker.load, self.rooms):
+                full |= 1 << worker.seat
+        return found.those(~full) if full else found
 
     def unavailable(self, now: float) -> Unavailable:
         """Return the error that says which half has no worker, why, and when to retry."""
@@ -63,15 +80,6 @@ class ServingPair:
         if self.decode.candidates(now):
             return WorkersFull(_WINDOWS, retry_after=1.0)
         return _of_role("decode", self.decode.unavailable(now), self.decode)
-
-
-def with_room(found: Candidates) -> Candidates:
-    """Return the decode workers whose windows have room. O(n), if the engines tell their windows."""
-    full = 0
-    for worker in found:
-        if worker.window.full(worker.load):
-            full |= 1 << worker.seat
-    return found.those(~full) if full else found
 
 
 def _works(half: Serving) -> bool:

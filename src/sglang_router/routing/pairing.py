@@ -24,7 +24,7 @@ from sglang_router.routing.legs import Legs
 from sglang_router.routing.models import Serving
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.pair import ServingPair
-from sglang_router.routing.plan import Plan, RequestTag
+from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag
 from sglang_router.routing.pools import Pools
 from sglang_router.routing.roles import DECODE, PREFILL
 from sglang_router.routing.trail import Trail
@@ -38,7 +38,7 @@ _NEVER: Final = -1.0
 class OpenPair:
     """A request with legs of a pair.
 
-    legs       that have not ended
+    legs       numbers of the leases of those that have not ended
     prefill    the lease of its latest prefill leg; None: there was none
     handed_at  when that one was served, and what it handed over may be used; negative: it may not
     """
@@ -46,12 +46,12 @@ class OpenPair:
     __slots__ = ("handed_at", "legs", "prefill")
 
     def __init__(self) -> None:
-        self.legs = 0
+        self.legs: set[int] = set()
         self.prefill: Lease | None = None
         self.handed_at = _NEVER
 
     def __repr__(self) -> str:
-        return f"<OpenPair {self.legs} legs{', handed over' * (self.handed_at >= 0.0)}>"
+        return f"<OpenPair {len(self.legs)} legs{', handed over' * (self.handed_at >= 0.0)}>"
 
 
 class Pairing:
@@ -93,7 +93,7 @@ class Pairing:
         handed = opened.handed_at >= 0.0 and now - opened.handed_at < LEASE
         if handed:
             decode = self._legs.take(tag, facts, pair.decode, decoders, now, trail, delay, DECODE)
-            self._opened(tag, opened, 1)
+            self._opened(tag, opened, decode)
             return Plan((decode,), delay, retries, True)
         if readers is None:
             readers = pair.prefill.candidates(now)
@@ -107,7 +107,7 @@ class Pairing:
         except Exception:  # a policy failed: it has taken nothing
             self._legs.give_back(prefill, now)
             raise
-        self._opened(tag, opened, 2)
+        self._opened(tag, opened, prefill, decode)
         opened.prefill, opened.handed_at = self._legs.open[prefill.lease], _NEVER
         decode.partner = prefill
         nixl = self._who.pairs.connector_of(pair) == NIXL
@@ -115,13 +115,16 @@ class Pairing:
             prefill.splice = nixl_prefill(facts.endpoint.name)
         else:
             meeting = Meeting(opened.prefill.worker, self._rng)
-            prefill.rid = decode.rid = meeting.rids(batch_size(facts))
+            prompts = batch_size(facts)
+            prefill.rid = decode.rid = meeting.rids(prompts)
+            if prompts > 1:
+                self._legs.open[decode.lease].occupy(prompts)
             prefill.splice = meeting.prefill
             decode.splice = meeting.decode(self._legs.open[decode.lease].worker)
         return Plan((prefill, decode), delay, retries, nixl)
 
-    def _opened(self, tag: RequestTag, opened: OpenPair, legs: int) -> None:
-        opened.legs += legs
+    def _opened(self, tag: RequestTag, opened: OpenPair, *legs: PlannedLeg) -> None:
+        opened.legs.update([leg.lease for leg in legs])
         self.open[tag.number] = opened
 
     def _spared(
@@ -129,7 +132,7 @@ class Pairing:
     ) -> tuple[Serving, Candidates] | None:
         """Return who serves a request alone because most of its prompt is cached there, or it is done sooner."""
         pairs = self._who.pairs
-        regular = self._pools.find(facts.model)
+        regular = self._who.naming.find(facts)
         alone: Serving = pair.decode
         if regular.workers:
             alone, candidates = regular, regular.candidates(now)
@@ -161,11 +164,11 @@ class Pairing:
         if opened is not None and (lease is opened.prefill or outcome not in UNREACHED):
             opened.handed_at = _NEVER
 
-    def replaced(self, number: int) -> None:
-        """Take note that a failed leg has ended because another attempt follows."""
+    def replaced(self, number: int, leg: PlannedLeg) -> None:
+        """Take note that a failed leg has ended because another attempt follows; it need not be one of a pair."""
         opened = self.open.get(number)
         if opened is not None:
-            opened.legs -= 1
+            opened.legs.discard(leg.lease)
 
     def is_last(self, number: int, lease: Lease, outcome: Outcome, now: float) -> bool:
         """Take note that a leg has ended; return whether its request has no other one."""
@@ -175,15 +178,15 @@ class Pairing:
         if lease is opened.prefill and outcome is _SERVED:
             lease.began(now)
             opened.handed_at = now
-        opened.legs -= 1
-        if opened.legs > 0:
+        opened.legs.discard(lease.number)
+        if opened.legs:
             return False
         del self.open[number]
         return True
 
-    def adopted(self, number: int) -> None:
+    def adopted(self, number: int, lease: Lease) -> None:
         """Take note of a leg that an earlier decider has planned."""
-        self.open.setdefault(number, OpenPair()).legs += 1
+        self.open.setdefault(number, OpenPair()).legs.add(lease.number)
 
 
 def _is_sooner(alone: Worker, alone_reads: int, prefill: Worker, prefill_reads: int, now: float) -> bool:

@@ -52,25 +52,25 @@ class Pairs:
             return regular
         if not facts.endpoint.generates:
             return regular if regular.workers else prefill if prefill.workers else decode
+        prompts = batch_size(facts)
         pair = self._pair(prefill, decode)
         if regular.workers and (not pair.is_whole or self.is_short(facts, 0, regular.workers[0])):
             return regular
         alone = self.connector_of(pair) == NIXL
         if wants_several(facts):
             return regular if regular.workers else decode if alone else pools.nobody
-        if alone and (not hands_off(facts.endpoint.name) or batch_size(facts)):
+        if alone and (not hands_off(facts.endpoint.name) or prompts):
             return decode
         if alone and decode.workers and not regular.workers and self.is_short(facts, 0, decode.workers[0]):
             return decode
-        return pair
-
-    def of_model(self, model: bytes) -> ServingPair:
-        """Return the pair of a model, JSON text; its halves may be empty."""
-        return self._pair(self._pools.find(model, PREFILL, strict=True), self._pools.find(model, DECODE, strict=True))
+        return ServingPair(prefill, decode, prompts) if prompts > 1 else pair
 
     def refusal(self, facts: Facts) -> RouterError | None:
         """Return the error for a request that nobody can serve although there are pairs of its model."""
-        return SeveralAnswers(param="n") if facts.endpoint.generates and wants_several(facts) else None
+        if not facts.endpoint.generates or not wants_several(facts):
+            return None
+        find = self._naming.find
+        return SeveralAnswers(param="n") if find(facts, PREFILL).workers or find(facts, DECODE).workers else None
 
     def _pair(self, prefill: Serving, decode: Serving) -> ServingPair:
         if self._seen != self._pools.version:
@@ -85,8 +85,12 @@ class Pairs:
         """Return how the workers of a pair hand over what was computed: NIXL or SGLANG."""
         if self.rules.connector:
             return self.rules.connector
-        told = next((runtime for worker in pair.workers if (runtime := _runtime_of(worker))), "")
-        return NIXL if told == "vllm" else SGLANG
+        for half in (pair.prefill, pair.decode):
+            for worker in half.workers:  # of one that was never asked nothing is known
+                runtime = worker.spec.runtime or worker.report.runtime
+                if runtime or worker.report.version:
+                    return NIXL if runtime == "vllm" else SGLANG
+        return SGLANG
 
     def is_short(self, facts: Facts, cached: int, worker: Worker) -> bool:
         """Return whether the part of a prompt that is not cached is too short for a pair, in tokens of a worker.
@@ -95,10 +99,6 @@ class Pairs:
         """
         most = self.rules.uncached_tokens
         return most > 0 and len(facts.text) - cached <= most * worker.tokens.rate.bytes_per_token
-
-
-def _runtime_of(worker: Worker) -> str | None:
-    return worker.spec.runtime or worker.report.runtime
 
 
 def wants_several(facts: Facts) -> bool:

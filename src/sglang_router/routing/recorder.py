@@ -183,10 +183,12 @@ class Recorder(Listener):
             worker: str | None = None
             branch = ""
             matched = total = 0
+            policy = usual
             if leg is not None:
                 worker, branch, matched, total = leg.target.name, leg.branch, leg.matched, leg.total
+                if policy_of is not None:
+                    policy = policy_of(worker) or usual
             ended = _UNROUTED if outcome is None or leg is None else outcome.label
-            policy = usual if worker is None or policy_of is None else policy_of(worker) or usual
             record = DecisionRecord(
                 tag.id,
                 tag.start + epoch,
@@ -207,10 +209,11 @@ class Recorder(Listener):
                 first if first >= 0.0 else None,
                 answer.duration,
             )
-            if leg is not None and leg.model:
-                record.served_model = plain_name(leg.model.decode("utf-8", "replace"))
-            if leg is not None and leg.partner is not None:
-                _add_prefill(record, leg.partner)
+            if leg is not None:
+                if leg.model:
+                    record.served_model = plain_name(leg.model.decode("utf-8", "replace"))
+                if leg.partner is not None:
+                    _add_prefill(record, leg.partner)
             if answer.usage is not None:
                 _tell(record, answer.usage)
             if noted and (attempts := noted.pop(tag.number, None)) is not None:

@@ -48,7 +48,7 @@ from sglang_router.routing.queue import PLACE, Queue
 from sglang_router.routing.quotas import Quotas
 from sglang_router.routing.recorder import Recorder
 from sglang_router.routing.retry_budget import RetryBudget
-from sglang_router.routing.roles import PREFILL, REGULAR
+from sglang_router.routing.roles import PREFILL
 from sglang_router.routing.rules import RetryRules
 from sglang_router.routing.sessions import Sessions
 from sglang_router.routing.trail import HOLD, Trail
@@ -91,9 +91,7 @@ class Router(Listener):
         soon: Soon,
         check_now: Callable[[Worker], None],
     ) -> None:
-        self.fleet = fleet
-        self.queue = queue
-        self.budget = budget
+        self.fleet, self.queue, self.budget = fleet, queue, budget
         self.quarantine = Quarantine(rng)
         self.quotas = Quotas()
         self._judge = Judge(fleet, self.quarantine, listener)
@@ -157,6 +155,8 @@ class Router(Listener):
             candidates = self._who.candidates(pool, facts, now) if special else pool.candidates(now)
             if candidates.mask:
                 self.budget.request(now)
+                if self._pools.only is not None:  # the usual case
+                    return Plan((self._legs.take(tag, facts, pool, candidates, now),))
                 return self._plan(tag, facts, pool, candidates, now)
         return self._ask_queue(tag, facts, pool, now)
 
@@ -240,7 +240,7 @@ class Router(Listener):
         plan = self._plan(tag, facts, found.serving, found.candidates, now, trail, found.delay, found.readers)
         self._trails[tag.number] = trail
         if self._leases.pop(leg.lease, None) is not None:
-            self._pairing.replaced(tag.number)
+            self._pairing.replaced(tag.number, leg)
         if lease.session is not None:
             self._who.sessions.ended(lease.session, now, False)
         self._listener.retried(Retried(tag, leg, outcome, plan.delay, status))
@@ -294,12 +294,12 @@ class Router(Listener):
         if lease is not None:
             self._who.kept.keep(bounded(response), lease.worker)
 
-    def adopt(self, tag: RequestTag, leg: PlannedLeg, lease: Lease, now: float) -> None:
-        """Take a leg that a decider before this one has planned: `retry`, `began` and `ended` apply to it."""
+    def adopt(self, tag: RequestTag, leg: PlannedLeg, lease: Lease, now: float, paired: bool = False) -> None:
+        """Take a leg that a decider before this one has planned. paired: it is one of two; roles may be unknown yet."""
         lease.number, lease.tag = leg.lease, tag
         self._leases[leg.lease] = lease
-        if lease.worker.role != REGULAR:
-            self._pairing.adopted(tag.number)
+        if paired:
+            self._pairing.adopted(tag.number, lease)
         self.queue.begin(tag.number, now)
 
     def suspect(self, leg: PlannedLeg) -> None:

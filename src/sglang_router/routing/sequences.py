@@ -8,8 +8,9 @@ It is read of a body only where there are pairs (`of`), except that of a large b
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -57,22 +58,33 @@ def _most(fields: Mapping[str, bytes]) -> int:
     if _is_several(fields.get("n", b"")) or _is_several(fields.get("best_of", b"")):
         return _SEVERAL
     raw = fields.get(_PARAMETERS, b"")
-    if b"n" not in raw:
+    if b"n" not in raw and b"\\" not in raw:  # a backslash may hide the name: "\\u006e"
         return _ONE
     if len(raw) > LONGEST_HELD:
         return _SEVERAL
     try:
         each = _decode_list(raw) if raw.lstrip().startswith(b"[") else [_decode(raw)]
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return _ONE
+        return _SEVERAL if any(map(_is_several, _counts(raw))) else _ONE
     return _SEVERAL if any(_is_several(bytes(one.get("n", b""))) for one in each) else _ONE
 
 
+def _counts(raw: bytes) -> list[bytes]:
+    """Return the same counts of parameters that only Python engines read, as JSON: with NaN, or half of a surrogate."""
+    try:
+        found: Any = json.loads(raw.decode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError):
+        return []  # no engine can read them
+    each = found if isinstance(found, list) else [found]
+    return [json.dumps(one["n"]).encode() for one in each if isinstance(one, dict) and "n" in one]
+
+
 def _is_several(raw: bytes) -> bool:
-    """Return whether a value stands for more than one; engines read 2, 2.0 and "2" alike."""
+    """Return whether a value stands for more than one; engines read 2, 2.0, "2" and "\\u0032" alike."""
     if not raw:
         return False
     try:
-        return float(raw.strip(b'"')) > 1.0
-    except ValueError:
+        number = json.loads(raw) if raw.startswith(b'"') else raw
+        return float(number) > 1.0
+    except (ValueError, RecursionError):
         return False

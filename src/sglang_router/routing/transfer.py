@@ -66,7 +66,7 @@ class Meeting:
         if rank is not None:
             ranks = max(prefill.report.ranks or _ANY_RANK, rank + 1)
             room += (rank - room) % ranks
-        port = prefill.spec.bootstrap_port or prefill.report.bootstrap_port
+        port = prefill.spec.bootstrap_port or prefill.told_port
         self.rid = b"%032x" % rng.getrandbits(128)
         self._prefill_rank = rank
         self._members = b'"bootstrap_host":%b,"bootstrap_port":%b,"bootstrap_room":%d,"rid":"%b"' % (

@@ -41,6 +41,7 @@ class Worker:
     order      rises with each registration: the order of rotation
     role       "regular", "prefill" or "decode": what its engine says, else what an operator does
     told_role  what its engine said last: "prefill" or "decode"; "" for neither
+    told_port  the bootstrap port that its engine said last; it counts on while the engine says nothing
     window     how many requests it may run at once
     slot       its number in the prefix memory of its pool; -1: none
     seat       its number in its pool, see `routing.roster`; -1: none
@@ -113,6 +114,7 @@ class Worker:
         "splice",
         "target",
         "tokens",
+        "told_port",
         "told_role",
         "unread",
         "url",
@@ -135,6 +137,7 @@ class Worker:
         # until it is amended or says more of itself
         self.announced = NO_NAMES
         self.told_role = ""
+        self.told_port: int | None = None
         self.describe(spec)
         self.report: EngineReport = NOTHING
         self.slot = -1

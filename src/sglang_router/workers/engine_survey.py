@@ -179,7 +179,7 @@ class EngineSurvey:
             if not topic.fields <= worker.report.known().keys():
                 found = await self._ask(worker, topic.questions, interview)
                 names = found.pop("names", names)
-                self._fleet.reported(worker, worker.report.updated({**found, **worker.report.known()}))
+                self._fleet.reported(worker, worker.report.updated({**found, **worker.report.known()}), counted=False)
             names = names if names.bases else names_of([worker.report.model])
             if names.bases:
                 self._fleet.announced(worker, names)
@@ -192,14 +192,14 @@ class EngineSurvey:
         found = await self._ask(worker, NAMES.questions, interview)
         names = found.pop("names", NO_NAMES)
         if names.bases:
-            self._fleet.reported(worker, worker.report.updated(found))
+            self._fleet.reported(worker, worker.report.updated(found), counted=False)
             self._fleet.announced(worker, names)
 
     async def _ask_role(self, worker: Worker, interview: _Interview) -> None:
         """Ask an engine that told its role before whether it has another one now: idle ones can be switched."""
         found = await self._ask(worker, SERVER_INFO, interview)
         if "role" in found:
-            self._fleet.reported(worker, worker.report.updated(found))
+            self._fleet.reported(worker, worker.report.updated(found), counted=False)
 
     async def _run(self, worker: Worker) -> None:
         await asyncio.sleep(worker.phase * self._interval)
@@ -227,7 +227,7 @@ class EngineSurvey:
 
     async def _ask_load(self, worker: Worker, interview: _Interview) -> None:
         found = await self._ask(worker, LOAD, interview)
-        self._fleet.reported(worker, worker.report.without_load().updated(found))
+        self._fleet.reported(worker, worker.report.without_load().updated(found), counted=bool(found))
 
     async def _ask(self, worker: Worker, questions: tuple[Question, ...], interview: _Interview) -> ReportFields:
         return await ask(self._pool, worker, questions, worker.spec.health.timeout, interview.not_there)
