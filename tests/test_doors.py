@@ -177,8 +177,8 @@ def test_launch_takes_a_namespace_with_old_names() -> None:
 
 
 def test_launch_refuses_by_exception() -> None:
-    with pytest.raises(ConfigError, match=r"^not available in this version: --enable-trace"):
-        launch_router(RouterArgs(enable_trace=True), serve=Server().serve)
+    with pytest.raises(ConfigError, match=r"^not available in this version: --backend"):
+        launch_router(RouterArgs(backend="openai"), serve=Server().serve)
 
 
 def test_one_warning_names_all_without_effect(capsys: pytest.CaptureFixture[str]) -> None:

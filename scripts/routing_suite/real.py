@@ -23,7 +23,6 @@ from urllib.parse import urlsplit
 
 import uvloop
 from scripts.benchmark.processes import BenchError, Processes, Server
-from scripts.real_engines import models
 from scripts.real_engines.engines import ENGINES, Engine
 from scripts.real_engines.launched import CourseError, Launched
 from scripts.routing_suite.client import Player
@@ -66,6 +65,8 @@ class Started:
         self._run = self._start()
 
     def _start(self) -> Launched:
+        from scripts.real_engines import models  # imported here: it needs a module of the tests
+
         engine, load = self.engine, self._load
         model = models.tiny(self._folder)
         if engine.folder:

@@ -41,7 +41,7 @@ def test_who_may_ask() -> None:
     reads = {row.path for row in ROWS if row.kind is AccessKind.CONTROL_READ}
     decisions = {"/decisions", "/decisions/{request:path}"}
     looks = {"/get_loads", "/metrics", "/engine_metrics", "/version", "/list_workers", "/scale", "/openapi.json"}
-    looks |= {"/is_paused", "/is_sleeping", "/v1/rl/workers", "/overview"}
+    looks |= {"/is_paused", "/is_sleeping", "/v1/rl/workers", "/overview", "/config", "/docs"}
     assert reads == {*looks, "/workers", "/workers/{id:path}", "/restart_workers", *decisions}
     for row in ROWS:
         assert row.kind is AccessKind.CONTROL_CHANGE or row.methods == ["GET"], (

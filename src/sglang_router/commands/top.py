@@ -14,6 +14,7 @@ import contextlib
 import os
 import select
 import shutil
+import signal
 import sys
 import termios
 import time
@@ -160,6 +161,7 @@ def _keys() -> Iterator[int]:
     """Read single keys, on the other screen; whatever happens, the terminal is as before at the end."""
     keyboard = sys.stdin.fileno()
     before = termios.tcgetattr(keyboard)
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # also if a parent process ignored it
     try:
         tty.setcbreak(keyboard)
         sys.stdout.write(_SCREEN)
@@ -168,6 +170,7 @@ def _keys() -> Iterator[int]:
         sys.stdout.write(_SHELL)
         sys.stdout.flush()
         termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+        signal.signal(signal.SIGINT, heard)
 
 
 def frame(found: Look, url: str, moment: str, said: str, columns: int, rows: int) -> list[str]:
