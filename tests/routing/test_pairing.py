@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -12,12 +13,15 @@ from fleets import Asked
 from pairs import UNCHECKED, Pairs, chat, names, spliced
 from sglang_router.errors import NoWorkers, RouterError, SeveralAnswers, Unavailable, WorkersFull
 from sglang_router.routing.batches import batch_size
+from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.engine_report import EngineReport
 from sglang_router.routing.facts import Facts, Skimming
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan
+from sglang_router.routing.policies.base import Choice, Policy
 from sglang_router.routing.queue import ROOM
-from sglang_router.routing.rules import BreakerRules, FleetRules, PairRules, QueueRules
+from sglang_router.routing.roles import DECODE
+from sglang_router.routing.rules import BreakerRules, FleetRules, PairRules, PolicySettings, QueueRules
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.usage import Usage
 
@@ -424,14 +428,22 @@ def test_what_may_be_fetched_or_is_old_is_not_used_again(outcome: Outcome, at: f
     assert names(again) == ["p0", "d1"]
 
 
-def test_a_policy_that_fails_takes_nothing() -> None:
-    b = Pairs()
-    decode = b.router.pairs.serving(chat()).policy
+class Broken(Policy):
+    """Fails when it is told of its choice."""
 
-    def fails(*_: object) -> None:
+    name = "broken"
+
+    def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
+        return self.least_loaded(candidates, "broken")
+
+    def chosen(self, choice: Choice, facts: Facts, now: float) -> None:
         raise RuntimeError("this policy is broken")
 
-    decode.chosen = fails  # type: ignore[assignment,method-assign]
+
+def test_a_policy_that_fails_takes_nothing() -> None:
+    b = Pairs(1, 0)
+    b.fleet.pools.policies[DECODE] = lambda: Broken(PolicySettings(), random.Random(1))
+    b.add("d0", DECODE)
     with pytest.raises(RuntimeError):
         b.ask(chat(stream=True))
     assert b.is_idle
