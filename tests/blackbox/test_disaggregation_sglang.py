@@ -282,6 +282,7 @@ def test_a_restarted_prefill_is_used_again(one: SglangBed) -> None:
     one.fakes.run(one.pair.prefill.start())
     one.router.until_healthy()
     served(one.ask(GENERATE, generate()))
+    one.all_over()
     assert one.pair.prefill.fates[-1] == "finished"
 
 

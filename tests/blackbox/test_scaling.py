@@ -323,7 +323,7 @@ def test_all_gone_is_503_at_once_and_all_back_is_service() -> None:
             refusal = router.post("/generate", {"text": "x"})
             assert refusal.status == 503
             assert refusal.json()["error"]["code"] == "no_available_workers"
-            assert 1 <= int(refusal.headers["retry-after"]) <= 10
+            assert 1 <= int(refusal.headers["retry-after"]) <= 60, "a breaker's pause doubles with each failed probe"
             assert router.get("/readiness").status == 503
             assert router.get("/health").status == 200
 
