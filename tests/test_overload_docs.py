@@ -47,7 +47,7 @@ def test_the_defaults_of_limits() -> None:
         assert said == (default or f"{BY_FLAG[flag].default:g}"), flag
 
 
-@pytest.mark.parametrize("line", re.findall(r"^    (--.*?)(?:   .*)?$", PAGE, re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(r"^ *(--[^`]*?)(?:   .*)?$", PAGE, re.MULTILINE))
 def test_examples_are_taken(line: str) -> None:
     assert isinstance(parse(shlex.split(line), {}).checked(), RouterArgs)
 

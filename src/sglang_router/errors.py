@@ -149,6 +149,7 @@ class InvalidToken(Unauthorized):
     """A token of the identity provider that does not count (RFC 6750 3.1)."""
 
     code = "invalid_token"
+    message = "The token is not accepted, and the message says why."
     fields = (("www-authenticate", 'Bearer realm="sglang-router", error="invalid_token"'),)
 
     def __init__(self, reason: str = "it cannot be read") -> None:
@@ -485,12 +486,12 @@ class PrefillFailed(WorkerBroken):
             self.retry_after = float(retry_after[:9])
         if 400 <= status < 600:
             self.status = status
-            self.code = _PREFILL_CODES.get(status, "prefill_error")
+            self.code = PREFILL_CODES.get(status, "prefill_error")
             if status < 500:
                 self.type = InvalidRequest.type
 
 
-_PREFILL_CODES = {
+PREFILL_CODES = {
     400: "prefill_bad_request",
     404: "prefill_not_found",
     500: "prefill_internal_error",

@@ -48,7 +48,7 @@ def test_the_defaults_it_names() -> None:
         assert float(option.default) == float(value), flag
 
 
-@pytest.mark.parametrize("line", re.findall(r"^    (--autoscale .*?)(?:  .*)?$", PAGE, re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(r"^(--autoscale .*?)(?:  .*)?$", PAGE, re.MULTILINE))
 def test_the_examples_of_options_are_taken(line: str) -> None:
     assert parse(shlex.split(line), {}).checked().scale_range
 

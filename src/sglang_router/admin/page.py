@@ -11,6 +11,9 @@ from sglang_router.admin.rows import RelayedRow, plain_path, relayed_rows
 _HEAD = """\
 # Endpoints
 
+Every path that the router answers: those that it relays to a worker, and its own, by which workers are added, drained
+and looked at. The commands of [cli.md](cli.md) use the latter; `GET /docs` shows them with all fields.
+
 Made by `python -m sglang_router.admin.app --markdown` from the tables in `admin/routes.py` and `routing/endpoints.py`:
 edit those, not this page.
 

@@ -676,6 +676,9 @@ METRICS = (
 _INTRO = """\
 # Metrics
 
+Every metric of the router and its labels. Which of them answers which question, with the PromQL for it, a dashboard and
+alerts: [monitoring.md](monitoring.md).
+
 Served on `/metrics` of the router's port and on `--prometheus-host`:`--prometheus-port` (default port 29000), in
 Prometheus' text format, or as OpenMetrics where the Accept header asks for it. This page is made by
 `python -m sglang_router.observe.catalogue --markdown`; a test holds it equal to the code.

@@ -61,7 +61,7 @@ ROUTING: Final = frozenset(
 )
 """Fields that choose an engine or a rank, as x-override-* do: only routers may set them (see `routing.reserved`)."""
 
-_OVERRIDE: Final = b"x-override-"
+OVERRIDE: Final = b"x-override-"
 
 _PLAIN: Final = frozenset((b"close", b"keep-alive"))
 """Values of Connection that name no other field."""
@@ -120,7 +120,7 @@ class ForwardRules:
         self.trusted = trusted
         self.withheld = withheld
         self.careful = everything or trusted
-        self.prefixes = (b"x-request-id-", _OVERRIDE, *ROUTING) if trusted else (b"x-request-id-",)
+        self.prefixes = (b"x-request-id-", OVERRIDE, *ROUTING) if trusted else (b"x-request-id-",)
         self.tail = via(mark) + b"\r\n"
         never = _NEVER_SENT if trusted else _NEVER_SENT | ROUTING
         if guarded:
@@ -133,7 +133,7 @@ class ForwardRules:
     def holds_back(self, name: bytes, value: bytes, start: bytes) -> bool:
         """Return whether a field is kept back that would be forwarded by its name. start: of the head."""
         plain = name.replace(b"_", b"-")  # some servers take both for the same
-        if plain.startswith(_OVERRIDE) or plain in ROUTING:
+        if plain.startswith(OVERRIDE) or plain in ROUTING:
             # The last: the router has chosen a rank.
             return not self.trusted or (plain == b"x-data-parallel-rank" and plain in start)
         return self.withheld is not None and self.withheld(value)
