@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_router.config import option_files
 from sglang_router.config.key_files import KeyTerms, structured
 from sglang_router.config.keys import digest_of, load
 from sglang_router.errors import ConfigError
@@ -108,6 +109,12 @@ def test_two_keys_of_one_name_are_one_client(tmp_path: Path) -> None:
         ("{key: k, requests_per_second: 0}", "`requests_per_second` must be a number above 0"),
         ("{key: k, requests_per_second: .inf}", "a number above 0"),
         ("{key: k, requests_per_second: true}", "a number above 0"),
+        ("{key: k, requests_per_second: 5.0e-324}", "a number above 0 (at least 0.000001)"),
+        ("{key: k, requests_per_second: .nan}", "a number above 0"),
+        ('{key: k, models: ["\\ud800"]}', "half a character"),
+        (f"{{key: *{SECRET}}}", "found undefined alias '***' in line 2"),
+        (f"{{key: !{SECRET} x}}", "could not determine a constructor for the tag '***' in line 2"),
+        ('{key: k, name: "jwt:alice"}', "the name must not begin with jwt:"),
         ("{key: k, burst: 2}", "`burst` belongs to `requests_per_second`"),
         ("{key: k, requests_per_second: 1, burst: 0.5}", "`burst` must be a number of at least 1"),
         ("{key: k, max_concurrent_requests: 1.5}", "a whole number of at least 1"),
@@ -150,3 +157,53 @@ def test_lines_may_hold_hashes(tmp_path: Path) -> None:
     )
     assert digest_of(ring.client[0].key) == sha256(b"secret").digest()
     assert digest_of(ring.control[0].key) == sha256(f"{HASHED}0".encode()).digest(), "65 digits are no hash"
+
+
+def test_a_name_by_position_is_never_one_that_another_key_was_given(tmp_path: Path) -> None:
+    """The two were one client, with one set of limits."""
+    ring = load((), written(tmp_path, "keys: [{name: key-2, key: a}, {key: b}, {key: c}]"))
+    assert [client.name for client in ring.client] == ["key-2", "key-2-unnamed", "key-3"]
+
+
+def test_clients_with_tokens_have_terms_by_their_subjects(tmp_path: Path) -> None:
+    text = "keys: [{key: k}]\ntokens: [{subject: bob, burst: 2, requests_per_second: 1}, {subject: '*', priority: low}]"
+    ring = load((), written(tmp_path, text))
+    assert ring.tokens == {"bob": KeyTerms(1.0, 2.0), "*": KeyTerms(priority=-10)}
+    assert ring.terms == {}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ("{a: b}", "`tokens` must be a list"),
+        ("[bob]", "token 1: it must be a mapping with `subject`"),
+        ("[{priority: 1}]", "token 1: it must be a mapping with `subject`"),
+        ("[{subject: bob, key: k}]", "token 1: it must be a mapping with `subject`"),
+        ("[{subject: 7}]", "token 1: `subject` must be the subject of a token"),
+        ("[{subject: bob}, {subject: bob}]", "token 2: this subject is there twice"),
+        ("[{subject: bob, requests_per_second: no}]", "token 1: `requests_per_second` must be a number above 0"),
+    ],
+)
+def test_a_bad_entry_for_tokens_is_refused(tmp_path: Path, tokens: str, words: str) -> None:
+    assert words in complaint(tmp_path, f"keys: [{{key: {SECRET}}}]\ntokens: {tokens}\n")
+
+
+def test_operators_have_no_limits_by_token(tmp_path: Path) -> None:
+    text = "keys: [{id: ops, name: On Call, role: admin, key: k}]\ntokens: []"
+    assert "must hold a list `keys`" in complaint(tmp_path, text, control=True)
+
+
+def test_json_is_read_as_json(tmp_path: Path) -> None:
+    entry = '{"key": "k", "name": "\\ud83d\\ude00", "tokens_per_minute": 1e3}'
+    assert load((), written(tmp_path, f'{{"keys": [{entry}]}}', "k.json")).terms == {
+        "\U0001f600": KeyTerms(tokens_per_minute=1000.0)
+    }
+    assert "a mapping has a field twice" in complaint(tmp_path, '{"keys": [{"key": "k", "key": "l"}]}', "k.json")
+    assert "Expecting" in complaint(tmp_path, '{"keys": [', "k.json")
+
+
+def test_yaml_means_the_same_whoever_reads_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = written(tmp_path, WHOLE)
+    quick = load((), path)
+    monkeypatch.setattr(option_files, "_QuickLoader", option_files._Loader)
+    assert load((), path) == quick

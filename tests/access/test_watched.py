@@ -75,3 +75,25 @@ def test_without_files_there_is_nothing_to_read_again(tmp_path: Path) -> None:
     assert not access.consumes_key
     with pytest.raises(ConfigError, match="cannot be read"):
         access_rules(RouterArgs(api_key_file=str(tmp_path / "none")))
+
+
+def test_a_list_of_which_only_the_first_half_is_written_does_not_count(tmp_path: Path) -> None:
+    """It is a list too: the clients in its second half were refused."""
+    path, now = tmp_path / "clients", [0.0]
+    write(path, "alice a\nbob b\n")
+    access, files = access_rules(RouterArgs(api_key_file=str(path)), wall=lambda: now[0])
+    now[0] = path.stat().st_ctime_ns / 1e9 + 0.5
+    write(path, "alice a\n")
+    assert not files.refresh()
+    write(path, "alice a\nbob b\ncarol c\n")
+    assert not files.refresh(), "it changes still"
+    assert (who(access, "b"), who(access, "c")) == ("bob", "")
+    assert files.refresh(), "it looks as it did at the call before"
+    assert (who(access, "b"), who(access, "c")) == ("bob", "carol")
+    write(path, "bob b\n")
+    now[0] += 3600.0
+    assert files.refresh(), "nobody has written for a while"
+    assert (who(access, "a"), who(access, "b")) == ("", "bob")
+    now[0] -= 3600.0
+    write(path, "alice a\n")
+    assert files.refresh(anyway=True), "somebody says that it is complete"

@@ -141,7 +141,7 @@ def bad(server: PlainWorker, issuer: Issuer, case: str) -> Answers:
     [
         ("status", "/keys answers 503; no token is accepted yet"),
         ("redirect", "/keys answers 302"),
-        ("large", "is larger than 1048576 bytes"),
+        ("large", "Its answer is larger than 1048576 bytes"),
         ("no discovery", "is no discovery document"),
         ("other issuer", "is --jwt-issuer spelled as there?"),
         ("no uri", "jwks_uri of its discovery document: this is not a URL"),

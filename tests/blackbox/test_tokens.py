@@ -3,9 +3,11 @@ away, several processes. And that a token is shown nowhere and reaches no worker
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +79,46 @@ def test_roles_of_tokens_beside_keys(worker: PlainWorker, server: PlainWorker, m
         assert "by=jwt:bob name" not in log
         for secret in (admin, user, nobody, late):
             assert secret not in log + str(worker.seen) + router.get("/metrics").body.decode()
+
+
+@pytest.mark.parametrize("more", [(), ("--relay-processes", "2")], ids=["one process", "several"])
+def test_clients_with_tokens_have_limits_and_are_told(
+    worker: PlainWorker, server: PlainWorker, more: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Only keys had limits."""
+    issuer = Issuer(server.url)
+    server.answers = issuer.documents()
+    told_by_worker = {**JSON, "x-ratelimit-limit-requests": "9", "x-ratelimit-of": "b"}
+    worker.answers = {CHAT: (200, told_by_worker, b'{"id": "c"}')}
+    slow = {"requests_per_second": 0.001}
+    path = tmp_path / "keys.json"
+    path.touch(0o600)
+    tokens = [{"subject": "alice", "burst": 3, **slow}, {"subject": "*", **slow, "models": ["m"]}]
+    path.write_text(json.dumps({"keys": [{"name": "ops", "key": "ops-key"}], "tokens": tokens}))
+    with router_process(
+        [worker.url], *with_tokens(server), "--api-key-file", str(path), *more, healthy=False
+    ) as router:
+        alice = issuer.token(roles=["Dev"])
+        router.until(lambda: all(router.get("/workers", **bearer(alice)).status == 200 for _ in range(4)))
+        router.until(lambda: router.post(CHAT, BODY, **bearer("ops-key")).status == 200)
+
+        def ask(subject: str, model: str = "m") -> Answer:
+            token = issuer.token(roles=["Dev"], sub=subject)
+            return router.post(CHAT, {**BODY, "model": model}, **bearer(token))
+
+        answers = [ask(each) for each in ("alice", "alice", "alice", "alice", "bob", "bob", "carol")]
+        assert [told(each) for each in answers] == [
+            *("200", "200", "200", "429 requests_limited", "200", "429 requests_limited", "200")
+        ]
+        limits = [each.headers["x-ratelimit-limit-requests"] for each in answers]
+        left = [each.headers["x-ratelimit-remaining-requests"] for each in answers]
+        assert limits == ["3", "3", "3", "3", "1", "1", "1"]
+        assert left == ["2", "1", "0", "0", "0", "0", "0"]
+        assert "x-ratelimit-of" not in answers[0].headers, "the worker's own say nothing of this client"
+        assert "the subject bob" in answers[5].json()["error"]["message"]
+        assert told(ask("dave", "n")) == "403 model_not_allowed"
+        plain = router.post(CHAT, BODY, **bearer("ops-key"))
+        assert plain.headers["x-ratelimit-limit-requests"] == "9", "a key without limits"
 
 
 def test_a_key_that_is_rotated_and_an_issuer_that_is_away(worker: PlainWorker, server: PlainWorker) -> None:

@@ -30,6 +30,7 @@ class Stubborn:
         if self.runs == 1:
             raise RuntimeError("a bug")
         await self.owner.follow({})
+        self.progress.listed()
         while True:
             try:
                 await asyncio.sleep(3600)

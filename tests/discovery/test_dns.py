@@ -109,14 +109,25 @@ def test_several_names_are_one_set_and_nothing_is_removed_before_all_were_found(
         made.router.call(lambda: made.fleet.add(old.defaults.spec(B, Source.DNS), 0.0))  # of an earlier start
         zone = Zone(one=["10.0.0.1"], two=LookUpFailed("not_found", "not yet"))
         started(made, zone, "prefill=one:8000", "two:8000")
+        made.until_urls(A, B)  # what was found serves, though one name is not known
         asked = zone.asked
         made.until(lambda: zone.asked > asked + 4)
-        assert made.urls() == [B]
+        assert made.urls() == [A, B]
+        assert (withheld(made, A), withheld(made, B)) == ("", "")
         assert made.report.listed_secs is None
+        looked = [made.do(lambda: made.discovery.looked)]
         zone.names["two"] = ["10.0.0.3", "10.0.0.1"]
         made.until_urls(A, "http://10.0.0.3:8000")
         assert made.worker(A).spec.worker_type == "prefill"  # the first name that has it
+        assert [*looked, made.do(lambda: made.discovery.looked)] == [False, True]
         assert made.report.listed_secs is not None
+
+
+def test_a_name_that_is_given_twice_is_one() -> None:
+    with scene() as made:
+        started(made, Zone(engines=["10.0.0.1"]), "engines:8000", "engines:8000")
+        made.until_urls(A)
+        made.until(lambda: made.report_error() == "" and made.discovery.looked)
 
 
 def test_workers_of_an_earlier_start_are_away_before_they_are_gone() -> None:

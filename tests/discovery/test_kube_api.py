@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -156,6 +157,65 @@ def test_silence_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(KubeError, match="says nothing for") as caught:
             run(work)
         assert caught.value.kind == "silent"
+
+
+class Drips:
+    """A server that sends the rest of an answer byte by byte, and never its end. sent: bytes of it."""
+
+    def __init__(self, at_once: bytes, rest: bytes) -> None:
+        self._at_once = at_once
+        self._rest = rest
+        self.sent = 0
+        self._left = asyncio.Event()
+
+    async def __aenter__(self) -> KubeAccess:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return KubeAccess("127.0.0.1", self._server.sockets[0].getsockname()[1], "127.0.0.1", "", None, "", "")
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        await self._left.wait()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(self._at_once)
+            for byte in self._rest:
+                writer.write(bytes([byte]))
+                await writer.drain()
+                self.sent += 1
+                await asyncio.sleep(0.002)
+            await reader.read()
+        writer.transport.abort()
+        self._left.set()
+
+
+@pytest.mark.parametrize(
+    ("at_once", "rest", "kind"),
+    [
+        (OK, b"x-more: " + b"x" * 5000, "silent"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 200, "silent"),
+        (OK + b"content-length: 9999\r\n\r\n", b"x" * 5000, "silent"),
+        (b"HTTP/1.1 500 X\r\ncontent-length: 9999\r\n\r\n", b"x" * 5000, "500"),
+    ],
+    ids=["a head", "interim answers", "a body", "an error"],
+)
+def test_an_answer_that_comes_byte_by_byte_has_an_end(
+    at_once: bytes, rest: bytes, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some bytes came all the time, so the router waited for as long as the server liked."""
+    monkeypatch.setattr(kube_api, "_SILENT_FOR", 0.5)
+    monkeypatch.setattr(kube_api, "_WHOLE_WITHIN", 0.5)
+    drips = Drips(at_once, rest)
+
+    async def work() -> None:
+        async with drips as access, link(access) as one:
+            await one.get(PODS)
+
+    with pytest.raises(KubeError) as caught:
+        run(work)
+    assert caught.value.kind == kind
+    assert drips.sent < len(rest)
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,22 @@ def test_files_are_relative_to_the_kubeconfig_and_read_again_when_they_change(
     replace(str(tmp_path / "token"), "two")
     assert files.access().token == "two"
     replace(str(tmp_path / "token"), "")  # in the middle of a change
+    assert files.access().token == "two"
+    replace(str(tmp_path / "token"), "three")
+    assert files.access().token == "three"
+
+
+def test_a_file_that_a_kubeconfig_names_later_is_followed_too(tmp_path: Path) -> None:
+    """A new token in it was never seen."""
+    path, cluster = tmp_path / "config", {"server": "http://a"}
+    files = KubeFiles(find(kubeconfig(path, cluster, {"token": "zero"}), {}))
+    (tmp_path / "token").write_text("one")
+    (tmp_path / "new").write_text(Path(kubeconfig(tmp_path / "c", cluster, {"tokenFile": "token"})).read_text())
+    os.replace(tmp_path / "new", path)
+    assert files.access().token == "one"
+    replace(str(tmp_path / "token"), "two")
+    assert files.access().token == "two"
+    (tmp_path / "token").unlink()
     assert files.access().token == "two"
     replace(str(tmp_path / "token"), "three")
     assert files.access().token == "three"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ import pytest
 
 from discovery_scenes import DEFAULTS, ENGINES, QUICK, FreshFiles, Token, kube_scene, url
 from fake_kube import FakeKube
+from sglang_router.discovery import kubernetes
 from sglang_router.discovery.kube_api import KubeError
 from sglang_router.discovery.kubernetes import KubeRhythm, pause_after
 from sglang_router.discovery.pods import PodRules
@@ -322,6 +324,33 @@ def test_what_cannot_be_read_is_trouble_and_no_end() -> None:
         scene.do(lambda: scene.api.create("p2", "127.0.0.2"))
         scene.until_urls(url(1), url(2))
         assert scene.report.failures == {"watch_invalid": 1}
+
+
+def test_the_codes_of_an_error_are_few_and_its_text_is_short_and_printable(caplog: pytest.LogCaptureFixture) -> None:
+    """Each code made a label of a metric."""
+    with caplog.at_level(logging.DEBUG), kube_scene(engines(1)) as scene:
+        codes = [1, 99999, -5, 500]
+        while codes:
+            scene.until(lambda: len(scene.api.watching) > 0)
+            status = {"kind": "Status", "code": codes.pop(), "message": f"no\n{'x' * 5000}"}
+            scene.do(partial(scene.api.say, json.dumps({"type": "ERROR", "object": status}).encode()), scene.api.mute)
+        scene.until(lambda: len(scene.api.watches) == 5)
+        assert scene.report.failures == {"watch_error": 3, "watch_500": 1}
+        ended = [text for text in caplog.messages if "the watch ended" in text]
+        assert len(ended) == 4
+        assert all(len(text) < 400 and text.isprintable() for text in ended)
+
+
+def test_a_list_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pages were asked for without end, and nothing else was done."""
+    monkeypatch.setattr(kubernetes, "_MOST_PAGES", 3)
+    with kube_scene(engines(*range(1, 251))) as scene:
+        scene.until(lambda: len(scene.fleet) == 250)
+        scene.do(lambda: [scene.api.create(f"q{number}", f"127.0.1.{number}") for number in range(1, 101)])
+        scene.until(lambda: len(scene.fleet) == 350)
+        scene.do(scene.api.cut)
+        scene.until(lambda: "more than 3 pages" in scene.report_error())
+        assert len(scene.urls()) == 350
 
 
 # -- who may ask -------------------------------------------------------------------------------------------------------

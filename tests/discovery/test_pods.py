@@ -60,6 +60,7 @@ def urls(found: Pod) -> list[str]:
 def test_addresses_of_both_families() -> None:
     assert urls(pod()) == ["http://10.0.0.1:8000"]
     assert urls(pod(podIP="FD00::0:1")) == ["http://[fd00::1]:8000"]
+    assert pod(podIP="fe80::1%eth0").state == OVER, "no other machine can reach it"
 
 
 @pytest.mark.parametrize(

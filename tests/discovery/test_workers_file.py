@@ -16,8 +16,9 @@ from sglang_router.routing.source import Source
 A, B, C = "http://a:1", "http://b:2", "http://c:3"
 
 
-def started(made: Scene, path: Path) -> None:
-    made.begin(lambda: FileSource(made.owner(Source.DISCOVERY_FILE), str(path), made.router.loop.time, every=0.005))
+def started(made: Scene, path: Path, again: float = 3600.0) -> None:
+    owner, clock = made.owner(Source.DISCOVERY_FILE), made.router.loop.time
+    made.begin(lambda: FileSource(owner, str(path), clock, every=0.005, again=again))
 
 
 def test_what_may_stand_in_it(tmp_path: Path) -> None:
@@ -80,6 +81,11 @@ def test_json_is_read_too_and_a_list_alone_is_enough(tmp_path: Path, content: ob
         ("workers: [{url: http://a:1, bootstrap_port: 1}]", "worker 1: only a prefill worker has a bootstrap_port"),
         ("workers: [{url: http://a:1, priority: high}]", "worker 1: Expected `int"),
         ("workers: [{url: http://a:1, api_key: 's3cret key'}]", "worker 1: Expected `str` matching regex"),
+        ('workers: [{url: http://a:1, model_id: "a\\nb"}]', "worker 1: `model_id` cannot be the name of a model"),
+        ('workers: [{url: http://a:1, labels: {a: "x\\ud800"}}]', r"half a character, as in \ud800"),
+        ('workers: [{url: http://a:1, labels: {"\\ud800": x}}]', r"half a character, as in \ud800"),
+        ("workers: [{url: http://a:1, api_key: *s3cret}]", "found undefined alias '***' in line 1"),
+        ("workers: [{url: http://a:1, cost: .nan}]", "worker 1: Expected `float` > 0.0"),
     ],
 )
 def test_what_is_refused_names_the_place_and_no_key(tmp_path: Path, text: str, why: str) -> None:
@@ -96,6 +102,11 @@ def test_json_that_is_none(tmp_path: Path) -> None:
     path.write_text('{"workers": [}')
     with pytest.raises(ConfigError, match=r"w.json: Expecting value: line 1 column 14"):
         read(str(path))
+    path.write_text('{"workers": ["http://a:1"], "workers": []}')
+    with pytest.raises(ConfigError, match=r"w.json: a mapping has a field twice"):
+        read(str(path))
+    path.write_text('{"workers": [{"url": "http://a:1", "model_id": "\\ud83d\\ude00"}]}')
+    assert read(str(path))["http://a:1"].said == {"model_id": "\U0001f600"}
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read(str(tmp_path / "nothing.json"))
 
@@ -124,6 +135,25 @@ def test_a_change_is_followed_and_a_bad_file_changes_nothing(tmp_path: Path, cap
         made.until(lambda: made.report_error() == "")
         assert made.report.removed == {"gone": 2}
         assert len([text for text in caplog.messages if "expected the node content" in text]) == 1
+
+
+def test_a_worker_that_its_owner_gave_up_is_taken_over(tmp_path: Path) -> None:
+    """The file did not change, so it was never looked at again."""
+    path = tmp_path / "w.yaml"
+    path.write_text(f"workers: [{A}, {B}]")
+    with scene() as made:
+        made.router.call(lambda: made.fleet.add(DEFAULTS.spec(A, Source.FLAGS), 0.0))
+        started(made, path, again=0.02)
+        made.until_urls(A, B)
+        assert made.worker(A).spec.source is Source.FLAGS
+        made.do(
+            lambda: made.fleet.remove(made.fleet.entries(A)[0]), lambda: made.fleet.remove(made.fleet.entries(B)[0])
+        )
+        made.until_urls(A)
+        assert made.worker(A).spec.source is Source.DISCOVERY_FILE
+        passes = made.report.passes
+        made.until(lambda: made.discovery.reports()[0].passes > passes + 2)
+        assert made.urls() == [A], "the operator removed its worker: it stays out"
 
 
 def test_drain_and_other_changes_keep_the_worker(tmp_path: Path) -> None:

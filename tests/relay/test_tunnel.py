@@ -20,6 +20,7 @@ from websockets.typing import Subprotocol
 from sglang_router.access.permissions import Access
 from sglang_router.app.admission import admission
 from sglang_router.config.keys import ClientKey
+from sglang_router.relay.reading import model_of_query
 from sglang_router.relay.tunnel import TunnelExchange
 from sglang_router.routing.rules import HealthRules
 from sglang_router.wire.cors import Cors
@@ -177,6 +178,28 @@ def test_messages_go_both_ways_and_the_end_is_clean() -> None:
         assert heads[0]["authorization"] == "Bearer worker-key"
         assert heads[0]["upgrade"] == "websocket"
         assert "content-length" not in heads[0]
+
+
+@pytest.mark.parametrize(
+    ("query", "model"),
+    [
+        (b"model=m", b'"m"'),
+        (b"a=b&model=org%2Fm+1&c", b'"org/m 1"'),
+        (b"m%6Fdel=m", b'"m"'),
+        (b"model=m&model=m", b'"m"'),
+        (b"model=m&model=n", b""),  # a key for some models got any other one: engines take the last
+        (b"model=m&mod%65l=n", b""),
+        (b"model=m&model", b""),
+        (b"models=m&xmodel=n&model%00=o", b""),
+        (b"model=m" + b"&a%41" * 63, b'"m"'),
+        (b"model=m" + b"&a%41" * 64, b""),  # the last one might be another model
+        (b"model=", b""),
+        (b"model=%0a", b""),
+        (b"", b""),
+    ],
+)
+def test_the_model_of_a_query(query: bytes, model: bytes) -> None:
+    assert model_of_query(query) == model
 
 
 def test_the_workers_close_reaches_the_client() -> None:

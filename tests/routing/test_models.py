@@ -389,6 +389,39 @@ def test_case_23_the_model_of_a_form_is_found_by_its_delimiters(parts: list[byte
     assert model_of(bytearray(b"\r\n" + form)) == b'"w"'
 
 
+def raw(head: bytes) -> bytes:
+    return b"--x\r\n" + head + b"\r\n\r\nw\r\n"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [raw(b'X: content-disposition: form-data; name="file"\r\nContent-Disposition: form-data; name="model"')],
+        [raw(b'Content-Disposition: attachment; name="model"')],
+        [part(b"name*=utf-8''mod%65l", b"w")],
+        [part(b'name="model"', b"v"), raw(b"Content-Disposition: form-data; name*=utf-8''model")],
+    ],
+)
+def test_a_field_has_the_name_that_engines_read(parts: list[bytes]) -> None:
+    """A key for some models got any other one."""
+    assert model_of(b"".join(parts) + b"--x--\r\n") == b'"w"'
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [MODEL, raw(b'Content-Disposition: form-data; name="a"\r\nContent-Disposition: form-data; name="model"')],
+        [MODEL, part(b'name="a"; name="model"', b"v")],
+        [MODEL, part(b"name=a; name*=utf-8''model", b"v")],
+        [MODEL, part(b'name="model"\r\nX: ' + b"x" * 5000, b"v")],
+        [MODEL, *[part(b'name="a"', b"")] * 300, part(b'name="model"', b"v")],
+        [MODEL, part(b'name="a"; name="model"', b"v"), AUDIO, MODEL],
+    ],
+)
+def test_where_readers_of_forms_differ_a_form_names_no_model(parts: list[bytes]) -> None:
+    assert model_of(b"".join(parts) + b"--x--\r\n") == b""
+
+
 @pytest.mark.parametrize(
     "form", [b"--", b"--x", b"--x\r\n", b"--x\r\n\r\n--x--", b"\r\n", MODEL[:-2], AUDIO, b"--x--\r\n"]
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,13 +11,21 @@ from hypothesis import strategies as st
 from event_makers import finished
 from event_makers import tag as tag_of
 from fleets import Bench, facts
-from sglang_router.config import key_files
-from sglang_router.errors import ConcurrencyLimited, ModelNotAllowed, QueueFull, RequestsLimited, TokensLimited
+from sglang_router.config import key_files, keys
+from sglang_router.errors import (
+    ConcurrencyLimited,
+    ModelNotAllowed,
+    Overload,
+    QueueFull,
+    RequestsLimited,
+    TokensLimited,
+)
+from sglang_router.routing import quotas as quotas_module
 from sglang_router.routing.endpoints import ENDPOINTS
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.model_names import text_of
 from sglang_router.routing.outcome import Outcome
-from sglang_router.routing.plan import RequestTag
+from sglang_router.routing.plan import PlannedLeg, RequestTag, Target
 from sglang_router.routing.quotas import Quotas
 from sglang_router.routing.rules import ClientRules, LimitRules, ModelRules, QueueRules
 from sglang_router.routing.usage import Usage
@@ -40,6 +50,14 @@ class Clients:
         self._numbers += 1
         self.quotas.admit(tag_of(number=self._numbers, client=client, start=now), of_model(model), now)
         return self._numbers
+
+    def tell(self, client: str = "alice", now: float = 0.0) -> str:
+        """Ask, and return what the client is told of its limits."""
+        self._numbers += 1
+        made = tag_of(number=self._numbers, client=client, start=now)
+        with contextlib.suppress(Overload):
+            self.quotas.admit(made, of_model(), now)
+        return made.limits.decode()
 
     def end(self, number: int, now: float = 0.0, usage: Usage | None = None) -> None:
         self.quotas.finished(finished(number=number, start=now, duration=0.0, usage=usage))
@@ -93,6 +111,119 @@ def test_tokens_are_counted_when_they_are_known() -> None:
     clients.ask(now=20.1)
 
 
+@pytest.mark.parametrize(
+    ("outcome", "status", "sent", "streaming", "tokens"),
+    [
+        (Outcome.SERVED, 200, 4000, True, 100 + 20),  # a stream without include_usage
+        (Outcome.SERVED, 200, 400, False, 100 + 100),
+        (Outcome.GONE, 200, 4000, True, 100 + 20),  # the client leaves just before the end
+        (Outcome.GONE, 0, 0, True, 100),  # or before the first byte: its prompt is computed
+        (Outcome.TIMEOUT, 200, 4000, True, 100 + 20),  # or does not read the last bytes
+        (Outcome.FAILED, 502, 0, True, 0),
+        (Outcome.REJECTED, 400, 90, False, 0),
+        (Outcome.REFUSED, 0, 0, True, 0),
+    ],
+)
+def test_tokens_that_nobody_tells_are_estimated(
+    outcome: Outcome, status: int, sent: int, streaming: bool, tokens: int
+) -> None:
+    """Whoever left before the last event paid for nothing."""
+    quotas = Quotas()
+    quotas.use_clients({"alice": limited(tokens_per_minute=600.0)})
+    quotas.admit(tag_of(number=1, client="alice"), Facts(CHAT, text=b"x" * 400), 0.0)
+    leg = PlannedLeg(1, Target("http://a:1"), "")
+    what = {"outcome": outcome, "status": status, "sent": sent, "duration": 0.0, "usage": None}
+    quotas.finished(finished(leg, number=1, client="alice", start=0.0, streaming=streaming, **what))
+    made = tag_of(number=2, client="alice")
+    quotas.admit(made, Facts(CHAT), 0.0)
+    assert b"x-ratelimit-remaining-tokens: %d\r\n" % (600 - tokens) in made.limits
+    quotas.finished(finished(None, number=2, outcome=Outcome.GONE, status=0, duration=0.0, usage=None))
+    quotas.admit(made := tag_of(number=3, client="alice"), Facts(CHAT, text=b"x" * 400), 0.0)
+    quotas.finished(finished(None, number=3, outcome=Outcome.GONE, status=0, duration=0.0, usage=None))
+    quotas.admit(made := tag_of(number=4, client="alice"), Facts(CHAT), 0.0)
+    assert b"x-ratelimit-remaining-tokens: %d\r\n" % (600 - tokens) in made.limits, "no worker had it"
+
+
+def test_a_client_is_told_what_is_left_of_its_rates() -> None:
+    clients = Clients(
+        alice=limited(requests_per_second=2.0, burst=3.0, tokens_per_minute=600.0), bob=limited(max_concurrent=1)
+    )
+    assert clients.tell("bob") == clients.tell("carol") == ""
+    expected = (
+        "x-ratelimit-limit-requests: 3\r\nx-ratelimit-remaining-requests: {}\r\nx-ratelimit-reset-requests: {}s\r\n"
+        "x-ratelimit-limit-tokens: 600\r\nx-ratelimit-remaining-tokens: {}\r\nx-ratelimit-reset-tokens: {}s\r\n"
+    )
+    assert clients.tell() == expected.format(2, "0.500", 600, "0.000")
+    number = clients.ask()
+    assert clients.tell() == expected.format(0, "1.500", 600, "0.000")
+    assert clients.tell() == expected.format(0, "1.500", 600, "0.000"), "this one is refused, and is told so too"
+    clients.end(number, usage=Usage(700, 0, 100))
+    assert clients.tell(now=0.5) == expected.format(1, "1.000", 0, "79.500")
+
+
+# -- clients with tokens -----------------------------------------------------------------------------------------------
+
+
+def test_each_subject_has_its_own_meter_and_the_named_ones_their_own_rules() -> None:
+    quotas = Quotas()
+    quotas.use_clients({}, limited(max_concurrent=1))
+    switched = [quotas.on]
+    quotas.use_clients({"jwt:vip": limited(max_concurrent=2)}, limited(max_concurrent=1))
+
+    def ask(number: int, client: str) -> None:
+        quotas.admit(tag_of(number=number, client=client), of_model(), 0.0)
+
+    ask(1, "jwt:alice")
+    ask(2, "jwt:bob")
+    ask(3, "jwt:vip")
+    ask(4, "jwt:vip")
+    ask(5, "a key without limits")
+    for client, words in (
+        ("jwt:alice", "the subject alice"),
+        ("jwt:bob", "the subject bob"),
+        ("jwt:vip", "the subject vip"),
+    ):
+        with pytest.raises(ConcurrencyLimited, match=words):
+            ask(6, client)
+    quotas.use_clients({"jwt:alice": limited(max_concurrent=1)}, limited(max_concurrent=2))
+    with pytest.raises(ConcurrencyLimited):  # what is in flight stays counted
+        ask(6, "jwt:alice")
+    ask(6, "jwt:bob")
+    quotas.use_clients({})
+    ask(7, "jwt:bob")
+    assert [*switched, quotas.on] == [True, False]
+    for number in range(1, 8):
+        quotas.finished(finished(number=number))
+    assert quotas.running == 0
+
+
+def test_subjects_are_bounded_and_one_with_requests_in_flight_is_kept() -> None:
+    quotas = Quotas(most=10)
+    quotas.use_clients({}, limited(max_concurrent=1))
+    for number in range(1000):
+        quotas.admit(tag_of(number=number, client=f"jwt:{number}"), of_model(), 0.0)
+        if number:
+            quotas.finished(finished(number=number))
+    assert len(quotas._subjects) <= 10
+    with pytest.raises(ConcurrencyLimited):
+        quotas.admit(tag_of(number=2000, client="jwt:0"), of_model(), 0.0)
+    quotas.finished(finished(number=0))
+    quotas.admit(tag_of(number=2000, client="jwt:0"), of_model(), 0.0)
+    for number in range(3000, 3100):  # more in flight than there is room
+        quotas.admit(tag_of(number=number, client=f"jwt:{number}"), of_model(), 0.0)
+    assert len(quotas._subjects) <= 102
+    for number in (2000, *range(3000, 3100)):
+        quotas.finished(finished(number=number))
+    assert quotas.running == 0
+
+
+def test_both_rooms_call_clients_with_tokens_alike() -> None:
+    assert quotas_module.TOKEN == keys.TOKEN
+
+
+# -- several limits ----------------------------------------------------------------------------------------------------
+
+
 def test_a_request_over_one_limit_is_counted_for_none() -> None:
     clients = Clients(alice=limited(requests_per_second=1.0, max_concurrent=1))
     clients.quotas.use_models({text_of("m"): ModelRules(LimitRules(max_concurrent=1))})
@@ -142,6 +273,43 @@ def test_new_limits_count_at_once_and_what_is_in_flight_stays_counted() -> None:
         clients.ask(now=5.0)
     clients.quotas.use_clients({})
     assert not clients.quotas.on
+
+
+def test_what_is_in_flight_stays_counted_while_a_key_is_gone() -> None:
+    """A key that was taken away for a moment had all of its places free."""
+    clients = Clients(alice=limited(max_concurrent=1))
+    number = clients.ask()
+    for rules in ({}, {"bob": limited(max_concurrent=1)}, {"alice": limited(max_concurrent=1)}):
+        clients.quotas.use_clients(rules)
+    with pytest.raises(ConcurrencyLimited):
+        clients.ask()
+    clients.end(number)
+    clients.end(clients.ask())
+    for name in map(str, range(50)):
+        clients.quotas.use_clients({name: limited(max_concurrent=1)})
+    assert not clients.quotas._former
+    one = {text_of("m"): ModelRules(LimitRules(max_concurrent=1))}
+    clients.quotas.use_models(one, {text_of("alias"): text_of("m")})
+    number = clients.ask("bob")
+    clients.quotas.use_models({})
+    clients.quotas.use_models(one)
+    with pytest.raises(ConcurrencyLimited):
+        clients.ask("bob")
+    clients.end(number)
+    clients.end(clients.ask("bob"))
+    assert clients.quotas.running == 0
+
+
+def test_a_subject_that_gets_rules_of_its_own_and_loses_them_stays_counted() -> None:
+    quotas, others = Quotas(), limited(max_concurrent=1)
+    quotas.use_clients({}, others)
+    quotas.admit(tag_of(number=1, client="jwt:alice"), of_model(), 0.0)
+    for rules in ({"jwt:alice": others}, {}):
+        quotas.use_clients(rules, others)
+        with pytest.raises(ConcurrencyLimited):
+            quotas.admit(tag_of(number=2, client="jwt:alice"), of_model(), 0.0)
+    quotas.finished(finished(number=1))
+    quotas.admit(tag_of(number=2, client="jwt:alice"), of_model(), 0.0)
 
 
 def test_an_unchanged_rate_goes_on_over_a_reload() -> None:

@@ -178,9 +178,8 @@ class Access:
 
     @property
     def withholds(self) -> Callable[[bytes], bool] | None:
-        """Tells keys of the control plane, which must not reach a worker; None when no client's key can."""
-        guards = self._control or self._tokens is not None
-        return self.is_control_key if guards and not self.consumes_key else None
+        """Tells keys of the control plane, which must not reach a worker in any field; None when there are none."""
+        return self.is_control_key if self._control or self._tokens is not None else None
 
     def is_control_key(self, value: bytes) -> bool:
         """Return whether a header field holds a key of the control plane or a token: alone, behind a scheme, in a list,

@@ -19,6 +19,8 @@ PyJWT (the extra `jwt`) checks them. No message, log line or `repr` holds a toke
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from base64 import urlsafe_b64decode
 from collections import OrderedDict
@@ -30,6 +32,7 @@ import msgspec
 from jwt.algorithms import has_crypto
 
 from sglang_router.access.permissions import Identity, Role
+from sglang_router.config.keys import name_of_subject, printable
 from sglang_router.errors import InvalidToken, TokenKeysMissing
 
 if not has_crypto:  # PyJWT can be imported without it, and then knows secrets only
@@ -40,7 +43,6 @@ _LONGEST = 16384
 _MOST_KEYS = 100
 _MOST_REMEMBERED = 4096
 _LEEWAY = 30.0
-_LONGEST_NAME = 100
 _MOST_ROLES = 1000
 _RSA_BITS = range(2048, 8193)
 """Sizes of RSA keys: smaller ones are not safe, larger ones take too long."""
@@ -146,12 +148,15 @@ class WebTokens:
         if len(credentials) > _LONGEST or not _FORM.fullmatch(credentials):
             return False
         payload = credentials.split(b".")[1]
-        try:
-            claims = msgspec.json.decode(urlsafe_b64decode(payload + b"=" * (-len(payload) % 4)), type=_Addressed)
-        except (msgspec.DecodeError, RecursionError, ValueError):
+        try:  # as PyJWT reads it: what counts for that must not look like something else here
+            claims = json.loads(urlsafe_b64decode(payload + b"=" * (-len(payload) % 4)))
+        except (RecursionError, ValueError):
             return False
-        audience = [claims.aud] if isinstance(claims.aud, str) else claims.aud
-        return claims.iss == self._rules.issuer and self._rules.audience in audience
+        if not isinstance(claims, dict):
+            return False
+        found = claims.get("aud")
+        audience = found if isinstance(found, list) else [found]
+        return claims.get("iss") == self._rules.issuer and self._rules.audience in audience
 
     def _claims(self, token: str) -> dict[str, Any]:
         key = self._key(token)
@@ -189,7 +194,7 @@ class WebTokens:
         subject = next((claims[name] for name in ("sub", "azp", "client_id") if isinstance(claims.get(name), str)), "")
         name = next((claims[each] for each in ("name", "preferred_username", "email") if claims.get(each)), "")
         shown = name if isinstance(name, str) else ""
-        return Identity(f"jwt:{_printable(subject)}", _printable(shown), self._role(claims), _end(claims))
+        return Identity(name_of_subject(subject), printable(shown), self._role(claims), _end(claims))
 
     def _role(self, claims: Mapping[str, Any]) -> Role:
         roles = self._rules.roles
@@ -206,19 +211,12 @@ class _KeySet(msgspec.Struct):
     keys: list[dict[str, Any]]
 
 
-class _Addressed(msgspec.Struct):
-    iss: str = ""
-    aud: str | list[str] = ""
-
-
 def _end(claims: Mapping[str, Any]) -> float:
     """Return when a token that PyJWT found valid is not valid any more."""
-    return float(claims["exp"]) + _LEEWAY
-
-
-def _printable(text: str) -> str:
-    """Return a text of a token as it may stand in a log line."""
-    return "".join(each if each.isprintable() else "?" for each in text[:_LONGEST_NAME])
+    try:
+        return float(claims["exp"]) + _LEEWAY
+    except OverflowError:  # an integer of more than 308 digits
+        return math.inf
 
 
 def _key_of(entry: Mapping[str, Any]) -> _Key | None:

@@ -4,6 +4,9 @@
 
 A change never touches what is in use before the new content has been read and checked: `load` raises a ConfigError for
 content that cannot be used, as in the middle of a renewal, and what was loaded before stays in use.
+
+The first half of a list is a list too. So files whose mistakes cannot be told by their content are loaded when they
+have `settled`: the last change is a second old, or they look as they did at the call before.
 """
 
 from __future__ import annotations
@@ -11,12 +14,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from sglang_router.config import small_files
 from sglang_router.errors import ConfigError
 
 Mark = tuple[int, ...]
+_CHANGED: Final = 3
+"""Where a mark has the time of the last change, in nanoseconds."""
+_SETTLED: Final = 1.0
+"""Seconds since then from which on nobody is writing any more."""
 
 
 class Renewed(Protocol):
@@ -31,19 +38,28 @@ class WatchedFiles:
 
     load   reads the files, and puts what it found to use only when all of it is right
     topic  begins each log line
+    wall   returns seconds since 1970: a change is loaded when it has settled; None: at once
 
     `complaint` is the last warning: why the files cannot be used now; "" while they can.
 
     Raises: ConfigError
     """
 
-    def __init__(self, paths: Sequence[str], load: Callable[[], None], topic: str, log: logging.Logger) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str],
+        load: Callable[[], None],
+        topic: str,
+        log: logging.Logger,
+        wall: Callable[[], float] | None = None,
+    ) -> None:
         self._paths = paths
         self._load = load
         self._topic = topic
         self._log = log
+        self._wall = wall
         self.complaint = ""
-        self._marks = self._look()  # of the files in use
+        self._marks = self._last = self._look()  # of the files in use, and of the last look
         load()
 
     def refresh(self, *, anyway: bool = False) -> bool:
@@ -55,7 +71,10 @@ class WatchedFiles:
         """
         marks = self._look()
         if not anyway and (not marks or marks == self._marks):
-            self.complaint = ""
+            self.complaint, self._last = "", marks
+            return False
+        before, self._last = self._last, marks
+        if not anyway and marks != before and not self._settled(marks):
             return False
         try:
             self._refuse_pipes()
@@ -73,6 +92,13 @@ class WatchedFiles:
     def _refuse_pipes(self) -> None:
         for path in filter(small_files.is_pipe, self._paths):
             raise ConfigError(f"{path} is a pipe, which cannot be read again")
+
+    def _settled(self, marks: tuple[Mark, ...]) -> bool:
+        """Return whether the last change is old enough. A clock that is ahead makes it look young."""
+        if self._wall is None:
+            return True
+        youngest = max((mark[_CHANGED] for mark in marks if mark), default=0)
+        return self._wall() - youngest / 1e9 >= _SETTLED
 
     def _look(self) -> tuple[Mark, ...]:
         return tuple(map(_mark, self._paths))

@@ -112,6 +112,11 @@ TO_CLIENTS = (
         "Why this worker, and which: for `x-sglang-router-explain: 1`, or always with `--decision-headers`.",
     ),
     Header("`x-sglang-router-model`", "The model that served, where it is another one than the client has named."),
+    Header(
+        "`x-ratelimit-limit-*`, `x-ratelimit-remaining-*`, `x-ratelimit-reset-*`",
+        "For a client with a rate, of `requests` and of `tokens`: how many may come at once, how many of them now, and"
+        " when it will be all of them again: [limits.md](limits.md#what-is-refused).",
+    ),
     Header("`www-authenticate`", "With 401 and 403: a key is missing, unknown, or has not the role."),
     Header("`allow`", "With 405: the methods that the path takes."),
     Header("`upgrade`", "With 426: the path is a WebSocket."),

@@ -132,7 +132,7 @@ def build(
     elsewhere = elsewhere or Elsewhere()
     mark = elsewhere.mark or new_mark()
     quotas, (tokens, issuer) = Quotas(args.max_priority), tokens_of(args, loop, clock)
-    access, key_files = settings.access_rules(args, quotas, tokens)
+    access, key_files = settings.access_rules(args, quotas, tokens, time.time)
     answers = front.answers_of(args, rng, mark)
     forward = settings.forward_rules(args, access, mark)
     shadows = shadows_of(args)

@@ -157,7 +157,8 @@ class IssuerKeys:
         try:
             answer = await fetch(self._pool, target, b"GET", path.encode(), timeout=_TIMEOUT, max_bytes=_MOST_BYTES)
         except FetchError as error:
-            cause = str(error).replace("The worker", "It", 1).replace("the worker's", "its").partition(";")[0]
+            text = str(error).replace("The worker's", "Its").replace("The worker", "It").replace("the worker's", "its")
+            cause = text.partition(";")[0]
             raise _Failed(f"{parts.path or '/'}: {cause.rstrip('.')}") from None
         if answer.status != 200:
             raise _Failed(f"{parts.path or '/'} answers {answer.status}")

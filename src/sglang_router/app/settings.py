@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +18,7 @@ from sglang_router.access.permissions import Access, TokenReader
 from sglang_router.access.tls import TLSFiles, server_files, worker_files
 from sglang_router.access.watched import WatchedFiles
 from sglang_router.admin.context import AddRules, AskTimeouts
-from sglang_router.config import RouterArgs, keys
+from sglang_router.config import RouterArgs, key_files, keys
 from sglang_router.config.key_files import KeyTerms
 from sglang_router.config.models import POLICY_OPTIONS, worker_models
 from sglang_router.relay.rules import Timeouts
@@ -125,12 +125,16 @@ def retry_rules(args: RouterArgs) -> RetryRules:
 
 
 def access_rules(
-    args: RouterArgs, quotas: Quotas | None = None, tokens: TokenReader | None = None
+    args: RouterArgs,
+    quotas: Quotas | None = None,
+    tokens: TokenReader | None = None,
+    wall: Callable[[], float] | None = None,
 ) -> tuple[Access, WatchedFiles]:
     """Load the API keys; return who may send which requests, and the key files, which change that when they change.
 
     quotas  gets the limits of clients; None: this process does not decide
     tokens  reads tokens of an identity provider; None: there is none
+    wall    returns seconds since 1970: files that change count when they have settled; None: at once
 
     Raises: ConfigError, when a key file cannot be used.
     """
@@ -142,10 +146,15 @@ def access_rules(
         for warning in ring.warnings:
             log.warning(warning)
         access.use(ring.client, ring.control, ring.expires)
+        if ring.tokens and tokens is None:
+            log.warning("keys: `tokens` in %s has no effect without --jwt-issuer", files[0])
         if quotas is not None:
-            quotas.use_clients({name: _client_rules(terms) for name, terms in ring.terms.items()})
+            others = ring.tokens.get(key_files.ANYBODY)
+            named = {keys.name_of_subject(each): terms for each, terms in ring.tokens.items()}
+            rules = {name: _client_rules(terms) for name, terms in {**ring.terms, **named}.items()}
+            quotas.use_clients(rules, None if others is None else _client_rules(others))
 
-    return access, WatchedFiles([path for path in files if path], load, "keys", log)
+    return access, WatchedFiles([path for path in files if path], load, "keys", log, wall)
 
 
 def _client_rules(terms: KeyTerms) -> ClientRules:

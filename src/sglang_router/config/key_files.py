@@ -12,8 +12,14 @@
         max_priority: high
         models: [llama-3, qwen-3]
 
-Only `key` is needed. Entries with one name are keys of one client: they share its limits, and so must say the same. A
-file of keys of the control plane has `id`, `name`, `role`, `key` and `expires`.
+    tokens:                              # clients with a token of the identity provider (--jwt-issuer)
+      - subject: bob
+        requests_per_second: 5
+      - subject: "*"                     # each other one
+        requests_per_second: 1
+
+Only `key` is needed, or `subject`. Entries with one name are keys of one client: they share its limits, and so must say
+the same. A file of keys of the control plane has `id`, `name`, `role`, `key` and `expires`, and no `tokens`.
 
 No message of this module shows a value, nor the name of an unknown field: both may be a key in the wrong place.
 """
@@ -30,7 +36,11 @@ from sglang_router.config import option_files
 from sglang_router.errors import ConfigError
 
 ENDS = (".yaml", ".yml", ".toml", ".json")
+ANYBODY = "*"
+"""The subject that stands for all clients with tokens that no other entry names."""
 MOST_PRIORITY = 20
+_LEAST = 1e-6
+"""Smallest rate: the pause that a much smaller one asks for is no number of seconds any more."""
 PRIORITIES = {"system": 20, "interactive": 10, "high": 10, "default": 0, "normal": 0, "bulk": -10, "low": -10}
 """As in `wire.request_id`, which is a room further up; a test holds both equal."""
 
@@ -68,19 +78,37 @@ def structured(path: str | None) -> bool:
     return path is not None and path.lower().endswith(ENDS)
 
 
-def read(path: str, texts: tuple[str, ...], limits: bool) -> list[Entry]:
-    """Return the entries of a file.
+def read(path: str, texts: tuple[str, ...], limits: bool) -> tuple[list[Entry], dict[str, KeyTerms]]:
+    """Return the entries of a file, and the terms of clients with tokens by their subjects; `ANYBODY`: of all others.
 
-    texts   the fields that are texts
-    limits  whether an entry may have the fields of KeyTerms
+    texts   the fields of an entry that are texts
+    limits  whether an entry may have the fields of KeyTerms, and the file `tokens`
 
     Raises: ConfigError.
     """
     content = option_files.parse(Path(path), ENDS)
-    entries = content.get("keys")
-    if content.keys() != {"keys"} or not isinstance(entries, list) or not entries:
-        raise ConfigError(f"{path} must hold a list `keys` of mappings, and nothing else; see docs/security.md")
-    return [_entry(f"{path}, entry {number}", each, texts, limits) for number, each in enumerate(entries, 1)]
+    entries, subjects = content.get("keys"), content.get("tokens", []) if limits else []
+    if content.keys() - ({"tokens"} if limits else set()) != {"keys"} or not isinstance(entries, list) or not entries:
+        more = ", and perhaps a list `tokens`" if limits else ""
+        raise ConfigError(f"{path} must hold a list `keys` of mappings{more}, and nothing else; see docs/security.md")
+    found = [_entry(f"{path}, entry {number}", each, texts, limits) for number, each in enumerate(entries, 1)]
+    if not isinstance(subjects, list):
+        raise ConfigError(f"{path}: `tokens` must be a list of mappings; see docs/limits.md")
+    return found, _tokens(path, subjects)
+
+
+def _tokens(path: str, entries: list[object]) -> dict[str, KeyTerms]:
+    found: dict[str, KeyTerms] = {}
+    for number, entry in enumerate(entries, 1):
+        where = f"{path}, token {number}"
+        fields = ("subject", *KeyTerms._fields)
+        if not isinstance(entry, dict) or not entry.keys() <= set(fields) or "subject" not in entry:
+            raise ConfigError(f"{where}: it must be a mapping with `subject`, and perhaps {', '.join(fields[1:])}")
+        subject = _read(where, "subject", entry["subject"], _subject)
+        if subject in found:
+            raise ConfigError(f"{where}: this subject is there twice")
+        found[subject] = terms_of(where, {name: value for name, value in entry.items() if value is not None})
+    return found
 
 
 def _entry(where: str, entry: object, texts: tuple[str, ...], limits: bool) -> Entry:
@@ -124,6 +152,12 @@ def _text(value: object) -> str:
     return value.strip()
 
 
+def _subject(value: object) -> str:
+    if not isinstance(value, str):
+        raise _Expected('the subject of a token, or "*" for all others; quote a number')
+    return value
+
+
 def _moment(value: object) -> float:
     """Return seconds since 1970 of what a file has: a text in ISO 8601, or a date or time of YAML or TOML."""
     if value is math.inf:
@@ -143,8 +177,8 @@ def _moment(value: object) -> float:
 
 def positive(value: object) -> float:
     """Return a number above 0. Raises: ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise _Expected("a number above 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _LEAST <= value < math.inf:
+        raise _Expected(f"a number above 0 (at least {_LEAST:.6f})")
     return float(value)
 
 

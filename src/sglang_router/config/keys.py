@@ -27,8 +27,14 @@ from sglang_router.config.key_files import Entry, KeyTerms, structured
 from sglang_router.errors import ConfigError
 
 ROLES = ("admin", "user")
+TOKEN = "jwt:"  # noqa: S105
+"""Begins what logs and limits call a client with a token of the identity provider (`access.tokens`); as in
+`routing.quotas`, which is a room that knows no options; a test holds both equal."""
 CONTROL_FORM = "ID:NAME:ROLE:KEY with the role admin or user"
 
+_MARK = "~"
+"""Stands before the digest of a subject that cannot be told from others at sight."""
+_LONGEST_NAME = 100
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
 _ANOTHER = re.compile(r",[^:]+:[^:]*:(admin|user):")
 _HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
@@ -65,6 +71,7 @@ class KeyRing:
     warnings  for the log: files that other users of the machine may read
     terms     what applies to the clients with one name, where a file says it
     expires   when keys expire that do: seconds since 1970, by `digest_of` the key
+    tokens    what applies to clients with tokens of the identity provider, by their subjects; see `key_files.read`
     """
 
     client: tuple[ClientKey, ...] = ()
@@ -72,12 +79,26 @@ class KeyRing:
     warnings: tuple[str, ...] = ()
     terms: Mapping[str, KeyTerms] = field(default_factory=dict)
     expires: Mapping[bytes, float] = field(default_factory=dict, repr=False)
+    tokens: Mapping[str, KeyTerms] = field(default_factory=dict)
 
 
 def digest_of(key: str) -> bytes:
     """Return the SHA-256 of a key, or the one that stands in its place."""
     hashed = _HASHED.fullmatch(key)
     return sha256(key.encode("ascii")).digest() if hashed is None else bytes.fromhex(hashed[1])
+
+
+def name_of_subject(subject: str) -> str:
+    """Return what logs and limits call the client with a token of this subject; no other subject has the same name."""
+    shown = printable(subject)
+    if shown == subject and _MARK not in subject:
+        return TOKEN + shown
+    return f"{TOKEN}{shown}{_MARK}{sha256(subject.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+
+def printable(text: str) -> str:
+    """Return a text of a token as it may stand in a log line."""
+    return "".join(each if each.isprintable() else "?" for each in text[:_LONGEST_NAME])
 
 
 # -- read from text ----------------------------------------------------------------------------------------------------
@@ -132,6 +153,8 @@ def client_key(entry: object) -> ClientKey:
     _check(key)
     if not name.isprintable():
         raise ValueError("the name contains characters that cannot be printed")
+    if name.startswith(TOKEN):
+        raise ValueError(f"the name must not begin with {TOKEN}, as those of clients with tokens do")
     return ClientKey(name, key)
 
 
@@ -196,15 +219,18 @@ def load(
     clients = _placed("--api-key", api_keys)
     controls = _placed("--control-plane-api-keys", control_plane_api_keys)
     entries: list[tuple[Entry, str]] = []
+    tokens: dict[str, KeyTerms] = {}
     if api_key_file is not None and structured(api_key_file):
-        for entry in key_files.read(api_key_file, ("name", "key"), limits=True):
+        found, tokens = key_files.read(api_key_file, ("name", "key"), limits=True)
+        for entry in found:
             texts = entry.texts
             clients.append((entry.where, _entry(entry, client_key, (texts.get("name", ""), texts.get("key", "")))))
             entries.append((entry, clients[-1][1].key))
     else:
         clients += _file(api_key_file, client_key)
     if control_plane_api_keys_file is not None and structured(control_plane_api_keys_file):
-        for entry in key_files.read(control_plane_api_keys_file, ("id", "name", "role", "key"), limits=False):
+        found, _ = key_files.read(control_plane_api_keys_file, ("id", "name", "role", "key"), limits=False)
+        for entry in found:
             parts = tuple(entry.texts.get(name, "") for name in ControlKey._fields)
             controls.append((entry.where, _entry(entry, control_key, parts)))
             entries.append((entry, controls[-1][1].key))
@@ -213,7 +239,7 @@ def load(
     keys = [(where, client.key) for where, client in clients] + [(where, control.key) for where, control in controls]
     _distinct([(where, digest_of(key).hex()) for where, key in keys], "key")
     _distinct([(where, control.id) for where, control in controls], "id")
-    named = [ClientKey(client.name or f"key-{place}", client.key) for place, (_, client) in enumerate(clients, 1)]
+    named = _named([client for _, client in clients])
     warnings = [exposure(path) for path in (api_key_file, control_plane_api_keys_file) if path]
     return KeyRing(
         tuple(named),
@@ -221,7 +247,20 @@ def load(
         tuple(filter(None, warnings)),
         _terms(named, {key: entry for entry, key in entries}),
         {digest_of(key): entry.expires for entry, key in entries if entry.expires < math.inf},
+        tokens,
     )
+
+
+def _named(clients: list[ClientKey]) -> list[ClientKey]:
+    """Name those without a name by their position; never by a name that another one was given."""
+    given = {client.name for client in clients}
+    found = []
+    for place, client in enumerate(clients, 1):
+        name = client.name or f"key-{place}"
+        while not client.name and name in given:
+            name += "-unnamed"
+        found.append(ClientKey(name, client.key))
+    return found
 
 
 def _entry(entry: Entry, read: Callable[[object], T], parts: tuple[str, ...]) -> T:

@@ -64,7 +64,7 @@ class Discovery:
     @property
     def looked(self) -> bool:
         """Whether each source has known all of its workers once."""
-        return all(source.owner.passes for source in self.sources)
+        return all(source.owner.passes and source.progress.listed_at is not None for source in self.sources)
 
     def reports(self) -> list[SourceReport]:
         """Return what each source says of itself."""

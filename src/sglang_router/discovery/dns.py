@@ -45,6 +45,9 @@ class Seen(NamedTuple):
     at: dict[str, float]
 
 
+_NEVER_SEEN: Final = Seen(frozenset(), {})
+
+
 class DNSSource:
     """See the module.
 
@@ -65,7 +68,7 @@ class DNSSource:
     ) -> None:
         self.owner = owner
         self.progress = LookProgress("DNS", clock)
-        self._names = names
+        self._names = list(dict.fromkeys(names))
         self._resolve = resolve
         self._clock = clock
         self._rng = rng
@@ -124,20 +127,24 @@ class DNSSource:
         self._seen[name] = Seen(frozenset(answer.urls), kept)
 
     async def _pass(self) -> None:
-        """Compare what all names have with the workers, once all were found."""
-        if len(self._seen) == len(self._names):
+        """Compare what all names have with the workers, once one was found."""
+        if self._seen:
             async with self._passing:
                 await self.owner.follow(self._wanted())
 
     def _wanted(self) -> dict[str, WantedWorker]:
+        """Return what the names have. Until all were found, what nobody names stays as it is: it may be theirs."""
         found: dict[str, WantedWorker] = {}
-        for name, seen in self._seen.items():
+        for name in self._names:
+            seen = self._seen.get(name, _NEVER_SEEN)
             for url in seen.at:
                 here = url in seen.here
                 if url not in found or (here and not found[url].addable):
                     said = {} if name.role == "regular" else {"worker_type": name.role}
                     withheld = "" if here else _AWAY
                     found[url] = WantedWorker(url=url, said=said, origin=name.text, addable=here, withheld=withheld)
+        if len(self._seen) < len(self._names):
+            return {each.url: each for each in self.owner.untouched()} | found
         return found
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import ssl
 from collections.abc import AsyncIterator
 from typing import Any, Final
@@ -30,7 +31,9 @@ from sglang_router.wire.response import ResponseHead, framing_of, parse_head
 _CONNECT_WITHIN: Final = 5.0
 """Seconds to open a connection, TLS included."""
 _SILENT_FOR: Final = 10.0
-"""Seconds in which some bytes of an answer must come; of a watch, its head."""
+"""Seconds in which the head of an answer must come, and then some bytes of its body; a watch may be silent."""
+_WHOLE_WITHIN: Final = 60.0
+"""Seconds in which an answer must be complete that is no watch: one that comes byte by byte is none."""
 _READ: Final = 1 << 16
 _LARGEST_ANSWER: Final = 64 << 20
 _LONGEST_LINE: Final = 16 << 20
@@ -96,8 +99,9 @@ class KubeLink:
 
     async def get(self, path: str) -> bytes:
         """Return the body of a successful answer. Raises: KubeError."""
+        until = asyncio.get_running_loop().time() + _WHOLE_WITHIN
         head, framing = await self._ask(path)
-        return await self._body(head, framing, _LARGEST_ANSWER)
+        return await self._body(head, framing, _LARGEST_ANSWER, until)
 
     async def stream(self, path: str, within: float) -> AsyncIterator[bytes]:
         """Return the lines of a successful answer; one that lasts longer than `within` is given up.
@@ -110,7 +114,7 @@ class KubeLink:
 
     async def _lines(self, head: ResponseHead, framing: Framing, until: float) -> AsyncIterator[bytes]:
         rest = bytearray()
-        async for data in self._content(framing, until):
+        async for data in self._content(framing, until, math.inf):
             start = max(0, len(rest) - 1)
             rest += data
             if rest.find(b"\n", start) < 0:
@@ -145,15 +149,15 @@ class KubeLink:
         framing = framing_of(head)
         if 200 <= head.status < 300:
             return head, framing
-        body = b""
+        body, until = b"", asyncio.get_running_loop().time() + _SILENT_FOR
         with contextlib.suppress(KubeError):
-            body = await self._body(head, framing, _LARGEST_ERROR)
+            body = await self._body(head, framing, _LARGEST_ERROR, until)
         self.close()
         raise self._refusal(head, body)
 
-    async def _body(self, head: ResponseHead, framing: Framing, largest: int) -> bytes:
+    async def _body(self, head: ResponseHead, framing: Framing, largest: int, until: float) -> bytes:
         parts, size = [], 0
-        async for data in self._content(framing, None):
+        async for data in self._content(framing, until, _SILENT_FOR):
             parts.append(data)
             size += len(data)
             if size > largest:
@@ -191,27 +195,30 @@ class KubeLink:
                 failure = error
         raise failure
 
-    async def _read(self, within: float) -> bytes:
-        """Return what comes next; b"" at the end. Raises: KubeError."""
+    async def _read(self, silent: float, until: float) -> bytes:
+        """Return what comes next; b"" at the end. Raises: KubeError, when nothing comes for so long, or in time."""
+        now = asyncio.get_running_loop().time
         assert self._reader is not None
         assert self._writer is not None
         # Not `asyncio.wait_for`: before Python 3.12 it can swallow a cancellation, and this loop would never end.
         transport = self._writer.transport
-        silent = asyncio.get_running_loop().call_later(max(0.0, within), transport.abort)
+        within = max(0.0, min(silent, until - now()))
+        given_up = asyncio.get_running_loop().call_later(within, transport.abort)
         try:
             data = await self._reader.read(_READ)
         except OSError as error:
             self.close()
             raise KubeError("broken", f"the connection to {self._access.url} broke: {_why(error)}") from None
         finally:
-            silent.cancel()
-        if not data and silent.when() <= asyncio.get_running_loop().time():
+            given_up.cancel()
+        if not data and given_up.when() <= now():
             self.close()
-            raise KubeError("silent", f"{self._access.url} says nothing for {within:.0f} s")
+            why = f"says nothing for {within:.0f} s" if within == silent else "takes too long for an answer"
+            raise KubeError("silent", f"{self._access.url} {why}")
         return data
 
     async def _head(self) -> ResponseHead:
-        data = b""
+        data, until = b"", math.inf
         try:
             while True:
                 head = parse_head(data) if data else None
@@ -221,7 +228,8 @@ class KubeLink:
                 if head is not None:
                     data = data[head.end :]
                     continue
-                more = await self._read(_SILENT_FOR)
+                more = await self._read(_SILENT_FOR, until)
+                until = min(until, asyncio.get_running_loop().time() + _SILENT_FOR)
                 if not more:
                     self.close()
                     raise KubeError("broken", f"{self._access.url} closed the connection without an answer")
@@ -230,9 +238,8 @@ class KubeLink:
             self.close()
             raise KubeError("invalid", f"{self._access.url} does not answer in HTTP/1.1") from None
 
-    async def _content(self, framing: Framing, until: float | None) -> AsyncIterator[bytes]:
-        """Yield the content of a body. until: when to give it up; None: when nothing comes for a while."""
-        now = asyncio.get_running_loop().time
+    async def _content(self, framing: Framing, until: float, silent: float) -> AsyncIterator[bytes]:
+        """Yield the content of a body. until: when to give it up; silent: for how long nothing may come."""
         data, self._seen = self._seen, b""
         while True:
             payload: list[bytes] = []
@@ -245,7 +252,7 @@ class KubeLink:
                 yield content
             if end >= 0:
                 return
-            data = await self._read(_SILENT_FOR if until is None else until - now())
+            data = await self._read(silent, until)
             if not data:
                 self.close()
                 if framing.ends_at_close:
@@ -268,7 +275,12 @@ def _message(body: bytes) -> str:
         text = msgspec.json.decode(body, type=StatusMessage).message or ""
     except (msgspec.DecodeError, UnicodeDecodeError):
         text = body[:_SHOWN].decode("latin-1")
-    return "".join(each if each.isprintable() else " " for each in text)[:_SHOWN].strip()
+    return shown(text)
+
+
+def shown(text: str) -> str:
+    """Return what the API server says as a message may show it."""
+    return "".join(each if each.isprintable() else " " for each in text[:_SHOWN]).strip()
 
 
 def _why(error: Exception) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import logging
 import os
 import ssl
@@ -83,16 +84,26 @@ class KubeFiles:
 
     def __init__(self, load: Callable[[set[str]], KubeAccess]) -> None:
         self._read = load
-        used: set[str] = set()
-        self._access = load(used)
-        self._files = WatchedFiles(sorted(used), self._load, "Kubernetes", log)
+        self._used: set[str] = set()
+        self._load()
+        self._watch()
 
     def _load(self) -> None:
-        self._access = self._read(set())
+        used: set[str] = set()
+        self._access = self._read(used)
+        self._used = used
+
+    def _watch(self) -> None:
+        used = self._used
+        self._files = WatchedFiles(sorted(used), self._load, "Kubernetes", log)
+        self._watched = used
 
     def access(self) -> KubeAccess:
         """Return how to reach the API server, by what the files say now."""
         self._files.refresh()
+        if self._used != self._watched:  # a kubeconfig names other files now
+            with contextlib.suppress(ConfigError):  # they change just now: they are tried again at the next request
+                self._watch()
         return self._access
 
 

@@ -26,7 +26,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from sglang_router.discovery.kube_api import KubeError, KubeLink
+from sglang_router.discovery.kube_api import KubeError, KubeLink, shown
 from sglang_router.discovery.kube_config import KubeAccess, KubeFiles
 from sglang_router.discovery.owner import WorkerOwner
 from sglang_router.discovery.pod_answers import list_query, pods_path, read_event, read_page, watch_query
@@ -38,7 +38,11 @@ log = logging.getLogger("sglang_router.discovery")
 
 _MOST_PODS: Final = 20_000
 """Pods that are kept; a selector that fits more is a mistake."""
+_MOST_PAGES: Final = 2_000
+"""Pages of a list; a page may be empty, but a list without end is none."""
 _GONE: Final = 410
+_ERRORS: Final = range(400, 600)
+"""What the code of an ERROR may be: each is a label of a metric."""
 _REFUSED: Final = (401, 403)
 _HELP: Final = "see docs/kubernetes.md"
 _WELL: Final = 5.0
@@ -178,7 +182,7 @@ class KubernetesSource:
         """Read all pods, and make a pass. Raises: KubeError."""
         path, following = pods_path(self._namespace), None
         found: dict[str, Pod] = {}
-        while True:
+        for _ in range(_MOST_PAGES):
             try:
                 page = read_page(await link.get(f"{path}?{list_query(self._rules, following)}"))
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -191,6 +195,8 @@ class KubernetesSource:
             following = page.metadata.following
             if not following:
                 break
+        else:
+            raise KubeError("invalid", f"the API server's list has more than {_MOST_PAGES} pages")
         self._pods, self._version = found, page.metadata.version or ""
         self.progress.listed()
         await self._pass()
@@ -237,8 +243,9 @@ class KubernetesSource:
             raise KubeError("invalid", f"the API server's watch cannot be read: {error}") from None
         item = event.object
         if event.type == "ERROR":
-            kind = "expired" if item.code == _GONE else str(item.code or "error")
-            raise KubeError(kind, f"the watch ended: {item.message or 'it does not say why'}")
+            code = item.code if item.code in _ERRORS else None
+            kind = "expired" if code == _GONE else str(code or "error")
+            raise KubeError(kind, f"the watch ended: {shown(item.message or '') or 'it does not say why'}")
         self._version = item.metadata.version or self._version
         if event.type not in ("ADDED", "MODIFIED", "DELETED"):
             return False
@@ -259,5 +266,5 @@ class KubernetesSource:
                 kind, where = "ClusterRole", "for all namespaces, or name one with --service-discovery-namespace"
             return f"{error}. The router needs a {kind} to get, list and watch pods {where}; {_HELP}"
         if error.status == 401:
-            return f"{error}. It is read again before each request; {_HELP}"
+            return f"{error}. It is read again before each list; {_HELP}"
         return str(error)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -84,6 +84,21 @@ class WorkerOwner:
         """Return the URLs of the workers that came from there."""
         mine = [worker.spec for worker in self._fleet if worker.spec.source is self.source]
         return list(dict.fromkeys(spec.url for spec in mine if spec.origin == origin))
+
+    def untouched(self) -> Iterator[WantedWorker]:
+        """Return its workers as what to want in order to change nothing of them."""
+        for worker in self._fleet:
+            spec = worker.spec
+            if spec.source is self.source:
+                before = self._told.get(spec.url)
+                yield WantedWorker(
+                    url=spec.url,
+                    said={} if before is None else before.said,
+                    origin=spec.origin,
+                    instance=spec.instance,
+                    addable=False,
+                    withheld=worker.withheld,
+                )
 
     async def follow(self, wanted: Mapping[str, WantedWorker]) -> None:
         """Make the workers of this source those."""

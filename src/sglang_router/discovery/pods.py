@@ -19,7 +19,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -38,15 +38,19 @@ _LONGEST: Final = 100
 """Characters of an annotation that a complaint shows."""
 
 
+_Short = Annotated[str, msgspec.Meta(max_length=1024)]
+"""Names in Kubernetes have at most 253 characters. What is kept of 20,000 pods must not be as long as an answer."""
+
+
 class PodMetadata(msgspec.Struct, kw_only=True):
     """`metadata` of an object. Everything may be missing or null."""
 
-    name: str = ""
-    namespace: str | None = None
-    uid: str | None = None
+    name: _Short = ""
+    namespace: _Short | None = None
+    uid: _Short | None = None
     labels: dict[str, str] | None = None
     annotations: dict[str, str] | None = None
-    creation: str | None = msgspec.field(name="creationTimestamp", default=None)
+    creation: _Short | None = msgspec.field(name="creationTimestamp", default=None)
     deletion: str | None = msgspec.field(name="deletionTimestamp", default=None)
     version: str | None = msgspec.field(name="resourceVersion", default=None)
     following: str | None = msgspec.field(name="continue", default=None)
@@ -194,11 +198,12 @@ def _state(metadata: PodMetadata, status: PodStatus, ip: str) -> str:
 
 
 def _address(text: str | None) -> str:
-    """Return an IP address in its normal form; "" for what is none."""
+    """Return an IP address in its normal form; "" for what is none, or one that counts on a single machine only."""
     try:
-        return str(ipaddress.ip_address(text or ""))
+        found = ipaddress.ip_address(text or "")
     except ValueError:
         return ""
+    return "" if getattr(found, "scope_id", None) else str(found)
 
 
 def _engines(annotations: Mapping[str, str], rules: PodRules, role: str) -> tuple[tuple[int, int | None], ...]:

@@ -8,15 +8,16 @@
         bootstrap_port: 8998
         drain: true                              it gets no new requests
 
-A file that cannot be used, as in the middle of a change, changes nothing: the workers stay as the last good one named
-them. It is looked at once a second, and read in a thread of its own, so a large one delays no request.
+A file that cannot be used changes nothing: the workers stay as the last good one named them. It is looked at once a
+second, and counts when its last change is a second old, because the first half of a list is a list too. It is read in a
+thread of its own, so a large one delays no request.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -29,13 +30,14 @@ from sglang_router.discovery.owner import WorkerOwner
 from sglang_router.discovery.progress import LookProgress
 from sglang_router.discovery.reconcile import WantedWorker
 from sglang_router.errors import ConfigError
-from sglang_router.routing.model_names import LONGEST_NAME
+from sglang_router.routing.model_names import LONGEST_NAME, is_name
 from sglang_router.routing.spec import HIGHEST_PORT
 
 log = logging.getLogger("sglang_router.discovery")
 
 _EVERY: Final = 1.0
 """Seconds between two looks at the file."""
+_AGAIN: Final = 30.0
 _DRAINED: Final = "its file says drain"
 
 
@@ -72,6 +74,8 @@ def read(path: str) -> dict[str, WantedWorker]:
             raise ConfigError(f"{where}: {error}") from None
         if url in found:
             raise ConfigError(f"{where}: {url} is there twice")
+        if listed.model_id is not None and not is_name(listed.model_id):
+            raise ConfigError(f"{where}: `model_id` cannot be the name of a model")
         if listed.bootstrap_port is not None and listed.worker_type != "prefill":
             raise ConfigError(f"{where}: only a prefill worker has a bootstrap_port")
         found[url] = _wanted(url, listed, path)
@@ -94,24 +98,36 @@ def _entries(path: str) -> list[Any]:
 
 
 def _content(path: str) -> Any:
-    return option_files.read(Path(path), json.loads if path.lower().endswith(".json") else option_files.parse_yaml)
+    parse = option_files.parse_json if path.lower().endswith(".json") else option_files.parse_yaml
+    return option_files.read(Path(path), parse)
 
 
 class FileSource:
     """See the module. Making it reads the file.
 
     every  seconds between two looks
+    again  seconds after which its workers are named again though it did not change: a worker may have been free since
 
     Raises: ConfigError
     """
 
-    def __init__(self, owner: WorkerOwner, path: str, clock: Callable[[], float], every: float = _EVERY) -> None:
+    def __init__(
+        self,
+        owner: WorkerOwner,
+        path: str,
+        clock: Callable[[], float],
+        every: float = _EVERY,
+        again: float = _AGAIN,
+    ) -> None:
         self.owner = owner
         self.progress = LookProgress("--discovery-file", clock)
         self._path = path
         self._every = every
+        self._again = again
+        self._clock = clock
+        self._named_at = 0.0
         self._wanted: dict[str, WantedWorker] = {}
-        self._files = WatchedFiles([path], self._load, "--discovery-file", log)
+        self._files = WatchedFiles([path], self._load, "--discovery-file", log, wall=time.time)
 
     def __repr__(self) -> str:
         return f"<FileSource {self._path}: {len(self._wanted)} workers, {self.progress!r}>"
@@ -129,7 +145,7 @@ class FileSource:
         await self._follow()
         while True:
             await asyncio.sleep(self._every)
-            if await asyncio.to_thread(self._files.refresh):
+            if await asyncio.to_thread(self._files.refresh) or self._clock() - self._named_at >= self._again:
                 await self._follow()
             elif not (complaint := self._files.complaint):
                 self.progress.error = ""
@@ -139,6 +155,8 @@ class FileSource:
                 self.progress.failures["invalid"] += 1
 
     async def _follow(self) -> None:
+        self._named_at = self._clock()
         await self.owner.follow(self._wanted)
-        self.progress.error = ""
-        self.progress.listed()
+        if not self._files.complaint:
+            self.progress.error = ""
+            self.progress.listed()

@@ -112,7 +112,7 @@ class Desk:
         try:
             answer = self._router.ask(each.tag, each.facts, self._at(ask.now))
         except RouterError as error:
-            port.put(messages.Refused(ask.number, failure_of(error)))
+            port.put(messages.Refused(ask.number, failure_of(error), each.tag.limits))
             return
         except Exception:  # a policy failed
             port.put(messages.Refused(ask.number, failure_of(InternalError())))
@@ -163,7 +163,7 @@ class Desk:
             return
         if isinstance(answer, RouterError):
             self._unqueue(each)
-            each.port.put(messages.Refused(each.number, failure_of(answer)))
+            each.port.put(messages.Refused(each.number, failure_of(answer), each.tag.limits))
         else:
             self._answer(each, answer)
 
@@ -188,7 +188,7 @@ class Desk:
             sent.append(
                 PlannedOne(leg.lease, place, leg.branch, leg.matched, leg.total, leg.splice, leg.rid, leg.model)
             )
-        port.put(Planned(each.number, sent, plan.delay, plan.retries, plan.handoff))
+        port.put(Planned(each.number, sent, plan.delay, plan.retries, plan.handoff, each.tag.limits))
 
     def _unqueue(self, each: OpenedRequest) -> None:
         if each.until is not None:
@@ -201,7 +201,7 @@ class Desk:
         for each in late:
             self._unqueue(each)
             error = self._router.expired(each.tag, self._at(now))
-            each.port.put(messages.Refused(each.number, failure_of(error)))
+            each.port.put(messages.Refused(each.number, failure_of(error), each.tag.limits))
 
     # -- what became of it ---------------------------------------------------------------------------------------------
 

@@ -253,13 +253,14 @@ class Hello(Message, tag=16):
 
 
 class Planned(Message, tag=33):
-    """A plan."""
+    """A plan. limits: see RequestTag."""
 
     number: int
     legs: list[PlannedOne]
     delay: float
     retries: int
     handoff: bool
+    limits: bytes = b""
 
 
 class Waits(Message, tag=34):
@@ -271,10 +272,11 @@ class Waits(Message, tag=34):
 
 
 class Refused(Message, tag=36):
-    """The request is refused."""
+    """The request is refused. limits: see RequestTag."""
 
     number: int
     error: ErrorSent
+    limits: bytes = b""
 
 
 class NoRetry(Message, tag=37):

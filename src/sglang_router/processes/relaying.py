@@ -82,7 +82,7 @@ class RelayProcess:
         rng = random.Random()
         self._tls, worker_tls = settings.server_tls(args), settings.worker_tls(args)
         tokens, self._issuer = tokens_of(args, loop, clock)
-        access, key_files = settings.access_rules(args, tokens=tokens)
+        access, key_files = settings.access_rules(args, tokens=tokens, wall=time.time)
         answers = front.answers_of(args, rng, given.mark)
         forward = settings.forward_rules(args, access, given.mark)
         self._connections = connections = front.connections_of(args, loop, system_look_up, rng, worker_tls)

@@ -243,6 +243,7 @@ class RemoteDecider:
             asked.legs.pop(asked.failed.leg.lease, None)
             self._began.discard(asked.failed.leg.lease)
         self._settled = True
+        asked.tag.limits = plan.limits
         now = self._clock() + plan.delay
         for leg in legs:
             asked.legs[leg.lease] = (leg, now)
@@ -257,6 +258,7 @@ class RemoteDecider:
         """Take a final error."""
         asked = self._answered(refused.number)
         if asked is not None:
+            asked.tag.limits = refused.limits
             self._final(asked, failures.error_of(refused.error))
 
     def no_retry(self, answer: messages.NoRetry) -> None:

@@ -34,6 +34,7 @@ _CORS: Final = b"access-control-"
 _DECISION: Final = b"x-sglang-router-decision"
 _WORKER: Final = b"x-sglang-router-worker"
 _MODEL: Final = b"x-sglang-router-model"
+_LIMITS: Final = b"x-ratelimit-"
 _PRINTABLE: Final = bytes(range(0x20, 0x7F))
 _UNESCAPED: Final = frozenset(_PRINTABLE) - frozenset(b'%"')
 _DROPPED: Final = HOP_BY_HOP | {b"content-length", b"x-request-id"}
@@ -93,7 +94,7 @@ def worker_head(
     start = b"HTTP/1.1 %d %s" % (head.status, head.reason or _REASONS.get(head.status, b""))
     replaced: tuple[bytes, ...] = (_CORS,) if cors else ()
     if decision:
-        replaced += tuple([name for name in (_DECISION, _WORKER, _MODEL) if name in decision])
+        replaced += tuple([name for name in (_DECISION, _WORKER, _MODEL, _LIMITS) if name in decision])
     own = b"%b%b%b\r\n" % (connection, cors, decision)
     if head.plain:  # the usual case: pass the fields on as they came, including Content-Length
         fields = _without(head, replaced) if replaced else head.fields
@@ -195,11 +196,14 @@ class Answers:
         self.by_id = by_id
 
     def decision(self, tag: RequestTag, leg: PlannedLeg | None, retries: int) -> bytes:
-        """Return what the client is told of the decision; b"" when it does not ask, and gets the model it has named.
+        """Return what the client is told of the decision, and of its limits; b"" when it does not ask, gets the model
+        that it has named, and has no limits.
 
         See `decision_fields` and `model_field`.
         """
         told = decision_fields(tag, leg, retries, self.by_id) if tag.explained or self.always else b""
+        if tag.limits:
+            told += tag.limits
         return told if leg is None or not leg.model else told + model_field(leg.model)
 
     def cors_fields(self, headers: Headers) -> bytes:

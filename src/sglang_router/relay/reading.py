@@ -30,8 +30,9 @@ from sglang_router.routing.plan import Plan, RequestTag, Wait
 from sglang_router.routing.session_hints import Hinted
 from sglang_router.wire.request import Request
 
+_MOST_FIELDS: Final = 64
+"""Fields of a query that are read."""
 _UPWARDS: Final = re.compile(rb"[/\\]\.\.?(?:[/\\]|\Z)")
-_MODEL: Final = re.compile(rb"[?&]model=([^&]{1,1024})(?:&|$)")
 
 
 class Unrouted(Continuable, Protocol):
@@ -158,7 +159,21 @@ def _find_place(facts: Facts, request: Request) -> None:
         facts.target = b"%b %b" % (request.method, request.target)
     if facts.endpoint.about:
         facts.follows = bounded(request.path.split(b"/")[ID_SEGMENT])
-    elif not facts.model and (found := _MODEL.search(request.target, len(request.path))) is not None:
-        name = unquote_plus(found[1].decode("latin-1"))
-        if is_name(name):
-            facts.model = text_of(name)
+    elif not facts.model and b"?" in request.target:
+        facts.model = model_of_query(request.target.partition(b"?")[2])
+
+
+def model_of_query(query: bytes) -> bytes:
+    """Return the model that a query names, as JSON text; b"" without one, and with several: engines take the first or
+    the last of them. A query with very many fields names none."""
+    fields = query.split(b"&", _MOST_FIELDS)
+    if len(fields) > _MOST_FIELDS:
+        return b""
+    pairs = [field.partition(b"=") for field in fields]
+    names = {_text(value) for name, _, value in pairs if _text(name) == "model"}
+    name = names.pop() if len(names) == 1 else ""
+    return text_of(name) if is_name(name) else b""
+
+
+def _text(part: bytes) -> str:
+    return unquote_plus(part.decode("latin-1"))

@@ -157,12 +157,14 @@ class RequestTag:
     explained  the client asks why the worker is chosen (x-sglang-router-explain)
     model      the model as sent, JSON text; "" when the request names none
     streaming  the client asked for a stream
+    limits     what the client is told of its limits: fields of a header, each with its CRLF; b"": nothing
     """
 
     __slots__ = (
         "client",
         "explained",
         "id",
+        "limits",
         "model",
         "named",
         "number",
@@ -197,6 +199,7 @@ class RequestTag:
         self.named = named
         self.explained = named[4]
         self.model = ""
+        self.limits = b""
         self.streaming = False
         self.queued = 0.0
 

@@ -2,6 +2,8 @@
 
 take(now)         take a token; or return how long there is none
 missing(now)      the same without taking one
+left(now)         how many tokens there are
+filled_in(now)    how long until it is full again
 spend(n, now)     take n tokens, also when there are fewer: then there is none for longer
 """
 
@@ -19,19 +21,29 @@ class TokenBucket:
 
     rate   tokens added per second
     burst  most tokens in it, at least 1; None: those of one second
+    size   the same, as a number
     """
 
-    __slots__ = ("_full_at", "_interval", "_slack")
+    __slots__ = ("_full_at", "_interval", "_slack", "size")
 
     def __init__(self, rate: float, burst: float | None = None) -> None:
+        self.size = max(1.0, rate if burst is None else burst)
         self._interval = 1.0 / rate
-        self._slack = (max(1.0, rate if burst is None else burst) - 1.0) * self._interval
+        self._slack = (self.size - 1.0) * self._interval
         self._full_at = -math.inf
 
     def missing(self, now: float) -> float:
         """Return the seconds until there is a token; 0.0 when there is one."""
         missing = max(self._full_at, now) - now - self._slack
         return missing if missing > _ROUNDING else 0.0
+
+    def filled_in(self, now: float) -> float:
+        """Return the seconds until it is full."""
+        return max(self._full_at - now, 0.0)
+
+    def left(self, now: float) -> float:
+        """Return the tokens in it; 0.0 while more were spent than there were."""
+        return max(self.size - self.filled_in(now) / self._interval, 0.0)
 
     def spend(self, tokens: float, now: float) -> None:
         """Take tokens."""

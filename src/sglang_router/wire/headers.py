@@ -124,7 +124,7 @@ class ForwardRules:
         self.tail = via(mark) + b"\r\n"
         never = _NEVER_SENT if trusted else _NEVER_SENT | ROUTING
         if guarded:
-            never |= {b"x-api-key"}
+            never |= {b"x-api-key", b"x_api_key"}
         if readable:
             never |= {b"accept-encoding"}
         self.never_sent = never | _TRACES if traced else never
