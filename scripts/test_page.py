@@ -3,6 +3,7 @@
     course_of_keys      without a key, with a wrong one, with one that may read, with one that may change
     course_of_actions   drain, resume, restart, remove, add, restart all: each confirmed, and seen in the router itself
     course_of_looking   filter, sort, a worker, a decision, the keyboard, light, dark, a phone
+    course_of_trouble   a router that hangs, one that is started anew, a key that is taken away
     course_of_many      1,000 workers: what a second of the page costs the browser, and a frame the router
 
 Each ends with the browser's console: an error there, or a breach of the Content-Security-Policy, is a failure.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from engines import engine_processes
-from routers import RouterProcess, environment, free_port, router_process
+from routers import COMMAND, RouterProcess, ask, environment, free_port, router_process
 from sglang_router.routing.rules import HealthRules
 from stack import Stack, stack
 
@@ -313,7 +315,7 @@ def course_of_looking(router: RouterProcess, pictures: Path | None) -> None:
         _filter_and_sort(page, router)
         _keyboard(page, router)
         _without_keys(page, router)
-        assert "3 workers, " in page.text("#scale"), page.text("#scale")
+        page.until("the scaling", lambda: f"{ENGINES} workers, " in page.text("#scale"))
         assert "round_robin would have chosen" in page.text("#shadow"), page.text("#shadow")
         unnamed = page.driver.execute_script(_UNNAMED)
         assert unnamed == [], unnamed
@@ -384,6 +386,55 @@ def _without_keys(page: Browser, router: RouterProcess) -> None:
         page.until(f"that it is {state}", lambda state=state: page.state(url) == state)  # type: ignore[misc]
 
 
+def course_of_trouble(pictures: Path | None) -> None:
+    with tempfile.TemporaryDirectory() as name, engine_processes(1, "--speed", "0") as urls:
+        keys, port = Path(name) / "keys", free_port()
+        keys.write_text(f"ops:On Call:admin:{ADMIN}\ndesk:The Desk:user:{USER}\n")
+        keys.chmod(0o600)
+        flags = ("--port", str(port), "--control-plane-api-keys-file", str(keys))
+        url = f"http://127.0.0.1:{port}"
+        with _on_port(urls, flags) as process, browser(url, pictures, *_REFUSED, "ERR_") as page:
+            page.use_key(ADMIN)
+            page.live()
+            process.send_signal(signal.SIGSTOP)
+            page.until("that it hangs", lambda: "silent" in page.text("#link"))
+            process.send_signal(signal.SIGCONT)
+            page.live()
+            keys.write_text(f"ops:On Call:user:{ADMIN}\ndesk:The Desk:user:{USER}\n")
+            process.send_signal(signal.SIGHUP)
+            page.until("that nothing can be changed any more", lambda: "role admin" in page.text("#limits"))
+            assert not page.find("#add").is_enabled()
+            keys.write_text(f"desk:The Desk:user:{USER}\n")
+            process.send_signal(signal.SIGHUP)
+            page.until("why the key is refused", lambda: "key" in page.text("#key-why").lower())
+            page.use_key(USER)
+            page.live()
+            process.terminate()
+            process.wait(WITHIN)
+            page.until("that it is gone", lambda: "not connected" in page.text("#link"))
+            with _on_port(urls, flags):
+                page.live()
+                page.until("its worker", lambda: page.state(urls[0]) == "healthy")
+
+
+@contextlib.contextmanager
+def _on_port(urls: list[str], flags: tuple[str, ...]) -> Iterator[subprocess.Popen[bytes]]:
+    """Yield a router on a port that the flags name, for one that is started again."""
+    command = [*COMMAND, *flags, "--prometheus-port", "0", "--worker-urls", *urls]
+    process = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + WITHIN
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                if ask(f"http://127.0.0.1:{flags[1]}", "GET", "/liveness").status == 200:
+                    break
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 def course_of_many(pictures: Path | None) -> str:
     """Return what it measured."""
     with stack(health=HealthRules(enabled=False)) as router:
@@ -447,6 +498,8 @@ def main() -> None:
             for course in wanted:
                 course(router, pictures)
                 print(f"passed: {course.__name__}", flush=True)
+    course_of_trouble(pictures)
+    print("passed: course_of_trouble", flush=True)
     print(f"passed: course_of_many: {course_of_many(pictures)}")
 
 

@@ -20,6 +20,7 @@ from sglang_router.routing import policies
 from sglang_router.routing.assignment import HOLDER
 from sglang_router.routing.considered import Considered
 from sglang_router.routing.decision_record import DecisionAttempt, DecisionRecord, ShadowChoice
+from sglang_router.routing.excluded import REASONS
 from sglang_router.routing.sessions import BRANCH
 
 B, C = "http://10.0.0.8:30000", "http://10.0.0.9:30000"
@@ -236,3 +237,8 @@ def test_options_that_cannot_be_used(words: tuple[str, ...], message: str, monke
         explain.main(("r-1", *words), "x")
     assert message in str(told.value)
     assert "secret" not in str(told.value)
+
+
+def test_the_page_has_each_reason_for_which_a_worker_is_no_candidate() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "explaining.md").read_text("utf-8")
+    assert [name for name in REASONS if f"`{name}`" not in page] == []

@@ -6,6 +6,7 @@ launch_router(parse_router_args(["--worker-urls", "http://127.0.0.1:8000"]))
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -71,8 +72,10 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
 
 def exit_status(command: Callable[[], int]) -> int:
     """Run a command, which is the whole of this process. A ConfigError prints one line and gives status 2, Ctrl-C 130,
-    a closed output pipe 141."""
+    a closed output pipe 141. What the encoding of standard output lacks is written as an escape."""
     process.open_standard_descriptors()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     process.ignore_harmless_signals()
     try:
         try:

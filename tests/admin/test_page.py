@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import re
 from base64 import b64encode
@@ -139,6 +140,24 @@ def test_a_stream_begins_with_what_its_viewer_may(key: str, changes: bool, why: 
         hello = viewer.hello()
     assert hello["changes"] is changes
     assert why in hello["why"]
+
+
+def test_a_stream_follows_the_rights_of_its_key() -> None:
+    """A key that is taken away, or expires, sees no further frame; one with another role is told so."""
+    with stack(access=keyed()) as router, viewing(router, authorization=f"Bearer {ADMIN}") as viewer:
+        access = router.context.access
+        assert viewer.hello()["changes"]
+        viewer.frame()
+        router.call(lambda: access.use((), control_keys([f"ops:Ops:user:{ADMIN}"])))
+        told = next(data for name, data in iter(viewer.event, None) if name == "hello")
+        assert not told["changes"]
+        assert "role admin" in told["why"]
+        viewer.frame()
+        router.call(lambda: access.use((), control_keys([f"dev:Dev:user:{USER}"])))
+        left = list(itertools.islice(iter(viewer.answer.readline, b""), 30))
+        assert len(left) < 30, "the stream goes on"
+        until_nobody_looks(router)
+        assert router.ask("GET", "/overview", authorization=f"Bearer {ADMIN}").status == 401
 
 
 def test_without_keys_this_machine_may_change_and_other_pages_may_not() -> None:

@@ -35,10 +35,20 @@ def broken(bench: Bench, worker: Worker) -> None:
         bench.route(b"x", now=float(now)).end(Outcome.FAILED, now=float(now))
 
 
+def withheld(bench: Bench, worker: Worker) -> None:
+    bench.fleet.withhold(worker, "its pod is not ready")
+
+
+def paused(bench: Bench, worker: Worker) -> None:
+    bench.fleet.set_paused(worker, ("kv_cache", "weights"))
+
+
 CASES: list[tuple[Callable[[Bench, Worker], None], str, str]] = [
     (lambda bench, worker: None, "healthy", ""),
     (drained, "draining", "no new requests; 0 requests in flight"),
     (returning, "restarting", "it is restarted after 0 requests in flight"),
+    (withheld, "withheld", "its pod is not ready"),
+    (paused, "paused", "by the control plane: kv_cache, weights"),
     (unwell, "unhealthy", "connection refused"),
     (ejected, "ejected", "9 of its last 10 answers failed"),
     (broken, "open", "in a row; the breaker is open for"),

@@ -7,7 +7,7 @@ import pytest
 
 from sglang_router.config import OPTIONS, RouterArgs
 from sglang_router.config.effective import HIDDEN, effective
-from sglang_router.config.live import LIVE
+from sglang_router.config.live import LIVE, TOGETHER, taken_over
 from sglang_router.routing.queue import Queue
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.rules import QueueRules, RetryBudgetRules
@@ -54,6 +54,14 @@ def test_a_budget_follows_other_rules() -> None:
 
 def test_only_options_that_exist_and_have_an_effect_are_live() -> None:
     assert {OPTIONS[name].status for name in LIVE} == {"implemented"}
+
+
+def test_options_that_belong_together_wait_for_a_restart_together() -> None:
+    for first, others in TOGETHER.items():
+        assert first not in LIVE
+        assert LIVE.issuperset(others)
+        assert taken_over([*others, "policy"]) == [*others, "policy"]
+        assert taken_over([*others, first, "policy"]) == ["policy"]
 
 
 def test_effective_options_hide_every_secret() -> None:

@@ -187,7 +187,7 @@ def test_top_on_a_terminal_is_a_table_and_leaves_it_as_it_was(
     outer, inner = pty.openpty()
     process = subprocess.Popen(
         [*CONSOLE, "top", "--url", router.url],
-        env=environment() | {"COLUMNS": "120", "LINES": "30"},
+        env=environment() | {"COLUMNS": "120", "LINES": "30", "TERM": "xterm"},
         stdin=inner,
         stdout=inner,
         stderr=inner,
@@ -210,6 +210,37 @@ def test_top_on_a_terminal_is_a_table_and_leaves_it_as_it_was(
         os.close(outer)
     assert said.index(b"\x1b[?1049h") < said.index(b"in flight")
     assert b"Traceback" not in said
+
+
+def test_top_on_a_terminal_that_cannot_draw_prints_lines(router: RouterProcess) -> None:
+    outer, inner = pty.openpty()
+    process = subprocess.Popen(
+        [*CONSOLE, "top", "--url", router.url],
+        env=environment() | {"TERM": "dumb"},
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+        start_new_session=True,
+    )
+    os.close(inner)
+    said = b""
+    deadline = time.monotonic() + WITHIN
+    try:
+        while said.count(b"workers 2/2") < 2:
+            said += read(outer, deadline)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(outer)
+    assert b"\x1b" not in said
+
+
+def test_names_that_the_encoding_of_the_output_lacks_are_escaped(router: RouterProcess) -> None:
+    assert router.post("/workers", {"url": "http://127.0.0.1:9", "model_id": "modèle-中"}).status < 300
+    assert "modèle-中" in run(router, "workers", PYTHONIOENCODING="utf-8").out
+    plain = run(router, "workers", PYTHONIOENCODING="ascii")
+    assert (plain.status, plain.err) == (0, "")
+    assert "mod\\xe8le-\\u4e2d" in plain.out
 
 
 def read(descriptor: int, deadline: float) -> bytes:

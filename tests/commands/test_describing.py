@@ -33,6 +33,7 @@ def worker(**more: Any) -> dict[str, Any]:
         ({}, "healthy", ""),
         ({"draining": True, "load": 1}, "draining", "1 request in flight"),
         ({"withheld": "the pod is not ready"}, "withheld", "the pod is not ready"),
+        ({"paused": ["memory", "weights"]}, "paused", "by the control plane: memory, weights"),
         ({"health": "unhealthy", "last_error": "refused"}, "unhealthy", "refused"),
         ({"health": "starting", "replica": {"reason": "loads"}}, "starting", "loads"),
         ({"held_off": "it fails"}, "ejected", "it fails"),
@@ -179,3 +180,11 @@ def test_the_screen_is_never_overfull() -> None:
     assert max(map(len, lines)) <= 60
     assert lines[-1] == "and 185 more"
     assert frame(found, A, "12:00:00", "gone", 100, 20)[2] == "error: gone"
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 40])
+@pytest.mark.parametrize("columns", [1, 10, 200])
+def test_a_frame_fits_into_any_terminal(columns: int, rows: int) -> None:
+    lines = frame(Look([worker()] * 30, look("").rates, {}), A, "12:00:00", "gone", columns, rows)
+    assert len(lines) <= max(rows, 1)
+    assert all(len(each) <= columns for each in lines)

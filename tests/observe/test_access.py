@@ -305,6 +305,20 @@ def test_clients_cannot_break_or_forge_a_json_line(field: str, text: str) -> Non
     assert len(parsed) == 22
 
 
+@pytest.mark.parametrize(
+    "spelled", [json.dumps, lambda text: json.dumps(text, ensure_ascii=False)], ids=["escaped", "raw"]
+)
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize("text", FORGERIES, ids=ascii)
+def test_names_of_models_cannot_break_or_forge_a_line(text: str, form: str, spelled: Callable[[str], str]) -> None:
+    (line,) = access_lines(served(model=spelled(text)), form=form)
+    assert line.isprintable()
+    if form == "json":
+        assert json.loads(line)["model"] == text
+    elif text.isprintable():
+        assert f"model={json.dumps(text)}" in line
+
+
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_long_paths_are_cut(form: str) -> None:
     (line,) = access_lines(served(path="/" + "x" * 60000), form=form)

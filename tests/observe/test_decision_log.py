@@ -90,6 +90,16 @@ def test_steps_make_the_same_chain(text: bytes, steps: list[int]) -> None:
 # -- lines -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("text", ["x\x7f", "x\x85y", "x\x9b2K", "x\u2028y", "\u202eabc"], ids=ascii)
+def test_clients_cannot_break_a_line(tmp_path: Path, text: str) -> None:
+    turns, path = Turns(), tmp_path / "log"
+    log = DecisionLogWriter(str(path), 0, 1, KEY, turns.later)
+    log.take(record(id=text, model=text), "s", b'"x"', b"")
+    log.close()
+    assert all(each.isprintable() for each in path.read_text().split("\n"))
+    assert [lines(path)[1][name] for name in ("id", "model")] == [text, text]
+
+
 def test_a_line_for_each_request_after_a_head(tmp_path: Path) -> None:
     turns, path = Turns(), tmp_path / "log"
     log = DecisionLogWriter(str(path), 0, 1, KEY, turns.later)

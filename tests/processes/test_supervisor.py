@@ -10,12 +10,13 @@ PRELUDE = """
 import os, signal, socket, sys, tempfile, time
 from sglang_router.errors import ConfigError
 from sglang_router.processes.given import BUILT, ENDING, PASSED, READY, Given
+from sglang_router.processes.kept_options import KeptOptions
 from sglang_router.processes.supervisor import RestartPatience, ProcessSupervisor
 
 hears, tells = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 hears.setblocking(False)
 folder = tempfile.mkdtemp()
-given = Given(folder, [[], []], None, [], b"", b"", tells)
+given = Given(folder, [[], []], None, [], b"", b"", tells, KeptOptions())
 
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())

@@ -87,6 +87,7 @@ class AppExchange:
         self._writable.set()
         # of the answer
         self._status = 0
+        self._first_byte = -1.0  # seconds until its head was written
         self._code = ""
         self._chunked = False
         self._bodyless = False
@@ -228,6 +229,7 @@ class AppExchange:
                 self._chunked = True
                 framing = b"transfer-encoding: chunked\r\n"
         tail = framing + self._plane.answers.tail(request, self._persists())
+        self._first_byte = self._plane.clock() - self._started_at
         self._client.write(answers.app_head(status, fields, self._request_id, tail))
 
     # -- the end -------------------------------------------------------------------------------------------------------
@@ -267,7 +269,7 @@ class AppExchange:
         route = Route(request.method.decode("latin-1"), request.path.decode("latin-1"))
         number, peer = next(self._client.clients.numbers), self._client.peer
         tag = RequestTag(number, self._request_id, self._started_at, route, peer, received=len(request.body))
-        first_byte = duration if self._status else -1.0
+        first_byte = duration if self._status and self._first_byte < 0.0 else self._first_byte
         answer = Answered(self._status, self._code, None, duration, first_byte, self._sent)
         self._plane.listener.finished(Finished(tag, None, answer))
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
+from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
@@ -70,34 +71,52 @@ async def overview(context: Context, request: Request) -> Response:
         finally:
             context.live.leave()
         return Response(frame, media_type="application/json", headers=_FRESH)
-    refusal = _may(context, AccessKind.CONTROL_CHANGE, request)
-    return LiveStream(context.live, {"changes": not refusal, "why": refusal})
+    return LiveStream(
+        context.live,
+        lambda: _may(context, AccessKind.CONTROL_READ, request) == "",
+        lambda: _hello(_may(context, AccessKind.CONTROL_CHANGE, request)),
+    )
+
+
+def _hello(refusal: str) -> bytes:
+    """Return the event that says whether the client may change something, or why not."""
+    return b"event: hello\ndata: %b\n\n" % msgspec.json.encode({"changes": not refusal, "why": refusal})
 
 
 class LiveStream(Response):
-    """Frames until the client leaves or the router ends. hello: told first."""
+    """Frames until the client leaves, the router ends, or the key does not count any more.
+
+    may_look  returns whether the client may see the next frame: keys expire, and are taken away while a stream lasts
+    hello     returns the event that is sent first, and again when it has changed
+    """
 
     media_type = _STREAM
 
-    def __init__(self, live: Live, hello: dict[str, Any]) -> None:
+    def __init__(self, live: Live, may_look: Callable[[], bool], hello: Callable[[], bytes]) -> None:
         super().__init__(headers=_FRESH)
         del self.headers["content-length"]
         self._live = live
+        self._may_look = may_look
         self._hello = hello
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream."""
-        live, seen = self._live, 0
+        live, seen, said = self._live, 0, self._hello()
         live.enter()
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            hello = b"event: hello\ndata: %b\n\n" % msgspec.json.encode(self._hello)
             more = scope["method"] != "HEAD"
-            await send({"type": "http.response.body", "body": hello, "more_body": more})
+            await send({"type": "http.response.body", "body": said, "more_body": more})
             while more:
                 seen, frame = await live.next(seen)
+                if not self._may_look():
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    return
+                before, said = said, self._hello()
+                news = said if said != before else b""
                 more = not live.ending
-                await send({"type": "http.response.body", "body": b"data: %b\n\n" % frame, "more_body": more})
+                body = b"%bdata: %b\n\n" % (news, frame)
+                await send({"type": "http.response.body", "body": body, "more_body": more})
         finally:
             live.leave()
 

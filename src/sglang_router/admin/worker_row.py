@@ -19,7 +19,8 @@ from sglang_router.words import counted
 class WorkerRow(msgspec.Struct, array_like=True, gc=False):
     """See the module. null: nobody tells.
 
-    state     "healthy", "starting", "unhealthy", "down", "draining", "restarting", "ejected", "open" or "half open"
+    state     "healthy", "starting", "unhealthy", "down", "draining", "withheld", "paused", "restarting", "ejected",
+              "open" or "half open"
     why       of that state, for people; "" when there is nothing to say
     running   requests of this router there; limit: how many its engine runs at once
     waiting   queued inside the engine, else streams sent there that have no byte yet
@@ -95,6 +96,10 @@ def state_of(worker: Worker, replica: dict[str, Any] | None) -> tuple[str, str]:
         return "restarting", f"it is restarted after {counted(worker.load, 'request')} in flight"
     if worker.draining:
         return "draining", f"no new requests; {counted(worker.load, 'request')} in flight"
+    if worker.withheld:
+        return "withheld", worker.withheld
+    if worker.paused:
+        return "paused", f"by the control plane: {', '.join(worker.paused)}"
     if worker.health is not Health.HEALTHY:
         exited = replica["reason"] if replica is not None else ""
         return worker.health.value, exited or worker.reason

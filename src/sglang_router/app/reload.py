@@ -28,11 +28,23 @@ from sglang_router.app.models import use_models
 from sglang_router.app.parts import App
 from sglang_router.app.routers import usual_policies
 from sglang_router.config import OPTIONS, RouterArgs
-from sglang_router.config.live import KEYS, LIVE, LOGGING, MODELS, POLICIES, QUEUE, RETRIES, ROOM, THRESHOLDS, WORKERS
+from sglang_router.config.live import (
+    KEYS,
+    LOGGING,
+    MODELS,
+    POLICIES,
+    QUEUE,
+    RETRIES,
+    ROOM,
+    THRESHOLDS,
+    WORKERS,
+    taken_over,
+)
 from sglang_router.errors import ConfigError, ConfigRefused
 from sglang_router.observe.logs import LogWriter
 from sglang_router.routing.roles import ROLES
 from sglang_router.routing.source import Source
+from sglang_router.routing.spec import WorkerSpec
 from sglang_router.words import counted
 
 log = logging.getLogger("sglang_router")
@@ -70,8 +82,9 @@ class Reload:
         self._app.deferred.flush()  # what has ended is told with the names of before
         old = copy.copy(self._args)
         changed = [name for name in OPTIONS if getattr(new, name) != getattr(old, name)]
-        live = [name for name in changed if name in LIVE and not _opens_or_closes(name, old, new)]
+        live = [name for name in taken_over(changed) if not _opens_or_closes(name, old, new)]
         waiting = [OPTIONS[name].flag for name in changed if name not in live]
+        self._check_without(waiting, live, new)
         self._take_over(live, new)
         added, removed = self._use(old, set(live))
         self._app.metrics.sources.configured = time.time()
@@ -91,10 +104,27 @@ class Reload:
         else:
             found = problems(new, again=True)
         if found:
-            refused = f"{'; '.join(found)}; everything stays as it was"
-            self._note(new="refused", why=refused)
-            raise ConfigRefused(refused)
+            raise self._refused(found)
         return new
+
+    def _check_without(self, waiting: list[str], live: list[str], new: RouterArgs) -> None:
+        """Check the options as they would be in effect: a part of a change may be none that a router can start with.
+
+        Raises: ConfigRefused.
+        """
+        mixed = copy.copy(self._args)
+        for name in live:
+            setattr(mixed, name, getattr(new, name))
+        try:
+            mixed.checked()
+        except ConfigError as error:
+            raise self._refused([f"{error} (as long as {', '.join(waiting)} waits for a restart)"]) from None
+
+    def _refused(self, reasons: list[str]) -> ConfigRefused:
+        """Return the error of a configuration that cannot be used, and show it on the page."""
+        refused = f"{'; '.join(reasons)}; everything stays as it was"
+        self._note(new="refused", why=refused)
+        return ConfigRefused(refused)
 
     def _note(self, **what: str) -> None:
         """Show on the page what happens."""
@@ -143,18 +173,23 @@ class Reload:
             app.router.recorder.policy = args.policy
 
     def _change_workers(self, old: RouterArgs) -> tuple[list[str], list[str]]:
-        """Add the workers that the file names now, remove those that only it named; call the others what it says."""
+        """Add the workers that the file names now, remove those that only it named; call the others what it says.
+
+        A worker that the file gives another role or bootstrap port begins anew: it is removed, and added.
+        """
         fleet, now = self._app.fleet, self._app.clock()
         specs = {spec.url: spec for spec in settings.configured_workers(self._args).specs}
         before = {spec.url: spec for spec in settings.configured_workers(old).specs}
-        added = [spec for url, spec in specs.items() if not fleet.entries(url)]
-        gone = [
+        of_file = [worker for url in before for worker in fleet.entries(url) if worker.spec.source is Source.FILE]
+        gone = [worker for worker in of_file if worker.spec.url not in specs]
+        moved = [
             worker
-            for url in before
-            if url not in specs
-            for worker in fleet.entries(url)
-            if worker.spec.source is Source.FILE
+            for worker in of_file
+            if worker not in gone and _part(specs[worker.spec.url]) != _part(before[worker.spec.url])
         ]
+        for worker in moved:
+            fleet.remove(worker)
+        added = [spec for url, spec in specs.items() if not fleet.entries(url)]
         for url, spec in specs.items():
             if url in before and spec.model_id != before[url].model_id:
                 for worker in fleet.entries(url):
@@ -163,7 +198,12 @@ class Reload:
             fleet.add(spec, now)
         for worker in gone:
             fleet.remove(worker)
-        return [spec.url for spec in added], [worker.url for worker in gone]
+        return [spec.url for spec in added], [worker.url for worker in (*gone, *moved)]
+
+
+def _part(spec: WorkerSpec) -> tuple[str, int | None]:
+    """Return what a worker does, and where it is asked for the cache of a prompt."""
+    return spec.worker_type, spec.bootstrap_port
 
 
 def _opens_or_closes(name: str, old: RouterArgs, new: RouterArgs) -> bool:

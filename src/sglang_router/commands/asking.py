@@ -17,8 +17,11 @@ import argparse
 import contextlib
 import http.client
 import os
+import re
 import ssl
-from typing import Any, Final, NamedTuple
+import time
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, Protocol
 from urllib.parse import quote, urlsplit
 
 import msgspec
@@ -42,8 +45,12 @@ UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What the decoder raises for content that is no JSON, or has another shape."""
 
 _URL: Final = "http://127.0.0.1:30000"
+_UNSENDABLE: Final = re.compile(r"[\x00-\x20\x7f]")
 _NO_URL: Final = "--url is not a URL such as http://127.0.0.1:30000"
 _TIMEOUT: Final = 10.0
+"""Seconds without a byte."""
+_PATIENCE: Final = 60.0
+"""Seconds for an answer."""
 _MOST: Final = 1 << 26
 """Bytes of an answer."""
 
@@ -104,7 +111,8 @@ class Door(NamedTuple):
             with contextlib.closing(self._connection()) as connection:
                 connection.request(method, self.path + path, content, headers)
                 answer = connection.getresponse()
-                reply = Reply(answer.status, answer.headers.get("x-smg-error-code", ""), answer.read(_MOST))
+                content = whole(answer, time.monotonic() + _PATIENCE)
+                reply = Reply(answer.status, answer.headers.get("x-smg-error-code", ""), content)
         except UnicodeError:
             raise ConfigError(_NO_URL) from None
         except (OSError, http.client.HTTPException) as error:
@@ -116,15 +124,17 @@ class Door(NamedTuple):
         return reply
 
     def get(self, path: str, shape: Any = Any) -> Any:
-        """Return what the router answers, decoded. Raises: Failed."""
+        """Return what the router answers, decoded. shape: what it must have. Raises: Failed."""
         return self.decoded(self.ask("GET", path), shape)
 
     def decoded(self, reply: Reply, shape: Any = Any) -> Any:
-        """Return the content of a good answer. Raises: Failed, for any other answer."""
+        """Return the content of a good answer. shape: what it must have. Raises: Failed, for any other answer."""
         if reply.status >= 400:
             raise self.refused(reply)
         try:
-            return msgspec.json.decode(reply.content, type=shape)
+            found = msgspec.json.decode(reply.content)
+            msgspec.convert(found, shape)  # only a check: the answer may have more than a command reads
+            return found
         except UNREADABLE:
             raise Failed(NO_ROUTER, f"what answers at {self.shown} is no router that can be asked this.") from None
 
@@ -142,6 +152,31 @@ class Door(NamedTuple):
         except OSError as error:
             raise ConfigError(f"--ca-cert {self.ca_cert}: {error.strerror or error}") from None
         return http.client.HTTPSConnection(self.host, self.port, timeout=_TIMEOUT, context=trusted)
+
+
+class Readable(Protocol):
+    """What is read of `http.client.HTTPResponse`. length: bytes that are still to come; None: nobody knows."""
+
+    length: int | None
+
+    def read1(self, n: int) -> bytes:
+        """Return some bytes, as soon as there are any; b"" at the end."""
+
+
+def whole(answer: Readable, until: float, clock: Callable[[], float] = time.monotonic) -> bytes:
+    """Return the content of an answer, or the first `_MOST` bytes of it.
+
+    Raises: TimeoutError, when it is not whole at `until`; http.client.IncompleteRead, when it is cut off.
+    """
+    pieces, size = [], 0
+    while size < _MOST and (piece := answer.read1(min(_MOST - size, 65536))):
+        pieces.append(piece)
+        size += len(piece)
+        if clock() > until:
+            raise TimeoutError("the answer does not end")
+    if size < _MOST and answer.length:
+        raise http.client.IncompleteRead(b"".join(pieces), answer.length)
+    return b"".join(pieces)
 
 
 def told(reply: Reply) -> str:
@@ -174,7 +209,7 @@ def door_of(options: argparse.Namespace) -> Door:
         scheme, host, port = parts.scheme, parts.hostname, parts.port
     except ValueError:
         scheme, host, port = "", None, None
-    if scheme not in ("http", "https") or not host or "@" in parts.netloc:
+    if scheme not in ("http", "https") or not host or "@" in parts.netloc or _UNSENDABLE.search(url):
         raise ConfigError(_NO_URL)
     if not key.isascii() or not key.isprintable():
         raise ConfigError("--api-key is not visible ASCII")

@@ -26,6 +26,8 @@ def state_of(worker: Facts) -> tuple[str, str]:
         return "draining", counted(int(worker.get("load", 0)), "request") + " in flight"
     if worker.get("withheld"):
         return "withheld", str(worker["withheld"])
+    if worker.get("paused"):
+        return "paused", f"by the control plane: {', '.join(worker['paused'])}"
     if worker.get("health") != "healthy":
         return str(worker.get("health", "unknown")), error or str(replica.get("reason") or "")
     if worker.get("held_off"):

@@ -17,6 +17,7 @@ answer of the router, the lines for people, and the exit status. `asking` says w
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +27,15 @@ from urllib.parse import quote
 
 import msgspec
 
-from sglang_router.commands.asking import REFUSED, TOO_LATE, Door, Failed, door_of, new_parser, quoted
+from sglang_router.commands.answers import (
+    AddedWorker,
+    ChangedWorker,
+    ConfigAnswer,
+    ReloadAnswer,
+    WorkerAnswer,
+    WorkersAnswer,
+)
+from sglang_router.commands.asking import REFUSED, TOO_LATE, UNREADABLE, Door, Failed, door_of, new_parser, quoted
 from sglang_router.commands.describing import (
     option_lines,
     reload_lines,
@@ -103,7 +112,10 @@ def _waiting(parser: argparse.ArgumentParser, until: str) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
     return value
@@ -146,7 +158,7 @@ def _status(door: Door, options: argparse.Namespace) -> CommandResult:
     answer = door.ask("GET", "/readiness")
     try:
         readiness = msgspec.json.decode(answer.content, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         raise door.refused(answer) from None
     if "total_workers" not in readiness:
         raise door.refused(answer)
@@ -161,8 +173,8 @@ def _policy(door: Door) -> str:
     reply = door.ask("GET", "/config")
     if reply.status != 200:
         return ""
-    found = msgspec.json.decode(reply.content, type=dict[str, Any])
-    return next((str(each["value"]) for each in found.get("options", []) if each.get("name") == "policy"), "")
+    found = door.decoded(reply, ConfigAnswer)
+    return next((str(each.get("value")) for each in found.get("options", []) if each.get("name") == "policy"), "")
 
 
 def _workers(door: Door, options: argparse.Namespace) -> CommandResult:
@@ -171,8 +183,8 @@ def _workers(door: Door, options: argparse.Namespace) -> CommandResult:
 
 
 def _workers_of(door: Door) -> list[dict[str, Any]]:
-    found = door.get("/workers", dict[str, Any]).get("workers")
-    return found if isinstance(found, list) else []
+    found: list[dict[str, Any]] = door.get("/workers", WorkersAnswer).get("workers", [])
+    return found
 
 
 def _drain(door: Door, options: argparse.Namespace) -> CommandResult:
@@ -202,11 +214,11 @@ def _add(door: Door, options: argparse.Namespace) -> CommandResult:
     body |= {"model_id": options.model} if options.model is not None else {}
     if options.worker_api_key_file is not None:
         body["api_key"] = _key(options.worker_api_key_file)
-    found = door.decoded(door.ask("POST", "/workers", body), dict[str, Any])
+    found = door.decoded(door.ask("POST", "/workers", body), AddedWorker)
     if not options.wait:
         about = "is registered, and takes requests once it is healthy (--wait waits for that)"
         return CommandResult(found, [f"{shown(body['url'])} {about}"])
-    path = f"/workers/{quoted(str(found['worker_id']))}"
+    path = f"/workers/{quoted(found['worker_id'])}"
     found = _wait(door, path, options, lambda each: bool(each.get("is_healthy")), "is not healthy", {})
     return CommandResult(found, [f"{shown(body['url'])} is healthy and takes requests"])
 
@@ -241,12 +253,15 @@ def _restart(door: Door, options: argparse.Namespace) -> CommandResult:
         why = f"; {found['reason']}" if found.get("reason") else ""
         return CommandResult(found, [shown(told + why)], REFUSED if found.get("state") == "stopped" else 0)
     path = f"/workers/{quoted(options.worker)}"
-    before = _restarts(door.get(path, dict[str, Any]))
-    found = _change(door, options.worker, "restart")
+    before = _restarts(door.get(path, WorkerAnswer))
+    found = door.decoded(door.ask("POST", f"{path}/restart"), WorkerAnswer)
     if not options.wait:
         return CommandResult(found, [f"{shown(options.worker)} is drained and then restarted"])
 
     def is_back(worker: dict[str, Any]) -> bool:
+        if worker.get("health") == "down":
+            why = (worker.get("replica") or {}).get("reason") or "its process is gone"
+            raise Failed(REFUSED, shown(f"{options.worker} is down and is not started again: {why}"))
         return _restarts(worker) > before and state_of(worker)[0] == "healthy"
 
     found = _wait(door, path, options, is_back, "restarts", {})
@@ -259,17 +274,17 @@ def _restarts(worker: dict[str, Any]) -> int:
 
 
 def _config(door: Door, options: argparse.Namespace) -> CommandResult:
-    found = door.get("/config", dict[str, Any])
+    found = door.get("/config", ConfigAnswer)
     return CommandResult(found, option_lines(found.get("options") or [], options.all))
 
 
 def _reload(door: Door, options: argparse.Namespace) -> CommandResult:
-    found = door.decoded(door.ask("POST", "/reload"), dict[str, Any])
+    found = door.decoded(door.ask("POST", "/reload"), ReloadAnswer)
     return CommandResult(found, reload_lines(found))
 
 
 def _change(door: Door, worker: str, what: str) -> dict[str, Any]:
-    found: dict[str, Any] = door.decoded(door.ask("POST", f"/workers/{quoted(worker)}/{what}"), dict[str, Any])
+    found: dict[str, Any] = door.decoded(door.ask("POST", f"/workers/{quoted(worker)}/{what}"), ChangedWorker)
     return found
 
 
@@ -288,7 +303,7 @@ def _wait(
             why = f": {shown(str(found['last_error']))}" if found.get("last_error") else ""
             raise Failed(TOO_LATE, f"after {options.timeout:g} s it still {still}{why}.")
         time.sleep(_EVERY if found else 0.0)
-        found = door.get(path, dict[str, Any])
+        found = door.get(path, WorkerAnswer)
     return found
 
 

@@ -1,7 +1,7 @@
 """`sglang-router top`: watch a running router; a table each second on a terminal, plain lines elsewhere.
 
     GET /metrics, GET /workers  --each second-->  frame()  --> the screen; `q` or Ctrl-C ends it
-                                                  line()   --> a line, when standard output is no terminal
+                                                  line()   --> a line, when standard output is no terminal, or TERM=dumb
 
 Rates are those of the last ten seconds. A router that does not answer for a while is told on the screen, and asked
 again; at the beginning it ends the command.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import select
 import shutil
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from sglang_router.commands.answers import WorkersAnswer
 from sglang_router.commands.asking import NO_ROUTER, Door, Failed, door_of, new_parser
 from sglang_router.commands.describing import state_of
 from sglang_router.commands.figures import Rates, Scrape, WorkerRates, of_workers, overall
@@ -59,7 +61,7 @@ class Watch:
 
     def look(self) -> Look:
         """Ask once. Raises: Failed."""
-        workers = self._door.get("/workers", dict[str, Any]).get("workers") or []
+        workers = self._door.get("/workers", WorkersAnswer).get("workers", [])
         reply = self._door.ask("GET", "/metrics")
         if reply.status != 200:
             raise self._door.refused(reply)
@@ -79,7 +81,7 @@ def main(words: Sequence[str], prog: str) -> int:
     watch = Watch(door)
     try:
         first = watch.look()
-        if options.json or options.count or not (sys.stdout.isatty() and sys.stdin.isatty()):
+        if options.json or options.count or not _can_draw():
             return _lines(watch, first, options)
     except Failed as failed:
         print("error:", failed, file=sys.stderr)
@@ -87,6 +89,11 @@ def main(words: Sequence[str], prog: str) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         _screen(watch, first, door.shown, options.interval)
     return 0
+
+
+def _can_draw() -> bool:
+    """Return whether this is a terminal on which a table can be drawn anew."""
+    return sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def parser(prog: str) -> OptionParser:
@@ -100,7 +107,10 @@ def parser(prog: str) -> OptionParser:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0.1 <= value <= 3600:
         raise argparse.ArgumentTypeError(f"{text!r} is not from 0.1 to 3600 seconds")
     return value
@@ -184,8 +194,8 @@ def frame(found: Look, url: str, moment: str, said: str, columns: int, rows: int
     cells = [_row(each, found.by_worker.get(str(each.get("url")))) for each in found.workers]
     lines = [*head, *table(_HEAD, cells, _RIGHT)]
     if len(lines) > rows:
-        hidden = len(lines) - rows + 1
-        lines = [*lines[: rows - 1], f"and {hidden} more"]
+        kept = max(rows - 1, 0)
+        lines = [*lines[:kept], f"and {len(lines) - kept} more"]
     return [each[:columns] for each in lines]
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sglang_router.config import checks, compat, keys
+from sglang_router.config import checks, compat, keys, live
 from sglang_router.config.flags import GIVEN, PREFIX, add_flags, new_parser
 from sglang_router.config.models import ModelTable, model_table, worker_models
 from sglang_router.config.option import flag_of
@@ -133,6 +133,9 @@ class RouterArgs(ReservedOptions):
         file = {name: value for name, value in read_file(path).items() if name in OPTIONS}
         if not file:  # it would remove all workers
             raise ConfigError(f"{path} holds no options, as in the middle of a change")
+        named = [name for name in live.URLS if name in self.from_file and getattr(self, name)]
+        if named and not file.keys() & set(live.URLS):  # as in a file that is half written
+            raise ConfigError(f"{path} names no workers any more; write `worker-urls: []` to remove all that it named")
         fixed = self.given - self.from_file
         values = {name: getattr(self, name) for name in fixed}
         new = {name: value for name, value in file.items() if name not in fixed}

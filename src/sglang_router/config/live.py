@@ -6,9 +6,12 @@ Keys change live as long as there are keys before and after: whether requests ne
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Final
 
-WORKERS: Final = ("worker_urls", "prefill_urls", "decode_urls", "worker_model")
+URLS: Final = ("worker_urls", "prefill_urls", "decode_urls")
+WORKERS: Final = (*URLS, "worker_model")
 MODELS: Final = ("models", "model_alias", "model_fallback")
 POLICIES: Final = ("policy", "prefill_policy", "decode_policy")
 THRESHOLDS: Final = (
@@ -27,3 +30,20 @@ KEYS: Final = ("api_key", "control_plane_api_keys")
 LOGGING: Final = ("log_level",)
 
 LIVE: Final = frozenset((*WORKERS, *MODELS, *POLICIES, *THRESHOLDS, *QUEUE, *ROOM, *RETRIES, *KEYS, *LOGGING))
+
+TOGETHER: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "pd_disaggregation": WORKERS,
+        "api_key_file": ("api_key",),
+        "control_plane_api_keys_file": ("control_plane_api_keys",),
+    }
+)
+"""Live options that wait for a restart when this one changes, because half of such a change is none that anybody wants:
+keys that move from the options into a file would leave the router without any, and workers of the other kind could not
+be asked."""
+
+
+def taken_over(changed: Collection[str]) -> list[str]:
+    """Return which of these changed options a reload changes while the router runs."""
+    waiting = {name for first, others in TOGETHER.items() if first in changed for name in others}
+    return [name for name in changed if name in LIVE and name not in waiting]

@@ -14,7 +14,6 @@ clients choose (id, path) is escaped where it could end the line or be read as a
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from typing import Final
 import msgspec
 
 from sglang_router.observe.access_line import AccessLine
-from sglang_router.observe.line_parts import Stamp, cut, plain, value
+from sglang_router.observe.line_parts import Stamp, cut, on_one_line, plain, value
 from sglang_router.observe.logs import LogWriter
 from sglang_router.routing.events import Finished, Listener, Quarantined, WorkerChanged
 from sglang_router.routing.model_names import plain_name
@@ -155,11 +154,7 @@ class AccessLog(Listener):
         return "" if known is None else known.trace.decode()
 
     def _json(self, event: Finished, now: str) -> str:
-        text = _encode(self._fields(event, now)).decode()
-        if not (event.tag.id.isprintable() and event.tag.route.path.isprintable()):
-            # msgspec leaves characters unescaped that move a terminal's cursor or end a line for some readers (U+0085).
-            text = json.dumps(json.loads(text), separators=(",", ":"))
-        return text + "\n"
+        return on_one_line(_encode(self._fields(event, now)).decode()) + "\n"
 
     def _fields(self, event: Finished, now: str) -> AccessLine:
         tag, leg, answer = event.tag, event.leg, event.answer

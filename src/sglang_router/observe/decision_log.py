@@ -50,6 +50,7 @@ import msgspec
 
 from sglang_router.errors import ConfigError
 from sglang_router.observe.decision_line import BLOCK, DecisionLine, DecisionLogHead
+from sglang_router.observe.line_parts import on_one_line
 from sglang_router.observe.log_files import PathFile
 from sglang_router.observe.writer import CLOSE_TIMEOUT, LineBuffer
 from sglang_router.routing.decision_record import DecisionRecord
@@ -252,7 +253,7 @@ class DecisionLogWriter:
             record.first_byte,
             record.duration,
         )
-        return f"{_encode(line).decode()}\n"
+        return f"{on_one_line(_encode(line).decode())}\n"
 
     def _hashed(self, session: str) -> str:
         if not session:

@@ -53,6 +53,16 @@ def value(item: object) -> str:
     return text if plain(text) else json.dumps(cut(text))
 
 
+def on_one_line(text: str) -> str:
+    """Return JSON text of which no character ends a line for any reader, or moves a terminal's cursor.
+
+    msgspec leaves some of these unescaped, such as U+0085 and U+007F.
+    """
+    if (text.isascii() and "\x7f" not in text) or text.isprintable():  # the first is quick
+        return text
+    return json.dumps(json.loads(text), separators=(",", ":"))
+
+
 def cut(text: str, longest: int = _LONGEST_VALUE) -> str:
     """Return a text of bounded length."""
     return text if len(text) <= longest else text[:longest] + "..."

@@ -48,8 +48,10 @@ def exporter_of(endpoint: str, protocol: str) -> SpanExporter:
         return OverGRPC(endpoint=url, insecure=url.startswith("http://"), timeout=_WITHIN)
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as OverHTTP
 
+    from sglang_router.observe.collector_session import CollectorSession
+
     path = "" if url.partition("://")[2].rstrip("/").count("/") else "/v1/traces"
-    return OverHTTP(endpoint=url.rstrip("/") + path, timeout=_WITHIN)
+    return OverHTTP(endpoint=url.rstrip("/") + path, timeout=_WITHIN, session=CollectorSession())
 
 
 class SpanExport:

@@ -198,7 +198,7 @@ class Tracing(Listener):
         }
         if answer.status:
             found["http.response.status_code"] = answer.status
-        else:
+        if not answer.status or answer.outcome is Outcome.GONE:
             found["error.type"] = "client_disconnected"
         if answer.code or answer.status >= 500:
             found["error.type"] = answer.code or str(answer.status)

@@ -19,6 +19,7 @@ from sglang_router.config import RouterArgs
 from sglang_router.errors import ConfigError
 from sglang_router.processes import sockets
 from sglang_router.processes.given import Given, Launch
+from sglang_router.processes.kept_options import KeptOptions
 from sglang_router.processes.relaying import relay_for
 from sglang_router.processes.relays import Relays
 from sglang_router.processes.supervisor import ProcessSupervisor
@@ -49,12 +50,14 @@ def serve_together(args: RouterArgs, crew: Callable[[Host], Crew] | None) -> int
         key=secrets.token_bytes(32),
         mark=new_mark(),
         tells=tells,
+        options=KeptOptions(),
     )
 
     def run(place: int, start: Launch) -> int:
+        now = given.options.last(args)
         if place >= 0:
-            return relay_for(args, given, place, start)
-        return lifecycle.serve(args, crew, lambda loop: Relays(loop, given, start))
+            return relay_for(now, given, place, start)
+        return lifecycle.serve(now, crew, lambda loop: Relays(loop, given, start))
 
     return ProcessSupervisor(args.relay_processes, given, hears, run).supervise()
 

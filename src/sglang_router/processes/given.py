@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from sglang_router.processes import sockets
+from sglang_router.processes.kept_options import KeptOptions
 from sglang_router.restart.handover import InheritedSockets
 
 
@@ -24,6 +25,7 @@ class Given(msgspec.Struct, frozen=True):
     key        of the fingerprints of requests
     mark       what this router writes into Via
     tells      by which the decider tells the supervisor how it is
+    options    those that the last reload has left
     """
 
     folder: str
@@ -33,6 +35,7 @@ class Given(msgspec.Struct, frozen=True):
     key: bytes
     mark: bytes
     tells: socket.socket
+    options: KeptOptions
 
     @property
     def address(self) -> str:
@@ -55,6 +58,7 @@ class Given(msgspec.Struct, frozen=True):
         """Close everything in this process."""
         self.close_ports()
         self.tells.close()
+        self.options.close()
         if self.inherited is not None:
             self.inherited.close()
 

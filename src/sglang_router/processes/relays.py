@@ -327,8 +327,9 @@ class Relays(Elsewhere, Listener):
         self._tell(messages.TakeBack(name))
 
     def reload(self) -> None:
-        """Let relays read keys and certificates again."""
+        """Let relays read keys and certificates again; processes that are started later begin with these options."""
         args = self._app.args
+        self._given.options.keep(args)
         self._again = ReadAgain(
             LEVELS[args.log_level],
             [(*each,) for each in args.api_key],

@@ -109,7 +109,7 @@ class RequestIds:
             elif place == _ROUTING_KEY:
                 routing_key = value
             elif place == _TRACE:
-                trace = value
+                trace = trace + b"," + value if trace else value  # two of them are none: nobody can tell which holds
             elif place == _VIA:
                 if self._mark in value.lower():
                     fault = LoopDetected()
