@@ -203,7 +203,7 @@ class Bench:
         self.soon: list[Callable[[float], None]] = []
         self._asked: dict[int, Asked] = {}
         rng = random.Random(seed)
-        listeners = Listeners()
+        self.listeners = listeners = Listeners()
         listeners.add(self.log)
         ids = itertools.count()
         kind = POLICIES[policy] if isinstance(policy, str) else policy

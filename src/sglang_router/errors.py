@@ -359,8 +359,28 @@ class UpgradeRequired(InvalidRequest):
 
     status = 426
     code = "upgrade_required"
-    message = "This path is a WebSocket: ask for it with `Connection: Upgrade` and `Upgrade: websocket`."
-    fields = (("upgrade", "websocket"),)
+    message = (
+        "This path is a WebSocket of version 13: ask for it with `Connection: Upgrade`, `Upgrade: websocket` and"
+        " `Sec-WebSocket-Version: 13`."
+    )
+    fields = (("upgrade", "websocket"), ("sec-websocket-version", "13"))
+
+
+class NoWebSocketKey(InvalidRequest):
+    """A request for a WebSocket without its one key, or with one that is none (RFC 6455, section 4.1)."""
+
+    code = "bad_websocket_key"
+    message = "A request for a WebSocket has one Sec-WebSocket-Key: 16 random bytes in base64, which are 24 characters."
+
+
+class WebSocketUnserved(InvalidRequest):
+    """Neither half of a pair answers at a WebSocket: each waits for the other one."""
+
+    code = "websocket_not_served"
+    message = (
+        "Pairs of prefill and decode workers serve no WebSockets, and this model has no other workers. An operator can"
+        " add a regular worker."
+    )
 
 
 class OriginRefused(AccessRefused):

@@ -210,7 +210,7 @@ def test_only_new_weights_and_lost_caches_make_prefixes_stale(path: str) -> None
         remembering(router, fakes)
         router.post(path, {})
         forgotten = [tree_size(router, fake.url) == 0 for fake in fakes]
-        lost = ("/release_memory_occupation", "/sleep", "/reset_prefix_cache")
+        lost = ("/release_memory_occupation", "/sleep", "/pause", "/reset_prefix_cache")
         assert forgotten == [path.startswith("/update_weights") or path in lost, False]
 
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
+import http.client
 import json
+import math
+import socket
 import threading
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -14,8 +20,13 @@ import pytest
 
 from fake_worker import CLOSE, HANG, FakeWorker, Gate, answer
 from sglang_router.admin.context import AskTimeouts
-from sglang_router.admin.effects import NOTHING, Effect, effect_of
+from sglang_router.admin.effects import NOTHING, Effect, effect_of, fields_of
+from sglang_router.admin.engine_relay import searched
+from sglang_router.app.settings import control_timeout
+from sglang_router.config import RouterArgs
+from sglang_router.errors import WorkerInvalid
 from sglang_router.routing.model_names import names_of
+from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.spec import WorkerSpec
 from stack import Reply, Stack, stack
 
@@ -170,9 +181,12 @@ def test_questions_go_to_all_workers_too() -> None:
 # -- what it does to routing -------------------------------------------------------------------------------------------
 
 ALL = ("cuda_graph", "kv_cache", "other_memory", "weights")
+UPDATED = Effect(("weights_update",), forgets=True, passes=True)
 EFFECTS: list[tuple[str, bytes, Any, Effect]] = [
     ("/pause_generation", b"", None, Effect(("generation",))),
     ("/continue_generation", b"", None, Effect(continues=("generation",))),
+    ("/pause", b"", None, Effect(("generation",), forgets=True)),
+    ("/pause", b"mode=keep&clear_cache=False", None, Effect(("generation",))),
     ("/flush_cache", b"", None, Effect(forgets=True)),
     ("/release_memory_occupation", b"", {"tags": ["weights"]}, Effect(("weights",))),
     ("/release_memory_occupation", b"", {"tags": ["kv_cache"]}, Effect(("kv_cache",), forgets=True)),
@@ -181,9 +195,14 @@ EFFECTS: list[tuple[str, bytes, Any, Effect]] = [
     ("/sleep", b"level=0", None, Effect(("generation",))),
     ("/wake_up", b"tags=weights&tags=kv_cache", None, Effect(continues=("kv_cache", "weights"))),
     ("/wake_up", b"tags=scheduling", None, Effect(continues=("generation",))),
-    ("/update_weights_from_disk", b"", {"weight_version": "7"}, Effect(forgets=True, version="7")),
-    ("/update_weights_from_disk", b"", {"flush_cache": False, "weight_version": 8}, Effect(version="8")),
-    ("/update_weights_from_tensor", b"", None, Effect(forgets=True)),
+    ("/update_weights_from_disk", b"", {"weight_version": "7"}, UPDATED._replace(version="7")),
+    (
+        "/update_weights_from_disk",
+        b"",
+        {"flush_cache": False, "weight_version": 8},
+        UPDATED._replace(forgets=False, version="8"),
+    ),
+    ("/update_weights_from_tensor", b"", None, UPDATED),
     ("/update_weight_version", b"", {"new_version": "x" * 200}, Effect(version="x" * 128)),
     ("/update_weight_version", b"", {"new_version": True}, NOTHING),
     ("/generate", b"", {"tags": ["weights"]}, NOTHING),
@@ -203,8 +222,18 @@ def test_memory_is_given_back_in_parts() -> None:
 
 @pytest.mark.parametrize("body", [b"[1]", b"{", b"\xff", b'{"tags": 5}', b"[" * 5000, b'{"x":"' + b"y" * 70000 + b'"}'])
 def test_a_body_that_cannot_be_read_is_the_engines_matter(body: bytes) -> None:
-    assert effect_of("/update_weights_from_disk", b"", body) == Effect(forgets=True)
+    body = asyncio.run(fields_of(body))
+    assert effect_of("/update_weights_from_disk", b"", body) == UPDATED
     assert effect_of("/update_weight_version", b"", body) == NOTHING
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_what_stands_behind_weights_in_a_long_body_is_read_too(kind: type[bytes]) -> None:
+    weights = [["x" * 70_000] * 20]
+    said = {"serialized_named_tensors": weights, "flush_cache": False, "weight_version": "9", "tags": ["y" * 70_000]}
+    body = asyncio.run(fields_of(kind(json.dumps(said).encode())))
+    assert len(body) < 100
+    assert effect_of("/update_weights_from_tensor", b"", body) == UPDATED._replace(forgets=False, version="9")
 
 
 def test_a_paused_worker_gets_no_new_requests_until_it_continues() -> None:
@@ -265,6 +294,169 @@ def test_a_worker_is_paused_from_before_its_engine_is_asked_and_not_if_that_fail
         assert state(router, fake)["paused"] == []
 
 
+class Asking:
+    """A request to the router in a thread of its own."""
+
+    def __init__(self, router: Stack, path: str, value: Any = None) -> None:
+        self.replies: list[Reply] = []
+        self._thread = threading.Thread(target=lambda: self.replies.append(router.post(path, value or {})))
+        self._thread.start()
+
+    @property
+    def reply(self) -> Reply:
+        """The answer; waits for it."""
+        self._thread.join(20)
+        return self.replies[0]
+
+
+@pytest.mark.parametrize("end", [HANG, CLOSE, b"nonsense\r\n\r\n", answer(504), answer(502)])
+def test_what_nobody_knows_the_engine_did_is_believed_where_that_is_safe(end: bytes) -> None:
+    """It may be paused: requests that went there could hang for ever. And its old prefixes count no more."""
+    routes = ("POST /pause", "POST /update_weights_from_disk", "POST /continue_generation")
+    with stack(timeouts=AskTimeouts(control=0.3)) as router:
+        (fake,) = router.fakes({"POST /generate": answer(200, {}), "POST /update_weight_version": OK})
+        worker = router.worker(fake.url)
+        router.post("/update_weight_version", {"new_version": "6"})
+        for route in routes:
+            fake.script[route] = end
+        assert router.post("/generate", PROMPT).status == 200
+        assert state(router, fake)["tree_size"] > 0
+        assert router.post("/update_weights_from_disk", {"weight_version": "7"}).status == 502
+        assert [state(router, fake)[name] for name in ("tree_size", "weight_version", "paused")] == [0, None, []]
+        told = router.post("/pause", {}).json()["results"][0]
+        assert "It may have done it all the same" in told["error"]
+        assert state(router, fake)["paused"] == ["generation"]
+        router.post("/continue_generation", {})
+        assert list(worker.paused) == ["generation"]
+        fake.script["POST /continue_generation"] = OK
+        router.post("/continue_generation", {})
+        assert list(worker.paused) == []
+
+
+def test_an_engine_that_was_not_asked_is_not_paused() -> None:
+    with stack() as router:
+        (fake,) = router.fakes({})
+        router.run(fake.stop())
+        told = router.post("/pause", {}).json()["results"][0]["error"]
+        assert "It may have" not in told
+        assert router.worker(fake.url).paused == ()
+
+
+def test_a_client_that_leaves_leaves_the_engine_paused_that_it_asked() -> None:
+    with stack() as router:
+        (fake,) = router.fakes({"POST /pause_generation": HANG, "POST /generate": answer(200, {})})
+        worker = router.worker(fake.url)
+        with socket.create_connection(("127.0.0.1", router.port)) as client:
+            client.sendall(b"POST /pause_generation HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}")
+            router.run(fake.asked("POST /pause_generation"))
+        router.until(lambda: not router.clients.exchanges)
+        assert list(worker.paused) == ["generation"]
+
+
+def test_an_order_is_sent_once_on_a_connection_of_its_own() -> None:
+    """A kept connection that closes at once cannot be told from one that was closed before: it would be sent again."""
+    with stack() as router:
+        (fake,) = router.fakes({"GET /server_info": answer(200, {})})
+        assert engine(router, fake, "/server_info", "GET", b"").status == 200  # leaves a connection that is kept
+        fake.script["POST /init_weights_update_group"] = CLOSE
+        assert router.post("/init_weights_update_group", {}).status == 502
+        assert asked(fake, "/init_weights_update_group") == 1
+
+
+def test_a_path_is_followed_as_the_engine_understands_it() -> None:
+    with stack() as router:
+        (fake,) = router.fakes({"POST /%70ause_generation": OK, "POST /continue%5Fgeneration": OK})
+        assert engine(router, fake, "/%70ause_generation").status == 200
+        assert state(router, fake)["paused"] == ["generation"]
+        assert router.post("/v1/rl/engine/continue%5Fgeneration", {}).status == 200
+        assert state(router, fake)["paused"] == []
+
+
+def test_an_engine_that_loads_new_weights_gets_no_new_requests_meanwhile() -> None:
+    with stack(fan_out=1) as router:
+        gate = Gate(answer(400, {"success": False}))
+        script = {"POST /update_weights_from_disk": OK, "POST /generate": answer(200, {})}
+        one, two = router.fakes({**script, "POST /update_weights_from_disk": gate}, script)
+        update = Asking(router, "/update_weights_from_disk")
+        router.run(one.asked("POST /update_weights_from_disk"))
+        assert (state(router, one)["paused"], state(router, two)["paused"]) == (["weights_update"], [])
+        for _ in range(4):
+            assert router.post("/generate", PROMPT).status == 200
+        assert (asked(one, "/generate"), asked(two, "/generate")) == (0, 4)
+        router.call(gate.open.set)
+        assert update.reply.status == 207
+        assert [state(router, fake)["paused"] for fake in (one, two)] == [[], []]
+
+
+def test_orders_that_overlap_end_only_what_they_began() -> None:
+    with stack() as router:
+        slow = Gate(answer(400))
+        (fake,) = router.fakes({"POST /pause_generation": slow, "POST /pause": OK, "POST /resume": OK})
+        worker = router.worker(fake.url)
+        first = Asking(router, "/pause_generation")
+        router.run(fake.asked("POST /pause_generation"))
+        assert router.post("/pause", {}).status == 200
+        router.call(slow.open.set)
+        assert first.reply.status == 502
+        assert list(worker.paused) == ["generation"]  # the second one has paused it
+
+        slow = fake.script["POST /pause_generation"] = Gate(OK)
+        first = Asking(router, "/pause_generation")
+        router.run(fake.asked("POST /pause_generation", 2))
+        assert router.post("/resume", {}).status == 200
+        assert list(worker.paused) == []
+        router.call(slow.open.set)
+        assert first.reply.status == 200
+        assert list(worker.paused) == []  # it was told to continue after it was told to pause
+
+        slow = fake.script["POST /resume"] = Gate(OK)
+        last = Asking(router, "/resume")
+        router.run(fake.asked("POST /resume", 2))
+        assert router.post("/pause", {}).status == 200
+        router.call(slow.open.set)
+        assert last.reply.status == 200
+        assert list(worker.paused) == ["generation"]
+        assert not router.context.pausing._engines
+
+
+def test_a_worker_that_is_added_again_meanwhile_is_paused_too() -> None:
+    with stack() as router:
+        gate = Gate(OK)
+        (fake,) = router.fakes({"POST /pause_generation": gate})
+        pausing = Asking(router, "/pause_generation")
+        router.run(fake.asked("POST /pause_generation"))
+        worker = router.worker(fake.url)
+        router.call(lambda: router.fleet.remove(worker))
+        router.add(fake.url)
+        assert router.worker(fake.url).paused == ()
+        router.call(gate.open.set)
+        assert pausing.reply.status == 200
+        assert router.worker(fake.url).paused == ("generation",)
+
+
+@pytest.mark.parametrize("path", ["/workers/{}/resume", ""])
+def test_who_is_resumed_while_a_pause_hangs_is_not_paused_by_its_end(path: str) -> None:
+    """An operator knows better, and so does another process of the engine."""
+    with stack(timeouts=AskTimeouts(control=0.5)) as router:
+        (fake,) = router.fakes({"POST /pause_generation": HANG})
+        worker = router.worker(fake.url)
+        pausing = Asking(router, "/pause_generation")
+        router.run(fake.asked("POST /pause_generation"))
+        if path:
+            router.post(path.format(worker.id))
+        else:
+            router.call(lambda: router.fleet.lost(worker, router.context.clock()))
+        assert pausing.reply.status == 502
+        assert list(worker.paused) == []
+
+
+def test_a_long_order_is_not_ended_by_the_limit_of_requests() -> None:
+    args = RouterArgs(request_timeout_secs=60.0, rl_control_timeout_secs=3600.0)
+    assert control_timeout(args) > 3600.0
+    assert control_timeout(dataclasses.replace(args, request_timeout_secs=7200.0)) == 7200.0
+    assert control_timeout(dataclasses.replace(args, rl_fanout_concurrency=1)) == math.inf
+
+
 def test_a_failed_second_pause_does_not_end_the_first_one() -> None:
     with stack() as router:
         (fake,) = router.fakes({"POST /pause_generation": OK})
@@ -313,6 +505,8 @@ def test_all_ranks_of_an_engine_are_paused_together() -> None:
         assert router.post(f"/pause_generation?selector=id={router.worker(f'{fake.url}@1').id}", {}).status == 200
         assert [worker.paused for worker in router.fleet] == [("generation",)] * 2
         assert asked(fake, "/pause_generation") == 1
+        router.post(f"/workers/{quote(fake.url, safe='')}@1/resume")
+        assert [worker.paused for worker in router.fleet] == [(), ()]
 
 
 # -- one engine --------------------------------------------------------------------------------------------------------
@@ -375,6 +569,8 @@ def test_what_it_does_to_the_engine_is_followed() -> None:
         ("GET", "/a%2Fb"),
         ("GET", "/a%5cb"),
         ("GET", "/"),
+        ("POST", "//generate"),
+        ("GET", "/a//b"),
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/chat%2dcompletions/../completions"),
         ("POST", "/%67enerate"),
@@ -420,3 +616,153 @@ def test_an_engine_that_fails_is_told_so() -> None:
         assert code(engine(router, fake, "/bad", "GET", b"")) == (502, "worker_invalid_response")
         router.run(fake.stop())
         assert code(engine(router, fake, "/no", "GET", b"")) == (502, "worker_unreachable")
+
+
+# -- one engine: answers that come in parts ---------------------------------------------------------------------------
+
+
+class SlowEngine:
+    """An engine that the test plays: it listens, and answers one request."""
+
+    def __init__(self, router: Stack) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(20.0)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        router.add(self.url, health=HealthRules(enabled=False), api_key="own-worker-key")
+
+    def accept(self) -> socket.socket:
+        """Take the next request for /own."""
+        while True:
+            connection, _ = self.listener.accept()
+            connection.settimeout(20.0)
+            if connection.recv(65536).startswith(b"GET /own "):
+                return connection
+            connection.close()  # the router asks what the engine is
+
+    def __enter__(self) -> SlowEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.close()
+
+
+def head_of(kind: str, *more: str) -> bytes:
+    lines = ["HTTP/1.1 200 OK", f"content-type: {kind}", *(more or ("transfer-encoding: chunked",))]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def chunked(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def asking(router: Stack, engine: SlowEngine) -> http.client.HTTPConnection:
+    client = http.client.HTTPConnection("127.0.0.1", router.port, timeout=20.0)
+    client.request("GET", f"/engine/{quote(engine.url, safe='')}/own")
+    return client
+
+
+def test_a_text_is_passed_on_line_by_line_as_it_comes_without_secrets() -> None:
+    with stack() as router, SlowEngine(router) as slow:
+        client = asking(router, slow)
+        with contextlib.closing(client), slow.accept() as worker:
+            worker.sendall(head_of("text/event-stream") + chunked(b"data: one\n\ndata: own-wor"))
+            reply = client.getresponse()
+            assert reply.status == 200
+            assert reply.headers["content-type"] == "text/event-stream"
+            assert reply.readline() + reply.readline() == b"data: one\n\n"
+            worker.sendall(chunked(b"ker-key --api-key hun") + chunked(b"ter2\nend \xe2") + chunked(b"\x82\xac"))
+            assert reply.readline() == b"data: *** --api-key ***\n"
+            worker.sendall(b"0\r\n\r\n")
+            assert reply.read() == "end \u20ac".encode()
+        router.until(lambda: not router.clients.exchanges)
+
+
+def test_bytes_of_any_number_pass_and_a_client_that_does_not_read_pauses_the_engine() -> None:
+    size = 96 << 20
+    with stack() as router, SlowEngine(router) as slow:
+        client = asking(router, slow)
+        with contextlib.closing(client), slow.accept() as worker:
+            worker.sendall(head_of("application/octet-stream", f"content-length: {size}"))
+            sending = threading.Thread(target=worker.sendall, args=(b"x" * size,))
+            sending.start()
+            reply = client.getresponse()
+            assert int(reply.headers["content-length"]) == size
+            (connection,) = router.connections.at(router.worker(slow.url).target).live
+            while not router.call(lambda: connection._paused):
+                assert sending.is_alive()
+            got = 0
+            while data := reply.read(1 << 20):
+                got += len(data)
+            sending.join(20.0)
+            assert got == size
+
+
+def test_an_answer_that_breaks_has_no_clean_end() -> None:
+    with stack() as router, SlowEngine(router) as slow:
+        client = asking(router, slow)
+        with contextlib.closing(client), slow.accept() as worker:
+            worker.sendall(head_of("text/plain") + chunked(b"one\n"))
+            reply = client.getresponse()
+            assert reply.readline() == b"one\n"
+            worker.close()
+            with pytest.raises(http.client.IncompleteRead):
+                reply.read()
+
+
+def test_silence_in_an_answer_ends_it() -> None:
+    with stack(timeouts=AskTimeouts(control=0.2)) as router, SlowEngine(router) as slow:
+        client = asking(router, slow)
+        with contextlib.closing(client), slow.accept() as worker:
+            worker.sendall(head_of("text/plain") + chunked(b"one\n"))
+            with pytest.raises(http.client.IncompleteRead):
+                client.getresponse().read()
+            assert worker.recv(1) == b""
+
+
+def test_a_client_that_leaves_in_an_answer_closes_the_engines_connection() -> None:
+    with stack() as router, SlowEngine(router) as slow:
+        client = asking(router, slow)
+        with slow.accept() as worker:
+            worker.sendall(head_of("text/plain") + chunked(b"one\n"))
+            reply = client.getresponse()
+            assert reply.readline() == b"one\n"
+            reply.close()
+            client.close()
+            with contextlib.suppress(ConnectionResetError):
+                assert worker.recv(1) == b""
+        router.until(lambda: not router.clients.exchanges)
+
+
+@pytest.mark.parametrize(
+    "answered",
+    [
+        head_of("text/plain", "content-encoding: gzip", "content-length: 4") + b"abcd",
+        head_of("application/json", "content-length: 2000000") + b'"' + b"x" * 1_999_998 + b'"',
+    ],
+)
+def test_what_cannot_be_searched_is_not_passed_on(answered: bytes) -> None:
+    with stack() as router, SlowEngine(router) as slow:
+        client = asking(router, slow)
+        with contextlib.closing(client), slow.accept() as worker:
+            with contextlib.suppress(ConnectionError):
+                worker.sendall(answered)
+            reply = client.getresponse()
+            assert (reply.status, json.loads(reply.read())["error"]["code"]) == (502, "worker_invalid_response")
+
+
+def test_a_line_without_end_is_not_passed_on() -> None:
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"one\n"
+        while True:
+            yield b"x" * 100_000
+
+    seen = b""
+
+    async def read() -> None:
+        nonlocal seen
+        async for part in searched(parts(), set()):
+            seen += part
+
+    with pytest.raises(WorkerInvalid):
+        asyncio.run(read())
+    assert seen == b"one\n"

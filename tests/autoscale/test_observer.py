@@ -46,6 +46,14 @@ class Scene:
         self.bench.fleet.reported(worker, EngineReport(queued=queued))
 
 
+def test_a_paused_worker_is_told_and_is_not_idle() -> None:
+    scene = Scene(2)
+    scene.bench.fleet.set_paused(scene.workers[0], ("generation",))
+    assert (scene.read(100.0).paused, scene.read().idle) == (1, 0.0)
+    scene.bench.fleet.set_paused(scene.workers[0], ())
+    assert (scene.read(130.0).paused, scene.read().idle) == (0, 30.0)
+
+
 # -- workers -----------------------------------------------------------------------------------------------
 
 

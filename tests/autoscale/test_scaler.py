@@ -103,6 +103,20 @@ def test_steps_and_cooldown_on_the_way_up() -> None:
     assert decisions[-1].reason.endswith("wants 7")
 
 
+@pytest.mark.parametrize("rules", [QUICK, ScalingRules(fewest=0, most=10, up_cooldown=15.0, down_cooldown=60.0)])
+def test_paused_workers_are_neither_too_few_nor_idle(rules: ScalingRules) -> None:
+    scaler = settled(Reading(), rules, desired=3)
+    waiting = Reading(ready=3, paused=3, load=500, held=500, queue=500)
+    idle = Reading(ready=3, paused=1)
+    decisions = [*feed(scaler, waiting, seconds(0, 100)), *feed(scaler, idle, seconds(100, 300))]
+    assert {decision.desired for decision in decisions} == {3}
+    assert not any(decision.changed for decision in decisions)
+    assert decisions[-1].reason == "paused: 1 worker by the control plane, so that the number stays"
+    cooling_down = feed(scaler, Reading(ready=3), seconds(300, 350))
+    assert {decision.desired for decision in cooling_down} == {3}
+    assert scaler.decide(Reading(ready=3), 400.0).desired < 3
+
+
 def test_never_more_than_the_most() -> None:
     scaler = settled(Reading())
     decisions = feed(scaler, Reading(ready=1, load=10_000), seconds(0, 300))

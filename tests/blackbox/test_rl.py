@@ -18,7 +18,8 @@ UPDATE, PAUSE, CONTINUE = "/update_weights_from_disk", "/pause_generation", "/co
 
 @pytest.mark.parametrize("flags", [(), ("--relay-processes", "2")], ids=["one", "relays"])
 def test_a_trainer_updates_and_pauses_its_workers(flags: tuple[str, ...]) -> None:
-    fine = {UPDATE: GOOD, PAUSE: GOOD, CONTINUE: GOOD, "/generate": (200, JSON, b"{}")}
+    text = (200, {"content-type": "text/plain"}, b"--api-key hunter2\n" + b"x" * 400_000)
+    fine = {"/log": text, UPDATE: GOOD, PAUSE: GOOD, CONTINUE: GOOD, "/generate": (200, JSON, b"{}")}
     with plain_worker(fine) as one, plain_worker({**fine, UPDATE: (400, JSON, b'{"success": false}')}) as two:
         flags = ("--metrics-interval-secs", "0", "--policy", "round_robin", *KEYS, *flags)
         with router_process([one.url, two.url], *flags, healthy=False, key="admin-key-1234") as router:
@@ -46,5 +47,7 @@ def test_a_trainer_updates_and_pauses_its_workers(flags: tuple[str, ...]) -> Non
             answer = router.post(f"/engine/{named}{CONTINUE}", {}, **WITH)
             assert (answer.status, answer.json()["message"]) == (200, "done")
             assert router.worker(one.url)["paused"] == []
+            answer = router.get(f"/engine/{named}/log", **WITH)
+            assert (answer.status, answer.body) == (200, b"--api-key ***\n" + b"x" * 400_000)
             assert router.post(f"/engine/{named}/generate", {"text": "x"}, **WITH).status == 400
             assert "admin-key" not in str(one.seen)

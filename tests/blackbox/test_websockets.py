@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import http
+import os
+import re
 import signal
 import ssl
 import threading
@@ -86,6 +88,27 @@ def test_it_is_relayed_counted_and_logged(flags: tuple[str, ...]) -> None:
         with pytest.raises(InvalidStatus) as refused:
             dial(router, "/health")
         assert refused.value.response.status_code == 200
+
+
+def test_a_decider_that_dies_soon_after_the_start_knows_the_open_ones_again(tmp_path: Path) -> None:
+    """Workers had other ids then, so that open requests were nobody's."""
+    state = tmp_path / "state"
+    flags = ("--relay-processes", "2", "--state-file", str(state))
+    with engine() as url, router_process([url], *PLAIN, *flags) as router:
+        router.until(lambda: state.exists() and url.encode() in state.read_bytes())
+        with dial(router) as client:
+            killed = deciders(router)[-1]
+            os.kill(killed, signal.SIGKILL)
+            router.until(lambda: deciders(router)[-1] != killed)
+            client.send("x")
+            assert client.recv(WITHIN) == "x"
+            assert router.worker(url)["load"] == 1
+        router.until(lambda: router.worker(url)["load"] == 0)
+
+
+def deciders(router: RouterProcess) -> list[int]:
+    """Return the processes that have decided, in their order."""
+    return [int(found) for found in re.findall(r"process (\d+) decides for 2 relays", router.log())]
 
 
 def test_it_works_over_tls_on_both_sides(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from event_makers import finished, leg, routed, tag
 from sglang_router.observe.deferred import Deferred
-from sglang_router.routing.events import Finished, FirstByte, Listener, Retried, Routed, WorkerChanged
+from sglang_router.routing.events import Finished, FirstByte, LegEnded, Listener, Retried, Routed, WorkerChanged
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.worker import Worker
@@ -24,6 +24,9 @@ class Ear(Listener):
         self.heard.append(event)
 
     def retried(self, event: Retried) -> None:
+        self.heard.append(event)
+
+    def half_ended(self, event: LegEnded) -> None:
         self.heard.append(event)
 
     def first_byte(self, event: FirstByte) -> None:
@@ -55,11 +58,12 @@ def test_every_kind_of_event_is_heard_in_its_order() -> None:
     deferred.worker_changed(added := WorkerChanged(WORKER, "added", "", "healthy"))
     deferred.routed(decided := routed(LEG))
     deferred.retried(retried := Retried(tag(), LEG, Outcome.REFUSED, 0.0))
+    deferred.half_ended(half := LegEnded(tag(), LEG, Outcome.SERVED, 0.0, None, b""))
     deferred.first_byte(began := FirstByte(tag(), LEG, 0.1))
     deferred.finished(ended := finished(LEG))
     assert scene.ear.heard == []
     deferred.flush()
-    assert scene.ear.heard == [added, decided, retried, began, ended]
+    assert scene.ear.heard == [added, decided, retried, half, began, ended]
 
 
 def test_a_full_batch_is_heard_at_once_and_a_small_one_after_a_moment() -> None:

@@ -25,7 +25,7 @@ from sglang_router.observe.metrics import DURATION_BUCKETS, Metrics
 from sglang_router.observe.tallies import Labels
 from sglang_router.routing.candidates import candidates_of
 from sglang_router.routing.engine_report import EngineReport
-from sglang_router.routing.events import Listeners, Retried, WorkerChanged
+from sglang_router.routing.events import LegEnded, Listeners, Retried, WorkerChanged
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.kv_blocks import Stored
 from sglang_router.routing.kv_index import KVIndex
@@ -848,14 +848,21 @@ def test_both_legs_of_a_pair_are_counted_by_role() -> None:
     decode = rig.fleet.add(WorkerSpec(url="http://d:1", worker_type="decode"), 0.0)
     both = leg(decode)
     both.partner = leg(prefill)
+
+    def half(ended: PlannedLeg, outcome: Outcome) -> None:
+        rig.metrics.half_ended(LegEnded(tag(), ended, outcome, 0.0, None, b""))
+
+    half(both.partner, Outcome.SERVED)
     rig.metrics.finished(finished(both))
+    half(both, Outcome.ABANDONED)
     rig.metrics.retried(Retried(tag(), leg(prefill), Outcome.FAILED, 0.0))
+    half(both.partner, Outcome.ABANDONED)
     rig.metrics.retried(Retried(tag(), both, Outcome.BROKEN, 0.0))
     assert rig.get("sgl_router_pd_prefill_requests_total", worker="http://p:1") == 3
     assert rig.get("sgl_router_pd_prefill_errors_total", worker="http://p:1") == 1
-    assert rig.get("sgl_router_pd_decode_requests_total", worker="http://d:1") == 2
+    assert rig.get("sgl_router_pd_decode_requests_total", worker="http://d:1") == 3
     assert rig.get("sgl_router_pd_decode_errors_total", worker="http://d:1") == 1
     errors = {"connection_mode": "http", "error_type": "broken"}
     assert rig.get("smg_worker_errors_total", worker_type="decode", **errors) == 1
     rig.fleet.reported(decode, EngineReport(role="prefill"))
-    assert rig.get("sgl_router_pd_prefill_requests_total", worker="http://d:1") == 2
+    assert rig.get("sgl_router_pd_prefill_requests_total", worker="http://d:1") == 3

@@ -587,6 +587,21 @@ async def test_a_prefill_that_hangs_holds_the_client_until_the_first_byte_is_due
 
 
 @on_loop
+async def test_what_decode_sends_gives_prefill_no_more_time() -> None:
+    async with Pairs(first_byte_timeout_secs=0.3) as (play, decider):
+        client = await ask(play)
+        _, decode = await decider.legs(play)
+        (exchange,) = play.clients.exchanges
+        assert isinstance(exchange, Exchange)
+        await decode.send(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n")
+        await play.until(lambda: exchange.legs != () and exchange.legs[0].framing is not None)
+        assert exchange.deadline[0] is Due.FIRST_BYTE
+        response = await client.response()
+        assert (response.status, json.loads(response.body)["error"]["code"]) == (504, "first_byte_timeout")
+        assert ("prefill", Outcome.TIMEOUT) in decider.ends
+
+
+@on_loop
 async def test_once_prefill_has_answered_decode_has_the_requests_own_time() -> None:
     async with Pairs() as (play, decider):
         client = await ask(play)

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_router.relay.outgoing import SLICE, Outgoing
-from sglang_router.relay.renaming import renamed
+from sglang_router.relay.renaming import renamed, renamed_target
 from sglang_router.routing.endpoints import ENDPOINTS
 from sglang_router.routing.facts import LARGE, Facts, Skimming, read
 from sglang_router.routing.multipart import model_of, span_of
 from sglang_router.wire.gathering import Body
+from sglang_router.wire.request import Request
 from sglang_router.wire.splice import Spliced
 
 CHAT = ENDPOINTS[b"/v1/chat/completions"]
@@ -34,6 +35,25 @@ def sent(body: Body | Spliced) -> bytes:
         found += outgoing.next()
     assert len(body) == len(found)
     return found
+
+
+@pytest.mark.parametrize(
+    ("target", "sent_as"),
+    [
+        (b"/v1/realtime?model=gpt-4", b"/v1/realtime?model=a%2Fb+%C3%A9%26"),
+        (b"/v1/realtime?model=gpt%2D4&model=gpt-4", b"/v1/realtime?model=a%2Fb+%C3%A9%26&model=a%2Fb+%C3%A9%26"),
+        (b"/v1/realtime?model=other", b"/v1/realtime?model=other"),
+        (b"/v1/realtime?models=gpt-4", b"/v1/realtime?models=gpt-4"),
+        (b"/v1/realtime", b"/v1/realtime"),
+    ],
+)
+def test_a_query_names_the_other_model_where_it_named_the_clients(target: bytes, sent_as: bytes) -> None:
+    facts = read(ENDPOINTS[b"/v1/realtime"], b"")
+    facts.model = b'"gpt-4"'
+    request = Request(b"GET", target, target.partition(b"?")[0], [])
+    assert renamed_target(request, facts, '"a/b \u00e9&"'.encode()) == sent_as
+    facts.model, facts.asked = b'"llama"', b'"gpt-4"'
+    assert renamed_target(request, facts, '"a/b \u00e9&"'.encode()) == sent_as
 
 
 def skimmed(body: Body) -> Facts:

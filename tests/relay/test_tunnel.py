@@ -20,11 +20,13 @@ from websockets.typing import Subprotocol
 from sglang_router.access.permissions import Access
 from sglang_router.app.admission import admission
 from sglang_router.config.keys import ClientKey
-from sglang_router.relay.reading import model_of_query
+from sglang_router.relay.renaming import model_in_query
 from sglang_router.relay.tunnel import TunnelExchange
+from sglang_router.routing.model_names import is_name, text_of
 from sglang_router.routing.rules import HealthRules
 from sglang_router.wire.cors import Cors
 from sglang_router.wire.headers import ForwardRules
+from sglang_router.wire.request import Request
 from stack import Stack, stack
 
 HEAD = (
@@ -199,7 +201,8 @@ def test_messages_go_both_ways_and_the_end_is_clean() -> None:
     ],
 )
 def test_the_model_of_a_query(query: bytes, model: bytes) -> None:
-    assert model_of_query(query) == model
+    found = model_in_query(Request(b"GET", b"/v1/realtime?" + query, b"/v1/realtime", []))
+    assert (text_of(found.name) if found is not None and is_name(found.name) else b"") == model
 
 
 def test_the_workers_close_reaches_the_client() -> None:
@@ -360,6 +363,20 @@ def test_a_side_that_reads_nothing_pauses_the_other(to_worker: bool) -> None:
             assert len(exactly(reader, size)) == size
             sending.join(WITHIN)
             assert not sending.is_alive()
+
+
+@pytest.mark.parametrize("ends", ["client", "worker"])
+def test_when_one_side_has_ended_the_other_may_not_be_silent_for_long(ends: str) -> None:
+    """A process that was killed ends its sending and no more: the other side's connection would stay for minutes."""
+    with stack() as router:
+        rules(router, half=0.2)
+        engine = Engine(router)
+        with opened(router, engine) as (client, worker):
+            ended, other = (client, worker) if ends == "client" else (worker, client)
+            ended.shutdown(socket.SHUT_WR)
+            assert rest(other) == b""
+            router.until(lambda: not router.clients.exchanges)
+            assert rest_or_reset(ended) == b""
 
 
 # -- ends --------------------------------------------------------------------------------------------------------------
@@ -534,16 +551,62 @@ def test_a_request_that_is_not_plain_reaches_no_worker(request_bytes: bytes) -> 
         ASK.replace(b"Upgrade: websocket", b"Upgrade: h2c"),
         ASK.replace(b"Upgrade: websocket", b"Upgrade: websocket, h2c"),
         ASK.replace(b"HTTP/1.1", b"HTTP/1.0"),
+        ASK.replace(b"Upgrade: websocket", b"Upgrade: websocket\r\nUpgrade: websocket"),
+        ASK.replace(b"Version: 13", b"Version: 8"),
+        ASK.replace(b"Version: 13", b"Version: 13, 8"),
+        ASK.replace(b"Sec-WebSocket-Version: 13\r\n", b""),
     ],
 )
 def test_what_asks_for_no_websocket_is_told_to(request_bytes: bytes) -> None:
     with stack() as router:
-        Engine(router)
+        engine = Engine(router)
         with dial(router, request_bytes) as client:
             client.shutdown(socket.SHUT_WR)
             answer = rest(client)
             assert answer.startswith(b"HTTP/1.1 426 ")
-            assert b"\r\nupgrade: websocket\r\n" in answer
+            assert b"\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n" in answer
+        assert not engine.asked
+
+
+@pytest.mark.parametrize(
+    "key", [b"", b"Sec-WebSocket-Key: short\r\n", b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n" * 2]
+)
+def test_a_websocket_without_its_one_key_reaches_no_worker(key: bytes) -> None:
+    with stack() as router:
+        engine = Engine(router)
+        with dial(router, ASK.replace(b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", key)) as client:
+            answer = rest(client)
+            assert answer.startswith(b"HTTP/1.1 400 ")
+            assert b"x-smg-error-code: bad_websocket_key" in answer
+        assert not engine.asked
+
+
+@pytest.mark.parametrize("field", [b"close, Upgrade", b"keep-alive\r\nConnection: upgrade", b"Upgrade, Cookie"])
+def test_connection_may_say_more_than_upgrade(field: bytes) -> None:
+    with stack() as router:
+        engine = Engine(router)
+        request = ASK.replace(b"Connection: Upgrade", b"Connection: " + field).replace(b": websocket", b": WebSocket")
+        with dial(router, request) as client:
+            worker, head = engine.accept()
+            with worker:
+                assert head.count(b"connection: Upgrade\r\nupgrade: websocket\r\n") == 1
+                worker.sendall(SWITCH)
+                assert until(client, b"\r\n\r\n").startswith(b"HTTP/1.1 101 ")
+
+
+def test_a_client_that_has_ended_its_sending_before_the_101_is_told_so() -> None:
+    with stack() as router:
+        engine = Engine(router)
+        with dial(router) as client:
+            worker, _ = engine.accept()
+            with worker:
+                client.shutdown(socket.SHUT_WR)
+                (exchange,) = router.clients.exchanges
+                while "half-closed" not in router.call(lambda: repr(exchange.client)):  # type: ignore[attr-defined]
+                    pass
+                worker.sendall(SWITCH)
+                assert b"neither end its sending" in rest(client)
+                assert rest_or_reset(worker) == b""
 
 
 def test_other_paths_are_not_upgraded_and_what_follows_is_http() -> None:
@@ -629,6 +692,38 @@ def test_a_client_that_leaves_before_the_answer_frees_the_worker() -> None:
             assert rest_or_reset(worker) == b""
         router.until(lambda: not router.clients.exchanges)
         assert (engine.worker.load, len(router.app.relay.tunnels._all)) == (0, 0)
+
+
+def test_an_alias_in_the_query_is_what_the_engine_calls_its_model() -> None:
+    with stack() as router:
+        engine = Engine(router, model_id="one")
+        router.call(lambda: router.router.naming.use({"gpt": "one"}, {}, False))
+        with dial(router, ASK.replace(b"model=m", b"model=gpt&intent=x")) as client:
+            worker, head = engine.accept()
+            with worker:
+                assert head.startswith(b"GET /v1/realtime?model=one&intent=x HTTP/1.1\r\n")
+                worker.sendall(SWITCH)
+                assert until(client, b"\r\n\r\n").startswith(b"HTTP/1.1 101 ")
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_half_of_a_pair_gets_none(role: str) -> None:
+    with stack() as router:
+        engine = Engine(router, worker_type=role)
+        with dial(router) as client:
+            assert b"x-smg-error-code: websocket_not_served" in rest(client)
+        assert not engine.asked
+
+
+def test_an_open_one_is_no_prompt_that_waits_to_be_read_and_no_answer_that_takes_so_long() -> None:
+    with stack(policy="cost") as router:
+        engine = Engine(router)
+        worker = engine.worker
+        before = repr(worker.work.answers)
+        with opened(router, engine):
+            router.until(lambda: worker.unread == 0)
+            assert worker.work.backlog(router.loop.time()) == 0.0
+        assert (worker.unread, worker.work._answers, repr(worker.work.answers)) == (0, 0, before)
 
 
 def test_the_model_in_the_query_chooses_the_worker() -> None:

@@ -24,7 +24,7 @@ from sglang_router.routing.policies.cache_aware import CacheAware
 from sglang_router.routing.rules import HealthRules, PolicySettings
 from sglang_router.routing.source import Source
 from sglang_router.routing.spec import WorkerSpec
-from sglang_router.routing.worker import Worker
+from sglang_router.routing.worker import UPDATING, Worker
 from sglang_router.workers.sources import ConfiguredWorkers, WorkerDefaults, configured_specs
 
 CLOCKS = Clocks(now=lambda: 100.0, today=lambda: 1e9)
@@ -76,7 +76,7 @@ def test_what_was_saved_is_there_after_the_next_start(path: Path) -> None:
     before.add("http://a:1", b"abc", b"abd", labels={"rack": "7"})
     before.fleet.set_draining(before.add("http://b:2", b"abx"), True)
     first = next(iter(before.fleet))
-    before.fleet.set_paused(first, ("kv_cache", "weights"))
+    before.fleet.set_paused(first, ("kv_cache", "weights", UPDATING))
     first.weights = "step-7"
     run(before.file.save)
 

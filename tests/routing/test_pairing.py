@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from fleets import Asked
 from pairs import UNCHECKED, Pairs, chat, names, spliced
-from sglang_router.errors import NoWorkers, RouterError, SeveralAnswers, Unavailable, WorkersFull
+from sglang_router.errors import NoWorkers, RouterError, SeveralAnswers, Unavailable, WebSocketUnserved, WorkersFull
 from sglang_router.routing.batches import batch_size
 from sglang_router.routing.candidates import Candidates
+from sglang_router.routing.endpoints import ENDPOINTS
 from sglang_router.routing.engine_report import EngineReport
-from sglang_router.routing.facts import Facts, Skimming
+from sglang_router.routing.events import LegEnded, Listener
+from sglang_router.routing.facts import Facts, Skimming, read
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan
 from sglang_router.routing.policies.base import Choice, Policy
@@ -187,6 +189,52 @@ def test_several_answers_of_a_prompt(path: bytes, fields: dict[str, Any]) -> Non
 @pytest.mark.parametrize("fields", [{}, {"n": 1}, {"n": None}, {"n": "x"}, {"sampling_params": {"n": 1}}, {"n": 0}])
 def test_one_answer_of_a_prompt(fields: dict[str, Any]) -> None:
     assert len(Pairs().plan(chat(**fields))[1].legs) == 2
+
+
+@pytest.mark.parametrize("model", [b"", b'"m"'])
+def test_websockets_go_to_who_can_answer_alone(model: bytes) -> None:
+    """A prefill worker answers nobody, and SGLang's decode worker waits for one."""
+
+    def realtime() -> Facts:
+        facts = read(ENDPOINTS[b"/v1/realtime"], b"")
+        facts.model = model
+        return facts
+
+    b = Pairs()
+    with pytest.raises(WebSocketUnserved):
+        b.ask(realtime())
+    with pytest.raises(WebSocketUnserved):
+        Pairs(decode=0).ask(realtime())
+    b.add("r0")
+    assert names(b.plan(realtime())[1]) == ["r0"]
+    assert names(Pairs(runtime="vllm").plan(realtime())[1]) == ["d0"]
+    with pytest.raises(WebSocketUnserved):
+        Pairs(decode=0, runtime="vllm").ask(realtime())
+
+
+def test_the_end_of_each_leg_is_told_once() -> None:
+    """The first one by itself, the last one with the end of the request or with its retry."""
+    b = Pairs(2, 2)
+    heard: list[tuple[str, Outcome]] = []
+
+    class Ear(Listener):
+        def half_ended(self, event: LegEnded) -> None:
+            heard.append((event.leg.target.name, event.outcome))
+
+    b.listeners.add(Ear())
+    asked, plan = b.plan(chat())
+    prefill, decode = plan.legs
+    b.end(asked, prefill, Outcome.FAILED)  # after decode has begun
+    b.end(asked, decode)
+    assert heard == [("http://p0:1", Outcome.FAILED)]
+    heard.clear()
+    asked, plan = b.plan(chat())
+    b.retry(asked, plan.legs[0], Outcome.BROKEN)
+    assert heard == [(plan.legs[1].target.name, Outcome.ABANDONED)]
+    for leg in asked.plan.legs:
+        b.end(asked, leg)
+    assert len(heard) == 2
+    assert b.is_idle
 
 
 def test_large_bodies_are_read_for_it_too() -> None:

@@ -13,7 +13,7 @@ from sglang_router.routing.plan import Target
 from sglang_router.routing.rules import BreakerRules, FleetRules
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.states import Health
-from sglang_router.routing.worker import Worker
+from sglang_router.routing.worker import UPDATING, Worker
 
 
 def fleet_of_one(**said: Any) -> tuple[Fleet, Worker, Log]:
@@ -73,3 +73,17 @@ def test_a_lease_closes_once(first: Outcome) -> None:
     assert (worker.load, worker.processed) == (1, first in (Outcome.SERVED, Outcome.REJECTED))
     assert (worker.breaker, len(log.changes)) == (breaker, events)
     assert lease.closed
+
+
+def test_new_weights_are_no_pause_in_what_is_told_of_a_worker() -> None:
+    """A trainer may send them in a hundred parts: each is a change of its own, which nobody needs to keep."""
+    fleet, worker, log = fleet_of_one()
+    steps = ((UPDATING,), (), (UPDATING,), ("generation", UPDATING), ("generation",), ("generation", UPDATING))
+    for paused in (*steps, (UPDATING,)):
+        fleet.set_paused(worker, paused)
+    rotates = [worker.in_rotation]
+    fleet.set_paused(worker, ())
+    assert [*rotates, worker.in_rotation] == [False, True]
+    begun, ended = ("running", "updating"), ("updating", "running")
+    assert log.moves("updating") == [begun, ended, begun, ended]
+    assert log.moves("paused") == [("running", "paused"), ("paused", "running")]

@@ -180,6 +180,48 @@ def test_a_healthy_worker_that_fails_is_checked_often_and_given_up_at_the_thresh
     run(test)
 
 
+@pytest.mark.parametrize("late", [answer(503), HANG])
+def test_a_paused_engine_may_be_late_with_its_health_but_it_must_be_there(late: bytes) -> None:
+    """SGLang generates a token to tell its health: while it is paused, or loads weights, it cannot."""
+
+    async def test(bench: Bench) -> None:
+        worker = bench.add(failure_threshold=1, timeout=0.05)
+        assert await bench.checks.until_healthy(worker, 10.0)
+        bench.fleet.set_paused(worker, ("generation",))
+        bench.fake.script[HEALTH] = late
+        bench.checks.check_now(worker)
+        await bench.fake.asked(HEALTH, 2)
+        bench.checks.check_now(worker)
+        await bench.fake.asked(HEALTH, 3)
+        assert worker.health is Health.HEALTHY
+        bench.fake.script[HEALTH] = answer(200)
+        bench.checks.check_now(worker)
+        await bench.fake.asked(HEALTH, 4)
+        await bench.fake.stop()
+        bench.checks.check_now(worker)
+        await bench.changes.until(lambda: worker.health is Health.UNHEALTHY)
+        await bench.fake.start()
+        await bench.changes.until(lambda: worker.health is Health.HEALTHY)
+        assert list(worker.paused) == []  # another process
+
+    run(test)
+
+
+def test_an_engine_that_continues_must_tell_its_health_again() -> None:
+    async def test(bench: Bench) -> None:
+        worker = bench.add(failure_threshold=1, timeout=0.05)
+        assert await bench.checks.until_healthy(worker, 10.0)
+        bench.fleet.set_paused(worker, ("generation",))
+        bench.fake.script[HEALTH] = answer(503)
+        bench.checks.check_now(worker)
+        await bench.fake.asked(HEALTH, 2)
+        bench.fleet.set_paused(worker, ())
+        bench.checks.check_now(worker)
+        await bench.changes.until(lambda: worker.health is Health.UNHEALTHY)
+
+    run(test)
+
+
 def test_while_all_is_well_the_interval_is_kept() -> None:
     async def test(bench: Bench) -> None:
         worker = bench.add(interval=0.1)

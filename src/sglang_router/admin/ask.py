@@ -25,6 +25,7 @@ from sglang_router.access.redaction import MOST_BYTES, without_secrets
 from sglang_router.admin.context import JSON, Context
 from sglang_router.errors import WorkerInvalid
 from sglang_router.routing.worker import Worker
+from sglang_router.wire.gathering import Body
 from sglang_router.workers.fetch import MOST_ANSWER, Fetched, FetchError, Sent, fetch
 
 _PLAIN = Sent()
@@ -44,7 +45,7 @@ async def ask(
     method: bytes,
     target: bytes,
     *,
-    body: bytes = b"",
+    body: Body = b"",
     sent: Sent = _PLAIN,
     timeout: float | None = None,
     max_bytes: int = MOST_ANSWER,

@@ -42,11 +42,11 @@ from sglang_router.workers.fetch import Fetched
 _MOST_SHOWN = 1 << 16
 """Bytes of a worker's answer that are shown."""
 _OTHER_ENGINES = {
-    b"/flush_cache": b"/reset_prefix_cache",  # vLLM, where its development endpoints are enabled
-    b"/load_lora_adapter": b"/v1/load_lora_adapter",
-    b"/unload_lora_adapter": b"/v1/unload_lora_adapter",
-    b"/v1/load_lora_adapter": b"/load_lora_adapter",
-    b"/v1/unload_lora_adapter": b"/unload_lora_adapter",
+    "/flush_cache": "/reset_prefix_cache",  # vLLM, where its development endpoints are enabled
+    "/load_lora_adapter": "/v1/load_lora_adapter",
+    "/unload_lora_adapter": "/v1/unload_lora_adapter",
+    "/v1/load_lora_adapter": "/load_lora_adapter",
+    "/v1/unload_lora_adapter": "/unload_lora_adapter",
 }
 """What engines are asked that do not know a path: SGLang and vLLM have other names for it."""
 _STATUSES = {"success": 200, "partial_success": 207, "failed": 502}
@@ -89,12 +89,12 @@ async def ask_all(
     order = await order_of(context, request, path or request.state.path.encode())
     order = order._replace(method=method or order.method)
     given = {each.worker: each for each in await give_all(context, workers, order)}
-    other = _OTHER_ENGINES.get(order.path)
+    other = _OTHER_ENGINES.get(order.name)
     unknown = [each.worker for each in given.values() if isinstance(each.reply, Fetched) and each.reply.status == 404]
     if other is not None and unknown:
-        flush = order.path == b"/flush_cache"
-        target = other if flush else other + order.target[len(order.path) :]
-        again = order._replace(path=other, target=target, body=b"" if flush else order.body)
+        flush = order.name == "/flush_cache"
+        query, body = (b"", b"") if flush else (order.query, order.body)
+        again = order._replace(path=other.encode(), name=other, query=query, body=body)
         given.update((each.worker, each) for each in await give_all(context, unknown, again))
     return [given[worker] for worker in workers]
 

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from sglang_router.access.permissions import Access
 from sglang_router.admin.decision_book import DecisionBook
 from sglang_router.admin.live import Live
+from sglang_router.admin.pausing import Pausing
 from sglang_router.admin.shared import Shared
 from sglang_router.autoscale.autoscaler import Autoscaler
 from sglang_router.config import RouterArgs
@@ -164,6 +165,7 @@ class Context:
     reload          reads the configuration again; None: it cannot be. Raises: ConfigRefused
     ending          the router is about to stop: it is not ready any more
     live            what the page shows; `app.build` sets it
+    pausing         which engines lack what, by the orders that are carried out
     """
 
     fleet: Fleet
@@ -190,6 +192,10 @@ class Context:
     reload: Callable[[str], ReloadReport] | None = None
     ending: bool = False
     live: Live = field(init=False)
+    pausing: Pausing = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pausing = Pausing(self.fleet)
 
     def attach_replicas(self, replicas: ReplicaControl) -> None:
         """From now on, describe and restart the engines that `replicas` runs."""

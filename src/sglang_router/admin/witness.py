@@ -95,6 +95,8 @@ class Witness(Listener):
     def worker_changed(self, event: WorkerChanged) -> None:
         """Keep the change, and why."""
         worker, why = event.worker, ""
+        if event.what == "updating":  # its row shows that; so many would leave no room for others
+            return
         if event.what == "outlier":
             why = worker.ejected
         elif event.what == "breaker" and event.new == "open":

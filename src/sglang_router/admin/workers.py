@@ -214,7 +214,8 @@ async def resume(context: Context, request: Request) -> Response:
     """End the drain of a worker, and its pause, should the router have missed that the engine continues."""
     worker = named(context, request)
     context.fleet.set_draining(worker, False)
-    context.fleet.set_paused(worker, ())
+    for rank in context.fleet.entries(worker.spec.url):  # a pause is the engine's
+        context.fleet.set_paused(rank, ())
     return JSON(describe(context, worker))
 
 

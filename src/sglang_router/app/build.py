@@ -174,7 +174,7 @@ def build(
     control.aliases = router.naming.aliases
     control.live = live_of(control, metrics.counts, args.policy)
     control.args = args
-    serve = partial(ControlPlane, loop=loop, clock=clock, answers=answers, timeout=args.request_timeout_secs)
+    serve = partial(ControlPlane, loop=loop, clock=clock, answers=answers, timeout=settings.control_timeout(args))
     plane = serve(seams.app or create_app(control), listener=listeners)
     scrape = serve(create_metrics_app(render), listener=Listeners(), timeout=_SCRAPED_WITHIN)
     routes = front.routes_of(args, plane, relay, seams.endpoints)

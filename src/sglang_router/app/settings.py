@@ -6,6 +6,7 @@ Files with keys and certificates are read here too, and the process's limit on f
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -54,6 +55,8 @@ log = logging.getLogger("sglang_router")
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _SPARE_DESCRIPTORS = 64
+_ASKED_WITHIN = 30.0
+"""Seconds that a request of the control plane has besides those of its engines."""
 _SCRAPERS = 32
 """Most connections of the metrics port."""
 _SCRAPER_SILENCE = 10.0
@@ -278,6 +281,17 @@ def add_rules(args: RouterArgs) -> AddRules:
 def ask_timeouts(args: RouterArgs) -> AskTimeouts:
     """Return how long engines have for requests of the control plane, in seconds."""
     return AskTimeouts(control=args.rl_control_timeout_secs)
+
+
+def control_timeout(args: RouterArgs) -> float:
+    """Return the seconds that a whole request of the control plane may take.
+
+    It must not end an order while engines still carry it out, which have a limit of their own. They may do so one
+    after the other, however many there are.
+    """
+    if args.rl_fanout_concurrency:
+        return math.inf
+    return max(args.request_timeout_secs, args.rl_control_timeout_secs + _ASKED_WITHIN)
 
 
 def worker_defaults(args: RouterArgs) -> WorkerDefaults:

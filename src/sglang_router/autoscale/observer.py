@@ -66,12 +66,14 @@ class Observer(Listener):
         self._notice(ready, now)
         waiting = self._unanswered()
         load = sum(worker.load for worker in self._fleet) + waiting.held
-        if load:
+        paused = sum(bool(worker.paused) for worker in self._fleet)
+        if load or paused:
             self._busy_at = now
         return Reading(
             ready=ready,
             coming=states["coming"],
             leaving=states["leaving"],
+            paused=paused,
             failed=states["failed"],
             load=load,
             held=waiting.held,

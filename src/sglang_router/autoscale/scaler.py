@@ -21,6 +21,9 @@ the demand is the same and will be met. So while workers start, no more are adde
 wanted and the number that is enough with room, nothing changes. The largest number needed within the down cool-down is
 what Kubernetes calls the stabilization window.
 
+While the control plane has paused workers (docs/rl.md), the number stays: requests that wait for them ask for no more
+workers, and an engine that a trainer holds is not idle.
+
 Workers found at the start count as wanted until the first cool-down is over: a restarted router does not begin by
 removing workers. A worker that still starts is not removed for being idle.
 """
@@ -78,6 +81,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     ready    workers that take requests
     coming   workers that start
     leaving  workers that drain for good, or get no requests because their source says so
+    paused   workers that the control plane has paused, whatever else they are
     failed   workers that are unhealthy or given up
     load     requests in flight on workers, and held ones
     held     requests queued because no worker is ready
@@ -91,6 +95,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     ready: int = 0
     coming: int = 0
     leaving: int = 0
+    paused: int = 0
     failed: int = 0
     load: int = 0
     held: int = 0
@@ -241,10 +246,13 @@ class Scaler:
         found = self._adopt(reading, now)
         wants = wants_of(reading, rules)
         top = max(wants, key=lambda want: want.wants)
-        due = self._within(self._due(top, reading))
-        wanted = self._wanted.say(due, now)
-        needed = self._needed.say(self._within(max(want.enough for want in wants)), now)
-        if self.desired == 0 and reading.held:
+        due, least = self._within(self._due(top, reading)), self._within(max(want.enough for want in wants))
+        if reading.paused:
+            due = least = self.desired
+        wanted, needed = self._wanted.say(due, now), self._needed.say(least, now)
+        if reading.paused:
+            reason = f"paused: {counted(reading.paused, 'worker')} by the control plane, so that the number stays"
+        elif self.desired == 0 and reading.held:
             reason = self._wake(reading, top, now)
         elif due > self.desired:
             reason = self._up(top, due, wanted, now)

@@ -240,6 +240,8 @@ _CHANGES: Final = {
     ("withheld", "allowed"): (logging.INFO, "worker is not withheld any more: it gets new requests again"),
     ("paused", "paused"): (logging.INFO, "worker is paused by the control plane: it gets no new requests"),
     ("paused", "running"): (logging.INFO, "worker is no longer paused"),
+    ("updating", "updating"): (logging.DEBUG, "worker loads new weights: it gets no new requests meanwhile"),
+    ("updating", "running"): (logging.DEBUG, "worker has answered to new weights"),
 }
 """Level and message by what changed and its new state; "" stands for any state."""
 

@@ -404,7 +404,7 @@ METRICS = (
     Family(
         "sgl_router_worker_changes_total", COUNTER, ("what", "state"),
         "Workers added, removed, restarted or emptied (cache found empty); health, breaker, ejection (outlier), "
-        "draining, withheld (by its source) and paused by the new state.",
+        "draining, withheld (by its source), paused and updating (its weights) by the new state.",
         lambda counts: counts.changes.items(),
     ),
     Family(

@@ -16,6 +16,7 @@ from typing import Any, Final
 from sglang_router.routing.events import (
     Finished,
     FirstByte,
+    LegEnded,
     Listener,
     Listeners,
     Quarantined,
@@ -24,7 +25,7 @@ from sglang_router.routing.events import (
     WorkerChanged,
 )
 
-Event = Routed | Retried | FirstByte | Finished | WorkerChanged
+Event = Routed | Retried | LegEnded | FirstByte | Finished | WorkerChanged
 
 _MOST: Final = 32
 _LONGEST: Final = 0.1  # seconds
@@ -41,6 +42,7 @@ class Deferred(Listeners):
         self._hear: dict[type, Callable[[Any], None]] = {
             Routed: listeners.routed,
             Retried: listeners.retried,
+            LegEnded: listeners.half_ended,
             FirstByte: listeners.first_byte,
             WorkerChanged: listeners.worker_changed,
         }
@@ -60,6 +62,10 @@ class Deferred(Listeners):
         self._keep(event)
 
     def retried(self, event: Retried) -> None:
+        """Keep the event."""
+        self._keep(event)
+
+    def half_ended(self, event: LegEnded) -> None:
         """Keep the event."""
         self._keep(event)
 

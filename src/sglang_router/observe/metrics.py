@@ -25,9 +25,8 @@ from sglang_router.observe.counts import MetricCounts, RememberedPrefixes
 from sglang_router.observe.live_sources import LiveSources
 from sglang_router.observe.tallies import OTHER, Labels, ModelAnswers, Series, SeriesKind
 from sglang_router.routing.endpoints import ENDPOINTS, UNKNOWN
-from sglang_router.routing.events import Answered, Finished, Listener, Retried, WorkerChanged
+from sglang_router.routing.events import Answered, Finished, LegEnded, Listener, Retried, WorkerChanged
 from sglang_router.routing.outcome import Outcome
-from sglang_router.routing.plan import PlannedLeg
 from sglang_router.routing.worker import Worker
 
 DURATION_BUCKETS: Final = (
@@ -44,7 +43,6 @@ _UNKNOWN: Final = UNKNOWN.path.decode()
 _SERVED: Final = Outcome.SERVED  # a global is quicker than a member of an enumeration
 _EJECTED: Final = ("outlier", "held_off")
 _GONE: Final = Outcome.GONE
-_ABANDONED: Final = Outcome.ABANDONED
 
 
 class Metrics(Listener):
@@ -128,8 +126,6 @@ class Metrics(Listener):
                 if leg.model:
                     names = (series.model, label_of(leg.model.decode("utf-8", "replace")))
                     self.counts.renamed[names] = self.counts.renamed.get(names, 0) + 1
-                if leg.partner is not None:
-                    self._count_prefill(leg.partner, outcome)
             if tag.queued:
                 self.counts.observe(self.counts.queued, tag.queued)
             if outcome is not _SERVED or answer.retries or answer.handoff:
@@ -139,16 +135,13 @@ class Metrics(Listener):
 
     def retried(self, event: Retried) -> None:
         """Count the outcome of a leg that is retried."""
-        leg, target = event.leg, event.leg.target
+        target = event.leg.target
         self.counts.tally(target.worker_id, target.role).ended(event.outcome.label)
-        if leg.partner is not None:
-            self._count_prefill(leg.partner, event.outcome)
 
-    def _count_prefill(self, leg: PlannedLeg, outcome: Outcome) -> None:
-        """Count the prefill leg of a pair whose decode leg has ended so: its own failure would have been told."""
-        target = leg.target
-        label = _SERVED.label if outcome is _SERVED else _ABANDONED.label
-        self.counts.tally(target.worker_id, target.role).ended(label)
+    def half_ended(self, event: LegEnded) -> None:
+        """Count the outcome of the leg of a pair that ends first."""
+        target = event.leg.target
+        self.counts.tally(target.worker_id, target.role).ended(event.outcome.label)
 
     def worker_changed(self, event: WorkerChanged) -> None:
         """Count a change; start or end the worker's own counts."""

@@ -284,6 +284,8 @@ class Desk:
                 lease.facts, lease.choice = each.facts, Choice(worker, _ADOPTED)
                 if each.tag.streaming and not known.began:
                     lease.streams(-1, known.since)
+                elif known.began:
+                    lease.began(self._at(now))
                 self._router.adopt(each.tag, leg, lease, self._at(now), len(request.legs) > 1)
                 port.leases[leg.lease] = each
 

@@ -95,7 +95,7 @@ class RelayProcess:
         self._relay = relay = Relay(loop, clock, remote, connections, answers, reporter, rules)
         self._aborts = relay.aborts
         self._control = ControlProxy()
-        timeout = args.request_timeout_secs
+        timeout = settings.control_timeout(args)
         plane = ControlPlane(self._control, loop, clock, answers, listener=reporter, timeout=timeout)
         routes = front.routes_of(args, plane, relay)
         self._frontend = Frontend(

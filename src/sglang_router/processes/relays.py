@@ -161,8 +161,9 @@ class Relays(Elsewhere, Listener):
         return place
 
     def keep(self, save: Callable[[], Awaitable[object]]) -> None:
-        """Write the state soon after workers come, go or drain, beside the usual intervals."""
+        """Write the state soon, and soon after workers come, go or drain, beside the usual intervals."""
         self._save = save
+        self._save_soon()  # of the workers that are here already
 
     def _save_soon(self) -> None:
         if self._save is not None and not self._saving:

@@ -26,7 +26,7 @@ from sglang_router.relay.early import OneEvent
 from sglang_router.relay.gathered import Gathered
 from sglang_router.relay.injected import UsageHider, with_ask
 from sglang_router.relay.relay import Relay
-from sglang_router.relay.renaming import renamed
+from sglang_router.relay.renaming import renamed, renamed_target
 from sglang_router.relay.states import DONE, ExchangeState
 from sglang_router.relay.upstream import UpstreamConnection
 from sglang_router.relay.whole_events import ANY_END, CHUNKED_ENDS, PLAIN_ENDS, WholeEvents, split
@@ -207,16 +207,18 @@ class Leg:
         connections = relay.connections.known.get(target) or relay.connections.at(target)
         body: Body | Spliced = request.body
         members = planned.splice if exchange.hider is None else with_ask(planned.splice)
+        method, path = request.method, request.target
         if planned.model and exchange.facts is not None:
             body = renamed(request.body, exchange.facts, planned.model, members)
+            if exchange.facts.endpoint.anywhere:
+                path = renamed_target(request, exchange.facts, planned.model)
         elif members:
             place = None if exchange.facts is None else exchange.facts.place
             body = splice_at(request.body, place, members) if place else splice(in_utf8(request.body), members)
         if tag.streaming:
             exchange.sending(self)
-        method = request.method
         self.bodyless = method == b"HEAD"
-        start = connections.origin.start(method, request.target)
+        start = connections.origin.start(method, path)
         if relay.traces is not None:
             start += relay.traces.fields(tag, planned.lease, request.headers)
         head = request_head(request, start, tag.raw_id, len(body), target.key, relay.forward)

@@ -355,6 +355,8 @@ class Pair:
         self.live = False
         left = Outcome.GONE if outcome is Outcome.GONE else Outcome.ABANDONED
         unsent = not self._exchange.legs
+        if unsent:  # prefill is the last one then
+            self._tell(self.decode.planned, left)
         if not self._over:
             self._over = True
             silent = outcome is Outcome.TIMEOUT and not self.begun
@@ -363,8 +365,6 @@ class Pair:
             else:
                 self.prefill.abort()
             self._tell(self.prefill.planned, outcome if outcome is Outcome.SERVED or silent else left)
-        if unsent:
-            self._tell(self.decode.planned, left)
         return self.prefill.planned if unsent else self.decode.planned
 
     def _tell(self, leg: PlannedLeg, outcome: Outcome | None) -> None:

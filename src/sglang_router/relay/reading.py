@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import re
 from typing import Final, Protocol
-from urllib.parse import unquote_plus, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
 from sglang_router.errors import NotFound, ReservedField, RouterError
 from sglang_router.relay.handled import Continuable, Handled
 from sglang_router.relay.injected import UsageHider, wanted
 from sglang_router.relay.relay import Relay
+from sglang_router.relay.renaming import model_in_query
 from sglang_router.relay.states import NEW, ExchangeState
 from sglang_router.routing.endpoints import ID_SEGMENT, Endpoint
 from sglang_router.routing.facts import LARGE, QUICK, TINY, Facts, Skimming, read_quickly, read_slowly
@@ -30,8 +31,6 @@ from sglang_router.routing.plan import Plan, RequestTag, Wait
 from sglang_router.routing.session_hints import Hinted
 from sglang_router.wire.request import Request
 
-_MOST_FIELDS: Final = 64
-"""Fields of a query that are read."""
 _UPWARDS: Final = re.compile(rb"[/\\]\.\.?(?:[/\\]|\Z)")
 
 
@@ -159,21 +158,5 @@ def _find_place(facts: Facts, request: Request) -> None:
         facts.target = b"%b %b" % (request.method, request.target)
     if facts.endpoint.about:
         facts.follows = bounded(request.path.split(b"/")[ID_SEGMENT])
-    elif not facts.model and b"?" in request.target:
-        facts.model = model_of_query(request.target.partition(b"?")[2])
-
-
-def model_of_query(query: bytes) -> bytes:
-    """Return the model that a query names, as JSON text; b"" without one, and with several: engines take the first or
-    the last of them. A query with very many fields names none."""
-    fields = query.split(b"&", _MOST_FIELDS)
-    if len(fields) > _MOST_FIELDS:
-        return b""
-    pairs = [field.partition(b"=") for field in fields]
-    names = {_text(value) for name, _, value in pairs if _text(name) == "model"}
-    name = names.pop() if len(names) == 1 else ""
-    return text_of(name) if is_name(name) else b""
-
-
-def _text(part: bytes) -> str:
-    return unquote_plus(part.decode("latin-1"))
+    elif not facts.model and (found := model_in_query(request)) is not None and is_name(found.name):
+        facts.model = text_of(found.name)

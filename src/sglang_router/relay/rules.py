@@ -11,11 +11,13 @@ class TunnelRules(msgspec.Struct, frozen=True):
     most     open, or being opened, at once
     idle     seconds without a byte from either side
     longest  seconds for which one may be open; 0.0: any
+    half     seconds without a byte from the other side when one has ended its sending: it may be a process that is gone
     """
 
     most: int = 1024
     idle: float = 300.0
     longest: float = 0.0
+    half: float = 30.0
 
 
 class Timeouts(msgspec.Struct, frozen=True):

@@ -80,8 +80,9 @@ def sending(exchange: Timed, delay: float = 0.0) -> None:
 
 
 def holding(exchange: Timed) -> None:
-    """Extend the deadline of an answer that is held back. A stream's first event has one that is not extended."""
-    if not exchange.tag.streaming:
+    """Extend the deadline of an answer that is held back. A stream's first event has one that is not extended, and so
+    has the prefill leg of a pair: what the decode worker sends meanwhile says nothing of it."""
+    if not exchange.tag.streaming and exchange.deadline[0] is not DUE_FIRST_BYTE:
         timeouts = exchange.relay.timeouts
         look, end = exchange.relay.clock() + timeouts.chunk, exchange.tag.start + timeouts.request
         exchange.deadline = (DUE_PROGRESS, look) if look < end else (DUE_REQUEST, end)

@@ -11,7 +11,8 @@ taken from `ClientConnection` by another protocol of its transport. What a clien
 A side that takes nothing pauses the other one's socket. When a side ends its sending, the other one is told; the
 tunnel is over when both have, or when one connection is closed. It is closed by the router
 
-    when nothing has come from either side for --tunnel-idle-timeout-secs
+    when nothing has come from either side for --tunnel-idle-timeout-secs; once a side has ended its sending, from the
+         other one for 30 s: `TunnelRules.half`
     when it was open for --tunnel-max-secs
     when the client takes nothing for --send-timeout-secs
     when the router stops, after the grace that streams get
@@ -27,6 +28,7 @@ from typing import Final, cast
 
 from sglang_router.errors import (
     BadHTTP,
+    NoWebSocketKey,
     OriginRefused,
     RouterError,
     TunnelIdle,
@@ -48,8 +50,9 @@ from sglang_router.routing.plan import Plan
 from sglang_router.wire.headers import UpgradeRequest
 from sglang_router.wire.request import Request
 from sglang_router.wire.response import ResponseHead
-from sglang_router.wire.upgrade import foreign_origin, refusal_of, switching_head
+from sglang_router.wire.upgrade import foreign_origin, is_13, keyed, refusal_of, switching_head
 
+_TOO_EARLY: Final = "Before the WebSocket is open, its client may neither end its sending nor send more than 64 kB."
 _FLUSHED_WITHIN: Final = 5.0
 """Seconds that a worker has to take the last bytes of a client that has left."""
 
@@ -60,14 +63,14 @@ class TunnelExchange(Exchange):
     taken  bytes that the client sent through the tunnel
     """
 
-    __slots__ = ("_idle_since", "_moved", "_until", "_worker", "taken")
+    __slots__ = ("_idle", "_idle_since", "_moved", "_until", "_worker", "taken")
 
     def __init__(self, relay: Relay, endpoint: Endpoint, client: ClientConnection, request: Request) -> None:
         super().__init__(relay, endpoint, client, request)
         self.taken = 0
         self._worker: WorkerEnd | None = None
         self._moved = 0  # bytes of both sides at the last look
-        self._idle_since = 0.0
+        self._idle = self._idle_since = 0.0
         self._until = math.inf
 
     @property
@@ -90,10 +93,12 @@ class TunnelExchange(Exchange):
     def _check(self, request: Request) -> None:
         """Check a request that may become a tunnel, and count it.
 
-        Raises: UpgradeRequired, OriginRefused, TooManyTunnels.
+        Raises: UpgradeRequired, NoWebSocketKey, OriginRefused, TooManyTunnels.
         """
-        if not isinstance(request, UpgradeRequest):
+        if not isinstance(request, UpgradeRequest) or not is_13(request.headers):
             raise UpgradeRequired
+        if not keyed(request.headers):
+            raise NoWebSocketKey
         cors = self.relay.answers.cors
         if foreign_origin(request.headers) and not (cors is not None and cors.allows(request.headers)):
             raise OriginRefused
@@ -131,7 +136,7 @@ class TunnelExchange(Exchange):
         if not client.gives_up_http():
             self._worker = None
             leg.abort()
-            self.refuse(BadHTTP("The client sent more than it may before the WebSocket is open."), Outcome.GONE)
+            self.refuse(BadHTTP(_TOO_EARLY), Outcome.GONE)
             return
         self._move(ANSWERING)
         self.shown = leg
@@ -146,6 +151,8 @@ class TunnelExchange(Exchange):
             leg.pause()
         longest = relay.tunnels.rules.longest
         self._until = now + longest if longest else math.inf
+        self._idle = relay.tunnels.rules.idle
+        relay.decider.began(leg.planned, now)
         self._idle_since = now
         self._watch(now)
         worker.client = end
@@ -153,7 +160,14 @@ class TunnelExchange(Exchange):
         client.hand_over(end)
 
     def _watch(self, now: float) -> None:
-        self.deadline = (DUE_PROGRESS, min(now + self.relay.tunnels.rules.idle / LOOKS, self._until))
+        self.deadline = (DUE_PROGRESS, min(now + self._idle / LOOKS, self._until))
+
+    def halved(self) -> None:
+        """Take note that a side has ended its sending: the other one may be silent for a short time only."""
+        now = self.relay.clock()
+        self._idle = min(self._idle, self.relay.tunnels.rules.half)
+        self._idle_since = now
+        self._watch(now)
 
     def overdue(self, now: float) -> None:
         """Close the tunnel when it is idle or has been open for too long; before it is open, as any exchange."""
@@ -165,7 +179,7 @@ class TunnelExchange(Exchange):
             self._moved, self._idle_since = moved, now
         if now >= self._until:
             self.fail(Outcome.SERVED, TunnelOverdue())
-        elif now - self._idle_since >= self.relay.tunnels.rules.idle:
+        elif now - self._idle_since >= self._idle:
             self.fail(Outcome.SERVED, TunnelIdle())
         else:
             self._watch(now)
@@ -266,6 +280,7 @@ class WorkerEnd:
             return False
         self._tunnel.relay.batch.flush()
         client.transport.write_eof()
+        self._tunnel.halved()
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -333,6 +348,7 @@ class ClientEnd:
         if worker.ended or not worker.transport.can_write_eof() or not self.transport.can_write_eof():
             return False
         worker.transport.write_eof()
+        self._tunnel.halved()
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -26,7 +26,7 @@ from sglang_router.routing.roles import ROLES
 from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.source import Source
 from sglang_router.routing.spec import HIGHEST_PORT, WorkerSpec
-from sglang_router.routing.worker import Worker
+from sglang_router.routing.worker import UPDATING, Worker
 from sglang_router.workers.sources import ConfiguredWorkers
 
 
@@ -54,7 +54,8 @@ class SavedWorker(msgspec.Struct, kw_only=True):
     """A worker as it is written.
 
     slot    its slot in the records of the prefix tree; -1: it has none
-    paused  what the control plane has stopped or taken from its engine; a file of an older router does not say it
+    paused  what the control plane has stopped or taken from its engine, but for what passes by itself; a file of an
+            older router does not say it
     """
 
     url: str
@@ -99,7 +100,7 @@ def _saved(worker: Worker, configured: ConfiguredWorkers) -> SavedWorker:
         id=worker.id,
         slot=worker.slot,
         draining=worker.draining,
-        paused=list(worker.paused),
+        paused=[name for name in worker.paused if name != UPDATING],
         weights=worker.weights,
         dp_rank=worker.dp_rank,
         dp_aware=spec.dp_aware,

@@ -99,8 +99,10 @@ class Assignment:
 
     def _anywhere(self, facts: Facts) -> bool:
         """Return whether any worker may answer a request, whatever model it serves."""
-        endpoint = facts.endpoint
-        return endpoint.anywhere and (endpoint.about or not facts.model)
+        endpoint = facts.endpoint  # not every worker of a pair answers at a WebSocket
+        if not endpoint.anywhere or (endpoint.tunnel and self._pools.paired):
+            return False
+        return endpoint.about or not facts.model
 
     def _named(self, facts: Facts) -> Serving:
         """Return who serves the model of a request, where that is to be looked at."""

@@ -24,9 +24,10 @@ from sglang_router.routing.worker import Worker
 
 CHANGES: Final = (
     *("added", "removed", "restarted", "emptied", "health", "breaker", "outlier"),
-    *("draining", "withheld", "paused", "role"),
+    *("draining", "withheld", "paused", "updating", "role"),
 )
-"""What can change: the values of WorkerChanged.what."""
+"""What can change: the values of WorkerChanged.what. updating: its engine loads new weights, perhaps many times a
+minute."""
 
 
 class Routed:
@@ -193,6 +194,9 @@ class Listener:
     def retried(self, event: Retried) -> None:
         """A leg failed and another attempt follows."""
 
+    def half_ended(self, event: LegEnded) -> None:
+        """One leg of a pair ended before the other one. The end of that is told by Retried or Finished."""
+
     def quarantined(self, event: Quarantined) -> None:
         """A request broke several workers."""
 
@@ -222,6 +226,7 @@ class Listeners(Listener):
         self.hears_first_byte = False
         self._routed: list[Callable[[Routed], None]] = []
         self._retried: list[Callable[[Retried], None]] = []
+        self._half_ended: list[Callable[[LegEnded], None]] = []
         self._quarantined: list[Callable[[Quarantined], None]] = []
         self._first_byte: list[Callable[[FirstByte], None]] = []
         self._finished: list[Callable[[Finished], None]] = []
@@ -235,6 +240,8 @@ class Listeners(Listener):
             self._routed.append(listener.routed)
         if kind.retried is not Listener.retried:
             self._retried.append(listener.retried)
+        if kind.half_ended is not Listener.half_ended:
+            self._half_ended.append(listener.half_ended)
         if kind.quarantined is not Listener.quarantined:
             self._quarantined.append(listener.quarantined)
         if listener.hears_first_byte if isinstance(listener, Listeners) else kind.first_byte is not Listener.first_byte:
@@ -259,6 +266,11 @@ class Listeners(Listener):
     def retried(self, event: Retried) -> None:
         """Pass the event on."""
         for hear in self._retried:
+            hear(event)
+
+    def half_ended(self, event: LegEnded) -> None:
+        """Pass the event on."""
+        for hear in self._half_ended:
             hear(event)
 
     def quarantined(self, event: Quarantined) -> None:

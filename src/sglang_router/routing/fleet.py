@@ -33,7 +33,7 @@ from sglang_router.routing.pools import Pools
 from sglang_router.routing.rules import FleetRules
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.states import Breaker, BreakerEvent, Health
-from sglang_router.routing.worker import Worker
+from sglang_router.routing.worker import Worker, change_of_pause
 
 # Members of an enumeration are looked up slowly before Python 3.12.
 _NOTHING, _SUCCESS = Hears.NOTHING, Hears.SUCCESS
@@ -94,8 +94,7 @@ class Fleet:
     def add(self, spec: WorkerSpec, now: float, *, restored: str = "") -> Worker:
         """Register a worker. It takes requests once a health check has passed.
 
-        restored  the id it had before the router was restarted; its cache may still be as it was, which is assumed when
-                  its first check passes
+        restored  the id it had before a restart of the router; its cache is assumed to be as it was once a check passes
 
         Raises: Conflict, when the URL is registered already.
         """
@@ -188,8 +187,9 @@ class Fleet:
     def set_paused(self, worker: Worker, paused: tuple[str, ...]) -> None:
         """Say what an engine does without for now; until it has all back, (), its worker gets no new requests."""
         before, worker.paused = worker.paused, paused
-        if not worker.removed and bool(before) != bool(paused):
-            self._changed(worker, "paused", *(("paused", "running") if before else ("running", "paused")))
+        change = change_of_pause(before, paused)
+        if change is not None and not worker.removed:
+            self._changed(worker, *change)
 
     # -- who may take a request --------------------------------------------------------------------------------------
 

@@ -109,10 +109,11 @@ class Lease:
     def sent(self, uncached: int, streams: bool, now: float, delay: float) -> None:
         """Note that a request is sent, after a delay. uncached: as for `streams`.
 
-        With a delay it is no work: until then the worker may read other prompts, which need not wait for it.
+        With a delay it is no work: until then the worker may read other prompts, which need not wait for it. Nor is
+        a WebSocket: nobody knows which part of its time is.
         """
         work = self.worker.work
-        if work.active and delay <= 0.0:
+        if work.active and delay <= 0.0 and not self.facts.endpoint.tunnel:
             self.work = work
             self.beside = self.worker.load
             self.uncached = read = uncached if uncached > 0 else 0
@@ -128,7 +129,10 @@ class Lease:
         self.bucket = bucket_of(uncached, worker.waiting, worker.load) if uncached >= 0 else 0
 
     def began(self, now: float) -> None:
-        """Note that the first byte of the answer arrived. A closed lease ignores it: the leg failed before."""
+        """Note that the first byte of the answer arrived, or that a WebSocket is open.
+
+        A closed lease ignores it: the leg failed before.
+        """
         if not self.closed and self.sent_at >= 0.0 and self.first_byte < 0.0:
             worker = self.worker
             worker.waiting -= 1
@@ -139,6 +143,9 @@ class Lease:
             if self.work is not None:
                 self.beside = self.worker.load
                 self.work.began(self, self.uncached, now)
+        elif self._unread:
+            self._unread = False
+            self.worker.unread -= 1
 
     def close(self, outcome: Outcome, now: float, held: bool = False) -> None:
         """End the lease with the outcome of its leg. A second call does nothing.

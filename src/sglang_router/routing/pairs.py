@@ -14,7 +14,7 @@ only regular workers can spare an SGLang pair.
 
 from __future__ import annotations
 
-from sglang_router.errors import RouterError, SeveralAnswers
+from sglang_router.errors import RouterError, SeveralAnswers, WebSocketUnserved
 from sglang_router.routing import sequences
 from sglang_router.routing.batches import batch_size
 from sglang_router.routing.facts import Facts
@@ -50,6 +50,9 @@ class Pairs:
         regular, prefill, decode = find(facts), find(facts, PREFILL), find(facts, DECODE)
         if not (prefill.workers or decode.workers):
             return regular
+        if facts.endpoint.tunnel:
+            alone = self.connector_of(self._pair(prefill, decode)) == NIXL
+            return regular if regular.workers else decode if alone and decode.workers else pools.nobody
         if not facts.endpoint.generates:
             return regular if regular.workers else prefill if prefill.workers else decode
         prompts = batch_size(facts)
@@ -67,10 +70,13 @@ class Pairs:
 
     def refusal(self, facts: Facts) -> RouterError | None:
         """Return the error for a request that nobody can serve although there are pairs of its model."""
-        if not facts.endpoint.generates or not wants_several(facts):
+        tunnel = facts.endpoint.tunnel
+        if not tunnel and not (facts.endpoint.generates and wants_several(facts)):
             return None
         find = self._naming.find
-        return SeveralAnswers(param="n") if find(facts, PREFILL).workers or find(facts, DECODE).workers else None
+        if not find(facts, PREFILL).workers and not find(facts, DECODE).workers:
+            return None
+        return WebSocketUnserved() if tunnel else SeveralAnswers(param="n")
 
     def _pair(self, prefill: Serving, decode: Serving) -> ServingPair:
         if self._seen != self._pools.version:

@@ -101,8 +101,7 @@ class Router(Listener):
         self._again = Again(fleet, self._who, retries, rng)
         self._legs = Legs(fleet, self._who, listener)
         self._pairing = Pairing(fleet.pools, self._who, self._legs, rng)
-        self._listener = listener
-        self._soon, self._check_now = soon, check_now
+        self._listener, self._soon, self._check_now = listener, soon, check_now
         self._leases = self._legs.open
         self.tracer: Callable[[LegEnded], None] | None = None
         self._trails: dict[int, Trail] = {}  # by number of the request; only of requests that are retried now
@@ -274,6 +273,7 @@ class Router(Listener):
             self._truth.served(lease, usage, now)
         if not last:  # the end of the other leg decides who is to blame
             self._judge.half(self._trails, tag, lease, outcome, now)
+            self._listener.half_ended(LegEnded(tag, leg, outcome, now, usage, lease.facts.session))
             self._freed()
             return
         if outcome is not _SERVED or self._trails or self.quarantine.broken:

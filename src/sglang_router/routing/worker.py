@@ -25,6 +25,8 @@ from sglang_router.routing.work import Work
 
 _SPREAD: Final = 0.6180339887
 """Golden ratio: its multiples, less their whole parts, are far from each other however many there are."""
+UPDATING: Final = "weights_update"
+"""In `Worker.paused`: its engine loads new weights. That passes by itself, however it ends."""
 _USUAL_PRIORITY: Final = 50
 _NOWHERE: Final = Roster()
 """Of workers without a pool; it stays empty."""
@@ -281,3 +283,13 @@ class Worker:
         """Whether its circuit lets one more request pass."""
         state = self.circuit.state
         return state is Breaker.CLOSED or (state is Breaker.HALF_OPEN and not self.probing)
+
+
+def change_of_pause(before: tuple[str, ...], after: tuple[str, ...]) -> tuple[str, str, str] | None:
+    """Return what has changed with what an engine lacks, and the old and the new state; None: nothing that counts."""
+    held, holds = (any(name != UPDATING for name in names) for names in (before, after))
+    if held != holds:
+        return ("paused", "paused", "running") if held else ("paused", "running", "paused")
+    if bool(before) != bool(after):
+        return ("updating", "updating", "running") if before else ("updating", "running", "updating")
+    return None

@@ -2,6 +2,7 @@
 
     upgrades = Upgrades((b"/v1/realtime",))
     upgrades(b"GET", b"/v1/realtime?model=m", headers)     an UpgradeRequest; None: an upgrade that nobody takes
+    keyed(headers), is_13(headers)                         whether its key, and its version, are those of a WebSocket
     refusal_of(answer)                                     why an answer with status 101 cannot be passed on; ""
     switching_head(answer, request_id, decision)           that answer for the client
 
@@ -11,6 +12,7 @@ OpenAI's API send their key as a subprotocol, `openai-insecure-api-key.KEY`: it 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Final
 
@@ -20,6 +22,9 @@ from sglang_router.wire.response import ResponseHead
 from sglang_router.wire.rewriting import origin_form
 
 _WEBSOCKET: Final = b"websocket"
+_KEY: Final = b"sec-websocket-key"
+_NONCE: Final = re.compile(rb"[A-Za-z0-9+/]{22}==")
+_VERSION: Final = b"sec-websocket-version"
 _REPLACED: Final = frozenset((b"x-request-id", b"content-length"))
 _DECISION: Final = (b"x-sglang-router-decision", b"x-sglang-router-worker")
 
@@ -51,6 +56,17 @@ def _values(headers: Headers, name: bytes) -> list[bytes]:
         if key == name:
             found += [part.strip().lower() for part in value.split(b",")]
     return found
+
+
+def keyed(headers: Headers) -> bool:
+    """Return whether a request has one Sec-WebSocket-Key, and that is one (RFC 6455 4.2.1)."""
+    keys = [value.strip() for name, value in headers if name == _KEY]
+    return len(keys) == 1 and _NONCE.fullmatch(keys[0]) is not None
+
+
+def is_13(headers: Headers) -> bool:
+    """Return whether a request asks for the version of the protocol that all engines speak."""
+    return _values(headers, _VERSION) == [b"13"]
 
 
 def key_of(headers: Headers) -> bytes | None:

@@ -40,15 +40,17 @@ class Fetched(msgspec.Struct):
 
 
 class Sent(msgspec.Struct, frozen=True):
-    """Fields of a request that is made for a client.
+    """How a request is sent that is made for a client.
 
     authorization  the client's, for a target without a key of its own
     via            the client's: who passed this on before, so that what goes in a circle is noticed
+    once           on a new connection, because it must not be sent twice
     """
 
     content_type: bytes = b"application/json"
     authorization: bytes | None = None
     via: bytes = b""
+    once: bool = False
 
 
 _PLAIN = Sent()
@@ -119,6 +121,17 @@ async def fetch(
 
     Raises: FetchError when there is no answer within `timeout` seconds, or it has more than `max_bytes`.
     """
+    head = head_for(pool, target, method, path, body, sent)
+    try:
+        return await ask_once(pool, target, head, body, timeout=timeout, max_bytes=max_bytes, fresh=sent.once)
+    except FetchError as exc:
+        if exc.outcome is not Outcome.STALE:
+            raise
+    return await ask_once(pool, target, head, body, timeout=timeout, max_bytes=max_bytes, fresh=True)
+
+
+def head_for(pool: ConnectionPool, target: Target, method: bytes, path: bytes, body: Body, sent: Sent) -> bytes:
+    """Return the head of a request with this body, with the target's key."""
     fields = [b"content-length: %d\r\n" % len(body)]
     if body:
         fields += (b"content-type: ", sent.content_type, b"\r\n")
@@ -126,13 +139,7 @@ async def fetch(
         fields += (b"authorization: ", sent.authorization, b"\r\n")
     if sent.via:
         fields += (b"via: ", sent.via, b"\r\n")
-    head = head_of(pool, target, method, path, *fields)
-    try:
-        return await ask_once(pool, target, head, body, timeout=timeout, max_bytes=max_bytes)
-    except FetchError as exc:
-        if exc.outcome is not Outcome.STALE:
-            raise
-    return await ask_once(pool, target, head, body, timeout=timeout, max_bytes=max_bytes, fresh=True)
+    return head_of(pool, target, method, path, *fields)
 
 
 def head_of(pool: ConnectionPool, target: Target, method: bytes, path: bytes, *fields: bytes) -> bytes:

@@ -21,8 +21,10 @@ pause of each is another part of the interval (`workers.rhythm`).
 A check uses a kept connection, but now and then a new one, and always after a failed check: so it finds an engine that
 serves old connections and takes no new ones, and an address that is gone.
 
-Exchanges call `check_now` when a worker refuses or breaks a connection, so that the check comes at once and not in ten
-seconds. A hundred exchanges that meet the same dead worker cause one check, not a hundred.
+An engine that the control plane has paused may answer late, or with an error: SGLang generates a token to tell its
+health. That is no failure, as the worker gets no requests then; that nobody listens any more is one.
+
+Exchanges call `check_now` when a worker refuses or breaks a connection: the check comes at once, once for all of them.
 
 When a new process of a worker passes its first check, `introduce` asks it what it is (`workers.engine_survey`). One
 that starts is asked first and becomes healthy then: which requests it may get depends on its model.
@@ -286,6 +288,9 @@ class HealthChecks:
         except Exception as exc:  # a fault here must not end the checks: the worker would keep its state for ever
             log.exception("the health check of %s failed in the router", worker.url)
             error = f"The health check failed in the router: {exc.__class__.__name__}."
+        alive = outcome in (Outcome.SERVED, Outcome.TIMEOUT) and not strange
+        if error is not None and alive and worker.paused and worker.health is Health.HEALTHY:
+            return True
         if error is None and worker.health is Health.STARTING and not (watch.introduced or worker.spec.dp_aware):
             watch.introduced = True  # ranks, in contrast, take over when one of them is healthy and was asked
             await self._introduce_first(worker, watch)
