@@ -6,6 +6,7 @@
     lag         0.25 s                               measure by how much this timer is late
     keepalive   0.25 s                               fill the silence of streams, with --sse-keepalive-secs
     judge       1 s (5 s with 200 workers or more)   eject outliers, and let them return
+    watchdog    a third of WatchdogSec=              tell systemd that the event loop turns
     points      10 s                                 keep a point of the page's curves
     renew       2 s                                  load certificates and keys that were renewed
     collect     1 s                                  collect the youngest generation of garbage
@@ -29,6 +30,7 @@ from sglang_router.access.watched import Renewed
 from sglang_router.relay.clients import Clients
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.relay.silences import KeepAlives
+from sglang_router.restart.systemd import Notifier
 from sglang_router.routing.router import Router
 
 _SWEEP_EVERY = 0.25
@@ -74,6 +76,18 @@ def lag(clock: Callable[[], float], late: Callable[[float], None]) -> Job:
         return _SWEEP_EVERY
 
     return Job("lag", run)
+
+
+def watchdog(notifier: Notifier) -> tuple[Job, ...]:
+    """Return the job that tells systemd that the event loop turns; none where it does not ask."""
+    if not notifier.watchdog:
+        return ()
+
+    def run() -> float:
+        notifier.tell("WATCHDOG=1")
+        return notifier.watchdog / 3
+
+    return (Job("watchdog", run),)
 
 
 def points(sample: Callable[[], float]) -> Job:

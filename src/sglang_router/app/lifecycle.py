@@ -24,7 +24,7 @@ from sglang_router.app import settings
 from sglang_router.app.advice import remark
 from sglang_router.app.build import build
 from sglang_router.app.deciding import open_log
-from sglang_router.app.jobs import Jobs, keepalive, lag, points, table
+from sglang_router.app.jobs import Jobs, keepalive, lag, points, table, watchdog
 from sglang_router.app.listening import Listening, address_errors, open_all, port_of
 from sglang_router.app.looping import on_loop
 from sglang_router.app.parts import App, Attachment, Elsewhere
@@ -36,6 +36,7 @@ from sglang_router.errors import ConfigError, ShuttingDown
 from sglang_router.observe import logs
 from sglang_router.observe.log_files import KeepRules
 from sglang_router.relay.clients import Clients
+from sglang_router.restart import systemd
 from sglang_router.restart.state_file import StateFile
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.states import Health
@@ -102,7 +103,8 @@ class Life:
         self._metrics_url = ""  # of the metrics port, if there is one
         jobs = table(app.clock, ports, app.connections, app.router, app.watched, args.eviction_interval_secs)
         more = (lag(app.clock, app.metrics.late), points(app.control.live.sample), *keepalive(app.keepalives))
-        self._jobs = Jobs(app.loop, jobs + more)
+        self._notifier = systemd.Notifier()
+        self._jobs = Jobs(app.loop, jobs + more + watchdog(self._notifier))
         self._decisions = open_log(args, app.router.recorder, app.loop.call_later)
         if (decisions := self._decisions) is not None:
             app.metrics.sources.unlogged_decisions = lambda: decisions.lost
@@ -182,14 +184,17 @@ class Life:
         log.info("listening on %s, policy %s, %s", self.url, args.policy, counted(len(app.fleet), "worker"))
         if self._metrics_url:
             log.info("metrics are served on %s", self._metrics_url)
+        self._notifier.tell("READY=1")
 
     async def _bind(self) -> tuple[bool, list[asyncio.Server]]:
-        """Bind the main port; return whether another router has handed it over, and what this process serves of it."""
+        """Bind the main port, or take it over; return whether another router has handed it over, and what this process
+        serves of it."""
         args, listening, given = self.app.args, self._listening, self.app.elsewhere.given
         if given is not None:
             return listening.adopt(args.host, args.port, given), []
         follows = args.reuse_port and await listening.take_over(args.host, args.port)
-        return follows, await listening.bind(self.app.frontend, args.host, args.port, self.app.tls)
+        passed = systemd.take_sockets(args.host, args.port)
+        return follows, await listening.bind(self.app.frontend, args.host, args.port, self.app.tls, passed)
 
     def say_how_to_add_workers(self) -> None:
         """Warn when there is no worker, and nothing that will start one."""
@@ -257,6 +262,7 @@ class Life:
         another one has taken over need not wait: new connections reach that one.
         """
         app, seconds = self.app, self.app.args.shutdown_drain_secs
+        self._notifier.tell("STOPPING=1")
         app.control.ending = True
         if seconds and not self._listening.succeeded:
             log.info("ending: /readiness fails; requests are served for another %g s", seconds)
@@ -268,6 +274,7 @@ class Life:
     async def stop(self, urgent: asyncio.Event) -> None:
         """Accept nothing new, and finish what is in flight within the grace period, or until `urgent` is set."""
         app = self.app
+        self._notifier.tell("STOPPING=1")
         app.control.ending = True
         if app.scaler is not None:
             await app.scaler.close()  # it must not scale down because the load drains

@@ -74,15 +74,27 @@ class Listening:
         if self._inherited is not None:
             self._inherited.close_rest()
 
-    async def bind(self, frontend: Frontend, host: str, port: int, tls: TLSFiles | None = None) -> list[asyncio.Server]:
+    async def bind(
+        self,
+        frontend: Frontend,
+        host: str,
+        port: int,
+        tls: TLSFiles | None = None,
+        passed: Sequence[socket.socket] = (),
+    ) -> list[asyncio.Server]:
         """Bind an address; return its servers, which do not accept clients yet: one, or one per socket taken over.
 
         frontend  what the clients of this port share
         tls       key and certificate; None for plain HTTP
+        passed    sockets of this address from systemd; what another router hands over counts more: they are the same
 
         Raises: OSError, when the address cannot be bound.
         """
         taken = self._inherited.take(host, port) if self._inherited is not None else []
+        if taken:
+            for sock in passed:
+                sock.close()
+        taken = taken or list(passed)
         if not taken and host.strip("[]") == "::":
             taken = every_address(port)
         places: list[dict[str, Any]] = [{"sock": sock} for sock in taken]

@@ -24,6 +24,7 @@ from sglang_router.processes.relaying import relay_for
 from sglang_router.processes.relays import Relays
 from sglang_router.processes.supervisor import ProcessSupervisor
 from sglang_router.processes.texts import shared_memory
+from sglang_router.restart import systemd
 from sglang_router.restart.handover import InheritedSockets, take_over
 
 _LONGEST_FOLDER = 90
@@ -87,7 +88,7 @@ def _check() -> None:
 
 
 def _listen(args: RouterArgs) -> tuple[InheritedSockets | None, list[socket.socket]]:
-    """Take the main port over, or bind it. Raises: OSError."""
+    """Take the main port over from another router or from systemd, or bind it. Raises: OSError, ConfigError."""
     if args.reuse_port:
         loop = asyncio.new_event_loop()
         try:
@@ -96,4 +97,6 @@ def _listen(args: RouterArgs) -> tuple[InheritedSockets | None, list[socket.sock
             loop.close()
         if inherited is not None and (taken := inherited.take(args.host, args.port)):
             return inherited, taken
+    if passed := systemd.take_sockets(args.host, args.port):
+        return None, passed
     return None, sockets.bind(args.host, args.port, args.relay_processes)

@@ -1,0 +1,1 @@
+"""What scripts/test-deploy runs: one module for each way to deploy the router."""
