@@ -17,6 +17,7 @@ from typing import Any
 
 from fake_kube import FakeKube
 from sglang_router.discovery.discovery import Discovery, Looking
+from sglang_router.discovery.inference_pool import InferencePoolSource
 from sglang_router.discovery.kube_config import KubeAccess, KubeFiles
 from sglang_router.discovery.kubernetes import KubeRhythm, KubernetesSource
 from sglang_router.discovery.owner import Hands, WorkerOwner
@@ -152,8 +153,14 @@ def kube_scene(
     files: Callable[[FakeKube], KubeFiles] | None = None,
     up: bool = True,
     defaults: WorkerDefaults = DEFAULTS,
+    pool: str = "",
 ) -> Iterator[KubeScene]:
-    """Yield a router that follows an API server. prepare: what is there before; up: whether the server listens."""
+    """Yield a router that follows an API server.
+
+    prepare  what is there before
+    up       whether the server listens
+    pool     the InferencePool whose pods it follows, in place of those that the rules select
+    """
     with stack() as router:
         made = KubeScene(router)
         made.api = api = FakeKube()
@@ -163,17 +170,12 @@ def kube_scene(
         router.call(lambda: prepare(api))
         where = files or (lambda api: FreshFiles(Token(api).access))
 
-        def source() -> KubernetesSource:
-            return KubernetesSource(
-                made.owner(Source.KUBERNETES, defaults),
-                rules,
-                namespace,
-                where(api),
-                Addresses(router.loop),
-                random.Random(1),
-                router.loop.time,
-                rhythm,
-            )
+        def source() -> Looking:
+            owner = made.owner(Source.KUBERNETES, defaults)
+            others = (where(api), Addresses(router.loop), random.Random(1), router.loop.time, rhythm)
+            if pool:
+                return InferencePoolSource(owner, pool, rules, *others)
+            return KubernetesSource(owner, rules, namespace, *others)
 
         made.begin(source)
         try:

@@ -38,6 +38,7 @@ class _Watch:
     writer: asyncio.StreamWriter
     namespace: str
     selector: dict[str, str]
+    plural: str = "pods"
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     def send(self, kind: str, item: Item) -> None:
@@ -55,6 +56,7 @@ class FakeKube:
         self.watch_refusal: tuple[int, str] | None = None
         self.tokens: set[str] | None = None
         self.away = False
+        self.has_pools = True
         self.dumb = False
         self.lists: list[dict[str, str]] = []
         self.watches: list[dict[str, str]] = []
@@ -165,6 +167,12 @@ class FakeKube:
         for watch in self.watching:
             _tell(watch, before, after)
 
+    def pool(self, name: str, labels: dict[str, str], *ports: int, namespace: str = "llm") -> None:
+        """Create an InferencePool, or change it; `delete` deletes it as it does pods."""
+        spec = {"selector": {"matchLabels": labels}, "targetPorts": [{"number": port} for port in ports]}
+        metadata = {"name": name, "namespace": namespace, "labels": None}
+        self._put((namespace, name), {"kind": "InferencePool", "metadata": metadata, "spec": spec})
+
     # -- trouble -------------------------------------------------------------------------------------------------------
 
     def forget(self, version: int) -> None:
@@ -194,8 +202,10 @@ class FakeKube:
         """Reset all connections."""
         self.watching.clear()
         for writer in self._writers:
-            with contextlib.suppress(OSError):
-                writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+            sock = writer.get_extra_info("socket")  # None: its peer has closed it
+            if sock is not None:
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
         self._writers.clear()
 
@@ -236,29 +246,28 @@ class FakeKube:
         if refusal is not None:
             return self._refuse(writer, *refusal)
         parts = target.path.strip("/").split("/")
-        namespace = parts[3] if parts[2] == "namespaces" else ""
-        assert parts[-1] == "pods"
+        namespace = parts[-2] if "namespaces" in parts else ""
+        plural = parts[-1]
+        if plural not in ("pods", "inferencepools") or (plural == "inferencepools" and not self.has_pools):
+            return self._refuse(writer, 404, "the server could not find the requested resource")
         selector = dict(each.split("=", 1) for each in query.get("labelSelector", "").split(",") if each)
         if watch:
-            return await self._watch(writer, query, namespace, selector)
-        return self._list(writer, query, namespace, selector)
+            return await self._watch(writer, query, _Watch(writer, namespace, selector, plural))
+        return self._list(writer, query, _Watch(writer, namespace, selector, plural))
 
     def _refuse(self, writer: asyncio.StreamWriter, status: int, message: str) -> None:
         body = json.dumps({"kind": "Status", "message": message, "code": status}).encode()
         _send(writer, status, body)
 
-    def _list(self, writer: asyncio.StreamWriter, query: dict[str, str], namespace: str, selector: Item) -> None:
-        found = [item for item in self.pods.values() if _fits(item, namespace, selector)]
+    def _list(self, writer: asyncio.StreamWriter, query: dict[str, str], which: _Watch) -> None:
+        found = [item for item in self.pods.values() if _fits(item, which)]
         start, limit = int(query.get("continue", "0")), int(query.get("limit", "0")) or len(found) + 1
         page, rest = found[start : start + limit], found[start + limit :]
         metadata = {"resourceVersion": str(self.version)} | ({"continue": str(start + limit)} if rest else {})
         _send(writer, 200, json.dumps({"kind": "PodList", "metadata": metadata, "items": page or None}).encode())
 
-    async def _watch(
-        self, writer: asyncio.StreamWriter, query: dict[str, str], namespace: str, selector: dict[str, str]
-    ) -> None:
+    async def _watch(self, writer: asyncio.StreamWriter, query: dict[str, str], watch: _Watch) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")
-        watch = _Watch(writer, namespace, selector)
         since = int(query["resourceVersion"])
         if since < self._oldest:
             watch.send("ERROR", {"kind": "Status", "code": 410, "message": "too old resource version"})
@@ -283,16 +292,18 @@ def _status(ip: str | None, ready: bool) -> Item:
     }
 
 
-def _fits(item: Item | None, namespace: str, selector: dict[str, str]) -> bool:
+def _fits(item: Item | None, which: _Watch) -> bool:
     if item is None or "gone" in item["metadata"]:
         return False
     labels = item["metadata"]["labels"] or {}
-    return namespace in ("", item["metadata"]["namespace"]) and selector.items() <= labels.items()
+    kind = "inferencepools" if item.get("kind") == "InferencePool" else "pods"
+    here = which.namespace in ("", item["metadata"]["namespace"])
+    return kind == which.plural and here and which.selector.items() <= labels.items()
 
 
 def _tell(watch: _Watch, before: Item | None, after: Item) -> None:
     """Send the event that a change is for this watch."""
-    was, fits = (_fits(each, watch.namespace, watch.selector) for each in (before, after))
+    was, fits = (_fits(each, watch) for each in (before, after))
     if fits:
         watch.send("MODIFIED" if was else "ADDED", after)
     elif was:

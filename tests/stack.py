@@ -27,6 +27,7 @@ from fake_worker import FakeWorker, Gate
 from sglang_router.admin.context import AddRules, AskTimeouts
 from sglang_router.app.build import Seams, build
 from sglang_router.config import RouterArgs
+from sglang_router.relay.addresses import system_look_up
 from sglang_router.relay.client import ClientConnection
 from sglang_router.routing.events import Listener, WorkerChanged
 from sglang_router.routing.rules import HealthRules
@@ -77,16 +78,20 @@ class Stack:
     def __init__(self, policy: str, interval: float, settings: dict[str, Any]) -> None:
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self.news = asyncio.Event()
-        args = RouterArgs(
-            policy=policy,
-            engine_report_interval_secs=interval,
-            worker_startup_check_interval=0.01,
-            slow_start_secs=0.0,
-            disable_outlier_ejection=True,
-            max_concurrent_requests=-1,
-            metrics_interval_secs=0.0,
+        options = {
+            "policy": policy,
+            "engine_report_interval_secs": interval,
+            "worker_startup_check_interval": 0.01,
+            "slow_start_secs": 0.0,
+            "disable_outlier_ejection": True,
+            "max_concurrent_requests": -1,
+            "metrics_interval_secs": 0.0,
+        }
+        args = RouterArgs(**options | settings.pop("options", {})).checked()
+        look_up = settings.pop("look_up", system_look_up)
+        self.app = app = build(
+            args, self.loop, seams=Seams(rng=random.Random(7), clock=self.loop.time, look_up=look_up)
         )
-        self.app = app = build(args, self.loop, seams=Seams(rng=random.Random(7), clock=self.loop.time))
         self.fleet = app.fleet
         self.router = app.router
         self.connections = app.connections
@@ -248,7 +253,8 @@ def stack(*urls: str, policy: str = "cache_aware", interval: float = 0.0, **sett
     """Yield a router in front of workers that are healthy when the block begins.
 
     interval  seconds between two reports of an engine; 0 for none
-    settings  startup_timeout, health, dp_aware (of workers that are added), generate_timeout, metrics_render, access
+    settings  startup_timeout, health, dp_aware (of workers that are added), generate_timeout, metrics_render, access;
+              options: a mapping of further options of the router; look_up: finds the addresses of workers' names
     """
     settings.setdefault("health", HealthRules(interval=3600.0, failure_threshold=1, success_threshold=1))
     settings.setdefault("metrics_render", named_metrics)

@@ -12,6 +12,7 @@
     admin                      the control plane
     app                        assembly and life cycle
     processes                  one router in several processes
+    picker                     the endpoint picker of gateways
     commands                   ask a running router; check, complete, explain the command line
     launch_router  launch  launch_server  explain  cli             doors;   engine stands alone
     replay                     what decides, with simulated engines, in virtual time
@@ -57,6 +58,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "admin": BELOW_ADMIN | {"version", "autoscale"},
     "app": BELOW_APP | {"version"},
     "processes": BELOW_APP | {"app"},
+    "picker": BELOW_APP | {"app"},
     "engine": {"errors", "version", "config", "process"},
     "router_args": {"config"},
     "sglang_router_rs": set(),
@@ -70,7 +72,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "explain": {"errors", "words", "config", "routing", "commands"},
     "cli": {
         *("errors", "version", "config", "commands", "launch", "launch_router", "launch_server"),
-        *("engine", "explain", "replay"),
+        *("engine", "explain", "replay", "picker"),
     },
     "__main__": {"cli"},
     "__init__": {"version"},
@@ -125,6 +127,11 @@ PURE = (
     "processes.failures",
     "processes.message",
     "processes.messages",
+    "picker.asked",
+    "picker.changes",
+    "picker.envoy_words",
+    "picker.messages",
+    "picker.replies",
     "commands.describing",
     "commands.figures",
     "commands.printable",

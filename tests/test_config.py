@@ -182,6 +182,7 @@ TEXTS: dict[str, tuple[str, Any]] = {
 }
 SAMPLES: dict[str, tuple[str, Any]] = {
     "worker_urls": (f"{A}, {B}", [A, B]),
+    "inference_pool": ("llm/llama", "llm/llama"),
     "otlp_traces_endpoint": ("https://collector:4318", "https://collector:4318"),
     "decode_urls": (A, [A]),
     "model_alias": ("a=b, c=d", {"a": "b", "c": "d"}),
@@ -445,6 +446,9 @@ def test_unreadable_file(tmp_path: Path) -> None:
         ("--selector _x=a", "--selector: '_x' is not the key of a label or an annotation, as in example.com/name"),
         ("--service-discovery", "--service-discovery needs the labels of the workers' pods: --selector app=NAME, or"),
         ("--service-discovery-namespace A_b", "'A_b' is not the name of a namespace: small letters, digits and -"),
+        ("--inference-pool llama", "--inference-pool: 'llama' is not NAMESPACE/NAME, as in default/llama"),
+        ("--inference-pool A/llama", "'A' is not the name of a namespace: small letters, digits and -"),
+        ("--inference-pool a/b --service-discovery --selector a=b", "both say which pods; give only one of them"),
         ("--bootstrap-port-annotation /x", "'/x' is not the key of a label or an annotation"),
         ("--model-id-from pod", "--model-id-from: 'pod' is not namespace, label:KEY or annotation:KEY"),
         ("--model-id-from label:", "--model-id-from: 'label:' is not namespace, label:KEY or annotation:KEY"),

@@ -181,10 +181,10 @@ class Cluster:
             raise AssertionError(f"{method} {path}: {status} {answer.get('message')}")
         return answer
 
-    def grant(self, user: str) -> None:
-        """Let a user, or the service account of that name, get, list and watch pods in the namespace."""
-        rules = [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
-        group, name = "rbac.authorization.k8s.io", {"name": f"pods-{user}"}
+    def grant(self, user: str, api: str = "", resource: str = "pods") -> None:
+        """Let a user, or the service account of that name, get, list and watch pods in the namespace, or others."""
+        rules = [{"apiGroups": [api], "resources": [resource], "verbs": ["get", "list", "watch"]}]
+        group, name = "rbac.authorization.k8s.io", {"name": f"{resource}-{user}"}
         self.must("POST", f"{_RBAC}/{NAMESPACE}/roles", {"metadata": name, "rules": rules})
         who = [
             {"kind": "User", "name": user, "apiGroup": group},

@@ -2,6 +2,7 @@
 
 sglang-router launch ...    the router     (as python -m sglang_router.launch_router; also without `launch`)
 sglang-router serve ...     engines and the router     (as python -m sglang_router.launch_server; also `server`)
+sglang-router epp ...       the router as the endpoint picker of a gateway
 sglang-router engine ...    the built-in engine     (as python -m sglang_router.engine)
 sglang-router status ...    and the others of `commands.operating`, `top`, `explain`: ask a running router
 sglang-router check-config  checks a configuration and starts nothing
@@ -70,6 +71,12 @@ def _launch(words: list[str]) -> int:
     return launch_router.main(words, prog="sglang-router launch")
 
 
+def _epp(words: list[str]) -> int:
+    from sglang_router.picker.front import serve  # imported here: the other commands do not need it
+
+    return launch_router.main(words, f"{_NAME} epp", serve)
+
+
 def _engine(words: list[str]) -> int:
     from sglang_router.engine.__main__ import main as engine  # imported here: the other commands do not need it
 
@@ -123,6 +130,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     found: dict[str, argparse.ArgumentParser] = {
         "launch": new_parser(f"{_NAME} launch"),
         "serve": serve.new_parser(f"{_NAME} serve"),
+        "epp": new_parser(f"{_NAME} epp"),
         "engine": engine.new_parser(),
         **{name: operating.parser(name, f"{_NAME} {name}") for name in operating.COMMANDS},
         "top": top.parser(f"{_NAME} top"),
@@ -152,6 +160,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "launch": _launch,
     "serve": _serve,
     "server": _serve,
+    "epp": _epp,
     "engine": _engine,
     "replay": _replay,
     "explain": _explain,

@@ -39,7 +39,8 @@ def launch_router(args: object, *, serve: Callable[[RouterArgs], int] | None = N
     """Run a router until it is stopped; return its exit status.
 
     `args` is a RouterArgs, or any object with the same attributes, such as a namespace. Older names of attributes work
-    as well, and missing attributes get their defaults. `args` is not changed. Tests pass `serve` instead of the server.
+    as well, and missing attributes get their defaults. `args` is not changed. `serve` runs the router in another way,
+    as an endpoint picker does, or stands for the server in tests.
 
     It may run in a child process, forked or spawned. In a thread other than the main one it handles no signals, and
     ends with the process.
@@ -61,13 +62,13 @@ def launch_router(args: object, *, serve: Callable[[RouterArgs], int] | None = N
     return serve(checked)
 
 
-def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
-    """Run the command; return its exit status."""
+def main(argv: Sequence[str] | None = None, prog: str = _PROG, serve: Callable[[RouterArgs], int] | None = None) -> int:
+    """Run the command; return its exit status. serve: runs the router; None: as `launch_router` does."""
     words = sys.argv[1:] if argv is None else argv
     if _CHECK in words:
         left = [word for word in words if word != _CHECK]
         return exit_status(lambda: checking.main(left, f"{prog} {_CHECK}"))
-    return exit_status(lambda: launch_router(parse(words, prog=prog)))
+    return exit_status(lambda: launch_router(parse(words, prog=prog), serve=serve))
 
 
 def exit_status(command: Callable[[], int]) -> int:

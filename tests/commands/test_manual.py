@@ -10,7 +10,7 @@ import pytest
 from sglang_router import cli
 from sglang_router.commands import completion, manual, operating
 from sglang_router.config import OPTIONS
-from sglang_router.config.flags import COMMON, new_parser
+from sglang_router.config.flags import COMMON, COMMON_OF, new_parser
 
 PAGE = Path(__file__).parents[2] / "docs" / "sglang-router.1"
 
@@ -31,12 +31,14 @@ def test_the_page_has_every_option() -> None:
         assert (option.flag.replace("-", "\\-") in manual.page()) == (option.status == "implemented")
 
 
-def test_help_is_short_and_help_all_is_not(capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(COMMON) <= OPTIONS.keys()
+@pytest.mark.parametrize("command", ["launch", "epp"])
+def test_help_is_short_and_help_all_is_not(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    common = {*COMMON, *COMMON_OF.get(command, ())}
+    assert common <= OPTIONS.keys()
     texts = []
     for flag in ("--help", "-h", "--help-all"):
         with pytest.raises(SystemExit) as ended:
-            new_parser("sglang-router launch").parse_all([flag])
+            new_parser(f"sglang-router {command}").parse_all([flag])
         assert ended.value.code == 0
         texts.append(capsys.readouterr().out)
     short, same, long = texts
@@ -45,7 +47,7 @@ def test_help_is_short_and_help_all_is_not(capsys: pytest.CaptureFixture[str]) -
     assert "--help-all shows" in short
     for option in OPTIONS.values():
         assert option.flag in long
-        assert (f"  {option.flag} " in short or f"  {option.flag}\n" in short) == (option.name in COMMON)
+        assert (f"  {option.flag} " in short or f"  {option.flag}\n" in short) == (option.name in common)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

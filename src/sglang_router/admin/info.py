@@ -49,16 +49,22 @@ async def readiness(context: Context, request: Request) -> Response:
 
     Of prefill and decode workers there must be one each.
     """
-    able = context.fleet.candidates(context.clock())
-    healthy = sum(worker.health is Health.HEALTHY for worker in able)
-    total = len(context.fleet)
-    counts = {"healthy_workers": healthy, "total_workers": total}
+    counts = {"healthy_workers": _healthy(context), "total_workers": len(context.fleet)}
+    if reason := unready(context):
+        return JSON({"status": "not ready", "reason": reason, **counts}, 503)
+    return JSON({"status": "ready", **counts})
+
+
+def unready(context: Context) -> str:
+    """Return why the router is not ready; "" when it is."""
     if context.ending:
-        return JSON({"status": "not ready", "reason": "shutting down", **counts}, 503)
-    lacks = context.lacks
-    if healthy and not lacks:
-        return JSON({"status": "ready", **counts})
-    return JSON({"status": "not ready", "reason": lacks or "insufficient healthy workers", **counts}, 503)
+        return "shutting down"
+    return context.lacks or ("" if _healthy(context) else "insufficient healthy workers")
+
+
+def _healthy(context: Context) -> int:
+    """Return how many healthy workers can take requests."""
+    return sum(worker.health is Health.HEALTHY for worker in context.fleet.candidates(context.clock()))
 
 
 async def health_generate(context: Context, request: Request) -> Response:

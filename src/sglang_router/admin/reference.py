@@ -136,6 +136,16 @@ WEBHOOK = (
     ),
 )
 """What the scaling webhook sends."""
+GATEWAYS = (
+    Header(
+        "`x-gateway-destination-endpoint`",
+        "To the gateway, with metadata of the same name: where the request goes. A client's own is replaced.",
+    ),
+    Header("`x-gateway-destination-endpoint-subset`", "In the gateway's metadata: the only endpoints it may go to."),
+    Header("`x-gateway-destination-endpoint-served`", "In the gateway's metadata: the endpoint that has answered."),
+    Header("`x-forwarded-for`", "The last address counts as the client's, because the gateway has added it."),
+)
+"""What an endpoint picker and its gateway tell each other (picker.asked)."""
 
 _ERRORS_HEAD = """\
 # Errors
@@ -226,6 +236,7 @@ def headers() -> str:
     parts += _section("What workers get besides", TO_WORKERS)
     parts += _section("What the router adds to answers", TO_CLIENTS)
     parts += _section("What the scaling webhook sends", WEBHOOK)
+    parts += _section("Between an endpoint picker and its gateway", GATEWAYS)
     parts.append(
         f"""
 ## What is passed on to workers

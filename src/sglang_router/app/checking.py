@@ -50,7 +50,7 @@ def start_problems(args: RouterArgs) -> list[str]:
     checks: list[Callable[[], object]] = [lambda: caches_of(args)]
     if args.discovery_file is not None:
         checks.append(lambda: workers_file.read(args.discovery_file or ""))
-    if args.service_discovery:
+    if args.service_discovery or args.inference_pool is not None:
         checks.append(lambda: kube_config.find(args.kubeconfig, os.environ))
     return _refused(checks)
 

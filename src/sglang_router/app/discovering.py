@@ -12,6 +12,7 @@ from sglang_router.config import RouterArgs
 from sglang_router.config.dns_names import parse_dns_name
 from sglang_router.discovery import dns, kube_config
 from sglang_router.discovery.discovery import Discovery, Looking
+from sglang_router.discovery.inference_pool import InferencePoolSource
 from sglang_router.discovery.kube_config import KubeFiles
 from sglang_router.discovery.kubernetes import KubernetesSource
 from sglang_router.discovery.owner import Hands, WorkerOwner
@@ -35,10 +36,9 @@ def discovery_of(
     """
     defaults, clock = settings.worker_defaults(args), hands.clock
     make: dict[Source, Callable[[WorkerOwner], Looking]] = {
-        Source.KUBERNETES: lambda owner: KubernetesSource(
+        Source.KUBERNETES: lambda owner: _kubernetes(
+            args,
             owner,
-            pod_rules(args),
-            args.service_discovery_namespace,
             KubeFiles(kube_config.find(args.kubeconfig, environ)),
             Addresses(loop, look_up, rng),
             rng,
@@ -49,6 +49,21 @@ def discovery_of(
     }
     sources = [make[source](WorkerOwner(source, hands, defaults)) for source in settings.looking_sources(args)]
     return Discovery(loop, sources)
+
+
+def _kubernetes(
+    args: RouterArgs,
+    owner: WorkerOwner,
+    files: KubeFiles,
+    addresses: Addresses,
+    rng: random.Random,
+    clock: Callable[[], float],
+) -> Looking:
+    """Make what looks for pods: those of an InferencePool, or those with some labels."""
+    rules = pod_rules(args)
+    if args.inference_pool is not None:
+        return InferencePoolSource(owner, args.inference_pool, rules, files, addresses, rng, clock)
+    return KubernetesSource(owner, rules, args.service_discovery_namespace, files, addresses, rng, clock)
 
 
 def pod_rules(args: RouterArgs) -> PodRules:

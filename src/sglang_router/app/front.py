@@ -27,11 +27,11 @@ from sglang_router.relay.batch import Batch
 from sglang_router.relay.body import no_handler
 from sglang_router.relay.budget import ByteBudget
 from sglang_router.relay.client import ClientConnection
-from sglang_router.relay.clients import Clients
+from sglang_router.relay.clients import AnyExchange, Clients
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.relay.exchange import Exchange
 from sglang_router.relay.relay import Relay, RelayRules
-from sglang_router.relay.routes import Routes
+from sglang_router.relay.routes import Factory, Routes
 from sglang_router.relay.rules import TunnelRules
 from sglang_router.relay.silences import KeepAlives
 from sglang_router.relay.tunnel import TunnelExchange
@@ -114,22 +114,44 @@ def routes_of(
     and the questions of browsers (OPTIONS) as far as the router answers these.
     """
     routes = Routes(plane.exchange)
+    add_relayed(args, routes, partial(_exchanges, relay), relay.answers.cors is not None, endpoints)
+    return routes
+
+
+def add_relayed(
+    args: RouterArgs,
+    routes: Routes,
+    make: Callable[[Endpoint], Factory],
+    cors: bool,
+    endpoints: Mapping[bytes, Endpoint] = ENDPOINTS,
+) -> None:
+    """Add the relayed endpoints to a table of routes.
+
+    make  returns what makes the exchanges of an endpoint
+    cors  the router answers the questions of browsers
+    """
     for endpoint in endpoints.values():
-        factory = partial(TunnelExchange if endpoint.tunnel else Exchange, relay, endpoint)
+        factory = make(endpoint)
         for method in endpoint.methods:
             routes.add(method, endpoint.path, factory)
         if b"GET" in endpoint.methods:
             routes.add(b"HEAD", endpoint.path, factory)
     if args.relay_unknown_paths:
         own = [row.path.encode() for rows in ROUTES.values() for row in rows]
-        methods = METHODS if relay.answers.cors is None else METHODS - {b"OPTIONS"}
-        routes.add_unknown(UnknownPaths([*own, *endpoints], methods), partial(_unknown, relay))
-    return routes
+        methods = METHODS - {b"OPTIONS"} if cors else METHODS
+        routes.add_unknown(
+            UnknownPaths([*own, *endpoints], methods), partial(_unknown, make(UNKNOWN), make(UNKNOWN_READ))
+        )
 
 
-def _unknown(relay: Relay, client: ClientConnection, request: Request) -> Exchange:
+def _exchanges(relay: Relay, endpoint: Endpoint) -> Factory:
+    """Return what makes the exchanges of an endpoint."""
+    return partial(TunnelExchange if endpoint.tunnel else Exchange, relay, endpoint)
+
+
+def _unknown(other: Factory, read: Factory, client: ClientConnection, request: Request) -> AnyExchange:
     """Make the exchange of a request for an unknown path."""
-    return Exchange(relay, UNKNOWN_READ if request.method in READS else UNKNOWN, client, request)
+    return (read if request.method in READS else other)(client, request)
 
 
 def upgrades_of(endpoints: Mapping[bytes, Endpoint] = ENDPOINTS) -> Upgrades:

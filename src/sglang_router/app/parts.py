@@ -1,4 +1,4 @@
-"""The parts of one router, what a crew that runs engines adds to them, and the clients that other processes serve.
+"""The parts of one router, what a crew that runs engines adds to them, and the clients that are served elsewhere.
 
 `app.build` makes and connects the parts.
 """
@@ -70,10 +70,10 @@ class GivenPort(NamedTuple):
 
 
 class Elsewhere:
-    """The clients that other processes of this router serve: none, when everything is in one process.
+    """The clients that are not served by the main port of this process: none, usually.
 
-    They are counted, drained and closed beside this process's own. `processes.relays` has the ones of
-    `--relay-processes`.
+    They are counted, drained and closed beside its own. `processes.relays` has those of the other processes of
+    `--relay-processes`; `picker.front` the gateways that ask an endpoint picker.
 
     mark        what this router writes into Via; b"": a new one
     given       the main port; None: this process serves it

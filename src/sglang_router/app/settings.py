@@ -326,7 +326,7 @@ def pair_rules(args: RouterArgs) -> PairRules:
 def looking_sources(args: RouterArgs) -> list[Source]:
     """Return the sources that look for workers."""
     wanted = {
-        Source.KUBERNETES: args.service_discovery,
+        Source.KUBERNETES: args.service_discovery or args.inference_pool is not None,
         Source.DISCOVERY_FILE: args.discovery_file is not None,
         Source.DNS: bool(args.discovery_dns),
     }

@@ -20,6 +20,7 @@ from sglang_router.version import __version__
 COMMANDS: Mapping[str, str] = {
     "launch": "Start the router in front of engines that run already. The word may be left out before options.",
     "serve": "Start engines and the router in front of them, as one OpenAI server.",
+    "epp": "Start the router as the endpoint picker of a gateway, over gRPC, beside its own port.",
     "engine": "Start the built-in engine, which simulates an SGLang server and needs no GPU.",
     "status": "Show whether the router is ready, and what is wrong.",
     "workers": "Show all workers, with state, load and the reason of what is wrong.",

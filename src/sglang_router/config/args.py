@@ -270,10 +270,13 @@ class RouterArgs(ReservedOptions):
     @property
     def looks_for_workers(self) -> bool:
         """Whether a source looks for workers."""
-        return self.service_discovery or self.discovery_file is not None or bool(self.discovery_dns)
+        found = (self.inference_pool, self.discovery_file)
+        return self.service_discovery or any(each is not None for each in found) or bool(self.discovery_dns)
 
     def _check_discovery(self) -> None:
-        """Check that --service-discovery has what it needs."""
+        """Check that what looks for pods has what it needs."""
+        if self.service_discovery and self.inference_pool is not None:
+            raise ConfigError("--service-discovery and --inference-pool both say which pods; give only one of them")
         if self.service_discovery and not (self.selector or self.prefill_selector or self.decode_selector):
             raise ConfigError(
                 "--service-discovery needs the labels of the workers' pods: --selector app=NAME, or"

@@ -260,6 +260,14 @@ def namespace(name: str) -> str:
     return name
 
 
+def inference_pool(text: str) -> str:
+    """Check the name of an InferencePool: NAMESPACE/NAME."""
+    space, slash, name = text.partition("/")
+    if not slash or len(name) > 253 or not _KEY_PREFIX.fullmatch(name):
+        raise ValueError(f"{text!r} is not NAMESPACE/NAME, as in default/llama")
+    return f"{namespace(space)}/{name}"
+
+
 def pod_key(key: str) -> str:
     """Check the key of a label or an annotation of Kubernetes: PREFIX/NAME or NAME."""
     prefix, slash, name = key.rpartition("/")

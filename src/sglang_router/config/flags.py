@@ -100,6 +100,9 @@ COMMON: Final = (
     *("prometheus_port", "log_level", "log_dir"),
 )
 """The options that --help shows; --help-all shows the others, too."""
+_PICKER: Final = ("epp_host", "epp_port", "epp_tls_cert_path", "epp_tls_key_path", "epp_fallback_endpoints")
+COMMON_OF: Final = {"epp": ("inference_pool", *_PICKER)}
+"""Those that it shows beside them, by the last word of the command."""
 
 
 class _Help(argparse.Action):
@@ -133,7 +136,8 @@ def new_parser(prog: str, only: Collection[str] | None = None) -> OptionParser:
         add_help=False,
     )
     details: dict[str, Any] = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-    parser.add_argument("-h", "--help", action=_Help, only=COMMON, help="show the options that people use", **details)
+    common = (*COMMON, *COMMON_OF.get(prog.rpartition(" ")[2], ()))
+    parser.add_argument("-h", "--help", action=_Help, only=common, help="show the options that people use", **details)
     parser.add_argument("--help-all", action=_Help, help="show all options", **details)
     about = "check the options and all that they name, start nothing; exit status 0: they can be used"
     parser.add_argument("--check-config", action="store_true", help=about)

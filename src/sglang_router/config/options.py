@@ -35,6 +35,7 @@ WORKERS = "Workers"
 LISTENING = "Listening"
 SECURITY = "Access and TLS"
 DISCOVERY = "Discovery"
+PICKER = "Endpoint picker"
 AUTOSCALING = "Autoscaling"
 MODELS = "Models"
 POLICY = "Routing policy"
@@ -165,6 +166,14 @@ class HTTPOptions:
         check=checks.model_source,
         shown_default="what its engine says",
     )
+    inference_pool: str | None = option(
+        None,
+        "Find workers among the pods of this InferencePool (inference.networking.k8s.io/v1), by its selector and target"
+        " ports, in place of --service-discovery; see docs/endpoint-picker.md.",
+        DISCOVERY,
+        metavar="NAMESPACE/NAME",
+        check=checks.inference_pool,
+    )
     kubeconfig: str | None = option(
         None,
         "File that says where the API server of Kubernetes is and who the router is.",
@@ -194,6 +203,29 @@ class HTTPOptions:
         DISCOVERY,
         unit="s",
         check=at_least(1),
+    )
+
+    # -- the endpoint picker, for `sglang-router epp` only
+    epp_host: str = option(
+        "127.0.0.1",
+        "Address on which `sglang-router epp` serves gateways; 0.0.0.0 or :: listens on all.",
+        PICKER,
+        check=checks.address,
+    )
+    epp_port: int = option(9002, "Port on which it serves gateways (gRPC, ext_proc).", PICKER, check=between(1, 65535))
+    epp_tls_cert_path: str | None = option(
+        None,
+        "Its certificate with the chain (PEM). With it, gateways must use TLS. The file is read again when it changes.",
+        PICKER,
+        metavar="FILE",
+    )
+    epp_tls_key_path: str | None = option(None, "Private key of --epp-tls-cert-path (PEM).", PICKER, metavar="FILE")
+    epp_fallback_endpoints: int = option(
+        0,
+        "How many further workers a gateway is told, in order, should the chosen one not answer. Set it only for"
+        " gateways that take a list: Envoy's ORIGINAL_DST clusters answer 503 to one.",
+        PICKER,
+        check=between(0, 16),
     )
 
     # -- listening

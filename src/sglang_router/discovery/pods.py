@@ -83,6 +83,7 @@ class PodRules(msgspec.Struct, frozen=True, kw_only=True):
 
     roles            selectors by role; a pod that fits none is no worker
     port             where pods serve that do not name their ports
+    target_ports     where all pods serve, whatever their annotations say; (): they may name their ports
     ports            key of the annotation that names them
     bootstrap        key of the annotation that names the bootstrap ports of prefill pods
     model            what names the model: ("namespace", ""), ("label", KEY), ("annotation", KEY); None: nothing does
@@ -93,6 +94,7 @@ class PodRules(msgspec.Struct, frozen=True, kw_only=True):
     ports: str = "sglang.ai/worker-ports"
     bootstrap: str = "sglang.ai/bootstrap-port"
     model: tuple[str, str] | None = None
+    target_ports: tuple[int, ...] = ()
 
     @property
     def common(self) -> dict[str, str]:
@@ -208,7 +210,7 @@ def _address(text: str | None) -> str:
 
 def _engines(annotations: Mapping[str, str], rules: PodRules, role: str) -> tuple[tuple[int, int | None], ...]:
     """Return the ports of the engines of a pod, each with its bootstrap port. Raises: ValueError."""
-    ports = _ports(annotations, rules.ports) or [rules.port]
+    ports = [*rules.target_ports] or _ports(annotations, rules.ports) or [rules.port]
     if len(set(ports)) < len(ports):
         raise ValueError(f"annotation {rules.ports}: a port is there twice")
     if role != "prefill":

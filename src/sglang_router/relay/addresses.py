@@ -142,6 +142,11 @@ class Addresses:
         """Return whether a name was ever found."""
         return host in self._names and bool(self._names[host].addresses)
 
+    def first(self, host: str) -> str:
+        """Return the address of a name that is tried first; "" when none is known."""
+        name = self._names.get(host)
+        return name.addresses[0] if name is not None and name.addresses else ""
+
     def worked(self, host: str, address: str) -> bool:
         """Try this address first from now on: it took a connection. Return whether the name still has it."""
         name = self._names.get(host)

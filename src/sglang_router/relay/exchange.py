@@ -23,6 +23,7 @@ from __future__ import annotations
 from sglang_router.errors import InternalError, RouterError, StreamBroken
 from sglang_router.relay import failover, showing, timing
 from sglang_router.relay.answered_ids import answered_id
+from sglang_router.relay.body import BodyHandler
 from sglang_router.relay.client import ClientConnection
 from sglang_router.relay.deadlines import DUE_REQUEST, NEVER, Deadline, Due
 from sglang_router.relay.early import Early
@@ -188,6 +189,10 @@ class Exchange:
         return self.client.stalled
 
     # -- the decision --------------------------------------------------------------------------------------------------
+
+    def handle(self, handler: BodyHandler) -> None:
+        """Let a handler follow the body of the answer."""
+        self.handled = Handled(self, handler)
 
     def queue(self, wait: Wait, pending: Pending | None = None) -> None:
         """Wait for the decider, which answers later. pending: the failed leg for which it was asked for a retry."""

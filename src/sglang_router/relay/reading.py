@@ -18,7 +18,7 @@ from typing import Final, Protocol
 from urllib.parse import unquote_to_bytes
 
 from sglang_router.errors import NotFound, ReservedField, RouterError
-from sglang_router.relay.handled import Continuable, Handled
+from sglang_router.relay.body import BodyHandler
 from sglang_router.relay.injected import UsageHider, wanted
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.renaming import model_in_query
@@ -34,14 +34,18 @@ from sglang_router.wire.request import Request
 _UPWARDS: Final = re.compile(rb"[/\\]\.\.?(?:[/\\]|\Z)")
 
 
-class Unrouted(Continuable, Protocol):
+class Unrouted(Protocol):
     """A new exchange, as this module uses it."""
 
-    handled: Handled | None
+    facts: Facts | None
     hider: UsageHider | None
     relay: Relay
+    request: Request
     state: ExchangeState
     tag: RequestTag
+
+    def handle(self, handler: BodyHandler) -> None:
+        """Let a handler follow the body of the answer."""
 
     def follow(self, plan: Plan) -> None:
         """Send the legs of a plan."""
@@ -139,7 +143,7 @@ def _ask(exchange: Unrouted, facts: Facts, now: float, hinted: Hinted | None) ->
             exchange.hider = UsageHider()
         if (handler := relay.handlers(facts.endpoint, exchange.request.body, facts)) is not None:
             handler.hider = exchange.hider
-            exchange.handled = Handled(exchange, handler)
+            exchange.handle(handler)
     if isinstance(answer, Plan):
         exchange.follow(answer)
     else:

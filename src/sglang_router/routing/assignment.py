@@ -12,6 +12,9 @@
 A request about something that a worker keeps (a response, a file) goes to that worker whatever its state: no other one
 has it. A request that continues or uses it goes there as long as the worker takes requests, and waits for room there:
 any other one would answer that there is no such thing. So does one that a fallback has begun, after its model is back.
+
+Where a gateway names the only workers that may get a request (`Facts.among`), the others are no candidates for it,
+whatever they keep, and it waits in a line of its own.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from sglang_router.routing.plan import RequestTag
 from sglang_router.routing.pool import Pool
 from sglang_router.routing.pools import Pools
 from sglang_router.routing.queue import PAUSED, PLACE, ROOM, SESSION, START, Queue
+from sglang_router.routing.reasons import why_none
 from sglang_router.routing.roles import PREFILL, ROLES
 from sglang_router.routing.sessions import Sessions
 from sglang_router.routing.standing import awaits_continue
@@ -73,7 +77,8 @@ class Assignment:
 
     def holder(self, facts: Facts) -> Worker | None:
         """Return the worker that keeps what a request continues, uses or is about; None: nobody is known."""
-        return self.kept.holder(facts.follows) if facts.follows else None
+        found = self.kept.holder(facts.follows) if facts.follows else None
+        return found if found is None or facts.among is None or found.url in facts.among else None
 
     def serving(self, facts: Facts) -> Serving:
         """Return who serves a request; something without workers, if nobody does."""
@@ -165,6 +170,8 @@ class Assignment:
     def candidates(self, serving: Serving, facts: Facts, now: float) -> Candidates:
         """Return the workers that may take a request now."""
         found = serving.candidates(now)
+        if facts.among is not None:
+            found = _within(found, facts.among)
         if (holder := self.holder(facts)) is not None:
             if facts.endpoint.about:
                 return candidates_of([holder])
@@ -180,6 +187,8 @@ class Assignment:
         """Return the line in which a request waits. A session that is live does not wait behind those that begin."""
         if not facts.endpoint.about and (holder := self.holder(facts)) is not None:
             return (serving, holder)
+        if facts.among is not None:
+            return (serving, facts.among)
         return (serving, SESSION) if self._begins(serving, facts, now) else serving
 
     def _begins(self, serving: Serving, facts: Facts, now: float) -> bool:
@@ -229,7 +238,7 @@ class Assignment:
         refusal = self.refusal(serving, facts)
         if refusal is not None:
             return refusal
-        error = serving.unavailable(now)
+        error = serving.unavailable(now) if facts.among is None else _unavailable(serving, facts.among, now)
         halves = (serving.prefill, serving.decode) if isinstance(serving, ServingPair) else (serving,)
         if not isinstance(error, WorkersFull) and any(_is_paused(half, now) for half in halves):
             return WorkersPaused(retry_after=_CONTINUED_AFTER)
@@ -256,7 +265,8 @@ class Assignment:
 
         Raises: RouterError, when waiting does not help.
         """
-        if serving.candidates(now):
+        found = serving.candidates(now)
+        if found and (facts.among is None or _within(found, facts.among)):
             return SESSION if self.holder(facts) is None else ROOM
         error = self.unavailable(serving, facts, now)
         if isinstance(error, WorkersFull):
@@ -271,3 +281,15 @@ class Assignment:
 def _is_paused(serving: Serving, now: float) -> bool:
     """Return whether only workers that the control plane has paused are missing."""
     return not serving.candidates(now) and awaits_continue(serving.workers)
+
+
+def _within(candidates: Candidates, among: frozenset[str]) -> Candidates:
+    """Return those candidates whose names are in a set."""
+    return candidates.those(candidates.set_of([worker for worker in candidates if worker.url in among]))
+
+
+def _unavailable(serving: Serving, among: frozenset[str], now: float) -> RouterError:
+    """Return the error that says why none of the workers with these names is a candidate."""
+    if _within(serving.able(now), among):
+        return WorkersFull(retry_after=1.0)
+    return why_none([worker for worker in serving.workers if worker.url in among], False, now)

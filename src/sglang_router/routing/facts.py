@@ -72,9 +72,11 @@ class Facts:
     follows      the id of what a worker keeps and the request continues, uses or is about, at most 64 bytes
     target       method and target, where the endpoint does not tell them; else b"". They tell requests without a body
                  apart
+    among        the names of the only workers that may get it; None: any worker may
     """
 
     __slots__ = (
+        "among",
         "asked",
         "body",
         "division",
@@ -121,6 +123,7 @@ class Facts:
         self.follows = b""
         self.target = b""
         self.sequences = 0
+        self.among: frozenset[str] | None = None
 
     def __repr__(self) -> str:
         return f"<Facts {self.endpoint.name} {len(self.text)} bytes of text>"

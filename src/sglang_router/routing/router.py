@@ -150,7 +150,7 @@ class Router(Listener):
         if self.quarantine.broken:
             self.quarantine.check(facts, now)
         if self.queue.idle:
-            special = facts.session or facts.follows
+            special = facts.session or facts.follows or facts.among is not None
             candidates = self._who.candidates(pool, facts, now) if special else pool.candidates(now)
             if candidates.mask:
                 self.budget.request(now)

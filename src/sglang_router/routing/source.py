@@ -5,7 +5,7 @@
     FILE            `worker_urls` in a --config file            named again, if the file still says so
     API             POST /workers, POST /add_worker             not named again: the state file keeps all of it
     REPLICAS        launch_server, which runs the engine        other processes: nothing of it is kept
-    KUBERNETES      --service-discovery: pods                   restored if the option is still there, until the source
+    KUBERNETES      --service-discovery, --inference-pool: pods restored if the option is still there, until the source
     DISCOVERY_FILE  --discovery-file                              has named its workers: then those that it does not
     DNS             --discovery-dns                               name are removed
 

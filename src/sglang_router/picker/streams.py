@@ -1,0 +1,372 @@
+"""One stream of a gateway, which is one HTTP request: what arrives on it, and what is answered in which order.
+
+    arrives                     answered
+    request_headers, _body ...  nothing, until the body is whole: the choice needs it
+                                then the answer to the headers, with the choice, and the whole body in pieces; or the
+                                whole answer to the client, an error of the router
+    response_headers, _body ... each one at once, so that a stream of events flows
+
+The body is counted in the request-body budget of the router until it is given back: what finds no room is not read from
+the gateway, which then reads no more from its client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any, Final, NamedTuple
+
+import grpc
+
+from sglang_router.errors import InternalError, PayloadTooLarge, RequestTimeout, RouterError
+from sglang_router.picker import asked, changes, replies
+from sglang_router.picker.messages import FULL_DUPLEX, NONE
+from sglang_router.picker.pick import ErrorAnswer, Pick
+from sglang_router.picker.picking import Picking
+from sglang_router.relay.budget import SMALL
+from sglang_router.relay.deadlines import ERRORS, NEVER, Deadline, Due
+from sglang_router.relay.injected import with_ask
+from sglang_router.relay.outgoing import Outgoing
+from sglang_router.relay.renaming import renamed
+from sglang_router.relay.states import ADMITTED, HELD
+from sglang_router.routing.plan import PlannedLeg
+from sglang_router.routing.tolerant import in_utf8
+from sglang_router.wire.gathering import Body, gather, whole
+from sglang_router.wire.request import Request
+from sglang_router.wire.splice import Spliced, splice, splice_at
+
+log = logging.getLogger("sglang_router.picker")
+
+_WRONG_MODE: Final = (
+    "The gateway must send bodies to the endpoint picker in full duplex: set request_body_mode and response_body_mode"
+    " of its ext_proc filter to FULL_DUPLEX_STREAMED, and both trailer modes to SEND."
+)
+_EARLY: Final = 4
+"""Messages that are kept while a request is queued: its trailers. A gateway that sends more is not read."""
+
+
+class Modes(NamedTuple):
+    """How the gateway sends bodies. A gateway that does not say so is taken for one in full duplex."""
+
+    request: int = FULL_DUPLEX
+    response: int = FULL_DUPLEX
+
+
+class GatewayStream:
+    """See the module. It is a connection to `relay.clients.Clients`, and a reader to `relay.budget.ByteBudget`.
+
+    peer      address of the client
+    among     names of the only workers that may get the request; None: any may
+    deadline  of the body that is being read
+    """
+
+    def __init__(self, picking: Picking, context: Any) -> None:
+        self.clients = picking.clients
+        self.deadline: Deadline = NEVER
+        self.among: frozenset[str] | None = None
+        self.peer = ""
+        self._picking = picking
+        self._context = context
+        self._task = asyncio.current_task()
+        self._timeouts = picking.app.relay.timeouts
+        self._hold = self.clients.budget.hold(self)
+        self._modes = Modes()
+        self._pick: Pick | None = None
+        self._request: Request | None = None
+        self._reading: asyncio.Task[Any] | None = None
+        self._early: list[Any] = []  # what arrived before the request was decided
+        self._alarm: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # something else than a message
+        self._fault: RouterError | None = None
+        self._has_body = self._trailers = False  # the request has
+        self._overran = False
+
+    def __repr__(self) -> str:
+        return f"<GatewayStream {self.peer} {self._pick!r}>"
+
+    # -- for Clients and ByteBudget ------------------------------------------------------------------------------------
+
+    def overdue(self, now: float) -> None:
+        """Refuse the request: its body comes too slowly, or found no room in time."""
+        self._fault = ERRORS.get(self.deadline[0], RequestTimeout)()
+        self.deadline = NEVER
+        self._wake()
+
+    def lateness(self, now: float) -> float:
+        """Return by how many seconds the body is later than allowed while others wait."""
+        return now - self._hold.due(0.0)
+
+    def forgive(self, pause: float) -> None:
+        """Give the gateway the time back in which the router did not read."""
+        self._hold.since += pause
+        if self.deadline is not NEVER:
+            self.deadline = (self.deadline[0], self.deadline[1] + pause)
+
+    def close_if_idle(self) -> None:
+        """Do nothing: a stream is one request."""
+
+    def cut(self) -> None:
+        """Close now."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def read_on(self) -> None:
+        """Read the body on: there is room."""
+        self._wake()
+
+    def overrun(self) -> None:
+        """Break off: the answer has taken too long."""
+        self._overran = True
+        self.cut()
+
+    def _wake(self) -> None:
+        if not self._alarm.done():
+            self._alarm.set_result(None)
+
+    # -- the request ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve the stream to its end."""
+        try:
+            if not self.clients.add(self):
+                await self._context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many requests at once")
+            first = await self._context.read()
+            if first is grpc.aio.EOF:
+                return
+            if first.WhichOneof("kind") != "request_headers":
+                await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a stream begins with request_headers")
+            if await self._send(await self._decided(first)):
+                await self._follow()
+        except asyncio.CancelledError:
+            if not self._overran:
+                raise
+            await self._context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "--request-timeout-secs is over")
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._pick is not None:
+            self._pick.gone()
+        self._hold.release()
+        if self._request is not None:
+            self._picking.app.relay.batch.bulk.discard(self._request)
+        self.clients.left(self)
+        # Leave no cycle: it would keep the call, and all of its memory, until the collector comes.
+        self._task = self._pick = self._request = self._reading = None
+        del self._hold, self._context
+
+    async def _decided(self, first: Any) -> PlannedLeg | ErrorAnswer | None:
+        """Read the request; return where it goes, or why it goes nowhere. None: the gateway has closed the stream."""
+        picking = self._picking
+        request = self._request = asked.request_of(first.request_headers)
+        self.peer = asked.peer_of(request, self._context.peer())
+        if first.HasField("protocol_config"):
+            self._modes = Modes(first.protocol_config.request_body_mode, first.protocol_config.response_body_mode)
+        has_body = self._has_body = not first.request_headers.end_of_stream
+        most = picking.admit(request, has_body) if request.refusal is None else 0
+        if has_body and request.refusal is None:
+            if self._modes.request != FULL_DUPLEX:
+                log.warning(_WRONG_MODE)
+                request.refusal = InternalError(_WRONG_MODE)
+            elif not await self._read_body(request, picking.most if most is None else most):
+                return None
+        subset = asked.subset_of(first)
+        if subset is not None:
+            self.among = picking.destinations.workers_at(subset)
+        pick = picking.routes.find(request.method, request.path)(self, request)
+        assert isinstance(pick, Pick)
+        self._pick = pick
+        pick.start()
+        return pick.verdict or await self._wait(pick)
+
+    async def _read_body(self, request: Request, most: int) -> bool:
+        """Read the body; return False when the gateway has closed the stream. What is wrong with it is the refusal."""
+        body: Body = b""
+        pieces: list[bytes] = []
+        length, received, end = asked.length_of(request), 0, False
+        if length > most:
+            request.refusal = PayloadTooLarge()
+            return True
+        while not end:
+            message = await self._next(Due.BODY, self._timeouts.body)
+            if self._fault is not None:
+                request.refusal = self._fault
+                return True
+            if message is grpc.aio.EOF:
+                return False
+            piece, end = message.request_body.body, message.request_body.end_of_stream
+            if message.WhichOneof("kind") == "request_trailers":
+                end = self._trailers = True
+            received += len(piece)
+            if received > most:
+                request.refusal = PayloadTooLarge()
+                return True
+            body = gather(body, pieces, piece, length, end) if body else piece
+            if self._hold.state < ADMITTED:
+                self._hold.grow(len(piece))
+            if not await self._room(length, received, end):
+                request.refusal = self._fault
+                return True
+        request.body = whole(body, pieces)
+        return True
+
+    async def _room(self, length: int, received: int, end: bool) -> bool:
+        """Wait until the request-body budget has room for the body; return False when there is none in time."""
+        hold, clock = self._hold, self.clients.clock
+        if end and received <= SMALL:
+            hold.complete(received)
+            return True
+        while hold.state is not HELD and not hold.admits(length, received, clock()):
+            self._alarm = asyncio.get_running_loop().create_future()
+            self.deadline = (Due.BUDGET, clock() + self._timeouts.room)
+            await self._alarm
+            self.deadline = NEVER
+            if self._fault is not None:
+                return False
+        if end:
+            hold.complete(received)
+        return True
+
+    async def _next(self, due: Due, within: float) -> Any:
+        """Return the next message, or EOF; or anything when `_fault` is set meanwhile."""
+        now = self.clients.clock()
+        self.deadline = (due, min(now + within, self._hold.due(within)))
+        if self._alarm.done():
+            self._alarm = asyncio.get_running_loop().create_future()
+        self._reading = self._reading or asyncio.ensure_future(self._context.read())
+        await asyncio.wait((self._reading, self._alarm), return_when=asyncio.FIRST_COMPLETED)
+        self.deadline = NEVER
+        if not self._reading.done():
+            return None
+        reading, self._reading = self._reading, None
+        return reading.result()
+
+    async def _wait(self, pick: Pick) -> PlannedLeg | ErrorAnswer | None:
+        """Wait for the decision; return None when the gateway closes the stream before it."""
+        deciding = asyncio.ensure_future(pick.decision())
+        try:
+            while pick.verdict is None:
+                if len(self._early) >= _EARLY:
+                    await deciding
+                    break
+                self._reading = self._reading or asyncio.ensure_future(self._context.read())
+                await asyncio.wait((deciding, self._reading), return_when=asyncio.FIRST_COMPLETED)
+                if self._reading.done() and pick.verdict is None:
+                    message, self._reading = self._reading.result(), None
+                    if message is grpc.aio.EOF:
+                        return None
+                    self._early.append(message)
+        finally:
+            deciding.cancel()
+        return pick.verdict
+
+    # -- the decision --------------------------------------------------------------------------------------------------
+
+    async def _send(self, verdict: PlannedLeg | ErrorAnswer | None) -> bool:
+        """Tell the gateway where the request goes, and give the body back; return False when it goes nowhere."""
+        pick, write = self._pick, self._context.write
+        while pick is not None and verdict is not None:
+            if isinstance(verdict, ErrorAnswer):
+                await write(replies.refused(*verdict))
+                return False
+            try:
+                endpoint = await self._picking.destinations.of(verdict.target)
+            except OSError as error:
+                pick.lost(str(error))
+                verdict = pick.verdict
+                continue
+            await write(self._chosen(pick, verdict, endpoint))
+            await self._give_back(pick, verdict)
+            return True
+        return False
+
+    def _chosen(self, pick: Pick, leg: PlannedLeg, endpoint: str) -> Any:
+        picking, relay = self._picking, self._picking.app.relay
+        others = picking.destinations.after(leg.target, self.among, picking.fallbacks, self.clients.clock())
+        prefix = picking.destinations.prefix(leg.target)
+        sets = changes.added(pick.request, leg.target, pick.tag.raw_id, prefix, relay.forward)
+        if relay.traces is not None:
+            sets += replies.fields_of(relay.traces.fields(pick.tag, leg.lease, pick.request.headers))
+        pick.told_of = (endpoint, *others)
+        return replies.chosen(",".join(pick.told_of), sets, changes.removed(pick.request, relay.forward))
+
+    async def _give_back(self, pick: Pick, leg: PlannedLeg) -> None:
+        """Give the body back, with what the leg changes in it."""
+        body, write = pick.request.body, self._context.write
+        rest = Outgoing(_outgoing(pick, leg))
+        left = bool(body) or (self._has_body and not self._trailers)
+        while left:
+            data = bytes(rest.next())
+            left = not rest.done
+            await write(replies.piece(replies.REQUEST_BODY, data, not (left or self._trailers)))
+        if self._trailers:
+            await write(replies.trailers(replies.REQUEST_TRAILERS))
+        self._hold.release()
+
+    # -- the answer ----------------------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """Pass the answer on, piece by piece, until the gateway closes the stream."""
+        pick, write = self._pick, self._context.write
+        assert pick is not None
+        while (message := await self._message()) is not grpc.aio.EOF:
+            kind = message.WhichOneof("kind")
+            if kind == "response_headers":
+                self._head(pick, message)
+                await write(replies.headers(pick.told()))
+                if message.response_headers.end_of_stream:
+                    pick.done()
+            elif kind == "response_body":
+                end = message.response_body.end_of_stream
+                data = pick.data(message.response_body.body, end)
+                await write(replies.piece(replies.RESPONSE_BODY, data, end))
+            elif kind == "response_trailers":
+                pick.done()
+                await write(replies.trailers(replies.RESPONSE_TRAILERS))
+            elif kind == "request_trailers":
+                await write(replies.trailers(replies.REQUEST_TRAILERS))
+        if self._modes.response == NONE:
+            pick.done()  # nobody tells how the answer ends
+
+    async def _message(self) -> Any:
+        if self._early:
+            return self._early.pop(0)
+        if self._reading is not None:
+            reading, self._reading = self._reading, None
+            return await reading
+        return await self._context.read()
+
+    def _head(self, pick: Pick, message: Any) -> None:
+        """Tell the pick of the head of the answer."""
+        status = 0
+        fields = []
+        for name, value in asked.headers_of(message.response_headers):
+            if name == b":status":
+                status = int(value) if value.isdigit() else 0
+            else:
+                fields.append((name, value))
+        served = asked.served_of(message)
+        destinations = self._picking.destinations
+        worker = destinations.worker_at(served) if served and served != pick.told_of[0] else None
+        pick.answered(status, fields, worker, served in pick.told_of)
+
+
+def _outgoing(pick: Pick, leg: PlannedLeg) -> Body | Spliced:
+    """Return the body as the worker gets it; see `relay.leg.Leg.send`."""
+    body, facts = pick.request.body, pick.facts
+    members = leg.splice if pick.hider is None else with_ask(leg.splice)
+    if leg.model and facts is not None:
+        return renamed(body, facts, leg.model, members)
+    if not members:
+        return body
+    place = None if facts is None else facts.place
+    return splice_at(body, place, members) if place else splice(in_utf8(body), members)
+
+
+async def serve_stream(picking: Picking, context: Any) -> None:
+    """Serve one stream of a gateway. A gateway that goes away ends it without a word."""
+    stream = GatewayStream(picking, context)
+    with contextlib.suppress(grpc.aio.UsageError):
+        await stream.run()
