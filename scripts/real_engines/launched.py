@@ -91,14 +91,15 @@ class Launched:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def ask(self, method: str, path: str, value: Any = None) -> Answer:
+    def ask(self, method: str, path: str, value: Any = None, headers: Mapping[str, str] | None = None) -> Answer:
         """Send one request on its own connection; the body is sent as JSON."""
         connection = http.client.HTTPConnection(self.address, timeout=120)
         with contextlib.closing(connection):
             body = (
                 None if value is None else json.dumps(value, separators=(",", ":")).encode()
             )  # as the openai client does
-            connection.request(method, path, body, {"content-type": "application/json"} if body else {})
+            kind = {"content-type": "application/json"} if body else {}
+            connection.request(method, path, body, {**kind, **(headers or {})})
             got = connection.getresponse()
             return Answer(got.status, {name.lower(): text for name, text in got.getheaders()}, got.read())
 

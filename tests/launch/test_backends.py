@@ -83,6 +83,7 @@ def test_vllm() -> None:
         "CUDA_VISIBLE_DEVICES": "1",
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
+        "OTEL_SERVICE_NAME": "vllm",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONUNBUFFERED": "1",
     }
@@ -148,6 +149,7 @@ def test_engines_on_several_machines_are_not_confined(flag: str) -> None:
         ("vllm", "GLOO_SOCKET_IFNAME"),
         ("vllm", "VLLM_HOST_IP"),
         ("vllm", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"),
+        ("vllm", "OTEL_SERVICE_NAME"),
         ("vllm", "VLLM_CPU_OMP_THREADS_BIND"),
         ("vllm", "OMP_NUM_THREADS"),
         ("builtin", "PYTHONUNBUFFERED"),

@@ -183,7 +183,12 @@ class VLLMBackend:
         words += [*_model("--model", setup.model), *setup.engine]
         if setup.ranks:
             words += ["--data-parallel-size", str(setup.ranks)]
-        environ = setup.defaults({"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": _KEEP_ALIVE})  # vLLM's default: 5 s
+        environ = setup.defaults(
+            {
+                "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": _KEEP_ALIVE,  # vLLM's default: 5 s
+                "OTEL_SERVICE_NAME": "vllm",  # vLLM's default: unknown_service, in each of its traces
+            }
+        )
         if setup.confined:  # vLLM's default: its processes listen to each other on all interfaces
             environ |= setup.defaults({"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": setup.machine.loopback})
         if self._visible:
