@@ -228,10 +228,17 @@ class Bench:
         )
         self.router.deliver = self._deliver
         listeners.add(self.router)
-        self.workers = [self.fleet.add(spec(f"w{n}", checked=checked), 0.0) for n in range(count)]
+        self._checked = checked
+        self.workers: list[Worker] = []
+        self.join(count)
 
     def _deliver(self, number: int, answer: Delivered) -> None:
         self._asked[number].hear(answer)
+
+    def join(self, count: int, now: float = 0.0) -> None:
+        """Add workers."""
+        for _ in range(count):
+            self.workers.append(self.fleet.add(spec(f"w{len(self.workers)}", checked=self._checked), now))
 
     def settle(self, now: float = 0.0) -> None:
         """Run what the router scheduled, and what it schedules meanwhile."""

@@ -6,6 +6,7 @@
     routing                    the decision, pure
     relay                      the hot path
     resume                     body handlers for streams
+    sharing                    what routers tell each other, through a store
     workers                    how workers become and stay known
     discovery                  sources that look for workers
     observe  autoscale  restart
@@ -38,7 +39,7 @@ ROOT = Path(sglang_router.__file__).parent
 
 BELOW_RELAY = {"errors", "words", "wire", "access", "routing"}
 BELOW_ADMIN = BELOW_RELAY | {"config", "relay", "workers"}
-BELOW_APP = BELOW_ADMIN | {"discovery", "process", "resume", "observe", "autoscale", "restart", "admin"}
+BELOW_APP = BELOW_ADMIN | {"sharing", "discovery", "process", "resume", "observe", "autoscale", "restart", "admin"}
 MAY_KNOW: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
@@ -50,12 +51,13 @@ MAY_KNOW: dict[str, set[str]] = {
     "routing": {"errors"},
     "relay": BELOW_RELAY,
     "resume": {"errors", "wire", "routing", "relay"},
+    "sharing": {"errors", "config", "routing"},
     "workers": BELOW_RELAY | {"config", "relay"},
     "discovery": BELOW_RELAY | {"version", "config", "relay", "workers"},
     "observe": {"errors", "routing"},
     "autoscale": BELOW_ADMIN,
     "restart": {"errors", "words", "config", "routing", "workers"},
-    "admin": BELOW_ADMIN | {"version", "autoscale"},
+    "admin": BELOW_ADMIN | {"version", "autoscale", "sharing"},
     "app": BELOW_APP | {"version"},
     "processes": BELOW_APP | {"app"},
     "picker": BELOW_APP | {"app"},

@@ -191,6 +191,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "ca_cert_paths": ("a b", ["a", "b"]),
     "cors_allowed_origins": ("https://A:443/, http://b:8080", ["https://a", "http://b:8080"]),
     "request_id_headers": ("X-A x-b", ["x-a", "x-b"]),
+    "shared_state": ("redis://h", "redis://h"),
     "session_headers": ("X-A x-b", ["x-a", "x-b"]),
     "session_fields": ("session_id, metadata.user_id", ["session_id", "metadata.user_id"]),
     "health_check_endpoint": ("/h", "/h"),

@@ -6,6 +6,7 @@ Chains begin at their moments, whatever the router does: an open loop. A request
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from typing import cast
@@ -63,11 +64,12 @@ def request(port: int, prompt: str, output: int, session: str) -> bytes:
 
 
 class Player:
-    """Plays a script. sent: what became of each request, in the order of their moments."""
+    """Plays a script against one router, or several in turn, by their ports. sent: what became of each request, in the
+    order of their moments."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, *ports: int) -> None:
         self.sent: list[Sent] = []
-        self._port = port
+        self._ports = itertools.cycle(ports)
 
     async def play(self, chains: list[Chain]) -> None:
         """Send all requests, and wait for all answers."""
@@ -90,9 +92,10 @@ class Player:
     async def _one(self, turn: Turn, prompt: str, session: str, moment: float) -> tuple[Sent, Answer]:
         """Send one request; its times count from its moment, which is not later than when it is really sent."""
         sent_at = time.monotonic()
-        exchange = Exchange(request(self._port, prompt, turn.output, session))
+        port = next(self._ports)
+        exchange = Exchange(request(port, prompt, turn.output, session))
         try:
-            await asyncio.get_running_loop().create_connection(lambda: exchange, "127.0.0.1", self._port)
+            await asyncio.get_running_loop().create_connection(lambda: exchange, "127.0.0.1", port)
             await asyncio.wait_for(exchange.ended, PATIENCE)
         except asyncio.TimeoutError:
             answer = Answer(f"no answer in {PATIENCE:.0f} s")

@@ -91,13 +91,13 @@ def machine_cpu() -> float:
 
 
 class Stage:
-    """One router with its engines, and the client's view of it."""
+    """Routers of one kind with their engines, and the client's view of them."""
 
-    def __init__(self, load: Lived, contender: Contender, processes: Processes) -> None:
+    def __init__(self, load: Lived, contender: Contender, processes: Processes, routers: int) -> None:
         self._load = load
         self._engines = Engines(load, processes)
-        self._router = contender.start(processes, self._engines.ports)
-        self._player = Player(self._router.port)
+        self._routers = [contender.start(processes, self._engines.ports) for _ in range(routers)]
+        self._player = Player(*(router.port for router in self._routers))
         self._began: tuple[float, ...] = ()
 
     def begin(self) -> None:
@@ -105,7 +105,8 @@ class Stage:
         self._began = self._readings()
 
     def _readings(self) -> tuple[float, ...]:
-        return time.monotonic(), self._router.cpu(), self._engines.cpu(), time.process_time(), machine_cpu()
+        routers = sum(router.cpu() for router in self._routers)
+        return time.monotonic(), routers, self._engines.cpu(), time.process_time(), machine_cpu()
 
     async def play(self, chains: list[Chain]) -> None:
         """Send all requests; meanwhile an engine restarts, if the load has that."""
@@ -131,15 +132,16 @@ async def _play(stages: Sequence[Stage], chains: list[Chain]) -> None:
 
 
 def run(
-    load: Lived, contenders: Sequence[Contender], chains: list[Chain]
+    load: Lived, contenders: Sequence[Contender], chains: list[Chain], routers: int = 1
 ) -> list[tuple[dict[str, float], dict[str, int]]]:
-    """Run some routers side by side; return the figures of each, and why requests failed. Raises: BenchError."""
+    """Run some routers side by side; return the figures of each, and why requests failed. routers: of each kind, that
+    get the requests in turn. Raises: BenchError."""
     with tempfile.TemporaryDirectory(prefix="routing-suite-") as folder, contextlib.ExitStack() as stack:
         stages = []
         for number, contender in enumerate(contenders):
             place = Path(folder) / str(number)
             place.mkdir()
-            stages.append(Stage(load, contender, Processes(place, stack)))
+            stages.append(Stage(load, contender, Processes(place, stack), routers))
         for stage in stages:
             stage.begin()
         uvloop.run(_play(stages, chains))

@@ -247,6 +247,7 @@ def test_a_posted_worker_is_accepted_and_described() -> None:
             "worker_type": "regular",
             "is_healthy": False,
             "load": 0,
+            "elsewhere": 0,
             "waiting": 0,
             "connection_mode": "HTTP",
             "metadata": {"zone": "a"},

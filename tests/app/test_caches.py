@@ -41,6 +41,7 @@ def test_the_options_make_the_caches(folder: Path) -> None:
     assert caches_of(RouterArgs(kv_events_tokenizer=str(folder))) is None
     caches = caches_of(RouterArgs(kv_events=True, kv_events_max_blocks=7, kv_events_tokenizer=str(folder)))
     assert caches is not None
+    assert caches.index is not None
     assert caches.index.most_blocks == 7
     assert caches.encode is not None
     assert list(caches.encode("sea")) == [0, 2]

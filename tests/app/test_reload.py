@@ -73,6 +73,7 @@ def test_effective_options_hide_every_secret() -> None:
         autoscale="1:2",
         scale_webhook="http://127.0.0.1:9",
         scale_webhook_secret="hush-4",
+        shared_state="redis://:hush-5@store",
     ).checked()
     found = {each.name: each for each in effective(args)}
     assert {found[name].value for name in secrets & found.keys()} == {HIDDEN}, "give each secret a value here"

@@ -75,6 +75,29 @@ def play(scene: Callable[[Scene], Awaitable[None]]) -> None:
     asyncio.run(whole())
 
 
+class Leading:
+    leads = False
+
+
+def test_of_several_routers_only_the_one_that_leads_acts() -> None:
+    async def scene(stage: Scene) -> None:
+        stage.scaler.leader = leader = Leading()
+        stage.queue = 50
+        stage.scaler.start()
+        await until(lambda: stage.scaler.desired == 4)
+        assert stage.heard.decisions == []
+        assert stage.scaler.explain()["acts"] is False
+        leader.leads = True
+        await until(lambda: bool(stage.heard.decisions))
+        assert stage.heard.decisions[0].desired == stage.scaler.desired
+        assert stage.heard.decisions[0].changed  # so that a command is run
+        await until(lambda: len(stage.heard.decisions) > 1)
+        assert not stage.heard.decisions[1].changed
+        assert stage.scaler.explain()["acts"] is True
+
+    play(scene)
+
+
 def test_it_decides_again_and_again_until_the_end() -> None:
     async def scene(stage: Scene) -> None:
         stage.scaler.start()

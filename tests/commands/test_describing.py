@@ -74,6 +74,20 @@ def test_the_status_names_what_is_wrong() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("shared", "said"),
+    [
+        ({"state": "connected", "peers": 1, "store": "redis://h:6379"}, "1 other router through redis://h:6379"),
+        ({"state": "slow", "problem": "redis://h:6379 does not answer"}, "alone: redis://h:6379 does not answer"),
+        ({"state": "connecting", "problem": ""}, "alone: connecting"),
+        ({"state": "connected", "peers": 0}, "0 other routers"),
+    ],
+)
+def test_the_status_tells_of_the_other_routers(shared: dict[str, Any], said: str) -> None:
+    ready = {"status": "ready", "shared_state": shared}
+    assert f"fleet      {said}" in list(status_lines(A, {}, ready, [], ""))
+
+
 def test_options_that_nobody_set_are_left_out() -> None:
     given = {"flag": "--policy", "value": "cost", "origin": "file", "where": "r.yaml", "reload": True}
     usual = {"flag": "--port", "value": 30000, "origin": "default", "where": "", "reload": False}

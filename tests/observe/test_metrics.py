@@ -36,10 +36,12 @@ from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.rules import BreakerRules, FleetRules, HealthRules
 from sglang_router.routing.sessions import Sessions
+from sglang_router.routing.shared.records import PeerReading, SharedReading
 from sglang_router.routing.source import SourceReport
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
+from sglang_router.sharing.traffic import Traffic
 
 ROOT = Path(__file__).parents[2]
 FULL = EngineReport(context_length=8192, capacity_tokens=32768, running=3, queued=0, used_tokens=700)
@@ -106,6 +108,37 @@ class Spans:
     lost = 14
 
 
+def traffic_of_one_message() -> Traffic:
+    """One message was written in 7 ms, and read; two were lost."""
+    found = Traffic()
+    found.wrote("loads", 20, (1, 0), 100.0)
+    found.read("loads", 20, (1, 0), 100.007)
+    found.missed("loads")
+    found.missed("placements")
+    return found
+
+
+class Shared:
+    """A router with one peer."""
+
+    state = "connected"
+    losses = 8
+    leads = True
+    traffic = traffic_of_one_message()
+    reading = SharedReading(
+        connected=True,
+        peers=(PeerReading("ab", 0.1, 3),),
+        entries=9,
+        size=10,
+        homes=11,
+        agreed=12,
+        waiting=0,
+        told=13,
+        heard=14,
+        dropped={"late": 15},
+    )
+
+
 class Renewed:
     expires_at: float | None = 1.8e9
 
@@ -135,6 +168,7 @@ class Rig:
             kv_index=index_of_one_cache(),
             discovery=lambda: [FOUND],
             retry_budget=RetryBudget(),
+            shared=Shared(),
             spans=Spans(),
             version="1.2.3",
             configured=1.7e9,
@@ -683,6 +717,21 @@ def test_the_router_tells_of_itself() -> None:
     assert rig.get("sgl_router_build_info", version="1.2.3", python=platform.python_version()) == 1
     assert rig.get("sgl_router_certificate_expires_timestamp_seconds", use="server") == 1.8e9
     assert rig.get("sgl_router_trace_spans_total", result="lost") == 14
+
+
+def test_what_is_shared_with_other_routers() -> None:
+    rig = Rig()
+    rig.fleet.share(rig.worker(W2), 3)
+    name = "sgl_router_shared_"
+    assert rig.get(f"{name}state", state="connected") == 1
+    assert rig.get(f"{name}lag_seconds") == pytest.approx(0.007)
+    assert [rig.get(name + each) for each in ("losses_total", "peers", "leader", "agreed_total")] == [8, 1, 1, 12]
+    assert rig.get(f"{name}messages_total", direction="sent", topic="loads") == 1
+    assert rig.get(f"{name}bytes_total", direction="received", topic="loads") == 20
+    assert [rig.get(f"{name}dropped_total", reason=each) for each in ("unwritten", "late")] == [2, 15]
+    assert [rig.get(name + each) for each in ("entries", "entries_bytes", "sessions")] == [9, 10, 11]
+    assert [rig.get(f"{name}placements_total", direction=each) for each in ("sent", "received")] == [13, 14]
+    assert rig.get(f"{name}worker_requests", worker=W2) == 3
 
 
 def test_rows_have_unique_names_of_the_two_families() -> None:

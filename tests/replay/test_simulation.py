@@ -67,12 +67,14 @@ def simulate(
 
 
 def at_rest(simulation: Simulation) -> None:
-    assert not simulation.router.leases
-    assert not len(simulation.router.queue)
+    for router in simulation.routers:
+        assert not router.leases
+        assert not len(router.queue)
     assert not simulation._flights
     assert not simulation._of
-    for worker in simulation.fleet:
-        assert (worker.load, worker.waiting) == (0, 0)
+    for fleet in simulation.fleets:
+        for worker in fleet:
+            assert (worker.own_load, worker.waiting) == (0, 0)
     for engine in simulation.workers.engines:
         if engine.stopped == math.inf:
             kv = engine.scheduler.kv
@@ -202,7 +204,7 @@ def test_a_worker_that_leaves_finishes_what_it_has() -> None:
     simulation = simulate(load, 2, changes=(FleetChange("leave", 2.0, 1),))
     assert not any(one.error for one in simulation.result.served)
     assert {one.worker for one in simulation.result.served if one.arrival > 2} == {"http://engine0"}
-    assert len(simulation.fleet) == 1
+    assert len(simulation.fleets[0]) == 1
 
 
 def test_a_worker_that_restarts_loses_what_it_computed() -> None:
@@ -299,8 +301,59 @@ def test_a_policy_that_fails_ends_the_run() -> None:
 def test_the_router_hears_what_the_engines_would_report() -> None:
     same = [ask(number, number * 5.0, 7, 1600) for number in range(4)]
     simulation = simulate(Given(*same), policy="cache_aware")
-    (worker,) = simulation.fleet
+    (worker,) = simulation.fleets[0]
     served = list(simulation.result.served)
     assert worker.tokens.cached == sum(each.cached for each in served) > 3 * 1500
     assert worker.tokens.prompt == 4 * 1600
     assert worker.belief.misses == 0
+
+
+# -- several routers ---------------------------------------------------------------------------------------------------
+
+
+def shared(load: str, seed: int = 1, **more: Any) -> Simulation:
+    return simulate(generated(load, seed), 8, "cache_aware", seed, **more)
+
+
+def test_four_routers_that_share_find_nearly_as_much_as_one_and_others_do_not() -> None:
+    load = "groups,requests=1500,groups=200,rate=30"
+    hits = [
+        shared(load, routers=count, shared_delay=delay).result.figures(1.0, 0.05)["hit"]
+        for count, delay in ((1, None), (4, 0.04), (4, None))
+    ]
+    assert hits[1] > 0.97 * hits[0]
+    assert hits[2] < 0.8 * hits[0]
+
+
+def test_routers_whose_store_is_away_agree_on_what_is_new() -> None:
+    load = "groups,requests=1500,groups=200,rate=30"
+    hits = [
+        shared(load, routers=4, shared_delay=delay, disconnected=True).result.figures(1.0, 0.05)["hit"]
+        for delay in (0.04, None)
+    ]
+    assert hits[0] > 1.2 * hits[1]
+
+
+def test_sessions_whose_requests_come_to_all_routers_find_what_they_had() -> None:
+    load = "sessions,requests=800"
+    hits = [shared(load, routers=count, shared_delay=0.04).result.figures(1.0, 0.05)["hit"] for count in (1, 8)]
+    assert hits[1] > 0.97 * hits[0]
+
+
+def test_sharing_is_the_same_each_time_and_says_what_it_took() -> None:
+    runs = [shared("groups,requests=200", routers=3, shared_delay=0.04).result for _ in range(2)]
+    assert lines_of(runs[0]) == lines_of(runs[1])
+    figures = runs[0].figures(1.0, 0.05)
+    assert figures["shared_messages"] > 1
+    assert figures["shared_size"] > 100
+    assert figures["shared_entries"] > 1000
+    assert figures["shared_dropped"] == 0
+    assert "shared_size" not in shared("groups,requests=20").result.figures(1.0, 0.05)
+
+
+def test_an_engine_that_restarts_is_lost_to_all_routers_and_found_by_all() -> None:
+    changes = (FleetChange("restart", 5.0, 0, 3.0), FleetChange("leave", 12.0, 1), FleetChange("join", 14.0))
+    simulation = shared("groups,requests=600,rate=30", routers=3, shared_delay=0.04, changes=changes)
+    assert [worker.life for fleet in simulation.fleets for worker in fleet if worker.url.endswith("e0")] == [1, 1, 1]
+    assert [len(fleet) for fleet in simulation.fleets] == [8, 8, 8]
+    assert sum(bool(one.error) for one in simulation.result.served) <= 20

@@ -42,7 +42,7 @@ class Model:
         self.probe: Lease | None = None
         self.leases: dict[Lease, bool] = {}  # running: whether it was taken while nobody listened
         self.silent = False
-        self.restarts = self.processed = 0
+        self.restarts = self.processed = self.elsewhere = 0
 
     @property
     def passes(self) -> bool:
@@ -234,6 +234,20 @@ class FleetBesideModel(RuleBasedStateMachine):
                 self.take(self.fleet.candidates(self.now).index(worker))
                 self.close(len(self.running) - 1, outcome)
 
+    @rule(pick=PICK, elsewhere=st.integers(0, 5))
+    def share(self, pick: int, elsewhere: int) -> None:
+        if worker := self.member(pick):
+            self.fleet.share(worker, elsewhere)
+            self.models[worker].elsewhere = elsewhere
+
+    @rule(pick=PICK)
+    def doubt(self, pick: int) -> None:
+        if worker := self.member(pick):
+            self.fleet.doubt(worker, self.now)
+            model = self.models[worker]
+            if model.breaker == "closed":
+                model.failures = max(model.failures, RULES.threshold - 1)
+
     @precondition(lambda self: self.closed)
     @rule(pick=PICK, outcome=OUTCOMES)
     def close_again(self, pick: int, outcome: Outcome) -> None:
@@ -251,7 +265,7 @@ class FleetBesideModel(RuleBasedStateMachine):
     @invariant()
     def the_roster_has_the_load_of_each_candidate(self) -> None:
         able = self.fleet.pools.default.able(self.now)
-        loads = [len([lease for lease in self.running if lease.worker is worker]) for worker in able]
+        loads = [len(self.models[worker].leases) + self.models[worker].elsewhere for worker in able]
         assert [worker.load for worker in able] == loads
         levels = {load: sum(worker.bit for worker in able if worker.load == load) for load in loads}
         assert able.roster.levels == levels
@@ -285,7 +299,8 @@ class FleetBesideModel(RuleBasedStateMachine):
     @invariant()
     def workers_are_as_the_model_says(self) -> None:
         for worker, model in self.models.items():
-            assert (worker.load, worker.processed) == (len(model.leases), model.processed)
+            assert (worker.own_load, worker.processed) == (len(model.leases), model.processed)
+            assert worker.elsewhere == model.elsewhere
             assert self.log.whats(worker).count("restarted") == model.restarts
             if model.removed:
                 assert self.log.whats(worker)[-1] == "removed"
@@ -310,6 +325,8 @@ class FleetBesideModel(RuleBasedStateMachine):
         if hasattr(self, "fleet"):
             while self.running:
                 self.close(0, Outcome.ABANDONED)
+            for worker in self.models:
+                self.fleet.share(worker, 0)
             assert all(worker.load == 0 for worker in self.models)
 
 

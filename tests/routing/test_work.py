@@ -373,3 +373,59 @@ def test_until_read_is_backlog_and_prompt() -> None:
 
 def test_until_read_is_unknown_where_nothing_is_measured() -> None:
     assert Bench(1, "round_robin").workers[0].work.until_read(32000, 10.0) < 0.0
+
+
+# -- other routers -----------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_stands_behind_those_of_other_routers() -> None:
+    each = work()
+    each.elsewhere_until = 13.0
+    assert each.backlog(10.0) == pytest.approx(3.0)
+    assert each.own_backlog(10.0) == 0.0
+    each.sent("a", 1000, True, 10.0)
+    assert each.own_backlog(10.0) == pytest.approx(4.0)
+    each.began("a", 1000, 14.0)
+    assert each.backlog(14.0) == 0.0
+
+
+def test_requests_of_other_routers_shorten_the_gap() -> None:
+    alone, beside = work(), work()
+    for second in range(400):
+        alone.sent("a", 0, False, second * 0.25)
+        beside.sent("a", 0, False, second * 1.0)
+        beside.passed(3, second * 1.0 + 0.5)
+    assert alone.gap == pytest.approx(0.25, rel=0.2)
+    assert beside.gap == pytest.approx(0.25, rel=0.2)
+    assert beside.share == pytest.approx(0.25, abs=0.1)
+    for _ in range(200):
+        beside.sent("a", 0, False, 1000.0)
+    assert beside.share == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_share_is_never_nothing() -> None:
+    each = work()
+    for _ in range(200):
+        each.passed(255, 1.0)
+    assert 0.0 < each.share < 0.01
+    assert each.gap > 0.0
+
+
+def test_the_time_of_others_prompts_is_not_that_of_the_own_ones() -> None:
+    """Each of two routers sends a prompt of 1,000 bytes a second; both are read in turn, in 0.4 s each."""
+    each = work()
+    for second in range(40):
+        each.passed(1, second + 0.0)
+        each.sent("a", 1000, True, second + 0.0)
+        each.reads(1000)
+        each.began("a", 1000, second + 0.8)
+        each.settle()
+    assert each.prompts.expected(1, 1000) == pytest.approx(0.4, rel=0.2)
+
+
+def test_what_others_send_counts_only_while_a_prompt_is_awaited() -> None:
+    each = work()
+    each.reads(1 << 20)
+    each.sent("a", 1000, True, 0.0)
+    each.began("a", 1000, 0.4)
+    assert each.prompts.expected(1, 1000) == pytest.approx(0.4, rel=0.01)

@@ -31,6 +31,7 @@ from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.source import SourceReport
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
+from sglang_router.sharing.sharing import FleetSharing
 from sglang_router.wire.headers import ForwardRules
 from sglang_router.workers.fetch import Sent
 from sglang_router.workers.health_checks import HealthChecks
@@ -160,6 +161,7 @@ class Context:
     aliases         other names of models: the model of each
     paired          the options ask for prefill and decode workers (--pd-disaggregation)
     discovery       returns what each source that looks for workers says of itself; None: there is none
+    sharing         shares what this router knows with others; None: it is alone
     fan_out         workers that are asked at once by a request for several; 0: all
     args            the options in effect
     reload          reads the configuration again; None: it cannot be. Raises: ConfigRefused
@@ -183,6 +185,7 @@ class Context:
     replicas: ReplicaControl | None = None
     decisions: DecisionBook | None = None
     discovery: Callable[[], list[SourceReport]] | None = None
+    sharing: FleetSharing | None = None
     fan_out: int = 0
     models: SharedAnswer[Any] = field(default_factory=SharedAnswer)
     generated: SharedAnswer[Any] = field(default_factory=SharedAnswer)

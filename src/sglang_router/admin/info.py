@@ -47,9 +47,12 @@ async def health(context: Context, request: Request) -> Response:
 async def readiness(context: Context, request: Request) -> Response:
     """Answer 200 while a healthy worker can take requests and the router is not about to stop, else 503.
 
-    Of prefill and decode workers there must be one each.
+    Of prefill and decode workers there must be one each. A router that shares its knowledge learns first what the
+    others know, for some seconds at most; whether it reaches them later is told, and counts for nothing.
     """
-    counts = {"healthy_workers": _healthy(context), "total_workers": len(context.fleet)}
+    counts: dict[str, Any] = {"healthy_workers": _healthy(context), "total_workers": len(context.fleet)}
+    if (sharing := context.sharing) is not None:
+        counts["shared_state"] = {"state": sharing.state, "peers": len(sharing.reading.peers)}
     if reason := unready(context):
         return JSON({"status": "not ready", "reason": reason, **counts}, 503)
     return JSON({"status": "ready", **counts})
@@ -59,7 +62,12 @@ def unready(context: Context) -> str:
     """Return why the router is not ready; "" when it is."""
     if context.ending:
         return "shutting down"
-    return context.lacks or ("" if _healthy(context) else "insufficient healthy workers")
+    if context.lacks:
+        return context.lacks
+    if not _healthy(context):
+        return "insufficient healthy workers"
+    learns = context.sharing is not None and not context.sharing.learned
+    return "learning what the other routers know" if learns else ""
 
 
 def _healthy(context: Context) -> int:
@@ -250,8 +258,8 @@ async def loads(context: Context, request: Request) -> Response:
     rows = [
         {
             "worker": worker.url,
-            "load": worker.load if reported is None else reported,
-            "running": worker.load,
+            "load": worker.own_load if reported is None else reported,
+            "running": worker.own_load,
             "worker_type": worker.role,
             "source": "router" if reported is None else "engine",
         }

@@ -32,6 +32,7 @@ from sglang_router.routing.decision_record import DecisionRecord
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
+from sglang_router.sharing.standing import SharedStanding
 from sglang_router.version import __version__, build
 
 MOST_VIEWERS = 32
@@ -96,6 +97,7 @@ class Frame(msgspec.Struct):
     events     new ones, the oldest first
     shadow     null without --shadow-policy
     scale      the answer of GET /scale; null without --autoscale
+    shared     how the router shares its knowledge with others; null: it is alone
     rolling    the answer of GET /restart_workers; null where others run the engines
     """
 
@@ -116,6 +118,7 @@ class Frame(msgspec.Struct):
     events: list[Event]
     shadow: ShadowState | None
     scale: dict[str, Any] | None
+    shared: SharedStanding | None
     rolling: dict[str, Any] | None
 
 
@@ -165,6 +168,7 @@ class Counters(msgspec.Struct, kw_only=True):
     bounds   of their histogram
     queued   and running: requests now
     shadow   what the shadow policy would have done; None: there is none
+    shared   how knowledge is shared with other routers; None: it is not
     """
 
     totals: Callable[[], Iterator[Totals | None]]
@@ -172,6 +176,7 @@ class Counters(msgspec.Struct, kw_only=True):
     queued: Callable[[], int]
     running: Callable[[], int]
     shadow: Callable[[], ShadowState | None]
+    shared: Callable[[], SharedStanding | None]
 
 
 class _Row(msgspec.Struct):
@@ -378,6 +383,7 @@ class Live:
             events=self.witness.between(0 if whole else self._heard[seen], self._heard[number]),
             shadow=self._counters.shadow(),
             scale=self._scale(),
+            shared=self._counters.shared(),
             rolling=None if replicas is None else replicas.rolling,
         )
         return encode(frame)

@@ -21,7 +21,7 @@ async def restart(context: Context, request: Request) -> Response:
     """Restart the engine of a worker after its requests in flight."""
     worker = named(context, request)
     _runner(context).restart_worker(worker)
-    message = f"The worker drains {counted(worker.load, 'request')} in flight, then its engine is restarted"
+    message = f"The worker drains {counted(worker.own_load, 'request')} in flight, then its engine is restarted"
     return JSON({"status": "accepted", "worker_id": worker.id, "message": message}, 202)
 
 

@@ -56,12 +56,21 @@ class OllamaError(Shape):
     error: str
 
 
+class SharedStateState(Shape):
+    """How the router shares its knowledge with others. `state`: `connecting`, `connected`, or what is wrong, in one
+    word; `peers`: other routers that count now."""
+
+    state: str
+    peers: int
+
+
 class Readiness(Shape):
-    """Whether a healthy worker can take requests."""
+    """Whether a healthy worker can take requests. `shared_state`: only with --shared-state."""
 
     status: Literal["ready", "not ready"]
     healthy_workers: int
     total_workers: int
+    shared_state: SharedStateState | UnsetType = UNSET
     reason: str | UnsetType = UNSET
 
 
@@ -246,6 +255,7 @@ class WorkerState(Shape):
     worker_type: Literal["regular", "prefill", "decode"]
     is_healthy: bool
     load: int
+    elsewhere: int
     waiting: int
     connection_mode: Literal["HTTP"]
     metadata: dict[str, str]
@@ -342,12 +352,14 @@ class NextScale(Shape):
 
 
 class Scale(Shape):
-    """The last decision, the rules, the actuators, and the last changes, newest first."""
+    """The last decision, the rules, the actuators, and the last changes, newest first. `acts`: of several routers, this
+    is the one whose actuators hear the decisions."""
 
     desired: int
     current: int | None
     reason: str
     rules: ScalingRules
+    acts: bool
     actuators: list[dict[str, Any]]
     decisions: list[ScaleDecision]
     at: str | UnsetType = UNSET

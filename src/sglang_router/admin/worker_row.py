@@ -74,7 +74,7 @@ def row_of(worker: Worker, figures: Figures, tree: int, epoch: float, replica: d
         role=worker.role,
         state=state,
         why=why,
-        running=worker.load,
+        running=worker.own_load,
         waiting=worker.waiting if report.queued is None else report.queued,
         limit=worker.window.limit or report.window,
         requests=requests,
@@ -93,9 +93,9 @@ def row_of(worker: Worker, figures: Figures, tree: int, epoch: float, replica: d
 def state_of(worker: Worker, replica: dict[str, Any] | None) -> tuple[str, str]:
     """Return one word for the state of a worker, and the reason. What keeps it from requests longest comes first."""
     if worker.returning:
-        return "restarting", f"it is restarted after {counted(worker.load, 'request')} in flight"
+        return "restarting", f"it is restarted after {counted(worker.own_load, 'request')} in flight"
     if worker.draining:
-        return "draining", f"no new requests; {counted(worker.load, 'request')} in flight"
+        return "draining", f"no new requests; {counted(worker.own_load, 'request')} in flight"
     if worker.withheld:
         return "withheld", worker.withheld
     if worker.paused:

@@ -199,7 +199,7 @@ async def delete(context: Context, request: Request) -> Response:
     """Remove a worker; its requests in flight finish."""
     worker = named(context, request)
     context.fleet.remove(worker)
-    message = f"The worker is removed; {counted(worker.load, 'request')} in flight may finish"
+    message = f"The worker is removed; {counted(worker.own_load, 'request')} in flight may finish"
     return JSON({"status": "accepted", "worker_id": worker.id, "message": message}, 202)
 
 
@@ -311,7 +311,8 @@ def describe(context: Context, worker: Worker) -> dict[str, Any]:
         "cost": spec.cost,
         "worker_type": worker.role,
         "is_healthy": worker.health is Health.HEALTHY,
-        "load": worker.load,
+        "load": worker.own_load,
+        "elsewhere": worker.elsewhere,
         "waiting": worker.waiting,
         "connection_mode": "HTTP",
         "metadata": spec.labels,

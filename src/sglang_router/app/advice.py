@@ -40,6 +40,8 @@ def advice(args: RouterArgs, environ: Mapping[str, str], exists: Callable[[str],
         found.append(f"--kv-events has no effect: --policy {args.policy} does not ask what workers have cached")
     elif not args.kv_events and any(name.startswith("kv_events_") for name in args.given):
         found.append("options for KV events have no effect without --kv-events")
+    if args.shared_state is None and any(name.startswith("shared_state_") for name in args.given):
+        found.append("options for a shared state have no effect without --shared-state")
     selectors = [args.selector, args.prefill_selector, args.decode_selector]
     if any(selectors) and not args.service_discovery:
         found.append("selectors of pods have no effect without --service-discovery")

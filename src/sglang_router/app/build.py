@@ -42,6 +42,7 @@ from sglang_router.app.overview import live_of
 from sglang_router.app.parts import App, Elsewhere
 from sglang_router.app.routers import PolicyParts, fleet_of, router_of
 from sglang_router.app.scrapes import Scrapes
+from sglang_router.app.shared import files_of, sharing_of, state_of
 from sglang_router.app.traces import export_of, ids_of, tracing_of
 from sglang_router.autoscale.autoscaler import Autoscaler, autoscaler
 from sglang_router.config import RouterArgs
@@ -129,6 +130,8 @@ def build(
     rng, clock = seams.rng or random.Random(), seams.clock
     listeners, deferred = Listeners(), Deferred(loop.call_later)
     tls, worker_tls = settings.server_tls(args), settings.worker_tls(args)
+    store = files_of(args)
+    state = state_of(args, store)
     elsewhere = elsewhere or Elsewhere()
     mark = elsewhere.mark or new_mark()
     quotas, (tokens, issuer) = Quotas(args.max_priority), tokens_of(args, loop, clock)
@@ -136,7 +139,7 @@ def build(
     answers = front.answers_of(args, rng, mark)
     forward = settings.forward_rules(args, access, mark)
     shadows = shadows_of(args)
-    caches = caches_of(args)
+    caches = caches_of(args, None if state is None else state.prefixes)
     workers = _workers(args, loop, seams, listeners, rng, worker_tls, shadows, caches)
     fleet, connections = workers.fleet, workers.connections
     connections.mark = mark
@@ -170,6 +173,12 @@ def build(
     discovery = discovery_of(args, loop, hands, seams.look_up, rng)
     if discovery.sources:
         control.discovery = sources.discovery = discovery.reports
+    sharing = None
+    if store is not None and state is not None:
+        sharing = sharing_of(args, store, state, router, listeners, clock, rng)
+    control.sharing = sources.shared = sharing
+    if sharing is not None and scaler is not None:
+        scaler.leader = sharing.leader
     control.decisions = book_of(router, deferred, clock)
     control.aliases = router.naming.aliases
     control.live = live_of(control, metrics.counts, args.policy)
@@ -214,10 +223,11 @@ def build(
         plane=plane,
         scaler=scaler,
         discovery=discovery,
+        sharing=sharing,
         spans=exported,
         kv_events=events_of(args, loop, connections, caches),
         tls=tls,
-        watched=[each for each in (tls, worker_tls, key_files, issuer) if each is not None],
+        watched=[each for each in (tls, worker_tls, key_files, issuer, store and store.tls) if each is not None],
         issuer=issuer,
         **workers._asdict(),
     )

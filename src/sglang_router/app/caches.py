@@ -15,21 +15,24 @@ from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.routing.kv_index import KVIndex
 from sglang_router.routing.prefix_tree.informed import KVCaches
 from sglang_router.routing.prompt_tokens import Encode
+from sglang_router.routing.shared.prefixes import SharedPrefixes
 from sglang_router.workers.kv_events import KVEvents
 from sglang_router.workers.kv_sources import Templates
 
 _INSTALL = "pip install 'sglang-router[kv]'"
 
 
-def caches_of(args: RouterArgs) -> KVCaches | None:
+def caches_of(args: RouterArgs, shared: SharedPrefixes | None = None) -> KVCaches | None:
     """Make what knows the workers' caches; None when the options do not ask for it.
+
+    shared  what other routers placed there; None: there are none
 
     Raises: ConfigError, when the tokenizer cannot be loaded.
     """
     if not args.kv_events:
-        return None
+        return None if shared is None else KVCaches(None, shared=shared)
     path = args.kv_events_tokenizer
-    return KVCaches(KVIndex(args.kv_events_max_blocks), None if path is None else tokenizer(path))
+    return KVCaches(KVIndex(args.kv_events_max_blocks), None if path is None else tokenizer(path), shared)
 
 
 def events_of(
@@ -39,7 +42,7 @@ def events_of(
 
     Raises: ConfigError, when a package is missing.
     """
-    if caches is None:
+    if caches is None or caches.index is None:
         return None
     try:
         from sglang_router.workers.kv_stream import KVStreams

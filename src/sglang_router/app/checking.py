@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 
-from sglang_router.app import settings
+from sglang_router.app import settings, shared
 from sglang_router.app.caches import caches_of
 from sglang_router.config import RouterArgs, keys, small_files
 from sglang_router.discovery import kube_config, workers_file
@@ -47,7 +47,7 @@ def problems(args: RouterArgs, *, again: bool = False) -> list[str]:
 
 def start_problems(args: RouterArgs) -> list[str]:
     """Return why a router would not start with these options beside `problems`, or would start without workers."""
-    checks: list[Callable[[], object]] = [lambda: caches_of(args)]
+    checks: list[Callable[[], object]] = [lambda: caches_of(args), lambda: shared.files_of(args)]
     if args.discovery_file is not None:
         checks.append(lambda: workers_file.read(args.discovery_file or ""))
     if args.service_discovery or args.inference_pool is not None:

@@ -8,6 +8,8 @@ import random
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from sglang_router.admin.decision_book import DecisionBook
 from sglang_router.config import RouterArgs
 from sglang_router.observe.decision_log import DecisionLogWriter, read_key
@@ -61,7 +63,9 @@ def in_shadow(policy: Policy, tally: ShadowTally) -> Policy:
     """Put a policy into the shadow of another one, or rather the other way round: see `Shadowed`."""
     # A generator of its own: what the shadow draws must not change what the policy draws.
     rng = random.Random(policy.rng.getrandbits(64))
-    return Shadowed(policy, POLICIES[tally.policy](policy.settings, rng), tally, _switched_off)
+    caches = policy.settings.kv_caches
+    settings = msgspec.structs.replace(policy.settings, kv_caches=None if caches is None else caches.for_shadow())
+    return Shadowed(policy, POLICIES[tally.policy](settings, rng), tally, _switched_off)
 
 
 def _switched_off(policy: str, error: Exception) -> None:

@@ -7,6 +7,7 @@
     keepalive   0.25 s                               fill the silence of streams, with --sse-keepalive-secs
     judge       1 s (5 s with 200 workers or more)   eject outliers, and let them return
     watchdog    a third of WatchdogSec=              tell systemd that the event loop turns
+    peers       0.5 s                                forget routers of the fleet that are silent, with --shared-state
     points      10 s                                 keep a point of the page's curves
     renew       2 s                                  load certificates and keys that were renewed
     collect     1 s                                  collect the youngest generation of garbage
@@ -32,11 +33,13 @@ from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.relay.silences import KeepAlives
 from sglang_router.restart.systemd import Notifier
 from sglang_router.routing.router import Router
+from sglang_router.sharing.sharing import FleetSharing
 
 _SWEEP_EVERY = 0.25
 _TRIM_EVERY = 1.0
 _JUDGE_EVERY = 1.0
 _LARGE_FLEET = 200
+_PEERS_EVERY = 0.5
 _RENEW_EVERY = 2.0
 _COLLECT_EVERY = 1.0
 _TIDY_STEPS = 512
@@ -88,6 +91,19 @@ def watchdog(notifier: Notifier) -> tuple[Job, ...]:
         return notifier.watchdog / 3
 
     return (Job("watchdog", run),)
+
+
+def peers(sharing: FleetSharing | None) -> tuple[Job, ...]:
+    """Return the job that forgets routers that are silent; none where no option asks for others."""
+    if sharing is None:
+        return ()
+    look = sharing.look
+
+    def run() -> float:
+        look()
+        return _PEERS_EVERY
+
+    return (Job("peers", run),)
 
 
 def points(sample: Callable[[], float]) -> Job:

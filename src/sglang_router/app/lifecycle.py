@@ -24,7 +24,7 @@ from sglang_router.app import settings
 from sglang_router.app.advice import remark
 from sglang_router.app.build import build
 from sglang_router.app.deciding import open_log
-from sglang_router.app.jobs import Jobs, keepalive, lag, points, table, watchdog
+from sglang_router.app.jobs import Jobs, keepalive, lag, peers, points, table, watchdog
 from sglang_router.app.listening import Listening, address_errors, open_all, port_of
 from sglang_router.app.looping import on_loop
 from sglang_router.app.parts import App, Attachment, Elsewhere
@@ -104,7 +104,7 @@ class Life:
         jobs = table(app.clock, ports, app.connections, app.router, app.watched, args.eviction_interval_secs)
         more = (lag(app.clock, app.metrics.late), points(app.control.live.sample), *keepalive(app.keepalives))
         self._notifier = systemd.Notifier()
-        self._jobs = Jobs(app.loop, jobs + more + watchdog(self._notifier))
+        self._jobs = Jobs(app.loop, jobs + more + watchdog(self._notifier) + peers(app.sharing))
         self._decisions = open_log(args, app.router.recorder, app.loop.call_later)
         if (decisions := self._decisions) is not None:
             app.metrics.sources.unlogged_decisions = lambda: decisions.lost
@@ -164,6 +164,8 @@ class Life:
         await self._listen_for_metrics()
         self._register()
         app.discovery.start()
+        if app.sharing is not None:
+            app.sharing.start(lead=app.scaler is not None)
         if follows:
             listening.leave_rest()
         if follows and not app.elsewhere.restarted:  # else nobody serves meanwhile
@@ -238,10 +240,10 @@ class Life:
                 fleet.add(spec, self.app.clock())
 
     async def _checked(self) -> None:
-        """Wait until each worker is known and was checked once, but no longer than --startup-wait-secs."""
+        """Wait until workers are known and checked, and what other routers know; no longer than --startup-wait-secs."""
         app = self.app
         until = app.clock() + app.args.startup_wait_secs
-        while app.clock() < until and not app.discovery.looked:  # noqa: ASYNC110
+        while app.clock() < until and not (app.discovery.looked and app.learned):  # noqa: ASYNC110
             await asyncio.sleep(_CHECKED_EVERY)
         # Poll, because no event reports a first check that failed.
         while app.clock() < until and any(w.health is Health.STARTING and not w.last_error for w in app.fleet):  # noqa: ASYNC110
@@ -324,7 +326,7 @@ class Life:
             await app.scaler.close()
         await app.checks.close()
         await app.survey.close()
-        for each in (app.issuer, app.kv_events, app.spans):
+        for each in (app.sharing, app.issuer, app.kv_events, app.spans):
             if each is not None:
                 await each.close()
         await app.relay.aborts.settle()

@@ -22,8 +22,9 @@ def live_of(context: Context, counts: MetricCounts, policy: str) -> Live:
         totals=lambda: totals_of(counts),
         bounds=counts.bounds,
         queued=lambda: 0 if sources.waiting is None else sources.waiting(),
-        running=lambda: sum(worker.load for worker in counts.fleet),
+        running=lambda: sum(worker.own_load for worker in counts.fleet),
         shadow=lambda: _shadow(sources),
+        shared=lambda: None if context.sharing is None else context.sharing.standing,
     )
     return Live(context, counters, policy)
 

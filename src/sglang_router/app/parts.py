@@ -35,6 +35,7 @@ from sglang_router.restart.handover import InheritedSockets
 from sglang_router.routing.events import Listener, Listeners
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.router import Router
+from sglang_router.sharing.sharing import FleetSharing
 from sglang_router.workers.engine_survey import EngineSurvey
 from sglang_router.workers.health_checks import HealthChecks
 from sglang_router.workers.kv_events import KVEvents
@@ -158,6 +159,7 @@ class App:
     control           what the endpoints of the control plane use; plane: serves the control plane
     scaler            None: the number of workers is fixed
     discovery         looks for workers, where an option asks for it
+    sharing           shares what this router knows with others; None: it is alone
     spans             sends the spans of traces; None: requests are not traced
     kv_events         follows what workers say of their caches; None: they are not asked
     tls               key and certificate of the main port; None: plain HTTP
@@ -191,11 +193,17 @@ class App:
     plane: ControlPlane
     scaler: Autoscaler | None
     discovery: Discovery
+    sharing: FleetSharing | None
     spans: Export | None
     kv_events: KVEvents | None
     tls: TLSFiles | None
     watched: list[Renewed]
     issuer: IssuerKeys | None
+
+    @property
+    def learned(self) -> bool:
+        """Whether this router knows what the others of its fleet do, as far as it can."""
+        return self.sharing is None or self.sharing.learned
 
     def attach(self, attachment: Attachment) -> None:
         """Connect a crew, which runs engines for the router, with the parts."""

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -37,8 +37,19 @@ _EVERY = 1.0
 """Seconds between two decisions; less when the cool-down is shorter."""
 
 
+class Leadership(Protocol):
+    """Says which of several routers acts."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this one does, now."""
+
+
 class Autoscaler:
-    """See the module. Add `observer` to the listeners. `wall` gives seconds since 1970."""
+    """See the module. Add `observer` to the listeners. `wall` gives seconds since 1970.
+
+    leader  set it where several routers decide: only the one that leads acts. None: this one is alone
+    """
 
     def __init__(
         self,
@@ -62,11 +73,18 @@ class Autoscaler:
         self._last_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._acted = True
+        self.leader: Leadership | None = None
 
     @property
     def desired(self) -> int:
         """The number of workers that there should be."""
         return self._scaler.desired
+
+    @property
+    def acts(self) -> bool:
+        """Whether the actuators hear the decisions: of several routers, only the one that leads lets them."""
+        return self.leader is None or self.leader.leads
 
     def add(self, actuator: Actuator) -> None:
         """Add an actuator; it hears the decisions from now on."""
@@ -94,6 +112,7 @@ class Autoscaler:
                 "down_in_seconds": _rounded(self._scaler.next_down(last, now)),
             }
         answer["rules"] = msgspec.to_builtins(self.rules)
+        answer["acts"] = self.acts
         answer["actuators"] = [actuator.explain() for actuator in self._actuators]
         answer["decisions"] = list(reversed(self._history))
         return answer
@@ -114,8 +133,12 @@ class Autoscaler:
         if decision.changed:
             log.info("desired workers: %d, current: %d; %s", decision.desired, decision.current, decision.reason)
             self._history.append(told(decision, self._last_at))
-        for actuator in self._actuators:
-            actuator.scale(decision)
+        acted, self._acted = self._acted, self.acts
+        if self._acted:
+            if not acted and decision.desired != decision.current:  # whoever acted before may not have
+                decision = msgspec.structs.replace(decision, changed=True)
+            for actuator in self._actuators:
+                actuator.scale(decision)
 
 
 def autoscaler(

@@ -78,10 +78,20 @@ def status_lines(url: str, version: Facts, readiness: Facts, workers: Sequence[F
     kinds = ", ".join(f"{number} {shown(state)}" for state, number in sorted(states.items()))
     yield f"workers    {len(workers)}{f': {kinds}' if kinds else ''}"
     yield f"in flight  {counted(sum(int(each.get('load', 0)) for each in workers), 'request')}"
+    if isinstance(shared := readiness.get("shared_state"), Mapping):
+        yield f"fleet      {shared_line(shared)}"
     for each in workers:
         state, reason = state_of(each)
         if state != "healthy":
             yield f"  {shown(str(each.get('url')))} is {shown(state)}{f': {shown(reason)}' if reason else ''}"
+
+
+def shared_line(shared: Facts) -> str:
+    """Return how a router shares its knowledge with others, in one line."""
+    if shared.get("state") == "connected":
+        store = f" through {shown(str(shared['store']))}" if shared.get("store") else ""
+        return counted(int(shared.get("peers", 0)), "other router") + store
+    return shown(f"alone: {shared.get('problem') or shared.get('state')}")
 
 
 def option_lines(options: Sequence[Facts], everything: bool) -> Iterator[str]:

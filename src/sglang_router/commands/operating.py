@@ -163,9 +163,20 @@ def _status(door: Door, options: argparse.Namespace) -> CommandResult:
     if "total_workers" not in readiness:
         raise door.refused(answer)
     version, workers = door.get("/version", dict[str, Any]), _workers_of(door)
+    readiness |= _shared(door, readiness)
     found = {**version, **readiness, "workers": workers, "policy": _policy(door)}
     lines = status_lines(door.shown, version, readiness, workers, found["policy"])
     return CommandResult(found, lines, 0 if readiness.get("status") == "ready" else REFUSED)
+
+
+def _shared(door: Door, readiness: dict[str, Any]) -> dict[str, Any]:
+    """Return how the router shares its knowledge with others, more fully than it tells everybody; {} if it does not, or
+    to who may not read it."""
+    reply = door.ask("GET", "/overview") if "shared_state" in readiness else None
+    if reply is None or reply.status != 200:
+        return {}
+    found = msgspec.json.decode(reply.content, type=dict[str, Any]).get("shared")
+    return {"shared_state": found} if found else {}
 
 
 def _policy(door: Door) -> str:

@@ -228,7 +228,11 @@ class RouterArgs(ReservedOptions):
 
     def _check_pairs(self) -> None:
         """Check the options of access and TLS that need each other, or exclude each other."""
-        for cert, key in (("server_cert_path", "server_key_path"), ("client_cert_path", "client_key_path")):
+        for cert, key in (
+            ("server_cert_path", "server_key_path"),
+            ("client_cert_path", "client_key_path"),
+            ("shared_state_client_cert", "shared_state_client_key"),
+        ):
             flags = [OPTIONS[name].flag for name in (cert, key)]
             if bool(getattr(self, cert)) != bool(getattr(self, key)):
                 raise ConfigError(f"{flags[0]} and {flags[1]} belong together; give both")

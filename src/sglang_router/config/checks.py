@@ -23,6 +23,7 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HOST_NAME = re.compile(r"[0-9A-Za-z_.-]+")
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?/?")
+_STORE_PREFIX = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _KEY_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 _KEY_PREFIX = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
@@ -216,6 +217,13 @@ def kv_endpoint(value: str) -> str:
     if not _KV_ENDPOINT.fullmatch(value):
         raise ValueError(f"{value!r} is not an address, as in tcp://{{host}}:5557")
     return value
+
+
+def store_prefix(text: str) -> str:
+    """Check what the names of keys in a store begin with. Braces would decide where a cluster keeps them."""
+    if not _STORE_PREFIX.fullmatch(text):
+        raise ValueError(f"{text!r} is not a prefix: 1 to 64 letters, digits and ._:/-")
+    return text
 
 
 def header_names(names: list[str]) -> list[str]:

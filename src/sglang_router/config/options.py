@@ -17,6 +17,7 @@ from sglang_router.config.compat import VERSIONS
 from sglang_router.config.key_files import MOST_PRIORITY
 from sglang_router.config.kinds import ClientKeys, ControlKeys, ModelsMapping, Pairs
 from sglang_router.config.option import alias, option
+from sglang_router.config.store_urls import store_url
 
 # The keys of `routing.policies.POLICIES`, which this module must not import. A test holds the two equal.
 POLICY_NAMES = (
@@ -45,6 +46,7 @@ RETRIES = "Retries"
 BREAKER = "Circuit breaker"
 OVERLOAD = "Overload"
 OUTLIERS = "Outliers"
+SHARED = "Several routers as one"
 HEALTH = "Health checks"
 METRICS = "Metrics"
 DECISIONS = "Decisions"
@@ -634,6 +636,63 @@ class HTTPOptions:
         " /generate and /v1/completions are compared too, the first 8 kB of each. Encoding takes up to 4 ms.",
         POLICY,
         metavar="FILE",
+    )
+
+    # -- several routers as one, see docs/shared-state.md
+    shared_state: str | None = option(
+        None,
+        "URL of the Valkey or Redis through which the routers of one fleet tell each other what they know:"
+        " redis://HOST, rediss://HOST (TLS), redis+sentinel://HOST,HOST/SERVICE or redis+cluster://HOST,HOST"
+        " (docs/shared-state.md). A user and a password belong into the variable or the file, for `ps` shows flags."
+        " Needs pip install 'sglang-router[shared]'.",
+        SHARED,
+        metavar="URL",
+        check=store_url,
+        secret=True,
+    )
+    shared_state_prefix: str = option(
+        "sglang-router",
+        "What the names of all keys in the store begin with: routers with the same one are one fleet.",
+        SHARED,
+        check=checks.store_prefix,
+    )
+    shared_state_key: str | None = option(
+        None,
+        "File with a key of 32 bytes, as 64 hexadecimal digits, with which the routers of a fleet make unreadable what"
+        " they tell. Without it, the first router makes one and keeps it in the store: who can read the store can then"
+        " find out whether a text that he knows was sent.",
+        SHARED,
+        metavar="FILE",
+    )
+    shared_state_password_file: str | None = option(
+        None, "File with the password of the store, in place of one in its URL.", SHARED, metavar="FILE"
+    )
+    shared_state_ca_cert: str | None = option(
+        None,
+        "PEM file with the certificates that the store's certificate is verified with.",
+        SHARED,
+        metavar="FILE",
+        shown_default="those of the system",
+    )
+    shared_state_client_cert: str | None = option(
+        None, "PEM file with the certificate that the router shows to the store.", SHARED, metavar="FILE"
+    )
+    shared_state_client_key: str | None = option(
+        None, "PEM file with the private key of --shared-state-client-cert.", SHARED, metavar="FILE"
+    )
+    shared_state_memory: int = option(
+        67_108_864,
+        "About how much memory the placements of an hour may take in the store; older ones are dropped.",
+        SHARED,
+        unit="bytes",
+        check=at_least(65_536),
+    )
+    shared_state_blocks: int = option(
+        262_144,
+        "Most blocks of prompts of which this router knows through others which workers have them, of about 130 bytes"
+        " each.",
+        SHARED,
+        check=at_least(1024),
     )
 
     # -- requests and connections

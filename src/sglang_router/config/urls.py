@@ -51,11 +51,28 @@ def _authority(authority: str, shown: str) -> str:
         hint = "; put an IPv6 address in brackets" if authority.count(":") > 1 else ""
         raise ConfigError(f"worker URL {shown}: host and port cannot be read{hint}")
     host, port = match["host"], match["port"]
-    if not (_is_ip6(host[1:-1]) if host.startswith("[") else _HOST_NAME.fullmatch(host)):
+    if not _is_host(host):
         raise ConfigError(f"worker URL {shown} has no valid host")
-    if port is not None and not (len(port) <= 5 and 1 <= int(port) <= 65535):
+    if port is not None and not _is_port(port):
         raise ConfigError(f"worker URL {shown}: the port must be from 1 to 65535")
     return authority
+
+
+def host_and_port(authority: str) -> tuple[str, int | None] | None:
+    """Return host (an IPv6 address without its brackets) and port, if any, of HOST:PORT in lower case; None: it is
+    neither a name nor an address, or the port is none."""
+    match = _AUTHORITY.fullmatch(authority)
+    if match is None or not _is_host(match["host"]) or not (match["port"] is None or _is_port(match["port"])):
+        return None
+    return match["host"].strip("[]"), None if match["port"] is None else int(match["port"])
+
+
+def _is_host(host: str) -> bool:
+    return _is_ip6(host[1:-1]) if host.startswith("[") else _HOST_NAME.fullmatch(host) is not None
+
+
+def _is_port(port: str) -> bool:
+    return len(port) <= 5 and 1 <= int(port) <= 65535
 
 
 def _is_ip6(text: str) -> bool:

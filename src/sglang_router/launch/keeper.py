@@ -163,7 +163,7 @@ class ReplicaKeeper:
     @property
     def load(self) -> int:
         """Requests in flight at this replica."""
-        return sum(worker.load for worker in self.workers)
+        return sum(worker.own_load for worker in self.workers)
 
     # -- processes ---------------------------------------------------------------------------------------------------
 

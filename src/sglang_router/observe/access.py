@@ -222,7 +222,7 @@ _CHANGES: Final = {
     ("restarted", ""): (logging.WARNING, "worker is a new process: its remembered prefixes are dropped"),
     ("emptied", ""): (
         logging.WARNING,
-        "worker reports that nothing is cached of what it had: its remembered prefixes are dropped",
+        "worker reports that nothing is cached of what it had, here or to another router: its prefixes are dropped",
     ),
     ("health", "healthy"): (logging.INFO, "worker is healthy"),
     ("health", "starting"): (logging.WARNING, "worker's process ended; a new one starts"),

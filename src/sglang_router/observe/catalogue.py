@@ -17,6 +17,7 @@ from sglang_router.observe import kv_readings as kv
 from sglang_router.observe import pair_readings as pairs
 from sglang_router.observe import readings as read
 from sglang_router.observe import router_readings as router
+from sglang_router.observe import shared_readings as shared
 from sglang_router.observe.clients import per_client
 from sglang_router.observe.readings import Reader, Values
 from sglang_router.observe.session_readings import of_sessions
@@ -554,6 +555,71 @@ METRICS = (
     Family(
         "sgl_router_request_body_limit_bytes", GAUGE, (),
         "--max-buffered-request-bytes; left out with --relay-processes.", read.live(lambda s: s.body_limit),
+    ),
+    Family(
+        "sgl_router_shared_state", GAUGE, ("state",),
+        "1 for what the store of --shared-state is: connecting, connected, or what is wrong with it. This family, as"
+        " all of sgl_router_shared_*, has samples only with --shared-state.",
+        shared.of_shared(shared.state),
+    ),
+    Family(
+        "sgl_router_shared_losses_total", COUNTER, (),
+        "How often the store could not be used any more.", shared.number(lambda s: s.losses),
+    ),
+    Family(
+        "sgl_router_shared_peers", GAUGE, (),
+        "Other routers of the fleet that were heard of in the last seconds.",
+        shared.number(lambda s: len(s.reading.peers)),
+    ),
+    Family(
+        "sgl_router_shared_lag_seconds", GAUGE, (),
+        "From writing a message to the store until it was read again.", shared.of_shared(shared.lag),
+    ),
+    Family(
+        "sgl_router_shared_messages_total", COUNTER, ("direction", "topic"),
+        "Messages that were written to the store (sent), and read from it (received, own ones as well).",
+        shared.of_shared(shared.messages),
+    ),
+    Family(
+        "sgl_router_shared_bytes_total", COUNTER, ("direction", "topic"),
+        "Bytes of those messages.", shared.of_shared(shared.sizes),
+    ),
+    Family(
+        "sgl_router_shared_dropped_total", COUNTER, ("reason",),
+        "Messages, or parts of them, that had no effect: unwritten (the store did not take them), late (too many"
+        " waited), foreign (another key), forged, malformed, too_long and others.",
+        shared.of_shared(shared.dropped),
+    ),
+    Family(
+        "sgl_router_shared_placements_total", COUNTER, ("direction",),
+        "Prompts whose placement was told to others (sent), and heard of (received).",
+        shared.of_shared(shared.placements),
+    ),
+    Family(
+        "sgl_router_shared_entries", GAUGE, (),
+        "Blocks of prompts of which it is known which workers have them, against --shared-state-blocks.",
+        shared.number(lambda s: s.reading.entries),
+    ),
+    Family(
+        "sgl_router_shared_entries_bytes", GAUGE, (),
+        "About how many bytes these take.", shared.number(lambda s: s.reading.size),
+    ),
+    Family(
+        "sgl_router_shared_sessions", GAUGE, (),
+        "Sessions of which it is known where they are at home.", shared.number(lambda s: s.reading.homes),
+    ),
+    Family(
+        "sgl_router_shared_agreed_total", COUNTER, (),
+        "New prompts that were placed where every router would have placed them, while the store was away.",
+        shared.number(lambda s: s.reading.agreed),
+    ),
+    Family(
+        "sgl_router_shared_worker_requests", GAUGE, WORKER,
+        "Requests of other routers in flight on the worker, as they tell.", shared.per_worker,
+    ),
+    Family(
+        "sgl_router_shared_leader", GAUGE, (),
+        "1: this router acts for all (autoscaling), else 0.", shared.number(lambda s: int(s.leads)),
     ),
     Family(
         "sgl_router_trace_spans_total", COUNTER, ("result",),

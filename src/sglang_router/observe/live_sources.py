@@ -11,6 +11,7 @@ from sglang_router.routing.kv_index import KVIndex
 from sglang_router.routing.policies.shadowed import ShadowTally
 from sglang_router.routing.retry_budget import RetryBudget
 from sglang_router.routing.sessions import Sessions
+from sglang_router.routing.shared.records import SharedReading
 from sglang_router.routing.source import SourceReport
 
 Number = Callable[[], int]
@@ -27,6 +28,42 @@ class SpanCounts(Protocol):
 
     sent: int
     lost: int
+
+
+class SharedTraffic(Protocol):
+    """Messages and bytes that went to a store and came from it, by topic; lost: those that could not be written.
+    lag: seconds from writing until reading; None: not measured yet."""
+
+    sent: dict[str, int]
+    sent_bytes: dict[str, int]
+    received: dict[str, int]
+    received_bytes: dict[str, int]
+    lost: dict[str, int]
+    lag: float | None
+
+
+class SharedCounts(Protocol):
+    """What a router shares with others."""
+
+    @property
+    def reading(self) -> SharedReading:
+        """What was heard and is known of the others."""
+
+    @property
+    def traffic(self) -> SharedTraffic:
+        """What goes to the store and comes from it."""
+
+    @property
+    def state(self) -> str:
+        """Whether the store is reached, or what is wrong, in one word."""
+
+    @property
+    def losses(self) -> int:
+        """How often it could not be reached any more."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this router is the one that acts for all."""
 
 
 class LiveSources(msgspec.Struct, kw_only=True):
@@ -47,6 +84,7 @@ class LiveSources(msgspec.Struct, kw_only=True):
     unlogged_decisions    requests that are missing in the log of decisions
     shadows               what the shadow policies would have done
     kv_index              what workers say of their KV caches
+    shared                shares what this router knows with others
     spans                 sends the spans of traces
     retry_budget          limits all retries together
     version               of the router
@@ -71,6 +109,7 @@ class LiveSources(msgspec.Struct, kw_only=True):
     unlogged_decisions: Number | None = None
     shadows: ShadowTally | None = None
     kv_index: KVIndex | None = None
+    shared: SharedCounts | None = None
     spans: SpanCounts | None = None
     retry_budget: RetryBudget | None = None
     version: str = ""

@@ -214,7 +214,7 @@ def load_of_all(pick: Callable[[list[int]], int]) -> Reader:
     """Over the workers in rotation."""
 
     def read(counts: MetricCounts) -> Iterable[Sample]:
-        loads = [worker.load for worker in counts.fleet if worker.in_rotation]
+        loads = [worker.own_load for worker in counts.fleet if worker.in_rotation]
         return [((), pick(loads) if loads else 0)]
 
     return read
@@ -379,8 +379,8 @@ def worker_errors(tally: Tally) -> Iterable[Sample]:
 
 
 def load(worker: Worker) -> int:
-    """Return the requests in flight."""
-    return worker.load
+    """Return the requests of this router in flight."""
+    return worker.own_load
 
 
 def healthy(worker: Worker) -> int:

@@ -27,7 +27,12 @@ KINDS: dict[str, type[Policy]] = {**POLICIES, LongestPrefix.name: LongestPrefix}
 """The policies that can be replayed, by name."""
 
 
-_SWITCHES = {"--json": "print the figures as JSON", "--quiet": "write nothing to standard error but mistakes"}
+_SWITCHES = {
+    "--independent": "let the routers share nothing",
+    "--disconnected": "the same, because their store is away: they agree on what is new",
+    "--json": "print the figures as JSON",
+    "--quiet": "write nothing to standard error but mistakes",
+}
 
 
 class Contender:
@@ -82,6 +87,8 @@ class ReplayOptions:
     contenders: tuple[Contender, ...] = ()
     json: bool = False
     quiet: bool = False
+    independent: bool = False
+    disconnected: bool = False
     policies: str = _option("cache_aware,round_robin", "policies to compare, each perhaps with :option=value", "NAMES")
     workers: int = _option(8, "engines at the start")
     cache_tokens: int = _option(300_000, "slots of each engine's KV cache, in tokens")
@@ -103,6 +110,9 @@ class ReplayOptions:
     decode_ms_per_request: float = _option(0.35, "more duration of a pass per request that it decodes", "MS")
     chunked_prefill_size: int = _option(2048, "most prompt tokens computed in one pass")
     max_running_requests: int = _option(256, "most requests in an engine's batch")
+    routers: int = _option(1, "routers, to which the requests come in turn")
+    shared_delay_ms: float = _option(40.0, "how long it takes until what one router tells has reached the others", "MS")
+    shared_blocks: int = _option(1 << 18, "most beginnings of prompts that a router knows of the placements of all")
     report: str = _option("", "write a report with charts to this file", "FILE.html", str)
 
     @property
@@ -111,10 +121,12 @@ class ReplayOptions:
         speeds = "" if set(self.speeds) == {1.0} else f", speeds {_shown(self.speeds)} in turn"
         changes = [f"{n} that {what}" for n, what in ((len(self.join), "join"), (len(self.leave), "leave")) if n]
         changes += [f"{len(self.restart)} that restart"] * bool(self.restart)
+        alone = " that share nothing" if self.independent or self.disconnected else ""
         return (
             f"{self.workers} engines with {self.cache_tokens:,} tokens of KV cache each and"
             f" {self.prefill_tokens_per_s:,.0f} prompt tokens per second{speeds}"
             + (f"; {', '.join(changes)}" if changes else "")
+            + (f"; {self.routers} routers{alone}" if self.routers > 1 else "")
         )
 
     def setup(self, args: RouterArgs, page: int) -> Setup:
@@ -133,6 +145,10 @@ class ReplayOptions:
             cost=CostModel(self.prefill_tokens_per_s, self.decode_base_ms / 1e3, self.decode_ms_per_request / 1e3),
             limits=BatchLimits(self.chunked_prefill_size, self.max_running_requests),
             changes=tuple(sorted(changes, key=lambda change: change.at)),
+            routers=self.routers,
+            shared_delay=None if self.independent else self.shared_delay_ms / 1e3,
+            shared_blocks=self.shared_blocks,
+            disconnected=self.disconnected,
         )
 
 
@@ -201,6 +217,9 @@ def contender(label: str, words: Sequence[str]) -> Contender:
 _LEAST = {
     "workers": 1,
     "seeds": 1,
+    "routers": 1,
+    "shared_blocks": 1,
+    "shared_delay_ms": 0,
     "live": 1,
     "chunked_prefill_size": 1,
     "max_running_requests": 1,

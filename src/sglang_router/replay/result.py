@@ -30,6 +30,23 @@ class EngineRun(NamedTuple):
     retracted: int
 
 
+class Sharing(NamedTuple):
+    """What it took that several routers share what they know: means of each router, per second.
+
+    messages  that it told
+    size      of them, in bytes
+    entries   most that a replica of placements had
+    dropped   by all routers
+    agreed    strangers that all routers together placed where every router would have placed them
+    """
+
+    messages: float
+    size: float
+    entries: int
+    dropped: int
+    agreed: int
+
+
 class Served:
     """One request of a run. Times in seconds after its start; negative: never.
 
@@ -80,6 +97,7 @@ class Result:
     seconds  of virtual time, from the start to the last event
     wall     seconds that the run took
     loads    for each second, the time and the requests in flight of each worker
+    sharing  None: nothing was shared
     """
 
     def __init__(self, policy: str, seed: int, setup: Setup) -> None:
@@ -92,13 +110,18 @@ class Result:
         self.seconds = 0.0
         self.wall = 0.0
         self.loads: list[tuple[float, tuple[int, ...]]] = []
+        self.sharing: Sharing | None = None
 
     def __repr__(self) -> str:
         return f"<Result {self.policy} seed {self.seed}: {len(self.served)} requests in {self.seconds:.1f} s>"
 
-    def sample(self, now: float, fleet: Fleet) -> None:
-        """Note the load of each worker."""
-        self.loads.append((now, tuple(worker.load for worker in fleet)))
+    def sample(self, now: float, fleets: Sequence[Fleet]) -> None:
+        """Note the load of each worker: all requests there, whichever router sent them."""
+        loads: dict[str, int] = {}
+        for fleet in fleets:
+            for worker in fleet:
+                loads[worker.url] = loads.get(worker.url, 0) + worker.own_load
+        self.loads.append((now, tuple(loads.values())))
 
     def figures(self, slo_ttft: float, slo_itl: float) -> dict[str, float]:
         """Return the figures by name, in the order in which they are shown."""
@@ -112,6 +135,7 @@ class Result:
         least = self._least_times(answered)
         mean, bound = sum(ttft) / (len(ttft) or 1), self._least_mean(answered, least)
         hit, reusable = sum(one.cached for one in answered) / prompts, sum(one.reusable for one in answered) / prompts
+        sharing = {} if self.sharing is None else self.sharing._asdict()
         return {
             "requests": len(self.served),
             "failed": len(self.served) - len(answered),
@@ -135,6 +159,7 @@ class Result:
             "retracted": sum(engine.retracted for engine in self.engines),
             "makespan": span,
             "wall_requests_per_s": len(self.served) / (self.wall or 1.0),
+            **{f"shared_{name}": value for name, value in sharing.items()},
         }
 
     def _least_times(self, answered: Sequence[Served]) -> list[float]:

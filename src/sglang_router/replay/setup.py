@@ -11,10 +11,12 @@ from sglang_router.engine.kv import KVCache
 from sglang_router.engine.scheduler import BatchLimits, CostModel, EngineScheduler
 from sglang_router.replay.load import UNIT
 from sglang_router.routing.rules import HealthRules
+from sglang_router.routing.shared.records import SharedRules
 
 BYTES_PER_TOKEN = 4
 """Bytes of real text for one token, about: what options in bytes are converted with."""
 _COST, _LIMITS = CostModel(), BatchLimits()
+_BLOCKS = SharedRules(b"", b"").blocks
 
 
 class FleetChange(NamedTuple):
@@ -40,6 +42,10 @@ class Setup:
     speeds        of the engines, in turn; 1.0: as the cost model says
     cache_tokens  slots of each engine's KV cache
     page          tokens of a page
+    routers       to which the requests come in turn
+    shared_delay  seconds until what one router tells has reached the others; None: they share nothing
+    shared_blocks  most entries of a router's replica of placements
+    disconnected  the routers would share, but their store is away
     """
 
     args: RouterArgs
@@ -50,6 +56,10 @@ class Setup:
     cost: CostModel = _COST
     limits: BatchLimits = _LIMITS
     changes: tuple[FleetChange, ...] = ()
+    routers: int = 1
+    shared_delay: float | None = None
+    shared_blocks: int = _BLOCKS
+    disconnected: bool = False
 
     def speed(self, number: int) -> float:
         """Return the speed of an engine."""
@@ -76,6 +86,11 @@ class Setup:
     def most_text(self) -> int:
         """Bytes of routing text that count, a multiple of the unit."""
         return -(-self._bytes(settings.most_routing_text(self.args)) // UNIT) * UNIT
+
+    @property
+    def shared_step(self) -> int:
+        """Bytes of routing text between two boundaries of what routers tell each other."""
+        return -(-self._bytes(SharedRules(b"", b"").step) // UNIT) * UNIT
 
     def _bytes(self, of_text: int) -> int:
         return max(UNIT, of_text * UNIT // (BYTES_PER_TOKEN * self.page))

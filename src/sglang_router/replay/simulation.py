@@ -1,4 +1,4 @@
-"""One run: a load, the production router and simulated engines, in virtual time.
+"""One run: a load, the production router (or several) and simulated engines, in virtual time.
 
     Load ── LoadRequest ──> Router.ask ── Plan ──> SimulatedEngine.submit
       ^               ^  '-- Wait: until the router delivers, or the time is up
@@ -16,26 +16,25 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections.abc import Callable, Iterator
 
-from sglang_router.app.routers import fleet_of, router_of
 from sglang_router.engine.kv import KVCache
 from sglang_router.engine.scheduler import EngineRequest, TooLongError
 from sglang_router.errors import RouterError
 from sglang_router.replay.engine import PagedRequest, SimulatedEngine
 from sglang_router.replay.load import UNIT, Load, LoadRequest
 from sglang_router.replay.result import Result, Served
+from sglang_router.replay.routers import SimulatedRouters
 from sglang_router.replay.setup import Setup
 from sglang_router.replay.timeline import Timeline
 from sglang_router.replay.workers import SimulatedWorkers
 from sglang_router.routing.decider import Delivered
 from sglang_router.routing.endpoints import ENDPOINTS
-from sglang_router.routing.events import Listeners
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Route, Wait
 from sglang_router.routing.policies.base import Policy
+from sglang_router.routing.router import Router
 from sglang_router.routing.usage import Usage
 
 _GENERATE = ENDPOINTS[b"/generate"]
@@ -50,16 +49,18 @@ class Flight:
     """A request in the simulation.
 
     ask      what the load said of it
+    router   to which it came
     served   what becomes of it
     waits    the router's last answer when it is queued; None: it is not
     leg      where it goes; None: nowhere yet
     request  the engine's view of it
     """
 
-    __slots__ = ("ask", "facts", "leg", "request", "served", "tag", "waits")
+    __slots__ = ("ask", "facts", "leg", "request", "router", "served", "tag", "waits")
 
-    def __init__(self, ask: LoadRequest, tag: RequestTag, facts: Facts, served: Served) -> None:
+    def __init__(self, ask: LoadRequest, router: Router, tag: RequestTag, facts: Facts, served: Served) -> None:
         self.ask = ask
+        self.router = router
         self.tag = tag
         self.facts = facts
         self.served = served
@@ -90,17 +91,13 @@ class Simulation:
         self.setup = setup
         self.load = load
         self.result = Result(policy.name, seed, setup)
-        rng, timeline = random.Random(seed), Timeline()
-        listeners, ids, args = Listeners(), itertools.count(1), setup.router_args
-        self.timeline = timeline
-        self.fleet = fleet_of(args, listeners, lambda: f"w{next(ids)}", rng, policy)
-        self.workers = SimulatedWorkers(setup, self.fleet, timeline, self.result.gaps)
+        self.timeline = timeline = Timeline()
+        self.routers = SimulatedRouters(setup, timeline, policy, seed)
+        self.fleets = self.routers.fleets
+        self.workers = SimulatedWorkers(setup, self.fleets, timeline, self.result.gaps)
         self.workers.died = self._died
-        self.router = router_of(args, self.fleet, listeners, rng, timeline.soon.append, self.workers.check_now)
-        self.router.deliver = self._deliver
-        self.router.sessions.contexts.bytes_per_token = UNIT / setup.page
-        listeners.add(self.router)
-        self._tidy_every = max(1, round(args.eviction_interval_secs / _SWEEP))
+        self.routers.attach(self.workers, self._deliver)
+        self._tidy_every = max(1, round(setup.args.eviction_interval_secs / _SWEEP))
         self._most_text = setup.most_text
         self._watch = watch
         self._flights: dict[int, Flight] = {}  # by number of the request; those in progress
@@ -110,16 +107,18 @@ class Simulation:
         self._sweeps = 0
 
     def __repr__(self) -> str:
-        return f"<Simulation of {self.load.name}: {self.timeline!r}, {len(self._flights)} in flight, {self.router!r}>"
+        return f"<Simulation of {self.load.name}: {self.timeline!r}, {len(self._flights)} in flight, {self.routers!r}>"
 
     def run(self) -> Result:
         """Run until every request has ended; return what became of each. Call it once."""
         self.workers.start()
+        self.routers.start()
         self.timeline.background(_SWEEP, self._sweep)
         self._next(self.load.arrivals())
         self.timeline.run()
         self.result.seconds = self.timeline.now
         self.result.engines = self.workers.runs()
+        self.result.sharing = self.routers.sharing(self.timeline.now)
         return self.result
 
     # -- requests --------------------------------------------------------------------------------------------------
@@ -142,9 +141,10 @@ class Simulation:
         text = ask.text(page, self._most_text)
         facts = Facts(_GENERATE, b"", text, 0, ask.stream, b"", ask.session, body=tag.raw_id)
         facts.session = ask.session
-        flight = self._flights[number] = Flight(ask, tag, facts, served)
+        router = self.routers.turn()
+        flight = self._flights[number] = Flight(ask, router, tag, facts, served)
         try:
-            answer: Delivered = self.router.ask(tag, facts, now)
+            answer: Delivered = router.ask(tag, facts, now)
         except RouterError as error:
             answer = error
         self._follow(flight, answer)
@@ -180,14 +180,14 @@ class Simulation:
 
     def _expire(self, flight: Flight, wait: Wait) -> None:
         if flight.waits is wait:
-            self._follow(flight, self.router.expired(flight.tag, self.timeline.now))
+            self._follow(flight, flight.router.expired(flight.tag, self.timeline.now))
 
     def _send(self, flight: Flight) -> None:
         assert flight.leg is not None
         name = flight.leg.target.name
         engine = self.workers.listening(name)
         if engine is None:
-            self.router.suspect(flight.leg)
+            flight.router.suspect(flight.leg)
             self._failed(flight, Outcome.REFUSED)
             return
         request = PagedRequest(flight.ask, self.setup.page)
@@ -195,7 +195,7 @@ class Simulation:
         try:
             engine.submit(request, self.timeline.now)
         except TooLongError:
-            self.router.ended(flight.tag, flight.leg, Outcome.REJECTED, self.timeline.now)
+            flight.router.ended(flight.tag, flight.leg, Outcome.REJECTED, self.timeline.now)
             self._end(flight, "too_long")
             return
         flight.request = request
@@ -215,14 +215,14 @@ class Simulation:
             flight = self._of[request]
             flight.served.first = self.timeline.now
             assert flight.leg is not None
-            self.router.began(flight.leg, self.timeline.now)
+            flight.router.began(flight.leg, self.timeline.now)
         for request in ended:
             flight = self._of.pop(request)
             flight.served.cached = request.cached
             flight.served.output = request.output
             assert flight.leg is not None
             usage = Usage(request.prompt, request.cached, request.output)
-            self.router.ended(flight.tag, flight.leg, Outcome.SERVED, self.timeline.now, usage)
+            flight.router.ended(flight.tag, flight.leg, Outcome.SERVED, self.timeline.now, usage)
             self._end(flight)
 
     def _died(self, name: str) -> None:
@@ -232,21 +232,21 @@ class Simulation:
             assert flight.request is not None
             assert flight.leg is not None
             del self._of[flight.request]
-            self.router.suspect(flight.leg)
+            flight.router.suspect(flight.leg)
             if flight.served.first < 0.0:
                 self._failed(flight, Outcome.BROKEN)
             else:
-                self.router.ended(flight.tag, flight.leg, Outcome.CUT, self.timeline.now)
+                flight.router.ended(flight.tag, flight.leg, Outcome.CUT, self.timeline.now)
                 self._end(flight, Outcome.CUT.label)
 
     def _failed(self, flight: Flight, outcome: Outcome) -> None:
         """A leg failed: ask for a retry."""
         assert flight.leg is not None
-        plan = self.router.retry(flight.tag, flight.leg, flight.facts, outcome, self.timeline.now)
+        plan = flight.router.retry(flight.tag, flight.leg, flight.facts, outcome, self.timeline.now)
         if plan is not None:
             self._follow(flight, plan)
             return
-        self.router.ended(flight.tag, flight.leg, outcome, self.timeline.now)
+        flight.router.ended(flight.tag, flight.leg, outcome, self.timeline.now)
         self._end(flight, outcome.label)
 
     def _end(self, flight: Flight, error: str = "") -> None:
@@ -262,12 +262,14 @@ class Simulation:
 
     def _sweep(self) -> None:
         self._sweeps += 1
-        self.router.look(self.timeline.now)
+        self.routers.look()
         if not self._sweeps % _JUDGE_EVERY:
-            self.fleet.judge(self.timeline.now)
-            self.result.sample(self.timeline.now, self.fleet)
+            for fleet in self.fleets:
+                fleet.judge(self.timeline.now)
+            self.result.sample(self.timeline.now, self.fleets)
             self._watch(self.timeline.now, len(self.result.served) - len(self._flights))
         if not self._sweeps % self._tidy_every:
-            while self.fleet.pools.tidy(self.timeline.now, _TIDY_STEPS):
-                pass
+            for fleet in self.fleets:
+                while fleet.pools.tidy(self.timeline.now, _TIDY_STEPS):
+                    pass
         self.timeline.background(self.timeline.now + _SWEEP, self._sweep)

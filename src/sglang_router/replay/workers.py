@@ -1,4 +1,4 @@
-"""The simulated engines as the workers of a fleet: they join, leave, break down and come back, and are checked.
+"""The simulated engines as workers, of each router: they join, leave, break down and come back, and are checked.
 
     join      registered, and found well at once, as an engine that was warmed up before it was named
     leave     removed, as by DELETE /workers; what it computes it finishes
@@ -11,7 +11,7 @@ router asks for one. Every --engine-report-interval-secs each engine reports how
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sglang_router.replay.engine import Gaps, SimulatedEngine
 from sglang_router.replay.load import UNIT
@@ -31,19 +31,20 @@ class SimulatedWorkers:
     died     called with the name of a worker whose process died
     """
 
-    def __init__(self, setup: Setup, fleet: Fleet, timeline: Timeline, gaps: Gaps) -> None:
+    def __init__(self, setup: Setup, fleets: Sequence[Fleet], timeline: Timeline, gaps: Gaps) -> None:
         self.engines: list[SimulatedEngine] = []
         self.died: Callable[[str], None] = lambda name: None
         self._setup = setup
-        self._fleet = fleet
+        self._fleets = fleets
+        self._of: dict[Worker, Fleet] = {}
         self._timeline = timeline
         self._gaps = gaps
         self._survey_every = setup.args.engine_report_interval_secs
         self._listening: dict[str, SimulatedEngine] = {}
         self._numbers: dict[str, int] = {}
         self._left: dict[str, float] = {}  # when workers left
-        self._watched: set[str] = set()  # workers that are checked periodically
-        self._asked: set[str] = set()  # workers for which a check is planned now
+        self._watched: set[Worker] = set()  # workers that are checked periodically
+        self._asked: set[Worker] = set()  # workers for which a check is planned now
 
     def __repr__(self) -> str:
         return f"<SimulatedWorkers {list(self._listening)}>"
@@ -80,12 +81,14 @@ class SimulatedWorkers:
         name = f"http://engine{number}"
         self._numbers[name] = number
         self._listen(name)
-        worker = self._fleet.add(WorkerSpec(url=name, health=self._setup.health), self._timeline.now)
-        self._fleet.probed(worker, None, self._timeline.now)
-        worker.work.bytes_per_token = UNIT / self._setup.page  # texts have one unit for each page
-        if self._survey_every:
-            self._report(worker)
-            self._timeline.background(self._timeline.now + worker.phase * self._survey_every, self._survey, worker)
+        for fleet in self._fleets:
+            worker = fleet.add(WorkerSpec(url=name, health=self._setup.health), self._timeline.now)
+            self._of[worker] = fleet
+            fleet.probed(worker, None, self._timeline.now)
+            worker.work.bytes_per_token = UNIT / self._setup.page  # texts have one unit for each page
+            if self._survey_every:
+                self._report(worker)
+                self._timeline.background(self._timeline.now + worker.phase * self._survey_every, self._survey, worker)
 
     def _listen(self, name: str) -> None:
         setup = self._setup
@@ -100,49 +103,51 @@ class SimulatedWorkers:
         self._join()
 
     def _leaves(self, change: FleetChange) -> None:
-        worker = self._worker(change)
-        if worker is not None:
-            self._fleet.remove(worker)
+        for worker in self._workers(change):
+            self._of[worker].remove(worker)
             self._left[worker.url] = self._timeline.now
 
     def _restarts(self, change: FleetChange) -> None:
-        worker = self._worker(change)
-        engine = self._listening.pop(worker.url, None) if worker is not None else None
-        if worker is None or engine is None:
+        workers = self._workers(change)
+        engine = self._listening.pop(workers[0].url, None) if workers else None
+        if engine is None:
             return
         engine.stop(self._timeline.now)
-        self.died(worker.url)
-        self._timeline.background(self._timeline.now + change.down, self._listen, worker.url)
-        if worker.url not in self._watched:
-            self._watched.add(worker.url)
-            first = worker.phase * worker.spec.health.interval
-            self._timeline.background(self._timeline.now + first, self._check_on, worker)
+        self.died(engine.name)
+        self._timeline.background(self._timeline.now + change.down, self._listen, engine.name)
+        for worker in workers:
+            if worker not in self._watched:
+                self._watched.add(worker)
+                first = worker.phase * worker.spec.health.interval
+                self._timeline.background(self._timeline.now + first, self._check_on, worker)
 
-    def _worker(self, change: FleetChange) -> Worker | None:
-        return self._fleet.by_url(f"http://engine{change.worker}")
+    def _workers(self, change: FleetChange) -> list[Worker]:
+        """Return the worker of a change, as each router knows it."""
+        found = [fleet.by_url(f"http://engine{change.worker}") for fleet in self._fleets]
+        return [worker for worker in found if worker is not None]
 
     # -- health checks ---------------------------------------------------------------------------------------------
 
     def check_now(self, worker: Worker) -> None:
         """Check a worker after the current event."""
-        if worker.url not in self._asked:
-            self._asked.add(worker.url)
+        if worker not in self._asked:
+            self._asked.add(worker)
             self._timeline.background(self._timeline.now, self._check_asked, worker)
 
     def _check_asked(self, worker: Worker) -> None:
-        self._asked.discard(worker.url)
+        self._asked.discard(worker)
         self._check(worker)
 
     def _check(self, worker: Worker) -> None:
         up = worker.url in self._listening
-        self._fleet.probed(worker, None if up else "connection refused", self._timeline.now, refused=not up)
+        self._of[worker].probed(worker, None if up else "connection refused", self._timeline.now, refused=not up)
 
     def _check_on(self, worker: Worker) -> None:
         """Check a worker, and again later until it is there and well."""
         self._check(worker)
         well = worker.health is Health.HEALTHY
         if worker.removed or (well and worker.url in self._listening):
-            self._watched.discard(worker.url)
+            self._watched.discard(worker)
             return
         pause = worker.spec.health.interval if well else self._setup.args.worker_startup_check_interval
         self._timeline.background(self._timeline.now + pause, self._check_on, worker)
@@ -158,4 +163,4 @@ class SimulatedWorkers:
     def _report(self, worker: Worker) -> None:
         engine = self._listening.get(worker.url)
         well = engine is not None and worker.health is Health.HEALTHY
-        self._fleet.reported(worker, engine.report() if engine and well else worker.report.without_load())
+        self._of[worker].reported(worker, engine.report() if engine and well else worker.report.without_load())

@@ -1,9 +1,9 @@
 """The circuit breaker of a worker, as a table: what is heard in which state, and what happens then.
 
-                 success   failure   probe success   probe failure   time up     check passed      process lost
-    CLOSED       clear     count     -               -               -           keep              clear
-    OPEN         keep      keep      -               -               half-open   close if contact  close
-    HALF_OPEN    keep      keep      prove           reopen          -           close if contact  close
+                 success   failure   probe success   probe failure   time up     check passed      process lost  doubted
+    CLOSED       clear     count     -               -               -           keep              clear         doubt
+    OPEN         keep      keep      -               -               half-open   close if contact  close         keep
+    HALF_OPEN    keep      keep      prove           reopen          -           close if contact  close         keep
 
     keep                 nothing changes; in OPEN and HALF_OPEN these are late answers of requests sent before
     clear                failures = 0
@@ -13,6 +13,7 @@
     reopen               OPEN again for twice as long, at most `max_timeout` seconds
     close if contact     a passed health check closes what failed contacts opened, and nothing else
     close                CLOSED, with no failures
+    doubt                failures = `threshold` - 1: the next failure opens it, the next success clears it
     -                    cannot happen: RuntimeError
 
 Only served requests close what failed answers opened: an engine whose /health is fine while every generation fails is
@@ -106,6 +107,11 @@ def count(circuit: Circuit, rules: BreakerRules, now: float, kind: Hears) -> Non
         circuit.open(rules.timeout, now)
 
 
+def doubt(circuit: Circuit, rules: BreakerRules, now: float, kind: Hears) -> None:
+    """Count all failures but the last one that opens it."""
+    circuit.failures = max(circuit.failures, rules.threshold - 1)
+
+
 def half_open(circuit: Circuit, rules: BreakerRules, now: float, kind: Hears) -> None:
     """Let one request, the probe, pass."""
     circuit.state = Breaker.HALF_OPEN
@@ -141,16 +147,27 @@ TABLE: Final[dict[tuple[Breaker, BreakerEvent], Action]] = {
     (Breaker.CLOSED, BreakerEvent.FAILURE): count,
     (Breaker.CLOSED, BreakerEvent.CHECK_PASSED): keep,
     (Breaker.CLOSED, BreakerEvent.PROCESS_LOST): clear,
+    (Breaker.CLOSED, BreakerEvent.DOUBTED): doubt,
     (Breaker.OPEN, BreakerEvent.SUCCESS): keep,
     (Breaker.OPEN, BreakerEvent.FAILURE): keep,
     (Breaker.OPEN, BreakerEvent.TIME_UP): half_open,
     (Breaker.OPEN, BreakerEvent.CHECK_PASSED): close_if_contact,
     (Breaker.OPEN, BreakerEvent.PROCESS_LOST): close,
+    (Breaker.OPEN, BreakerEvent.DOUBTED): keep,
     (Breaker.HALF_OPEN, BreakerEvent.SUCCESS): keep,
     (Breaker.HALF_OPEN, BreakerEvent.FAILURE): keep,
     (Breaker.HALF_OPEN, BreakerEvent.PROBE_SUCCESS): prove,
     (Breaker.HALF_OPEN, BreakerEvent.PROBE_FAILURE): reopen,
     (Breaker.HALF_OPEN, BreakerEvent.CHECK_PASSED): close_if_contact,
     (Breaker.HALF_OPEN, BreakerEvent.PROCESS_LOST): close,
+    (Breaker.HALF_OPEN, BreakerEvent.DOUBTED): keep,
 }
 """What happens, by state and event; a pair that is missing cannot happen."""
+
+LEG_ENDS: Final = {
+    (True, False): BreakerEvent.SUCCESS,
+    (False, False): BreakerEvent.FAILURE,
+    (True, True): BreakerEvent.PROBE_SUCCESS,
+    (False, True): BreakerEvent.PROBE_FAILURE,
+}
+"""What a breaker hears at the end of a leg, by (whether it succeeded, whether it was the probe)."""

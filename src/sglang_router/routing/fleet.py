@@ -5,6 +5,8 @@
     probed(worker, ...)              the result of a health check
     lost / down                      the part that runs the engine reports that its process is gone
     lease(worker)                    load + 1; Lease.close(outcome, now): load - 1, and the breaker hears the outcome
+    share(worker, elsewhere)         other routers have so many requests in flight there
+    doubt(worker)                    another router has taken it out: its next failure opens the breaker
     hear(lease, ...)                 it hears later how a leg ended, when it is known whose fault it was
     judge(now)                       once a second: ejects outliers (`routing.outliers`), pool by pool
 
@@ -21,12 +23,12 @@ from typing import Final
 import msgspec
 
 from sglang_router.errors import Conflict, Unavailable
+from sglang_router.routing.breaker import LEG_ENDS
 from sglang_router.routing.engine_report import NOTHING, EngineReport
 from sglang_router.routing.events import Listener, WorkerChanged
 from sglang_router.routing.lease import Lease
 from sglang_router.routing.model_names import Names
 from sglang_router.routing.outcome import Hears, Outcome
-from sglang_router.routing.outliers import Outliers
 from sglang_router.routing.policies.base import Policy
 from sglang_router.routing.pool import Pool, PoolKey
 from sglang_router.routing.pools import Pools
@@ -207,17 +209,10 @@ class Fleet:
 
     def judge(self, now: float) -> None:
         """Eject workers that do much worse than the others of their pool, and end ejections whose time is up."""
+        names = ("kept", "held_off")
         for pool in self.pools:
-            if pool.outliers is not None:
-                self._judge(pool.well(), pool.outliers, now)
-
-    def _judge(self, workers: list[Worker], outliers: Outliers[Worker], now: float) -> None:
-        reasons = {ejection.worker: ejection.reason for ejection in outliers.judge(workers, now)}
-        for worker in workers:
-            old, worker.ejected = worker.ejected, reasons.get(worker, "")
-            if bool(old) != bool(worker.ejected):
-                names = ("kept", "held_off")
-                self._changed(worker, "outlier", names[bool(old)], names[bool(worker.ejected)])
+            for worker in pool.judge(now):
+                self._changed(worker, "outlier", names[not worker.ejected], names[bool(worker.ejected)])
 
     # -- leases ------------------------------------------------------------------------------------------------------
 
@@ -239,6 +234,14 @@ class Fleet:
             worker.probing = number  # the circuit lets no other request pass until this one ends
             self.pools.changed(worker)
         return Lease(number, worker, self._close)
+
+    def share(self, worker: Worker, elsewhere: int) -> None:
+        """Count the requests that other routers have in flight at a worker now, instead of those told before."""
+        old = worker.load
+        worker.load += elsewhere - worker.elsewhere
+        worker.elsewhere = elsewhere
+        if worker.bit:
+            worker.roster.moved(worker.bit, old, worker.load)
 
     def _close(self, lease: Lease, outcome: Outcome, now: float, held: bool) -> None:
         worker = lease.worker
@@ -270,14 +273,18 @@ class Fleet:
             worker.outliers.heard(worker, hears is not _SUCCESS, lease.first_byte, lease.bucket, now)
         # A success changes nothing while there are no failures, which is nearly always.
         if self._breaks and (hears is not _SUCCESS or worker.circuit.failures):
-            self._hear(worker, _EVENTS[hears is _SUCCESS, probe], now, hears)
+            self._hear(worker, LEG_ENDS[hears is _SUCCESS, probe], now, hears)
+
+    def doubt(self, worker: Worker, now: float) -> None:
+        """Let the next failure of a worker open its breaker, and the next success clear it of all."""
+        if self._breaks and not worker.removed:
+            self._hear(worker, BreakerEvent.DOUBTED, now)
 
     # -- breakers ----------------------------------------------------------------------------------------------------
 
     def _hear(self, worker: Worker, event: BreakerEvent, now: float, kind: Hears = _NOTHING) -> None:
         """Pass an event to the circuit of a worker; emit an event if its state changed."""
-        circuit = worker.circuit
-        old = circuit.state
+        circuit, old = worker.circuit, worker.circuit.state
         circuit.hear(event, self.rules.breaker, now, kind)
         if circuit.state is old:
             return
@@ -389,12 +396,3 @@ class Fleet:
     def _changed(self, worker: Worker, what: str, old: str, new: str) -> None:
         self.pools.changed(worker)
         self._listener.worker_changed(WorkerChanged(worker, what, old, new))
-
-
-_EVENTS: Final = {
-    (True, False): BreakerEvent.SUCCESS,
-    (False, False): BreakerEvent.FAILURE,
-    (True, True): BreakerEvent.PROBE_SUCCESS,
-    (False, True): BreakerEvent.PROBE_FAILURE,
-}
-"""What a breaker hears at the end of a leg, by (whether it succeeded, whether it was the probe)."""

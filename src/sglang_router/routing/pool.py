@@ -181,6 +181,18 @@ class Pool:
         """Return the healthy workers whose breakers let requests pass, ejected ones too: those that are compared."""
         return [w for w in self.workers if w.health is Health.HEALTHY and w.in_rotation and w.lets_pass]
 
+    def judge(self, now: float) -> list[Worker]:
+        """Eject the workers that do much worse than the others, and end ejections whose time is up; return those."""
+        if self.outliers is None:
+            return []
+        workers, changed = self.well(), []
+        reasons = {ejection.worker: ejection.reason for ejection in self.outliers.judge(workers, now)}
+        for worker in workers:
+            old, worker.ejected = worker.ejected, reasons.get(worker, "")
+            if bool(old) != bool(worker.ejected):
+                changed.append(worker)
+        return changed
+
     def _refresh(self, now: float) -> None:
         self.refreshed += 1
         changed = self._seating.settle()

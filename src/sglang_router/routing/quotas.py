@@ -15,6 +15,8 @@ All limits of a request are looked at before it is counted for any of them. Toke
 flight can spend more than there is; the client waits longer then. Where nobody tells them, because the client left or
 did not ask for them, they are estimated by bytes: else to leave just before the end would cost nothing.
 
+Several routers that share what they know count together (`routing.shared.spending`).
+
 A client is the name of its key: two keys of one name share the limits. A client with a token of the identity provider
 is `jwt:` and its subject; those that no rule names have the same rules, each with a meter of its own. Such meters are
 bounded: the one that was used longest ago, and has nothing in flight, makes room. All other names, and models, come
@@ -26,7 +28,7 @@ Pure: time is an argument.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -64,15 +66,17 @@ class Meter:
 
     name     in messages: "the key alice"
     rules    its limits
-    running  its requests in flight
+    running  its requests in flight; elsewhere: those of other routers, as they tell (`routing.shared`)
+    code     what routers call it; 0: they do not
     """
 
-    __slots__ = ("_requests", "_tokens", "name", "rules", "running")
+    __slots__ = ("_begun", "_requests", "_spent", "_tokens", "code", "elsewhere", "name", "rules", "running")
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.running = 0
+        self.running = self.elsewhere = self.code = 0
         self.rules = NO_LIMITS
+        self._begun = self._spent = 0  # requests and tokens that other routers were not told of
         self._requests: TokenBucket | None = None
         self._tokens: TokenBucket | None = None
 
@@ -90,9 +94,9 @@ class Meter:
 
     def refusal(self, now: float) -> Overload | None:
         """Return why one more request is too many; None when it is not."""
-        rules, name = self.rules, self.name
-        if rules.max_concurrent is not None and self.running >= rules.max_concurrent:
-            text = f"There are {self.running} requests in flight of {name}, and it may have {rules.max_concurrent}."
+        rules, name, running = self.rules, self.name, self.running + self.elsewhere
+        if rules.max_concurrent is not None and running >= rules.max_concurrent:
+            text = f"There are {running} requests in flight of {name}, and it may have {rules.max_concurrent}."
             return ConcurrencyLimited(f"{text} Wait until one ends.", retry_after=_SOON)
         if self._requests is not None and (missing := self._requests.missing(now)):
             text = f"More requests come of {name} than {rules.requests_per_second:g} per second. Send fewer."
@@ -119,12 +123,27 @@ class Meter:
     def begin(self, now: float) -> None:
         """Count a request."""
         self.running += 1
+        self._begun += 1
         if self._requests is not None:
             self._requests.spend(1.0, now)
 
     def end(self, tokens: int, now: float) -> None:
         """Count the end of a request, and the tokens of its prompt and its answer."""
         self.running -= 1
+        self._spent += max(tokens, 0)
+        if self._tokens is not None and tokens > 0:
+            self._tokens.spend(float(tokens), now)
+
+    def untold(self) -> tuple[int, int]:
+        """Return the requests and the tokens since the last call: for other routers."""
+        found = self._begun, self._spent
+        self._begun = self._spent = 0
+        return found
+
+    def charge(self, requests: int, tokens: int, now: float) -> None:
+        """Count requests and tokens of other routers."""
+        if self._requests is not None and requests > 0:
+            self._requests.spend(float(requests), now)
         if self._tokens is not None and tokens > 0:
             self._tokens.spend(float(tokens), now)
 
@@ -135,10 +154,14 @@ class Quotas(Listener):
     on            there are limits of clients or models: without, `admit` need not be called
     max_priority  highest priority that a client may ask for if its key does not say
     most          meters of clients with tokens that no rule names
+    joined        hears of each new meter; None: nobody does
+    touched       whose figures changed, for who tells them to other routers and empties it; None: nobody does
     """
 
     def __init__(self, max_priority: int = 0, most: int = 1 << 14) -> None:
         self.on = False
+        self.joined: Callable[[Meter], None] | None = None
+        self.touched: dict[Meter, None] | None = None
         self._most = most
         self.max_priority = max_priority
         self._clients: dict[str, tuple[ClientRules, Meter]] = {}
@@ -198,7 +221,24 @@ class Quotas(Listener):
 
     def _meter(self, name: str) -> Meter:
         """Return the meter of this name, or a new one."""
-        return self._former.pop(name) if name in self._former else Meter(name)
+        if name in self._former:
+            return self._former.pop(name)
+        meter = Meter(name)
+        if self.joined is not None:
+            self.joined(meter)
+        return meter
+
+    def meters(self) -> Iterator[Meter]:
+        """Give all meters, some perhaps twice. None of them changes its name, and no two have the same."""
+        for _, meter in (*self._clients.values(), *self._models.values()):
+            yield meter
+        yield from self._subjects.values()
+        yield from self._former.values()
+
+    def _touch(self, held: tuple[Meter, ...]) -> None:
+        if self.touched is not None:
+            for meter in held:
+                self.touched[meter] = None
 
     def _tidy(self) -> None:
         """Forget the meters that count for nobody and have nothing in flight."""
@@ -253,6 +293,7 @@ class Quotas(Listener):
         if held:
             for meter in held:
                 meter.begin(now)
+            self._touch(held)
             self._held[tag.number] = held, len(facts.text)
             if client is not None:
                 tag.limits = client[1].fields(now)
@@ -266,6 +307,7 @@ class Quotas(Listener):
             tokens = _estimated(event, size) if usage is None else max(usage.prompt, 0) + max(usage.completion, 0)
             for meter in held:
                 meter.end(tokens, now)
+            self._touch(held)
 
     def priority(self, tag: RequestTag, facts: Facts) -> int:
         """Return the priority of a request: what its client asks for, else that of its key, else that of its model,

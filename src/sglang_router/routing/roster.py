@@ -100,6 +100,12 @@ class Roster:
         if lower < self.low:
             self.low = lower
 
+    def moved(self, bit: int, load: int, other: int) -> None:
+        """Take note that the load of a worker is another one, any number away."""
+        if other != load:
+            self.remove(bit, load)
+            self.add(bit, other)
+
     # -- questions about a set of able workers -------------------------------------------------------------------------
 
     def least(self, mask: int) -> int:

@@ -101,7 +101,7 @@ class Router(Listener):
         self._again = Again(fleet, self._who, retries, rng)
         self._legs = Legs(fleet, self._who, listener)
         self._pairing = Pairing(fleet.pools, self._who, self._legs, rng)
-        self._listener, self._soon, self._check_now = listener, soon, check_now
+        self._listener, self._soon, self.check_now = listener, soon, check_now
         self._leases = self._legs.open
         self.tracer: Callable[[LegEnded], None] | None = None
         self._trails: dict[int, Trail] = {}  # by number of the request; only of requests that are retried now
@@ -221,7 +221,7 @@ class Router(Listener):
         trail = self._trails.pop(tag.number, None) or Trail(lease.facts)
         failure = self._judge.failed(trail, lease, outcome, status, now)
         self._pairing.failed(tag.number, lease, outcome)
-        self._freed()
+        self.freed()
         # Whether a broken stream may go on is up to the body handler, unless this worker broke off before it answered.
         final = failure is not None and trail.is_final(failure) and not (continued and outcome not in _SILENT_BREAKS)
         facts.session = facts.session or lease.facts.session  # not read anew for the rest of a broken stream
@@ -274,7 +274,7 @@ class Router(Listener):
         if not last:  # the end of the other leg decides who is to blame
             self._judge.half(self._trails, tag, lease, outcome, now)
             self._listener.half_ended(LegEnded(tag, leg, outcome, now, usage, lease.facts.session))
-            self._freed()
+            self.freed()
             return
         if outcome is not _SERVED or self._trails or self.quarantine.broken:
             trail = self._trails.pop(tag.number, None) or Trail(lease.facts)
@@ -286,7 +286,7 @@ class Router(Listener):
             lease.close(outcome, now)
         if not self.queue.idle:
             self.queue.leave(tag.number, now)
-            self._freed()
+            self.freed()
 
     def holds(self, leg: PlannedLeg, response: bytes) -> None:
         """Take note that the leg's worker keeps a response with this id."""
@@ -306,7 +306,7 @@ class Router(Listener):
         """Check the leg's worker now: its connection broke."""
         worker = self.fleet.by_url(leg.target.name)
         if worker is not None:
-            self._check_now(worker)
+            self.check_now(worker)
 
     # -- the queue -----------------------------------------------------------------------------------------------------
 
@@ -345,10 +345,10 @@ class Router(Listener):
         """Check the queue: requests may wait for this worker, or in vain. Its sessions may have lost their home."""
         if event.what in ("removed", "restarted"):
             self._who.sessions.lost(event.worker)
-        self._freed()
+        self.freed()
 
-    def _freed(self) -> None:
-        """Check the queue after the current call, once."""
+    def freed(self) -> None:
+        """Check the queue after the current call, once: a worker may have room again."""
         if len(self.queue) and not self._scheduled:
             self._scheduled = True
             self._soon(self._let_in)
@@ -361,7 +361,7 @@ class Router(Listener):
             try:
                 answer = self._answer(queued.item, now)
             except Exception:  # a policy failed: the event loop logs it, and the others are let in after it
-                self._freed()
+                self.freed()
                 self.deliver(queued.number, InternalError())
                 raise
             if not isinstance(answer, str):
@@ -373,7 +373,7 @@ class Router(Listener):
                 passed_over.add(queued.line)
             self._still_waits(queued.line, answer)
         if self._who.follow(self.queue, begun, now):
-            self._freed()
+            self.freed()
 
     def _answer(self, asked: Asked, now: float) -> Plan | RouterError | str:
         """Return the answer to a queued request and remove it from the queue; or return what it still waits for."""

@@ -20,6 +20,9 @@ With known backlogs: longer than four times what the least burdened other one wo
 the whole text, plus a second. Else by requests in flight: more than twice the mean of the other candidates, plus
 `_SPARE` requests. Far overloaded is twice that. So no key, however many requests name it, piles up on one worker.
 
+*Several routers* (`routing.shared.homes`) tell each other the homes of sessions, and what was told last counts: so the
+requests of a session may come to any of them. Reservations are those of the sessions that a router has seen itself.
+
 *No thrashing.* A session that left stays at its new home for a time to live (`routing.return_times`) before it may
 leave again. A home that restarted or was emptied (`Worker.caches`) has nothing to stay for.
 
@@ -37,6 +40,7 @@ from sglang_router.routing.message_chains import MARK, MessageChains
 from sglang_router.routing.policies.base import Choice
 from sglang_router.routing.session_contexts import SessionContexts
 from sglang_router.routing.session_table import MOST_SESSIONS, Session, SessionTable
+from sglang_router.routing.shared.homes import SharedHomes
 from sglang_router.routing.worker import Worker
 
 NEW, FREE, HOME, LEAVE, VISIT = "new", "free", "home", "leave", "visit"
@@ -58,14 +62,20 @@ negative: nobody knows."""
 
 
 class Place:
-    """Where a request of a session may go. kind: NEW, FREE, HOME, LEAVE or VISIT; session: None for a new one."""
+    """Where a request of a session may go.
 
-    __slots__ = ("candidates", "kind", "session")
+    kind     NEW, FREE, HOME, LEAVE or VISIT
+    session  None for a new one
+    told     its home by the word of another router; None: this one knows better, or nobody does
+    """
 
-    def __init__(self, kind: str, candidates: Candidates, session: Session | None) -> None:
+    __slots__ = ("candidates", "kind", "session", "told")
+
+    def __init__(self, kind: str, candidates: Candidates, session: Session | None, told: Worker | None = None) -> None:
         self.kind = kind
         self.candidates = candidates
         self.session = session
+        self.told = told
 
     def __repr__(self) -> str:
         return f"<Place {self.kind}: {self.candidates!r}>"
@@ -79,6 +89,7 @@ class Sessions:
     table     the sessions
     contexts  how much of the caches they need
     placed    how many requests were placed so far, by kind
+    homes     where sessions are at home by the word of other routers; None: there are none
     """
 
     def __init__(
@@ -95,6 +106,7 @@ class Sessions:
         self.table = SessionTable(most)
         self.contexts = SessionContexts(self.table, capacity)
         self.placed = {NEW: 0, FREE: 0, HOME: 0, LEAVE: 0, VISIT: 0}
+        self.homes: SharedHomes | None = None
         self._backlog = backlog
         self._chains = MessageChains()
 
@@ -113,7 +125,9 @@ class Sessions:
     def starts(self, facts: Facts, now: float) -> bool:
         """Return whether a request begins a session: none is live that it belongs to."""
         session = self.get(facts)
-        return session is None or not self.table.lives(session, now)
+        if session is not None and self.table.lives(session, now):
+            return False
+        return self.homes is None or self.homes.find(_key(facts), now - self.table.returns.time_to_live) is None
 
     def begins(self, facts: Facts, now: float) -> bool:
         """Return whether a request begins a session that starts only where it fits.
@@ -133,19 +147,31 @@ class Sessions:
     def place(self, facts: Facts, candidates: Candidates, now: float) -> Place:
         """Return which candidates may get a request of a session. There is at least one. Change nothing."""
         session = self.table.get(_key(facts))
-        if session is None or not self.table.lives(session, now):
+        lives = session is not None and self.table.lives(session, now)
+        told = None if self.homes is None else self._told(self.homes, facts, session if lives else None, now)
+        if told is not None and told in candidates:
+            home = told
+        elif session is None or not lives:
             return Place(NEW, self.contexts.roomy(candidates), session)
-        home = session.home
-        if home not in candidates or not session.kept:
-            return Place(FREE, candidates, session)
+        else:
+            home, told = session.home, None
+            if home not in candidates or not session.kept:
+                return Place(FREE, candidates, session)
         others = candidates.mask & ~(1 << home.seat)
         excess = self._excess(home, candidates.those(others), facts, now) if others else 0.0
         if excess > 1.0:
-            if now - session.moved_at >= self.table.returns.time_to_live:
+            if session is None or now - session.moved_at >= self.table.returns.time_to_live:
                 return Place(LEAVE, candidates.those(others), session)
             if excess > _FAR:
-                return Place(VISIT, candidates.those(others), session)
-        return Place(HOME, candidates.those(1 << home.seat), session)
+                return Place(VISIT, candidates.those(others), session, told)
+        return Place(HOME, candidates.those(1 << home.seat), session, told)
+
+    def _told(self, homes: SharedHomes, facts: Facts, session: Session | None, now: float) -> Worker | None:
+        """Return the home of a session, if another router told that last; session: as it is known here."""
+        if not _named(facts):
+            return None
+        home = homes.find(_key(facts), now - self.table.returns.time_to_live)
+        return None if session is not None and home is session.home else home
 
     def _excess(self, home: Worker, others: Candidates, facts: Facts, now: float) -> float:
         """Return how burdened the home is, in units of what makes it overloaded."""
@@ -171,13 +197,17 @@ class Sessions:
         kind, session, worker = place.kind, place.session, choice.worker
         self.placed[kind] += 1
         if session is None:
-            session = self.table.enter(_key(facts), worker, now)
+            session = self.table.enter(_key(facts), place.told or worker, now)
+        elif place.told is not None:
+            self.table.move(session, place.told)
         elif kind != HOME and kind != VISIT:
             if kind == LEAVE:
                 session.moved_at = now
             self.table.move(session, worker)
         self.table.begins(session, now)
         self.contexts.reserve(session, facts, kind == NEW, kind != NEW or _named(facts))
+        if self.homes is not None and _named(facts):
+            self.homes.tell(session.key, session.home, now)
         return session
 
     def ended(self, session: Session, now: float, served: bool) -> None:

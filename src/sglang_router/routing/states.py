@@ -40,3 +40,4 @@ class BreakerEvent(enum.Enum):
     TIME_UP = "time up"
     CHECK_PASSED = "check passed"
     PROCESS_LOST = "process lost"
+    DOUBTED = "doubted"

@@ -23,6 +23,10 @@ time says, which counts as well where an engine has it.
 Bytes are those of the routing text that the worker is not believed to have cached. Nothing is told to the work of a
 worker whose policy does not ask for it.
 
+*Several routers* in front of a worker (`routing.shared`) tell each other until when it is busy. The latest of these
+times counts, not their sum: whoever sends a prompt puts it behind all that it knows of. And they tell what they send
+there, because a busy time in which the prompts of others were read, too, says as much of these.
+
 Pure: time is an argument.
 """
 
@@ -38,6 +42,8 @@ _BLOCK: Final = 16
 _LAST_GAP: Final = 0.05
 """How much the last pause between two requests counts."""
 _LEAST_GAP: Final = 1e-4
+_LEAST_SHARE: Final = 0.001
+"""Of the requests to a worker, the least that this router is believed to have sent."""
 _LONGEST_PAUSE: Final = 60.0
 """A longer one counts as so many seconds: a night without requests says nothing of the next morning."""
 _GIVEN_UP: Final = 60.0
@@ -58,7 +64,9 @@ class Work:
     active           a policy wants to know: without, nothing is told to it
     free_at          when all prompts sent there are believed to be read; seconds of the caller's clock
     gap              mean seconds between two requests that were sent there; of a new worker, what it is elsewhere
+    requests         sent there by this router; share: of all that were sent there lately
     last             when the last one was; minus infinity before the first
+    elsewhere_until  until when the prompts sent there by other routers take, as they tell; 0: nobody does
     head             when the oldest awaited stream is believed to begin; infinity without one
     prompts          how long it takes to read them; answers: to write them
     bytes_per_token  bytes of routing text for one token of a prompt
@@ -74,23 +82,31 @@ class Work:
         "_block_start",
         "_common",
         "_forgot_at",
+        "_others_bytes",
+        "_others_items",
         "_prefilled",
         "_shift",
         "active",
         "answers",
         "bytes_per_token",
+        "elsewhere_until",
         "free_at",
         "gap",
         "head",
         "last",
         "prompts",
+        "requests",
+        "share",
     )
 
     def __init__(self, common: Paces | None = None) -> None:
         self.active = False
         self.free_at = 0.0
+        self.elsewhere_until = 0.0
         self.head = _LATEST
         self.gap = 1.0
+        self.requests = 0
+        self.share = 1.0
         self.last = -_LATEST
         own = Paces()
         self.prompts, self.answers = own.prompts, own.answers
@@ -100,6 +116,7 @@ class Work:
         self._block_start = 0.0  # of the busy time that is measured
         self._block_items = 0
         self._block_bytes = 0
+        self._others_items = self._others_bytes = 0  # the same of other routers
         self._answers = self._answers_beside = 0  # that are not counted yet
         self._answer_seconds = 0.0
         self._prefilled = (0, 0)  # tokens and microseconds, by the engine's own count
@@ -140,7 +157,11 @@ class Work:
     # -- what is in front of a new request -----------------------------------------------------------------------------
 
     def backlog(self, now: float) -> float:
-        """Return the seconds until all prompts sent there are believed to be read."""
+        """Return the seconds until all prompts sent there are believed to be read, those of other routers too."""
+        return max(self.own_backlog(now), self.elsewhere_until - now)
+
+    def own_backlog(self, now: float) -> float:
+        """Return the seconds until the prompts of this router are believed to be read, with those before them."""
         head = self.head
         if head < now:
             return max(self.free_at - head, 0.0) + now - head
@@ -169,6 +190,7 @@ class Work:
         uncached  bytes of prompt that the worker must read; 0: unknown
         """
         prompts, common = self.prompts, self._common
+        self.requests += 1
         pause = now - self.last
         if pause < _LATEST:
             if pause > _LONGEST_PAUSE:
@@ -177,9 +199,13 @@ class Work:
             if common is not None:
                 common.gap = self.gap
         self.last = now
+        if self.share < 1.0:
+            self.share += (1.0 - self.share) * _LAST_GAP
         start = min(now, self.head)
         if self.free_at > start:
             start = self.free_at
+        if self.elsewhere_until > start:
+            start = self.elsewhere_until
         if not self._awaiting:
             if streams:  # what is left of requests without a stream comes before
                 self._block_start = start
@@ -192,6 +218,28 @@ class Work:
             if due < self.head:
                 self.head = due
         return due - self._shift
+
+    def settle(self) -> None:
+        """Follow what was learnt of the other workers meanwhile: this one may get its requests from other routers."""
+        common = self._common
+        if common is not None:
+            self.prompts.settle(common.prompts)
+            self.answers.settle(common.answers)
+
+    def passed(self, requests: int, now: float) -> None:
+        """Take how many requests other routers have sent there since that was told last."""
+        left, pause = (1.0 - _LAST_GAP) ** requests, now - self.last
+        if pause < _LATEST:
+            pause = min(max(pause, 0.0), _LONGEST_PAUSE) / requests
+            self.gap = max(pause + (self.gap - pause) * left, _LEAST_GAP)
+        self.share = max(self.share * left, _LEAST_SHARE)
+        self.last = now
+
+    def reads(self, uncached: int) -> None:
+        """Take that the worker reads a prompt of another router, too: its time is not that of this router's alone."""
+        if self._awaiting:
+            self._others_items += 1
+            self._others_bytes += uncached
 
     def began(self, key: object, uncached: int, now: float) -> None:
         """Take the first byte of a stream. That of one that was given up says nothing any more."""
@@ -233,7 +281,7 @@ class Work:
         if early > 0.0:
             self._move(-min(early, self.prefill(uncached)))
         self._reset_head()
-        self._block_start, self._block_items, self._block_bytes = now, 0, 0
+        self._begin_block(now)
 
     def told(self, tokens: int, microseconds: int) -> None:
         """Take an engine's own counters: uncached tokens that it has read, and how long it was busy with that."""
@@ -265,7 +313,7 @@ class Work:
             del self._awaiting[key]
         if late:
             self._reset_head()
-            self._block_start, self._block_items, self._block_bytes = now, 0, 0
+            self._begin_block(now)
 
     # -- the clock, and what is measured -------------------------------------------------------------------------------
 
@@ -283,6 +331,10 @@ class Work:
         seconds = now - self._block_start
         if seconds > 0.0:
             items, units = float(self._block_items), float(self._block_bytes)
+            if self._others_items:  # those read in this time, and not those that still wait behind
+                ratio = 1.0 / self.share - 1.0
+                items += min(self._others_items, items * ratio)
+                units += min(self._others_bytes, units * ratio)
             prompts, common = self.prompts, self._common
             before = prompts.expected(items, units)
             if common is not None:
@@ -292,7 +344,11 @@ class Work:
                 self._stretch(prompts.expected(items, units) / before, now)
         elif self._awaiting:
             return
+        self._begin_block(now)
+
+    def _begin_block(self, now: float) -> None:
         self._block_start, self._block_items, self._block_bytes = now, 0, 0
+        self._others_items = self._others_bytes = 0
 
     def _stretch(self, ratio: float, now: float) -> None:
         """Let all that is due take so many times as long, if that makes a difference."""

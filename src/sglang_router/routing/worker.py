@@ -55,7 +55,8 @@ class Worker:
     announced  the names of models that its engine announced last
     names      the names by which it serves: what an operator calls it, and those
     speaks     the names that its engine announced, as JSON text
-    load       leases open now
+    load       requests in flight there: leases open now, and those of other routers
+    elsewhere  those of other routers, as they tell (`routing.shared`); 0 for a router that shares nothing
     waiting    streams sent there that have no byte of an answer yet
     weight     what its seconds count, by its `priority` and `cost`; 1 for an average one
     work       what is in front of a new request, and how quick the worker is
@@ -87,6 +88,7 @@ class Worker:
         "draining",
         "dresses",
         "ejected",
+        "elsewhere",
         "gone_silent",
         "health",
         "health_failures",
@@ -145,6 +147,7 @@ class Worker:
         self.slot = -1
         # load, and where its pool keeps it
         self.load = 0
+        self.elsewhere = 0
         self.seat = -1
         self.bit = 0
         self.roster = _NOWHERE
@@ -245,6 +248,11 @@ class Worker:
     def model(self) -> str | None:
         """The name of its model: what an operator calls it, else what its engine does; None when nobody says."""
         return self.names.bases[0] if self.names.bases else None
+
+    @property
+    def own_load(self) -> int:
+        """The requests of this router in flight there."""
+        return self.load - self.elsewhere
 
     @property
     def phase(self) -> float:

@@ -132,7 +132,8 @@ class Policy:
         self.settings = settings
         self.rng = rng
         self.memory: PrefixMemory | None = None
-        self._turn = 0
+        caches = settings.kv_caches
+        self._turn = 0 if caches is None or caches.shared is None else caches.shared.turn
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} turn {self._turn}>"

@@ -12,8 +12,9 @@ within `max_tree_size` bytes a worker, and evicts the least recently used first,
 an eighth of that counts only with its beginning. `choose` matches, `chosen` inserts where the match ended, so that the
 next request with this prefix follows at once; `unread` takes it out again when the worker refused the request (4xx) or
 never had it. A worker that is away for a while keeps its entries, because its cache is still there; one that restarted
-or was flushed loses them. With --kv-events, what a worker itself says it holds takes the place of that memory
-(`routing.prefix_tree.informed`).
+or was flushed loses them. With --kv-events, what a worker itself says it holds takes the place of that memory; with
+--shared-state, what other routers sent there counts as well; while the store cannot be reached, a prompt that nobody
+knows goes where every router would send it (`routing.prefix_tree.informed`).
 
 A match of fewer than `_WORTH` bytes that is not the whole text saves the engine a few tokens and is no reason to leave
 the balance: else all short prompts that begin with the same word ("Question 1", "Question 2") would go to one worker.
@@ -87,7 +88,8 @@ class CacheAware(Policy):
                 else:
                     choice = Choice(candidates.at(owners.bit_length() - 1), "hit")
             else:
-                smallest = self.tree.smallest(mask)
+                agreed = [] if self._informed is None else self._informed.agree(match, mask, candidates.roster)
+                smallest = 1 << agreed[0] if agreed else self.tree.smallest(mask)
                 if smallest & (smallest - 1):
                     choice = self.least_loaded(candidates, "miss", smallest)
                 else:
@@ -108,7 +110,9 @@ class CacheAware(Policy):
             choice.learned = self.tree.insert(match, choice.worker.slot, now)
             choice.learned_at = now
             if self._informed is not None:
-                self._informed.promise(match, choice.worker.slot)
+                slot = choice.worker.slot
+                self._informed.promise(match, slot)
+                self.tree.bound(slot, self._informed.part(slot, self.tree.max_size))
 
     def consider(self, facts: Facts, candidates: Candidates, now: float) -> list[Considered]:
         """Return what is known of the text at each of these candidates."""

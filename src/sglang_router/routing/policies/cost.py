@@ -23,6 +23,10 @@ same. docs/routing.md derives the rule and names the sources.
 A burst of requests with one new prefix does not read it everywhere: the first one counts as a backlog at its worker and
 as a match. So waiting for it costs as much as reading it elsewhere, and what costs the same stays together.
 
+With --shared-state, while the store cannot be reached or too much is placed to be remembered, those that cost the same
+where nothing is cached are ranked as every router ranks them: two routers send the same new prompt to the same worker
+(`routing.prefix_tree.informed`).
+
 Up to `_ALL` workers are all compared. Of more, the owners of the longest prefixes and the least loaded workers are, and
 of those with equal prefixes the least loaded ones: so a decision takes the same time however many workers there are.
 """
@@ -123,7 +127,7 @@ class Cost(Policy):
             limit = min(costs) + (_NEAR * total * self.paces.prompts.per_unit + _NEAR_SECONDS)
             near = [number for number, cost in enumerate(costs) if cost <= limit]
             if len(near) > 1:
-                near = self._best(weighed, near, total)
+                near = self._best(weighed, candidates, near, total)
         number = near[0] if len(near) == 1 else near[(self._turn + 1) % len(near)]
         held = matched[number]
         choice = Choice(weighed.workers[number], "no_text", held, total, weighed, len(near) > 1)
@@ -164,6 +168,8 @@ class Cost(Policy):
             prompts, answers = self.paces.prompts, self.paces.answers
             sure = _SURE * (prompts.per_item + total * prompts.per_unit)
             sure += _BATCH * candidates.roster.low * answers.per_request
+            if self._informed is not None and not weighed.costs and mask.bit_count() > _ALL:
+                mask = self._agreed(weighed, candidates, mask)
             if not weighed.costs or min(weighed.costs) > sure:
                 self._add(weighed, candidates, mask, 0, total, now)
         return weighed
@@ -204,6 +210,8 @@ class Cost(Policy):
                 backlog = now - head + (free_at - head if free_at > head else 0.0)
             else:
                 backlog = free_at - now if free_at > now else 0.0
+            if work.elsewhere_until > now + backlog:
+                backlog = work.elsewhere_until - now
             read = prompts.per_item + uncached * prompts.per_unit
             if now - work.last > gap:
                 gap = now - work.last
@@ -216,7 +224,7 @@ class Cost(Policy):
             lengths.append(matched)
             costs.append(cost * worker.weight)
 
-    def _best(self, weighed: Weighed, near: list[int], total: int) -> list[int]:
+    def _best(self, weighed: Weighed, candidates: Candidates, near: list[int], total: int) -> list[int]:
         """Return those of the near ones that are as good as each other."""
         costs, matched = weighed.costs, weighed.matched
         longest = matched[near[0]]
@@ -225,6 +233,10 @@ class Cost(Policy):
             near = [number for number in near if matched[number] >= enough]
             least = min([costs[number] for number in near])
             return [number for number in near if costs[number] == least]
+        if self._informed is not None:
+            seats = {weighed.workers[number].seat: number for number in near}
+            if order := self._informed.agree(weighed.match, sum([1 << seat for seat in seats]), candidates.roster):
+                return [seats[order[0]]]
         sizes = [self._rooms[weighed.workers[number].slot].size for number in near]
         smallest = min(sizes)
         return [number for number, size in zip(near, sizes, strict=True) if size == smallest]
@@ -253,6 +265,11 @@ class Cost(Policy):
             found |= level
             left -= count
         return found
+
+    def _agreed(self, weighed: Weighed, candidates: Candidates, mask: int) -> int:
+        """Return the first workers of a set that every router would choose for a text that nobody has; or the set."""
+        order = [] if self._informed is None else self._informed.agree(weighed.match, mask, candidates.roster)
+        return sum([1 << seat for seat in order[:_MOST]]) or mask
 
     def _below_cap(self, candidates: Candidates) -> int:
         """Return the candidates with fewer requests in flight than the cap allows; all when there is none."""
@@ -290,7 +307,12 @@ class Cost(Policy):
         """Remember as much of a worker as its engine's cache holds, where the engine tells that."""
         capacity = worker.report.capacity_tokens
         if capacity is not None:
-            self.tree.bound(worker.slot, int(capacity * worker.work.bytes_per_token))
+            size = int(capacity * worker.work.bytes_per_token)
+        elif self._informed is not None:
+            size = self.tree.max_size
+        else:
+            return
+        self.tree.bound(worker.slot, size if self._informed is None else self._informed.part(worker.slot, size))
 
     def unread(self, choice: Choice, facts: Facts) -> None:
         """Take what the request added out of the tree, as far as no other request has used it."""

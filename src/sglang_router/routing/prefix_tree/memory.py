@@ -25,7 +25,7 @@ TEXT_SHARE: Final = 8
 class TreeMemory:
     """See the module; `policies.base.PrefixMemory` describes the methods.
 
-    informed  corrects matches by what workers say of their caches; None: workers are not asked
+    informed  corrects matches by what is known otherwise of the workers' caches; None: nothing is
     """
 
     def __init__(self, max_size: int, caches: KVCaches | None = None) -> None:
@@ -41,7 +41,7 @@ class TreeMemory:
         """Give a worker an empty slot."""
         worker.slot = self.tree.add_slot()
         if self.informed is not None:
-            self.informed.add(worker.slot, worker.id)
+            self.informed.add(worker.slot, worker.id, worker.url, self.tree.max_size)
         return worker.slot
 
     def bound(self, worker: Worker, max_size: int) -> None:

@@ -1,0 +1,107 @@
+"""Make what shares this router's knowledge with others (--shared-state), which needs the package of the extra `shared`.
+
+It is imported here, and only when the options ask for it: else nothing is imported, and nothing is done.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Callable
+from typing import NamedTuple
+
+from sglang_router.access.tls import TLSFiles, worker_files
+from sglang_router.config import RouterArgs, small_files
+from sglang_router.config.store_urls import StoreURL, parse_store_url
+from sglang_router.errors import ConfigError
+from sglang_router.routing.events import Listeners
+from sglang_router.routing.router import Router
+from sglang_router.routing.shared.records import SharedRules
+from sglang_router.routing.shared.sharing import SharedState
+from sglang_router.sharing import fleet_key
+from sglang_router.sharing.fleet_key import FleetKey
+from sglang_router.sharing.link import StoreLink
+from sglang_router.sharing.sharing import FleetSharing
+from sglang_router.sharing.store import Store
+
+_INSTALL = "pip install 'sglang-router[shared]'"
+_NAME_BYTES = 8
+
+
+class StoreFiles(NamedTuple):
+    """What the options name for a store. tls: None without TLS."""
+
+    url: StoreURL
+    key: FleetKey
+    tls: TLSFiles | None
+
+
+def state_of(args: RouterArgs, files: StoreFiles | None) -> SharedState | None:
+    """Make what one router knows of the others, nothing yet; None when there are none."""
+    if files is None:
+        return None
+    return SharedState(SharedRules(files.key.own, secrets.token_bytes(_NAME_BYTES), args.shared_state_blocks))
+
+
+def files_of(args: RouterArgs) -> StoreFiles | None:
+    """Read the files that the options name; None when they ask for no store.
+
+    Raises: ConfigError, when one cannot be used, or a package is missing.
+    """
+    if args.shared_state is None:
+        return None
+    try:
+        import valkey  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"--shared-state needs the package valkey ({error}): {_INSTALL}") from None
+    url = parse_store_url(args.shared_state)
+    if args.shared_state_password_file is not None:
+        url = url._replace(password=_password(args.shared_state_password_file, url))
+    path = args.shared_state_key
+    key = FleetKey(secrets.token_bytes(fleet_key.SIZE), fixed=False) if path is None else fleet_key.read(path)
+    return StoreFiles(url, key, _tls(args, url))
+
+
+def sharing_of(
+    args: RouterArgs,
+    files: StoreFiles,
+    state: SharedState,
+    router: Router,
+    listeners: Listeners,
+    clock: Callable[[], float],
+    rng: random.Random,
+) -> FleetSharing:
+    """Make what shares the knowledge of a router, which has no workers yet."""
+    state.attach(router)
+    listeners.add(state)
+    link = StoreLink(files.url.shown, clock, rng)
+    return FleetSharing(state, _store(args, files), link, files.key, state.rules.router.hex(), args.shared_state_memory)
+
+
+def _store(args: RouterArgs, files: StoreFiles) -> Store:
+    from sglang_router.sharing.valkey_store import ValkeyStore
+
+    tls = files.tls
+    return ValkeyStore(files.url, args.shared_state_prefix, None if tls is None else lambda: tls.context)
+
+
+def _password(path: str, url: StoreURL) -> str:
+    """Return the password in a file. Raises: ConfigError."""
+    if url.password is not None:
+        raise ConfigError("--shared-state holds a password, and --shared-state-password-file names one; give only one")
+    try:
+        password = small_files.read(path, pipe=True).decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        password = ""
+    if not password:
+        raise ConfigError(f"{path} holds no password")
+    return password
+
+
+def _tls(args: RouterArgs, url: StoreURL) -> TLSFiles | None:
+    ca, cert, key = args.shared_state_ca_cert, args.shared_state_client_cert, args.shared_state_client_key
+    if not url.tls:
+        if ca or cert:
+            raise ConfigError("certificates for --shared-state need TLS: begin its URL with rediss://")
+        return None
+    return worker_files([ca] if ca else [], cert, key)

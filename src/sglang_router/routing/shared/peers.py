@@ -1,0 +1,82 @@
+"""The other routers, as far as they were heard of lately, and what they have in flight.
+
+A peer counts from its first message until it was silent for `expiry` seconds, or says that it ends. Messages of one
+peer count in their order only: each has a number, and one that comes twice, or after a later one, is ignored. Clocks of
+routers are never compared: all times are those of arrival.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+MOST_PEERS: Final = 256
+
+
+class Peer:
+    """Another router. Workers, clients and models are meant by their names.
+
+    name      its name; heard: when its last message came
+    number    that of its last message of loads
+    running   its requests in flight, by worker
+    meters    its requests in flight, by name of a client or model
+    out       the workers that it has taken out
+    sent      how many requests it has sent so far, by worker: the rest after 256
+    until     until when the prompts there take, by worker, by the clock of this router
+    """
+
+    __slots__ = ("heard", "meters", "name", "number", "out", "running", "sent", "until")
+
+    def __init__(self, name: bytes, now: float) -> None:
+        self.name = name
+        self.heard = now
+        self.number = -1
+        self.running: dict[int, int] = {}
+        self.meters: dict[int, int] = {}
+        self.out: set[int] = set()
+        self.sent: dict[int, int] = {}
+        self.until: dict[int, float] = {}
+
+    def __repr__(self) -> str:
+        return f"<Peer {self.name.hex()}: {sum(self.running.values())} running, heard of at {self.heard:.3f}>"
+
+    def is_next(self, number: int) -> bool:
+        """Return whether a message is later than all before; if so, it is the last one now."""
+        if number <= self.number:
+            return False
+        self.number = number
+        return True
+
+
+class Peers:
+    """See the module. own: the name of this router, whose messages come back."""
+
+    __slots__ = ("_expiry", "by_name", "own")
+
+    def __init__(self, own: bytes, expiry: float) -> None:
+        self.own = own
+        self._expiry = expiry
+        self.by_name: dict[bytes, Peer] = {}
+
+    def __repr__(self) -> str:
+        return f"<Peers {list(self.by_name.values())}>"
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+    def hear(self, name: bytes, now: float) -> Peer | None:
+        """Return the peer of a message that came; None when there are too many."""
+        peer = self.by_name.get(name)
+        if peer is None:
+            if len(self.by_name) >= MOST_PEERS:
+                return None
+            peer = self.by_name[name] = Peer(name, now)
+        peer.heard = now
+        return peer
+
+    def silent(self, now: float) -> list[Peer]:
+        """Return the peers that were silent for too long."""
+        return [peer for peer in self.by_name.values() if now - peer.heard > self._expiry]
+
+    def forget(self, peer: Peer) -> None:
+        """Let a peer count no more."""
+        self.by_name.pop(peer.name, None)

@@ -1,0 +1,94 @@
+"""What clients and models with limits have used at all routers together, see `routing.quotas`.
+
+    gather(whole)              what was used since the last time, as names and figures
+    hear(peer, ...)            what another router told: it is charged here, and its requests in flight count
+    forget(peer)               it counts no more
+
+Each router charges its own requests at once and those of the others after one flush. So as many requests more than a
+limit allows may pass as come to the other routers within that time; the client waits longer then.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sglang_router.routing.quotas import Meter, Quotas
+from sglang_router.routing.shared.peers import Peer, Peers
+from sglang_router.routing.shared.secret import Secret
+
+MOST_METERS: Final = 1024
+"""Clients and models in one message: 24 kB."""
+_MOST: Final = (1 << 32) - 1
+
+
+class SharedSpending:
+    """See the module."""
+
+    __slots__ = ("_meters", "_peers", "_quotas", "_secret")
+
+    def __init__(self, quotas: Quotas, peers: Peers, secret: Secret) -> None:
+        self._quotas = quotas
+        self._peers = peers
+        self._secret = secret
+        self._meters: dict[int, Meter] = {}  # by code; some that are no more
+        quotas.touched = {}
+        quotas.joined = self._joined
+        self._look()
+
+    def __repr__(self) -> str:
+        return f"<SharedSpending of {len(self._meters)} clients and models>"
+
+    def gather(self, whole: bool) -> tuple[list[int], list[int]]:
+        """Return codes, and for each two figures: requests in flight and begun, and tokens."""
+        codes, spent = [], []
+        touched, self._quotas.touched = self._quotas.touched or {}, {}
+        if whole:
+            self._look()
+            touched |= {meter: None for meter in self._meters.values() if meter.running}
+        for meter in touched:
+            begun, tokens = meter.untold()
+            codes.append(meter.code)
+            spent += [min(meter.running, _MOST) | min(begun, _MOST) << 32, tokens]
+        return codes, spent
+
+    def hear(self, peer: Peer, code: int, spent: int, tokens: int, now: float) -> None:
+        """Take what a peer tells of one client or model."""
+        running, meter = spent & _MOST, self._meters.get(code)
+        if running:
+            peer.meters[code] = running
+        else:
+            peer.meters.pop(code, None)
+        if meter is not None:
+            meter.charge(spent >> 32, tokens, now)
+            self._count(meter)
+
+    def only(self, peer: Peer, codes: set[int]) -> None:
+        """Forget what a peer has in flight of all others than these."""
+        for code in [code for code in peer.meters if code not in codes]:
+            del peer.meters[code]
+            meter = self._meters.get(code)
+            if meter is not None:
+                self._count(meter)
+
+    def rename(self) -> None:
+        """Name clients and models by the key that the fleet has now."""
+        for meter in self._quotas.meters():
+            meter.code = 0
+        self._look()
+
+    def _count(self, meter: Meter) -> None:
+        meter.elsewhere = sum([peer.meters.get(meter.code, 0) for peer in self._peers.by_name.values()])
+
+    def _joined(self, meter: Meter) -> None:
+        meter.code = self._secret.name(b"meter", meter.name.encode())
+        self._meters[meter.code] = meter
+        self._count(meter)
+
+    def _look(self) -> None:
+        """Find the meters of now."""
+        self._meters = {}
+        for meter in self._quotas.meters():
+            if meter.code:
+                self._meters[meter.code] = meter
+            else:
+                self._joined(meter)

@@ -1,0 +1,357 @@
+"""A store by the client library `valkey`, which speaks to Valkey and Redis alike; it is imported only where
+--shared-state asks for it.
+
+    {PREFIX}:placements, {PREFIX}:loads, {PREFIX}:orders      streams; an entry has one field, `b`
+    {PREFIX}:key                                              the fleet's key, where no file has it
+    {PREFIX}:leader                                           who decides about scaling, with an expiry
+
+The braces are part of the names: in a cluster they keep all keys in one slot, so that one read follows all streams.
+
+Reading waits in the store on a connection of its own, so there are about three connections. Nothing is retried here:
+who asks knows how long to wait, and whether what it wanted to say is still true.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import ssl
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+from valkey.asyncio import ConnectionPool, Sentinel, Valkey, ValkeyCluster
+from valkey.asyncio.cluster import ClusterNode
+from valkey.asyncio.connection import Connection, SSLConnection
+from valkey.asyncio.retry import Retry
+from valkey.asyncio.sentinel import (
+    MasterNotFoundError,
+    SentinelConnectionPool,
+    SentinelManagedConnection,
+    SentinelManagedSSLConnection,
+)
+from valkey.backoff import NoBackoff
+from valkey.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    ClusterError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    ValkeyClusterException,
+    ValkeyError,
+)
+from valkey.exceptions import ConnectionError as NoConnection
+from valkey.exceptions import TimeoutError as TooLate
+
+from sglang_router.config.store_urls import CLUSTER, SENTINEL, StoreURL
+from sglang_router.sharing.store import START, Appended, Position, StoreFailed, StreamEntry, Trouble
+
+T = TypeVar("T")
+
+ANSWERS_WITHIN: Final = 3.0
+"""Seconds for each answer, and for each connection."""
+_FIELD: Final = b"b"
+_LONGEST_TEXT: Final = 200
+_STRANGE: Final = re.compile(r"[^\x20-\x7e]+")
+_MS: Final = 1000
+
+_HOLD: Final = """
+local holder = redis.call('GET', KEYS[1])
+if not holder then
+    redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+    return 1
+end
+if holder ~= ARGV[1] then return 0 end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return 1
+"""
+_RESIGN: Final = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+
+_ADVICE: Final = {
+    Trouble.UNREACHABLE: "cannot be reached",
+    Trouble.SLOW: "does not answer in time",
+    Trouble.DENIED: "denies access: check user, password and rights",
+    Trouble.FULL: "is full: give it more memory, or a lower --shared-state-memory",
+    Trouble.READ_ONLY: "cannot be written to: it is a replica, or cannot write its disk",
+    Trouble.FOREIGN: "holds something else under a key of ours: choose another --shared-state-prefix",
+    Trouble.REFUSED: "refuses a command",
+}
+
+
+class ValkeyStore:
+    """See the module.
+
+    url      where it is, with user and password
+    prefix   what the names of its keys begin with
+    context  returns the TLS context for a new connection; None: no TLS
+    within   seconds for each answer, and for each connection; above 1, for which reading waits in the store
+    """
+
+    def __init__(
+        self,
+        url: StoreURL,
+        prefix: str,
+        context: Callable[[], ssl.SSLContext] | None,
+        within: float = ANSWERS_WITHIN,
+    ) -> None:
+        self._url = url
+        self._names = f"{{{prefix}}}:"
+        self._context = context
+        self._within = within
+        self._clients = _clients(url, context, within)
+
+    def __repr__(self) -> str:
+        return f"<ValkeyStore {self._url.shown}>"
+
+    @property
+    def _client(self) -> Any:
+        return self._clients[0]
+
+    # -- streams -------------------------------------------------------------------------------------------------------
+
+    async def append(self, batch: Sequence[Appended]) -> list[Position]:
+        pipe = self._client.pipeline(transaction=False) if self._url.kind != CLUSTER else self._client.pipeline()
+        for each in batch:
+            pipe.execute_command("XADD", self._name(each.stream), "MAXLEN", "~", each.most, "*", _FIELD, each.payload)
+        ids = await self._ask(pipe.execute())
+        return [_position(each) for each in ids]
+
+    async def follow(self, positions: Mapping[str, Position], most: int, wait: float) -> dict[str, list[StreamEntry]]:
+        streams = {self._name(stream): _id(position) for stream, position in positions.items()}
+        found = await self._ask(self._client.xread(streams, count=most, block=int(wait * _MS)))
+        return {name.decode()[len(self._names) :]: list(map(_entry, entries)) for name, entries in found or ()}
+
+    async def older(self, stream: str, newest: Position, after: Position, most: int) -> list[StreamEntry]:
+        low = f"({_id(after)}"
+        found = await self._ask(self._client.xrevrange(self._name(stream), _id(newest), low, count=most))
+        return list(map(_entry, found))
+
+    async def ends(self, streams: Sequence[str]) -> dict[str, Position]:
+        found = {}
+        for stream in streams:
+            try:
+                about = await self._ask(self._client.xinfo_stream(self._name(stream)))
+            except StoreFailed as failed:
+                if failed.trouble is not Trouble.REFUSED or "no such key" not in str(failed):
+                    raise
+                found[stream] = START
+            else:
+                found[stream] = _position(about["last-generated-id"])
+        return found
+
+    async def tidy(self, kept: Mapping[str, tuple[float, float | None]]) -> None:
+        ends = await self.ends([stream for stream, (_, age) in kept.items() if age is not None])
+        for stream, (life, age) in kept.items():
+            name = self._name(stream)
+            if age is not None and ends[stream][0] > age * _MS:
+                oldest = ends[stream][0] - int(age * _MS)  # by the store's own clock
+                await self._ask(self._client.xtrim(name, minid=oldest, approximate=True))
+            await self._ask(self._client.pexpire(name, int(life * _MS)))
+
+    # -- single keys ---------------------------------------------------------------------------------------------------
+
+    async def shared_key(self, own: bytes) -> bytes:
+        name = self._name("key")
+        kept = await self._ask(self._client.get(name))
+        if kept is None:
+            await self._ask(self._client.set(name, own.hex(), nx=True))
+            kept = await self._ask(self._client.get(name)) or b""
+        try:
+            key = bytes.fromhex(kept.decode("ascii"))
+        except ValueError:
+            key = b""
+        if len(key) != len(own):
+            raise self._failed(Trouble.FOREIGN, f"{name} is no key of a fleet")
+        return key
+
+    async def hold(self, holder: str, seconds: float) -> bool:
+        ms = int(seconds * _MS)
+        return bool(await self._ask(self._client.eval(_HOLD, 1, self._name("leader"), holder, ms)))
+
+    async def resign(self, holder: str) -> None:
+        await self._ask(self._client.eval(_RESIGN, 1, self._name("leader"), holder))
+
+    async def close(self) -> None:
+        await _close(self._clients)
+
+    # -- what goes wrong -----------------------------------------------------------------------------------------------
+
+    def _name(self, part: str) -> str:
+        return self._names + part
+
+    async def _ask(self, answer: Awaitable[T]) -> T:
+        """Wait for an answer of the client library. Raises: StoreFailed, in place of all that it raises: its parsers
+        and its view of a cluster raise anything when a server answers strangely."""
+        try:
+            return await answer
+        except Exception as error:
+            why = _HINTS.get(str(error).partition(" ")[0], str(error))
+            if isinstance(error, MasterNotFoundError):
+                why = f"no Sentinel that answers knows where {self._url.service} is"
+            trouble = _trouble(error)
+            if self._url.kind == CLUSTER and trouble in (Trouble.UNREACHABLE, Trouble.SLOW):
+                # The client forgets the nodes that it could not reach, those of the URL as well.
+                old, self._clients = self._clients, _clients(self._url, self._context, self._within)
+                await _close(old)
+            raise self._failed(trouble, why) from None
+
+    def _failed(self, trouble: Trouble, why: str) -> StoreFailed:
+        if self._url.password:  # a strange server may repeat what it got
+            why = why.replace(self._url.password, "***")
+        why = _STRANGE.sub(" ", why)[:_LONGEST_TEXT].rstrip(". ")
+        return StoreFailed(trouble, f"{self._url.shown} {_ADVICE[trouble]}{f' ({why})' if why else ''}")
+
+
+def _trouble(error: Exception) -> Trouble:
+    """Return what an error of the client library means."""
+    for kinds, trouble in _KINDS:
+        if isinstance(error, kinds):
+            return trouble
+    if isinstance(error, ResponseError):
+        code = str(error).partition(" ")[0]
+        return _CODES.get(code, Trouble.REFUSED)
+    return Trouble.UNREACHABLE
+
+
+_KINDS: Final[tuple[tuple[tuple[type[Exception], ...], Trouble], ...]] = (
+    ((AuthenticationError, AuthorizationError, NoPermissionError), Trouble.DENIED),
+    ((OutOfMemoryError,), Trouble.FULL),
+    ((ReadOnlyError,), Trouble.READ_ONLY),
+    ((TooLate, asyncio.TimeoutError), Trouble.SLOW),
+    ((BusyLoadingError, NoConnection, OSError, ValkeyClusterException, ClusterError), Trouble.UNREACHABLE),
+)
+_HINTS: Final = {"MOVED": "it is a node of a cluster: write redis+cluster:// in its URL"}
+_CODES: Final = {
+    "NOAUTH": Trouble.DENIED,
+    "WRONGPASS": Trouble.DENIED,
+    "NOPERM": Trouble.DENIED,
+    "OOM": Trouble.FULL,
+    "READONLY": Trouble.READ_ONLY,
+    "MISCONF": Trouble.READ_ONLY,
+    "NOREPLICAS": Trouble.READ_ONLY,
+    "WRONGTYPE": Trouble.FOREIGN,
+    "CLUSTERDOWN": Trouble.UNREACHABLE,
+    "MASTERDOWN": Trouble.UNREACHABLE,
+}
+
+
+# -- ids and entries ---------------------------------------------------------------------------------------------------
+
+
+def _id(position: Position) -> str:
+    return f"{position[0]}-{position[1]}"
+
+
+def _position(text: bytes) -> Position:
+    milliseconds, _, number = text.partition(b"-")
+    return int(milliseconds), int(number)
+
+
+def _entry(found: tuple[bytes, Mapping[bytes, bytes] | None]) -> StreamEntry:
+    position, fields = found
+    return StreamEntry(_position(position), (fields or {}).get(_FIELD))
+
+
+# -- the client --------------------------------------------------------------------------------------------------------
+
+
+class _TLSConnection(SSLConnection):
+    """A connection that uses our TLS context: that of the library reads all authorities of the system, each time.
+
+    current  returns the context
+    """
+
+    def __init__(self, *, current: Callable[[], ssl.SSLContext], **options: Any) -> None:
+        super().__init__(**options)
+        self.ssl_context.context = current()
+
+
+class _SentinelTLSConnection(SentinelManagedSSLConnection):
+    """The same to the server that Sentinels name."""
+
+    def __init__(self, *, current: Callable[[], ssl.SSLContext], **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]
+        self.ssl_context.context = current()
+
+
+class _SentinelLogin:
+    """A connection to a Sentinel: only one that wants a password is shown that of the server."""
+
+    def __init__(self, *, login: tuple[str | None, str | None], **options: Any) -> None:
+        super().__init__(**options)
+        self._login = login
+
+    async def on_connect(self) -> None:
+        """Begin the connection. Raises: AuthenticationError."""
+        try:
+            await super().on_connect()  # type: ignore[misc]
+        except AuthenticationError:
+            self.username, self.password = self._login
+            await super().on_connect()  # type: ignore[misc]
+
+
+class _SentinelDoor(_SentinelLogin, Connection):
+    """Without TLS."""
+
+
+class _SentinelTLSDoor(_SentinelLogin, _TLSConnection):
+    """With TLS."""
+
+
+def _clients(url: StoreURL, context: Callable[[], ssl.SSLContext] | None, within: float) -> list[Any]:
+    """Make a client, which connects when it is asked for something; after it, those that it asks itself."""
+    options: dict[str, Any] = {
+        "socket_timeout": within,
+        "socket_connect_timeout": within,
+        "socket_keepalive": True,
+        "client_name": "sglang-router",
+        "retry": Retry(NoBackoff(), 0),
+    }
+    to_server = {**options, "username": url.user, "password": url.password, "db": url.database}
+    secure: dict[str, Any] = {} if context is None else {"current": context}
+    plain = Connection if context is None else _TLSConnection
+    if url.kind == SENTINEL:
+        door = _SentinelDoor if context is None else _SentinelTLSDoor
+        more = {**options, **secure, "login": (url.user, url.password)}
+        pools = [ConnectionPool(door, host=host, port=port, **more) for host, port in url.hosts]
+        sentinels = Sentinel([])  # type: ignore[no-untyped-call]
+        sentinels.sentinels = list(map(Valkey.from_pool, pools))
+        managed = SentinelManagedConnection if context is None else _SentinelTLSConnection
+        more = {"connection_class": managed, **to_server, **secure}
+        pool = SentinelConnectionPool(url.service, sentinels, **more)  # type: ignore[no-untyped-call]
+        return [Valkey.from_pool(pool), *sentinels.sentinels]
+    if url.kind == CLUSTER:
+        return [_cluster(url, {**to_server, "connection_class": plain, **secure})]
+    host, port = url.hosts[0]
+    return [Valkey.from_pool(ConnectionPool(plain, host=host, port=port, **to_server, **secure))]
+
+
+async def _close(clients: Sequence[Any]) -> None:
+    for each in clients:
+        with contextlib.suppress(ValkeyError, OSError, asyncio.TimeoutError):
+            await asyncio.wait_for(each.aclose(), ANSWERS_WITHIN)
+
+
+def _cluster(url: StoreURL, options: dict[str, Any]) -> ValkeyCluster:
+    del options["db"]
+    named = {name: options[name] for name in ("username", "password", "client_name", "socket_timeout", "retry")}
+    client = ValkeyCluster(
+        startup_nodes=[ClusterNode(host, port) for host, port in url.hosts],
+        require_full_coverage=False,  # all keys are in one slot
+        cluster_error_retry_attempts=1,
+        connection_error_retry_attempts=0,
+        **named,
+    )
+    # The constructor takes no class of connections.
+    client.connection_kwargs.update(options)
+    client.nodes_manager.connection_kwargs.update(options)
+    for node in client.nodes_manager.startup_nodes.values():
+        node.connection_kwargs.update({name: value for name, value in options.items() if name != "connection_class"})
+        node.connection_class = options["connection_class"]
+    return client

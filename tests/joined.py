@@ -1,0 +1,93 @@
+"""Routers that share what they know, without a store: what one tells, the others receive when the test says so.
+
+joined = Joined(2, 3)                     two routers in front of the same three workers
+joined.benches[0].route(b"a prompt")
+joined.flush(now=1.0)                     each tells what is new, and each applies what came
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fleets import Bench
+from sglang_router.routing.prefix_tree.informed import KVCaches
+from sglang_router.routing.quotas import Quotas
+from sglang_router.routing.sessions import Sessions
+from sglang_router.routing.shared.records import SharedRules, SharedTopic
+from sglang_router.routing.shared.sharing import SharedState
+from sglang_router.routing.worker import Worker
+
+KEY = bytes(range(32))
+LARGE = 1 << 30
+"""A budget that is never used up."""
+
+
+def rules(number: int, **more: Any) -> SharedRules:
+    return SharedRules(**{"key": KEY, "router": b"router%02d" % number, **more})
+
+
+class Joined:
+    """See the module. Further arguments are those of `fleets.Bench`.
+
+    lost   whether what is told comes to nobody
+    sent   all that was told, as (number of the router, topic, payload)
+    """
+
+    def __init__(self, routers: int, workers: int, policy: Any = "round_robin", **settings: Any) -> None:
+        self.lost = False
+        self.sent: list[tuple[int, SharedTopic, bytes]] = []
+        self.states: list[SharedState] = []
+        self.benches: list[Bench] = []
+        for _ in range(routers):
+            self.add(workers, policy, **settings)
+
+    def add(
+        self,
+        workers: int,
+        policy: Any = "round_robin",
+        sessions: Callable[[], Sessions] | None = None,
+        quotas: Quotas | None = None,
+        blocks: int = 1 << 18,
+        **settings: Any,
+    ) -> tuple[Bench, SharedState]:
+        """Add a router.
+
+        sessions  makes its memory of sessions; quotas: its limits of clients
+        blocks    of its replica of placements
+        """
+        state = SharedState(rules(len(self.states), blocks=blocks))
+        state.connected = True
+        bench = Bench(0, policy, kv_caches=KVCaches(None, shared=state.prefixes), **settings)
+        if quotas is not None:
+            bench.router.quotas = quotas
+        if sessions is not None:
+            bench.router.sessions = sessions()
+        state.attach(bench.router)
+        bench.listeners.add(state)
+        bench.join(workers)
+        self.states.append(state)
+        self.benches.append(bench)
+        return bench, state
+
+    def tell(self, now: float) -> None:
+        """Let each router tell what is new."""
+        for number, state in enumerate(self.states):
+            for topic, payload in state.outgoing(now):
+                self.sent.append((number, topic, payload))
+                if not self.lost:
+                    for other in self.states:
+                        other.receive(topic, payload)
+
+    def flush(self, now: float) -> None:
+        """Let each router tell what is new, and apply what came."""
+        self.tell(now)
+        for state in self.states:
+            assert not state.apply(now, LARGE)
+
+    def loads(self, number: int) -> list[int]:
+        """Return the requests in flight at the workers, as one router sees them."""
+        return [worker.load for worker in self.benches[number].workers]
+
+    def worker(self, router: int, number: int) -> Worker:
+        return self.benches[router].workers[number]

@@ -1,0 +1,144 @@
+"""Messages: what a router takes from a stream, where anybody may have written."""
+
+from __future__ import annotations
+
+import itertools
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from joined import KEY, Joined, rules
+from sglang_router.routing.shared.packing import numbers, packed
+from sglang_router.routing.shared.records import FORM, LoadsMessage, SharedTopic
+from sglang_router.routing.shared.secret import Secret, boundaries_of
+from sglang_router.routing.shared.sharing import SharedState
+
+TOPICS = st.sampled_from(list(SharedTopic))
+
+
+def receive(state: SharedState, payload: bytes, topic: SharedTopic = SharedTopic.LOADS) -> dict[str, int]:
+    """Return what was dropped of a message, by reason."""
+    state.receive(topic, payload)
+    while state.apply(0.0, 1000):
+        pass
+    return state.reading.dropped
+
+
+def loads(**more: object) -> bytes:
+    message = LoadsMessage(**{"form": FORM, "router": b"stranger", "number": 1, **more})  # type: ignore[arg-type]
+    return Secret(KEY, 512).seal("loads", msgspec.msgpack.encode(message))
+
+
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        (b"", "foreign"),
+        (b"garbage", "foreign"),
+        (Secret(b"another key" + bytes(21), 512).seal("loads", b""), "foreign"),
+        (Secret(KEY, 1024).seal("loads", b"other boundaries"), "foreign"),
+        (Secret(KEY, 512).mark + b"0123456789abcdef" + b"forged", "forged"),
+        (Secret(KEY, 512).seal("orders", b"of another topic"), "forged"),
+        (Secret(KEY, 512).seal("loads", b"\x93\x01"), "malformed"),
+        (loads(names=b"1234567"), "malformed"),
+        (loads(names=packed([1, 2]), states=packed([1])), "malformed"),
+        (loads(form=FORM + 1), "form"),
+        (bytes(1 << 17), "too_long"),
+    ],
+)
+def test_what_cannot_be_used_is_dropped_and_counted(payload: bytes, why: str) -> None:
+    joined = Joined(1, 1)
+    assert receive(joined.states[0], payload) == {why: 1}
+    assert joined.loads(0) == [0]
+
+
+@given(TOPICS, st.binary(max_size=200), st.booleans())
+def test_nothing_that_is_sealed_by_mistake_does_harm(topic: SharedTopic, data: bytes, old: bool) -> None:
+    joined = Joined(1, 1)
+    joined.states[0].receive(topic, Secret(KEY, 512).seal(topic.value, data), old)
+    while joined.states[0].apply(0.0, 1000):
+        pass
+    assert joined.loads(0) == [0]
+
+
+ODD = st.one_of(st.binary(max_size=40), st.lists(st.integers(0, 2**64 - 1), max_size=4).map(packed))
+
+
+@given(st.integers(-(2**63), 2**64 - 1), st.booleans(), st.booleans(), ODD, ODD, ODD, ODD)
+def test_fields_of_any_form_do_no_harm(
+    number: int, whole: bool, left: bool, names: bytes, states: bytes, meters: bytes, spent: bytes
+) -> None:
+    joined = Joined(1, 2)
+    receive(
+        joined.states[0],
+        loads(number=number, whole=whole, left=left, names=names, states=states, meters=meters, spent=spent),
+    )
+    assert joined.loads(0) == [0, 0]
+    assert joined.benches[0].route().worker in joined.benches[0].workers
+
+
+def test_what_waits_is_bounded_and_loads_are_dropped_first() -> None:
+    state = SharedState(rules(0, waiting=1000))
+    state.receive(SharedTopic.LOADS, bytes(600))
+    state.receive(SharedTopic.PLACEMENTS, bytes(600))
+    assert (state.reading.waiting, state.reading.dropped) == (600, {"late": 1})
+    state.receive(SharedTopic.ORDERS, bytes(600))
+    assert (state.reading.waiting, state.reading.dropped) == (600, {"late": 2})
+
+
+def test_own_messages_that_come_back_are_no_peer() -> None:
+    joined = Joined(1, 1)
+    joined.benches[0].route()
+    joined.flush(0.0)
+    assert joined.loads(0) == [1]
+    assert not joined.states[0].reading.peers
+
+
+def test_a_reading_shows_who_is_there() -> None:
+    joined = Joined(3, 2)
+    joined.benches[1].load(2, 1)
+    joined.flush(0.0)
+    joined.states[0].look(1.5)
+    one, two = joined.states[0].reading.peers
+    assert (one.router, one.age, one.running) == (b"router01".hex(), 1.5, 3)
+    assert (two.router, two.running) == (b"router02".hex(), 0)
+
+
+# -- names and chains --------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 2**64 - 1)))
+def test_numbers_are_packed_and_unpacked(values: list[int]) -> None:
+    assert numbers(packed(values)) == values
+    assert packed([1]) == b"\x01" + bytes(7)
+
+
+def test_boundaries_are_dense_at_first_and_few_in_the_end() -> None:
+    found = boundaries_of(512)
+    assert found[:64] == [512 * n for n in range(1, 65)]
+    assert (len(found), found[-1]) == (384, 1 << 20)
+    steps = [(end - start) / start for start, end in itertools.pairwise(found[64:])]
+    assert max(steps) <= 1 / 64
+
+
+@given(st.binary(max_size=3000), st.binary(max_size=600), st.binary(max_size=600))
+def test_texts_have_the_same_chain_as_far_as_they_are_the_same(same: bytes, one: bytes, other: bytes) -> None:
+    secret = Secret(KEY, 512)
+    here, there = secret.chain(b"m", same + one), secret.chain(b"m", same + other)
+    common = 0
+    for a, b in zip(same + one, same + other, strict=False):
+        if a != b:
+            break
+        common += 1
+    assert len(here) == len(same + one) // 512
+    assert here[: common // 512] == there[: common // 512]
+    assert not set(here[common // 512 :]) & set(there[common // 512 :])
+
+
+def test_a_chain_depends_on_key_and_namespace() -> None:
+    text = bytes(600)
+    secret = Secret(KEY, 512)
+    chains = [secret.chain(b"", text), secret.chain(b"a", text), Secret(bytes(32), 512).chain(b"", text)]
+    assert len({each[0] for each in chains}) == 3
+    assert secret.name(b"worker", b"x") != secret.name(b"session", b"x") != Secret(bytes(32), 512).name(b"worker", b"x")

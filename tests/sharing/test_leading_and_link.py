@@ -1,0 +1,206 @@
+"""Who leads, by its own clock; how the state of a store is told; how much of a stream is kept. All played."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from sglang_router.routing.shared.records import SharedTopic
+from sglang_router.sharing.leading import HELD_FOR, Leader
+from sglang_router.sharing.link import CONNECTED, CONNECTING, StoreLink
+from sglang_router.sharing.reading import before
+from sglang_router.sharing.store import START, Appended, Position, StoreFailed, StreamEntry, Trouble
+from sglang_router.sharing.traffic import Traffic
+from sglang_router.sharing.writing import StoreWriter
+from store_scenes import SmallCore, play, until
+
+AWAY = StoreFailed(Trouble.UNREACHABLE, "it is away")
+
+
+class PlayedStore:
+    """A store in memory. failure: raised by all that it is asked for; None: it works."""
+
+    def __init__(self) -> None:
+        self.failure: StoreFailed | None = None
+        self.holder = ""
+        self.asked = 0
+        self.batches: list[Sequence[Appended]] = []
+
+    def _fail(self) -> None:
+        self.asked += 1
+        if self.failure is not None:
+            raise self.failure
+
+    async def append(self, batch: Sequence[Appended]) -> list[Position]:
+        self._fail()
+        self.batches.append(batch)
+        return [(len(self.batches), number) for number in range(len(batch))]
+
+    async def follow(self, positions: Mapping[str, Position], most: int, wait: float) -> dict[str, list[StreamEntry]]:
+        self._fail()
+        return {}
+
+    async def older(self, stream: str, newest: Position, after: Position, most: int) -> list[StreamEntry]:
+        self._fail()
+        return []
+
+    async def ends(self, streams: Sequence[str]) -> dict[str, Position]:
+        self._fail()
+        return dict.fromkeys(streams, START)
+
+    async def shared_key(self, own: bytes) -> bytes:
+        self._fail()
+        return own
+
+    async def tidy(self, kept: Mapping[str, tuple[float, float | None]]) -> None:
+        self._fail()
+
+    async def hold(self, holder: str, seconds: float) -> bool:
+        self._fail()
+        self.holder = self.holder or holder
+        return self.holder == holder
+
+    async def resign(self, holder: str) -> None:
+        self._fail()
+        self.holder = "" if self.holder == holder else self.holder
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class PlayedClock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def looked(leader: Leader, store: PlayedStore) -> None:
+    """Let a leader ask the store once."""
+    asked = store.asked
+    task = asyncio.ensure_future(leader.run())
+    await until(lambda: store.asked > asked)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def test_a_leader_stops_to_act_by_its_own_clock_before_another_one_can_begin() -> None:
+    async def scene() -> None:
+        store, clock = PlayedStore(), PlayedClock()
+        leader, other = Leader(store, "a", clock), Leader(store, "b", clock)
+        await looked(leader, store)
+        await looked(other, store)
+        assert (leader.leads, other.leads) == (True, False)
+        store.failure = AWAY
+        clock.now += HELD_FOR - 1.5
+        await looked(leader, store)  # it is not renewed
+        assert (leader.leads, other.leads) == (True, False)
+        clock.now += 1.0
+        assert (leader.leads, other.leads) == (False, False)
+        store.failure, store.holder = None, ""  # as it expires in the store
+        await looked(other, store)
+        await looked(leader, store)
+        assert (leader.leads, other.leads) == (False, True)
+
+    play(scene)
+
+
+def test_who_resigns_does_not_act_any_more_and_another_one_may() -> None:
+    async def scene() -> None:
+        store, clock = PlayedStore(), PlayedClock()
+        leader, other = Leader(store, "a", clock), Leader(store, "b", clock)
+        await looked(leader, store)
+        await other.resign()
+        assert store.holder == "a"  # it was not its own
+        await leader.resign()
+        assert (leader.leads, store.holder) == (False, "")
+        store.failure = AWAY
+        await leader.resign()  # a store that is away holds up nothing
+
+    play(scene)
+
+
+# -- the link ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_change_is_one_line_and_both_sides_must_be_well(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene() -> None:
+        heard: list[str] = []
+        link = StoreLink("redis://h", PlayedClock(), random.Random(1))
+        link.heard = lambda: heard.append(link.state)
+        link.reading.well()
+        assert (link.state, link.connected) == (CONNECTING, False)
+        link.writing.well()
+        assert (link.state, link.connected) == (CONNECTED, True)
+        full = StoreFailed(Trouble.FULL, "it is full")
+        await link.writing.failed(full)
+        await link.writing.failed(full)
+        assert (link.state, link.problem, link.losses) == ("full", "it is full", 1)
+        await link.reading.failed(AWAY)
+        assert (link.state, link.losses) == ("unreachable", 1)
+        link.reading.well()
+        assert link.state == "full"
+        link.writing.well()
+        assert (link.state, link.problem) == (CONNECTED, "")
+        assert heard == [CONNECTED, "full", "unreachable", "full", CONNECTED]
+
+    caplog.set_level(logging.INFO)
+    play(scene)
+    assert [record.levelname for record in caplog.records] == ["INFO", *["WARNING"] * 4]
+    assert "sharing again after" in caplog.text
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+async def flushed(core: SmallCore, store: PlayedStore, traffic: Traffic, memory: int = 1 << 20) -> None:
+    """Let a writer write what a core has to tell."""
+    clock = PlayedClock()
+    link = StoreLink("redis://h", clock, random.Random(1))
+    task = asyncio.ensure_future(StoreWriter(store, core, link.writing, traffic, clock, memory).run())
+    await until(lambda: bool(store.batches))
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.parametrize(("size", "most"), [(436, 2097), (65_472, 256)])
+def test_as_many_placements_stay_as_fit_into_their_memory(size: int, most: int) -> None:
+    async def scene() -> None:
+        core, store, traffic = SmallCore(), PlayedStore(), Traffic()
+        traffic.read("placements", size, (1, 1), 0.0)
+        core.tells = [(SharedTopic.PLACEMENTS, b"x" * size), (SharedTopic.LOADS, b"x"), (SharedTopic.ORDERS, b"x")]
+        await flushed(core, store, traffic)
+        assert {each.stream: each.most for each in store.batches[0]} == {
+            "placements": most,
+            "loads": 4096,
+            "orders": 10_000,
+        }
+        assert store.batches[0][0].stream == "orders"  # what operators want comes first
+
+    play(scene)
+
+
+def test_orders_that_the_store_did_not_take_are_written_again_in_their_order() -> None:
+    async def scene() -> None:
+        core, store, traffic = SmallCore(), PlayedStore(), Traffic()
+        store.failure = AWAY
+        core.tells = [(SharedTopic.ORDERS, b"first"), (SharedTopic.PLACEMENTS, b"lost")]
+        flushing = asyncio.ensure_future(flushed(core, store, traffic))
+        await until(lambda: traffic.lost == {"placements": 1})
+        store.failure = None
+        core.tells = [(SharedTopic.ORDERS, b"second")]
+        await flushing
+        told = [each.payload for batch in store.batches for each in batch]
+        assert told[:2] == [b"first", b"second"] or told == [b"first"]
+
+    play(scene)
+
+
+def test_the_position_before_another_one() -> None:
+    assert before((5, 3)) == (5, 2)
+    assert before((5, 0)) == (4, (1 << 64) - 1)
