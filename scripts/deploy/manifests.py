@@ -26,6 +26,7 @@ EVERYTHING = (
     "keys.clients.secret=keys",
     "keys.operators.secret=keys",
     "tls.secret=certificate",
+    "sharedState.secret=valkey",
     "discovery.allNamespaces=true",
 )
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -34,6 +35,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "engines by HPA": ("engineScaling.enabled=true", "engineScaling.by=hpa", "discovery.namespace=engines"),
     "pairs": ("discovery.prefillSelector[0]=role=prefill", "discovery.decodeSelector[0]=role=decode"),
     "no discovery": ("discovery.enabled=false", "config.worker-urls[0]=http://engine:8000", "listen=::"),
+    "a store that keeps the key": ("sharedState.secret=valkey", "sharedState.fleetKey="),
     "several processes": ("config.relay-processes=4", "config.models=null", "image.tag=next", "replicaCount=1"),
 }
 PAGE = reporting.ROOT / "docs" / "deploy-kubernetes.md"
@@ -108,6 +110,9 @@ def _can_start(documents: list[dict[str, Any]]) -> None:
         (folder / "tls").mkdir()
         (folder / "tls" / "tls.crt").write_bytes(Path(pair.cert).read_bytes())
         (folder / "tls" / "tls.key").write_bytes(Path(pair.key).read_bytes())
+        (folder / "fleet").mkdir()
+        (folder / "fleet" / "fleet-key").write_text(f"{'5a' * 32}\n")
+        (folder / "fleet" / "fleet-key").chmod(0o600)
         (folder / "kubeconfig").write_text(_KUBECONFIG)
         (folder / "kubeconfig").chmod(0o600)
         text = yaml.safe_dump(configuration(documents)).replace("/etc/sglang-router", str(folder))
@@ -115,13 +120,15 @@ def _can_start(documents: list[dict[str, Any]]) -> None:
         (folder / "config" / "router.yaml").write_text(text)
         described = container(documents)
         flags = [str(word).replace("/etc/sglang-router", str(folder)) for word in described["args"]]
-        variables = {each["name"]: each["value"] for each in described["env"]} | {
+        variables = {each["name"]: each.get("value", _STORE) for each in described["env"]} | {
             "KUBECONFIG": str(folder / "kubeconfig")
         }
         words = [sys.executable, "-m", "sglang_router", *flags, "--check-config"]
         run(words, variables={**variables, "PYTHONPATH": str(reporting.ROOT / "src")})
 
 
+_STORE = "redis://:secret-3@127.0.0.1:1"
+"""What the Secret of the store holds, the only one that becomes a variable."""
 _KUBECONFIG = """
 current-context: x
 clusters: [{name: x, cluster: {server: "https://127.0.0.1:1"}}]

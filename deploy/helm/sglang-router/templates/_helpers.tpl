@@ -68,6 +68,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | quote }}
 {{- $_ := set $config "tls-cert-path" "/etc/sglang-router/tls/tls.crt" -}}
 {{- $_ := set $config "tls-key-path" "/etc/sglang-router/tls/tls.key" -}}
 {{- end -}}
+{{- with .Values.sharedState -}}
+{{- if and .secret .fleetKey -}}
+{{- $_ := set $config "shared-state-key" (printf "/etc/sglang-router/fleet/%s" .fleetKey) -}}
+{{- end -}}
+{{- end -}}
 {{- if .Values.engineScaling.enabled -}}
 {{- $_ := set $config "autoscale" (printf "%d:%d" (int .Values.engineScaling.min) (int .Values.engineScaling.max)) -}}
 {{- end -}}
