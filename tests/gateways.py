@@ -5,6 +5,8 @@ with picker(router) as gateway:                        serves gateways beside a 
     asked.choice().endpoint                            what the picker answers to the headers
     asked.answer(200, b"...")                          the worker's answer, whose pieces the picker gives back
     asked.close()
+
+with scene() as here:                                  the same, with fake workers and what is told of each end
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import grpc
 from routers import free_port
 from sglang_router.picker.front import PickerFront
 from sglang_router.picker.messages import METHOD, SERVICE, ProcessingRequest, ProcessingResponse
-from stack import Stack
+from sglang_router.routing.events import Finished, Listener, WorkerChanged
+from stack import Stack, stack
 
 WITHIN = 60.0
+BODY = b'{"model":"m","prompt":"hello there"}'
 
 
 class Chosen(NamedTuple):
@@ -197,3 +201,54 @@ def picker(router: Stack) -> Iterator[Gateway]:
         finally:
             router.call(front.cut)
             router.run(front.close())
+
+
+class Ends(Listener):
+    """Keeps what is told of requests that ended, and of workers that changed."""
+
+    def __init__(self) -> None:
+        self.seen: list[Finished] = []
+        self.changes: list[tuple[str, str]] = []
+
+    def finished(self, event: Finished) -> None:
+        self.seen.append(event)
+
+    def worker_changed(self, event: WorkerChanged) -> None:
+        self.changes.append((event.what, event.new))
+
+
+class Scene(NamedTuple):
+    router: Stack
+    gateway: Gateway
+    urls: list[str]
+    ends: Ends
+
+    @property
+    def endpoints(self) -> list[str]:
+        return [url.removeprefix("http://") for url in self.urls]
+
+    def idle(self) -> bool:
+        return not self.router.router.leases and not any(worker.load for worker in self.router.fleet)
+
+    def ended(self, times: int = 1) -> Finished:
+        """Wait until so many requests have ended and no load is left; return the last end."""
+        self.router.until(lambda: len(self.ends.seen) >= times and self.idle())
+        assert len(self.ends.seen) == times
+        return self.ends.seen[-1]
+
+
+@contextlib.contextmanager
+def scene(**settings: Any) -> Iterator[Scene]:
+    workers = settings.pop("workers", 2)
+    with stack(policy=settings.pop("policy", "round_robin"), **settings) as router:
+        ends = Ends()
+        router.call(lambda: router.app.listeners.add(ends))
+        fakes = router.fakes(*[{} for _ in range(workers)])
+        with picker(router) as gateway:
+            yield Scene(router, gateway, [fake.url for fake in fakes], ends)
+
+
+def wake(here: Scene) -> bool:
+    """Have the condition checked again: the budget tells nobody of what it holds."""
+    here.router.loop.call_later(0.01, here.router.news.set)
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from discovery_scenes import kube_scene, url
@@ -129,4 +130,24 @@ def test_a_change_that_cannot_be_leaves_the_workers_as_they_are() -> None:
 def test_ports_that_cannot_be_are_refused(ports: list[TargetPort] | None) -> None:
     spec = InferencePoolSpec(selector=MatchLabels(labels=ENGINE), ports=ports)
     with pytest.raises(ValueError, match="targetPorts"):
+        selected(InferencePoolItem(spec=spec))
+
+
+def test_more_ports_than_the_api_allows_are_refused() -> None:
+    def of(count: int) -> InferencePoolItem:
+        ports = [TargetPort(number=8000 + place) for place in range(count)]
+        return InferencePoolItem(spec=InferencePoolSpec(selector=MatchLabels(labels=ENGINE), ports=ports))
+
+    assert len(selected(of(8)).ports) == 8
+    with pytest.raises(ValueError, match="has 9 ports, and 8 are allowed"):
+        selected(of(9))
+
+
+@pytest.mark.parametrize("labels", [ENGINE, {}])
+def test_a_selector_that_says_more_than_labels_is_refused(labels: dict[str, str]) -> None:
+    expressions = [msgspec.Raw(b'{"key":"env","operator":"NotIn","values":["test"]}')]
+    spec = InferencePoolSpec(
+        selector=MatchLabels(labels=labels, expressions=expressions), ports=[TargetPort(number=8000)]
+    )
+    with pytest.raises(ValueError, match="say it with matchLabels"):
         selected(InferencePoolItem(spec=spec))

@@ -12,6 +12,7 @@ from sglang_router.picker.messages import ProcessingRequest
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Target
 from sglang_router.wire.headers import ForwardRules
+from sglang_router.wire.limits import Limits
 from sglang_router.wire.request import Headers, Request
 
 ASKED = (
@@ -45,7 +46,7 @@ def request(*fields: tuple[bytes, bytes], path: bytes = b"/v1/completions") -> R
 def test_a_request_is_read() -> None:
     message = ProcessingRequest.FromString(bytes.fromhex(ASKED))
     assert message.WhichOneof("kind") == "request_headers"
-    found = request_of(message.request_headers)
+    found = request_of(message.request_headers, Limits())
     assert (found.method, found.target, found.path) == (b"POST", b"/v1/completions?a=1", b"/v1/completions")
     assert (found.headers, found.refusal) == ([(b"x-old", b"text")], None)
     assert message.request_headers.end_of_stream
@@ -81,7 +82,7 @@ def test_what_is_no_request_is_refused(fields: dict[str, bytes]) -> None:
     message = ProcessingRequest().request_headers
     for name, value in fields.items():
         message.headers.headers.add(key=name, raw_value=value)
-    found = request_of(message)
+    found = request_of(message, Limits())
     assert found.refusal is not None
     assert found.refusal.status == 400
 

@@ -2,76 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import random
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 import pytest
 
 from fake_worker import answer
-from gateways import Asked, Gateway, answer_head, picker, request_head, with_subset
+from gateways import BODY, Asked, Scene, answer_head, request_head, scene, wake, with_subset
 from sglang_router.picker.messages import ProcessingRequest
 from sglang_router.picker.pick import Pick
 from sglang_router.picker.streams import GatewayStream
 from sglang_router.routing.candidates import Candidates
-from sglang_router.routing.events import Finished, Listener, WorkerChanged
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.policies.base import Choice, Policy
 from sglang_router.routing.rules import HealthRules, PolicySettings
-from stack import Stack, stack
 
-BODY = b'{"model":"m","prompt":"hello there"}'
 USAGE = b'{"id":"1","usage":{"prompt_tokens":9,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4}}}'
-
-
-class Ends(Listener):
-    """Keeps what is told of requests that ended, and of workers that changed."""
-
-    def __init__(self) -> None:
-        self.seen: list[Finished] = []
-        self.changes: list[tuple[str, str]] = []
-
-    def finished(self, event: Finished) -> None:
-        self.seen.append(event)
-
-    def worker_changed(self, event: WorkerChanged) -> None:
-        self.changes.append((event.what, event.new))
-
-
-class Scene(NamedTuple):
-    router: Stack
-    gateway: Gateway
-    urls: list[str]
-    ends: Ends
-
-    @property
-    def endpoints(self) -> list[str]:
-        return [url.removeprefix("http://") for url in self.urls]
-
-    def idle(self) -> bool:
-        return not self.router.router.leases and not any(worker.load for worker in self.router.fleet)
-
-    def ended(self, times: int = 1) -> Finished:
-        """Wait until so many requests have ended and no load is left; return the last end."""
-        self.router.until(lambda: len(self.ends.seen) >= times and self.idle())
-        assert len(self.ends.seen) == times
-        return self.ends.seen[-1]
-
-
-@contextlib.contextmanager
-def scene(**settings: Any) -> Iterator[Scene]:
-    workers = settings.pop("workers", 2)
-    with stack(policy=settings.pop("policy", "round_robin"), **settings) as router:
-        ends = Ends()
-        router.call(lambda: router.app.listeners.add(ends))
-        fakes = router.fakes(*[{} for _ in range(workers)])
-        with picker(router) as gateway:
-            yield Scene(router, gateway, [fake.url for fake in fakes], ends)
 
 
 @pytest.fixture
@@ -201,12 +152,6 @@ def test_a_body_waits_unread_for_room_and_is_refused_in_time() -> None:
         assert len(first.given_back()) == 300_000
         first.answer(200, b"{}")
         here.ended(2)
-
-
-def wake(here: Scene) -> bool:
-    """Have the condition checked again: the budget tells nobody of what it holds."""
-    here.router.loop.call_later(0.01, here.router.news.set)
-    return False
 
 
 def test_without_a_worker_the_answer_is_503_with_a_time_to_come_back() -> None:

@@ -38,6 +38,8 @@ log = logging.getLogger("sglang_router.discovery")
 
 _API: Final = "/apis/inference.networking.k8s.io/v1"
 _HELP: Final = "see docs/endpoint-picker.md"
+_MOST_PORTS: Final = 8
+"""Target ports that the API allows: each of them is a worker on each pod."""
 _CANCELLED_WITHIN: Final = 1.0
 """Seconds after which a task that is to end is told so again."""
 
@@ -46,6 +48,7 @@ class MatchLabels(msgspec.Struct, kw_only=True):
     """`spec.selector`."""
 
     labels: dict[str, str] | None = msgspec.field(name="matchLabels", default=None)
+    expressions: list[msgspec.Raw] | None = msgspec.field(name="matchExpressions", default=None)
 
 
 class TargetPort(msgspec.Struct, kw_only=True):
@@ -94,12 +97,17 @@ class Selected(NamedTuple):
 def selected(item: InferencePoolItem) -> Selected:
     """Return what a pool selects. Raises: ValueError, when that cannot be."""
     spec = item.spec or InferencePoolSpec()
-    labels = (spec.selector or MatchLabels()).labels or {}
+    selector = spec.selector or MatchLabels()
+    labels = selector.labels or {}
     ports = tuple(dict.fromkeys(port.number for port in spec.ports or ()))
+    if selector.expressions:  # without them it would be other pods
+        raise ValueError("spec.selector.matchExpressions is not supported: say it with matchLabels")
     if not labels:
         raise ValueError("it selects no pods: spec.selector.matchLabels is empty")
     if not ports or not all(1 <= port <= 65535 for port in ports):
         raise ValueError("spec.targetPorts has no valid port number")
+    if len(ports) > _MOST_PORTS:
+        raise ValueError(f"spec.targetPorts has {len(ports)} ports, and {_MOST_PORTS} are allowed")
     return Selected(tuple(sorted(labels.items())), ports)
 
 

@@ -1,19 +1,26 @@
 """Read what Envoy says of a request: its head, which endpoints may get it, and which one has served it.
 
-    request_of(headers)   --> Request     the head; pseudo-headers are its method and target
-    subset_of(message)    --> the endpoints to choose from, as the gateway wants; None: any
-    served_of(message)    --> the endpoint whose answer this is; "" when the gateway does not say
+    request_of(headers, limits) --> Request     the head; pseudo-headers are its method and target
+    subset_of(message)          --> the endpoints to choose from, as the gateway wants; None: any
+    served_of(message)          --> the endpoint whose answer this is; "" when the gateway does not say
 
-Where they stand is the endpoint picker protocol of the Gateway API Inference Extension (its proposal 004).
+A head is held to what the router's own port holds it to (`wire.request`): a gateway may let more pass, and then a line
+end in a field would be one in the router's answers and logs.
+
+Where the endpoints stand is the endpoint picker protocol of the Gateway API Inference Extension (its proposal 004).
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
 
-from sglang_router.errors import BadHTTP, RouterError
+from sglang_router.errors import BadHTTP, HeadTooLarge, RouterError
+from sglang_router.picker.messages import FULL_DUPLEX
+from sglang_router.wire.limits import Limits
 from sglang_router.wire.request import Headers, Request
 
 DESTINATION: Final = "x-gateway-destination-endpoint"
@@ -23,36 +30,86 @@ _SUBSET_SPACE: Final = "envoy.lb.subset_hint"
 _SUBSET: Final = "x-gateway-destination-endpoint-subset"
 _SERVED_SPACE: Final = "envoy.lb"
 _SERVED: Final = "x-gateway-destination-endpoint-served"
+_METADATA: Final = 512 << 10
+"""Most bytes of metadata that are read: the endpoints of a very large pool."""
+_ANSWER_FIELDS: Final = 256
+"""Fields at the head of an answer that are read; its status is one of the first."""
+_PSEUDO: Final = 8
+"""Pseudo-headers, which are no fields of the client."""
+_NAME: Final = re.compile(rb":?[!#$%&'*+\-.^_`|~0-9a-z]+")
+_VALUE: Final = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
+_METHOD: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_TARGET: Final = re.compile(rb"/[^\x00-\x20\x7f]*")
+_STATUS: Final = re.compile(rb"[1-9][0-9][0-9]")
 
 
-def request_of(message: Any) -> Request:
-    """Return the request whose `HttpHeaders` these are. What cannot be one has a refusal."""
+def request_of(message: Any, limits: Limits) -> Request:
+    """Return the request whose `HttpHeaders` these are. What cannot be one, or is too large, has a refusal."""
+    fields = message.headers.headers
+    if len(fields) > limits.header_count + _PSEUDO or message.ByteSize() > limits.head_bytes:
+        return _request({}, [], HeadTooLarge())
     found: dict[bytes, bytes] = {}
-    fields: Headers = []
-    for name, value in headers_of(message):
-        if name.startswith(b":"):
+    headers: Headers = []
+    refusal: RouterError | None = None
+    for name, value in _pairs(fields):
+        if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value) or name in found:
+            refusal = BadHTTP("The gateway sent a header field that HTTP does not allow.")
+        elif name.startswith(b":"):
             found[name] = value
         else:
-            fields.append((name, value))
+            headers.append((name, value))
+    lengths = [value for name, value in headers if name == b"content-length"]
+    if len(lengths) > 1 or not all(map(_is_length, lengths)):
+        refusal = BadHTTP("Content-Length must be one decimal number.")
+        headers = [field for field in headers if field[0] != b"content-length"]
+    return _request(found, headers, refusal)
+
+
+def _request(found: dict[bytes, bytes], headers: Headers, refusal: RouterError | None) -> Request:
+    """Make the request. found: the pseudo-headers."""
     method, target = found.get(b":method", b""), found.get(b":path", b"")
-    refusal: RouterError | None = None
-    if not method or not target.startswith(b"/"):
-        refusal = BadHTTP("The gateway sent no method, or no path that begins with a slash.")
-        method, target = method or b"GET", b"/"
-    request = Request(method, target, target.partition(b"?")[0], fields)
+    if not _METHOD.fullmatch(method) or not _TARGET.fullmatch(target):
+        refusal = refusal or BadHTTP("The gateway sent no method, or no path that begins with a slash.")
+        method, target = b"GET", b"/"
+    request = Request(method, target, target.partition(b"?")[0], headers)
     request.refusal = refusal
     return request
 
 
-def headers_of(message: Any) -> Headers:
-    """Return the fields of an `HttpHeaders` in the order they came."""
-    return [(each.key.lower().encode(), each.raw_value or each.value.encode()) for each in message.headers.headers]
+def _pairs(fields: Iterable[Any]) -> Headers:
+    """Return the fields in the order they came."""
+    return [(each.key.lower().encode(), each.raw_value or each.value.encode()) for each in fields]
+
+
+def answered_of(message: Any) -> tuple[int, Headers]:
+    """Return the status of an answer whose `HttpHeaders` these are, 0 for one that is none, and its fields."""
+    fields = _pairs(islice(message.headers.headers, _ANSWER_FIELDS))
+    status = next((value for name, value in fields if name == b":status"), b"")
+    return int(status) if _STATUS.fullmatch(status) else 0, [field for field in fields if field[0] != b":status"]
+
+
+def _is_length(value: bytes) -> bool:
+    return value.isdigit() and len(value) < 19
+
+
+class Modes(NamedTuple):
+    """How the gateway sends bodies. A gateway that does not say so is taken for one in full duplex."""
+
+    request: int = FULL_DUPLEX
+    response: int = FULL_DUPLEX
+
+
+def modes_of(message: Any) -> Modes:
+    """Return how the gateway sends bodies."""
+    if not message.HasField("protocol_config"):
+        return Modes()
+    return Modes(message.protocol_config.request_body_mode, message.protocol_config.response_body_mode)
 
 
 def length_of(request: Request) -> int:
     """Return the announced length of the body; -1 when there is none."""
     for name, value in request.headers:
-        if name == b"content-length" and value.isdigit() and len(value) < 19:
+        if name == b"content-length" and _is_length(value):
             return int(value)
     return -1
 
@@ -69,7 +126,12 @@ def peer_of(request: Request, gateway: str) -> str:
 
 
 def subset_of(message: Any) -> frozenset[str] | None:
-    """Return the endpoints of which one must be chosen; None when any may be."""
+    """Return the endpoints of which one must be chosen; None when any may be.
+
+    Raises: HeadTooLarge, when there is more metadata than is read.
+    """
+    if message.metadata_context.ByteSize() > _METADATA:
+        raise HeadTooLarge(f"The gateway sent more than {_METADATA >> 10} KiB of metadata.")
     value = _metadata(message, _SUBSET_SPACE, _SUBSET)
     if value is None:
         return None
@@ -80,7 +142,9 @@ def subset_of(message: Any) -> frozenset[str] | None:
 
 
 def served_of(message: Any) -> str:
-    """Return the endpoint that has served the request; "" when the gateway does not say."""
+    """Return the endpoint that has served the request; "" when the gateway does not say, or says too much."""
+    if message.metadata_context.ByteSize() > _METADATA:
+        return ""
     value = _metadata(message, _SERVED_SPACE, _SERVED)
     return "" if value is None else str(value.string_value)
 

@@ -164,7 +164,11 @@ def _server(app: App, clients: Clients) -> tuple[Any, Any]:
     )
     shared = int(app.args.reuse_port)  # the router that takes over listens before the one that ends lets go
     server = grpc.aio.server(
-        options=[("grpc.max_receive_message_length", _LARGEST_MESSAGE), ("grpc.so_reuseport", shared)]
+        options=[
+            ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
+            ("grpc.so_reuseport", shared),
+            ("grpc.http2.max_ping_strikes", 0),  # gateways may ping often: by default a few end the connection
+        ]
     )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
     health = PickerHealth(lambda: not unready(app.control))

@@ -31,9 +31,10 @@ from sglang_router.relay.answered_ids import answered_id
 from sglang_router.relay.body import BodyHandler
 from sglang_router.relay.clients import Clients
 from sglang_router.relay.deadlines import DUE_REQUEST, NEVER, Deadline, Due
-from sglang_router.relay.injected import UsageHider
+from sglang_router.relay.injected import UsageHider, with_ask
 from sglang_router.relay.moves import EXCHANGE_MOVES, IllegalMove
 from sglang_router.relay.reading import read_and_ask
+from sglang_router.relay.renaming import renamed
 from sglang_router.relay.states import ANSWERING, DONE, NEW, QUEUED, ROUTED, ExchangeState
 from sglang_router.routing.decider import Delivered
 from sglang_router.routing.endpoints import Endpoint
@@ -42,9 +43,12 @@ from sglang_router.routing.facts import Facts
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag, Wait
 from sglang_router.routing.policies.base import Choice
+from sglang_router.routing.tolerant import in_utf8
 from sglang_router.routing.usage import Usage
 from sglang_router.routing.worker import Worker
+from sglang_router.wire.gathering import Body
 from sglang_router.wire.request import Headers, Request
+from sglang_router.wire.splice import Spliced, splice, splice_at
 from sglang_router.wire.sse import EventSplitter
 from sglang_router.wire.usage import joined, usage_of
 
@@ -259,6 +263,17 @@ class Pick:
                 return
             outcome = Outcome.ABANDONED  # a retry may leave the subset
         self.refuse(WorkerUnreachable(detail), outcome)
+
+    def outgoing(self, leg: PlannedLeg) -> Body | Spliced:
+        """Return the body as the worker gets it; see `relay.leg.Leg.send`."""
+        body, facts = self.request.body, self._facts
+        members = leg.splice if self.hider is None else with_ask(leg.splice)
+        if leg.model and facts is not None:
+            return renamed(body, facts, leg.model, members)
+        if not members:
+            return body
+        place = None if facts is None else facts.place
+        return splice_at(body, place, members) if place else splice(in_utf8(body), members)
 
     # -- the answer ----------------------------------------------------------------------------------------------------
 

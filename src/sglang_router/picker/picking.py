@@ -38,7 +38,7 @@ class Picking:
     destinations  where workers listen
     routes        what makes the pick of a request
     admit         checks keys, see `app.admission`
-    most          bytes of the largest body
+    limits        of a head and a body
     fallbacks     most further endpoints that a gateway is told
     """
 
@@ -48,7 +48,7 @@ class Picking:
         self.destinations = Destinations(app.fleet, app.connections)
         self.routes = _routes(app)
         self.admit = admission(app.control.access, self.routes)
-        self.most = limits(app.args).body_bytes
+        self.limits = limits(app.args)
         self.fallbacks = app.args.epp_fallback_endpoints
 
     def __repr__(self) -> str:

@@ -6,6 +6,10 @@
                                 whole answer to the client, an error of the router
     response_headers, _body ... each one at once, so that a stream of events flows
 
+An answer that begins before the choice is another filter's, to a request that is over. It passes as it is. What comes
+in another order, or cannot be decoded, breaks the stream off. A stream that is silent at its beginning, or after the
+end of its answer, is closed in time.
+
 The body is counted in the request-body budget of the router until it is given back: what finds no room is not read from
 the gateway, which then reads no more from its client.
 """
@@ -15,26 +19,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from sglang_router.errors import InternalError, PayloadTooLarge, RequestTimeout, RouterError
+from sglang_router.errors import BadHTTP, HeadTooLarge, InternalError, PayloadTooLarge, RequestTimeout, RouterError
 from sglang_router.picker import asked, changes, replies
 from sglang_router.picker.messages import FULL_DUPLEX, NONE
 from sglang_router.picker.pick import ErrorAnswer, Pick
 from sglang_router.picker.picking import Picking
 from sglang_router.relay.budget import SMALL
 from sglang_router.relay.deadlines import ERRORS, NEVER, Deadline, Due
-from sglang_router.relay.injected import with_ask
 from sglang_router.relay.outgoing import Outgoing
-from sglang_router.relay.renaming import renamed
-from sglang_router.relay.states import ADMITTED, HELD
+from sglang_router.relay.states import ADMITTED, DONE, HELD, ROUTED
 from sglang_router.routing.plan import PlannedLeg
-from sglang_router.routing.tolerant import in_utf8
 from sglang_router.wire.gathering import Body, gather, whole
 from sglang_router.wire.request import Request
-from sglang_router.wire.splice import Spliced, splice, splice_at
 
 log = logging.getLogger("sglang_router.picker")
 
@@ -42,15 +43,13 @@ _WRONG_MODE: Final = (
     "The gateway must send bodies to the endpoint picker in full duplex: set request_body_mode and response_body_mode"
     " of its ext_proc filter to FULL_DUPLEX_STREAMED, and both trailer modes to SEND."
 )
-_EARLY: Final = 4
-"""Messages that are kept while a request is queued: its trailers. A gateway that sends more is not read."""
+_TOO_LONG: Final = "--request-timeout-secs is over"
+_SILENT: Final = "no request_headers came in time"
+_OVER: Final = ""
+"""Reasons why the router breaks a stream off. The last one is none: all has been said."""
 
 
-class Modes(NamedTuple):
-    """How the gateway sends bodies. A gateway that does not say so is taken for one in full duplex."""
-
-    request: int = FULL_DUPLEX
-    response: int = FULL_DUPLEX
+_IDLE: Final = (Due.HEAD, Due.LINGER)  # what a stream without a request waits for
 
 
 class GatewayStream:
@@ -71,15 +70,15 @@ class GatewayStream:
         self._task = asyncio.current_task()
         self._timeouts = picking.app.relay.timeouts
         self._hold = self.clients.budget.hold(self)
-        self._modes = Modes()
+        self._modes = asked.Modes()
         self._pick: Pick | None = None
         self._request: Request | None = None
         self._reading: asyncio.Task[Any] | None = None
-        self._early: list[Any] = []  # what arrived before the request was decided
+        self._early: Any = None  # the head of an answer that arrived before the request was decided
         self._alarm: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # something else than a message
         self._fault: RouterError | None = None
         self._has_body = self._trailers = False  # the request has
-        self._overran = False
+        self._broken: str | None = None  # why the router breaks the stream off
 
     def __repr__(self) -> str:
         return f"<GatewayStream {self.peer} {self._pick!r}>"
@@ -87,10 +86,13 @@ class GatewayStream:
     # -- for Clients and ByteBudget ------------------------------------------------------------------------------------
 
     def overdue(self, now: float) -> None:
-        """Refuse the request: its body comes too slowly, or found no room in time."""
-        self._fault = ERRORS.get(self.deadline[0], RequestTimeout)()
-        self.deadline = NEVER
-        self._wake()
+        """Refuse the request: its body comes too slowly, or found no room in time. Or end a silent stream."""
+        due, self.deadline = self.deadline[0], NEVER
+        if due in _IDLE:
+            self._break_off(_SILENT if due is Due.HEAD else _OVER)
+        else:
+            self._fault = ERRORS.get(due, RequestTimeout)()
+            self._wake()
 
     def lateness(self, now: float) -> float:
         """Return by how many seconds the body is later than allowed while others wait."""
@@ -103,7 +105,10 @@ class GatewayStream:
             self.deadline = (self.deadline[0], self.deadline[1] + pause)
 
     def close_if_idle(self) -> None:
-        """Do nothing: a stream is one request."""
+        """Close soon, unless a request is here: a stream that has just been opened may send it."""
+        if self.deadline[0] in _IDLE:
+            soon = max(self._timeouts.linger, self.clients.last_request_timeout)
+            self.deadline = (self.deadline[0], self.clients.clock() + soon)
 
     def cut(self) -> None:
         """Close now."""
@@ -116,7 +121,10 @@ class GatewayStream:
 
     def overrun(self) -> None:
         """Break off: the answer has taken too long."""
-        self._overran = True
+        self._break_off(_TOO_LONG)
+
+    def _break_off(self, why: str) -> None:
+        self._broken = why
         self.cut()
 
     def _wake(self) -> None:
@@ -130,19 +138,28 @@ class GatewayStream:
         try:
             if not self.clients.add(self):
                 await self._context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many requests at once")
+            self.deadline = (Due.HEAD, self.clients.clock() + self._timeouts.head)
             first = await self._context.read()
+            self.deadline = NEVER
             if first is grpc.aio.EOF:
                 return
             if first.WhichOneof("kind") != "request_headers":
-                await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a stream begins with request_headers")
-            if await self._send(await self._decided(first)):
+                await self._refuse("a stream begins with request_headers")
+            if await self._send(await self._decided(first)) or self._early is not None:
                 await self._follow()
+        except DecodeError:
+            await self._refuse("this is no ProcessingRequest")
         except asyncio.CancelledError:
-            if not self._overran:
+            if self._broken is None:
                 raise
-            await self._context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "--request-timeout-secs is over")
+            if self._broken is not _OVER:
+                await self._context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, self._broken)
         finally:
             self._close()
+
+    async def _refuse(self, why: str) -> None:
+        """Break off: this is not the protocol. It does not return."""
+        await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
 
     def _close(self) -> None:
         if self._reading is not None:
@@ -160,19 +177,21 @@ class GatewayStream:
     async def _decided(self, first: Any) -> PlannedLeg | ErrorAnswer | None:
         """Read the request; return where it goes, or why it goes nowhere. None: the gateway has closed the stream."""
         picking = self._picking
-        request = self._request = asked.request_of(first.request_headers)
+        request = self._request = asked.request_of(first.request_headers, picking.limits)
         self.peer = asked.peer_of(request, self._context.peer())
-        if first.HasField("protocol_config"):
-            self._modes = Modes(first.protocol_config.request_body_mode, first.protocol_config.response_body_mode)
+        self._modes = asked.modes_of(first)
         has_body = self._has_body = not first.request_headers.end_of_stream
+        try:
+            subset = asked.subset_of(first)
+        except HeadTooLarge as error:
+            subset, request.refusal = None, error.with_traceback(None)  # its frames refer to this stream
         most = picking.admit(request, has_body) if request.refusal is None else 0
         if has_body and request.refusal is None:
             if self._modes.request != FULL_DUPLEX:
                 log.warning(_WRONG_MODE)
                 request.refusal = InternalError(_WRONG_MODE)
-            elif not await self._read_body(request, picking.most if most is None else most):
+            elif not await self._read_body(request, picking.limits.body_bytes if most is None else most):
                 return None
-        subset = asked.subset_of(first)
         if subset is not None:
             self.among = picking.destinations.workers_at(subset)
         pick = picking.routes.find(request.method, request.path)(self, request)
@@ -182,7 +201,7 @@ class GatewayStream:
         return pick.verdict or await self._wait(pick)
 
     async def _read_body(self, request: Request, most: int) -> bool:
-        """Read the body; return False when the gateway has closed the stream. What is wrong with it is the refusal."""
+        """Read the body; return False when the request is over before. What is wrong with it is the refusal."""
         body: Body = b""
         pieces: list[bytes] = []
         length, received, end = asked.length_of(request), 0, False
@@ -194,14 +213,20 @@ class GatewayStream:
             if self._fault is not None:
                 request.refusal = self._fault
                 return True
-            if message is grpc.aio.EOF:
+            if self._is_over(message):
                 return False
             piece, end = message.request_body.body, message.request_body.end_of_stream
-            if message.WhichOneof("kind") == "request_trailers":
+            kind = message.WhichOneof("kind")
+            if kind == "request_trailers":
                 end = self._trailers = True
+            elif kind != "request_body":
+                await self._refuse(f"{kind} came inside the body of a request")
             received += len(piece)
             if received > most:
                 request.refusal = PayloadTooLarge()
+                return True
+            if 0 <= length < received or (end and received < length):
+                request.refusal = BadHTTP("The body is not as long as Content-Length says.")
                 return True
             body = gather(body, pieces, piece, length, end) if body else piece
             if self._hold.state < ADMITTED:
@@ -243,21 +268,27 @@ class GatewayStream:
         reading, self._reading = self._reading, None
         return reading.result()
 
+    def _is_over(self, message: Any) -> bool:
+        """Return whether the request is over before it was decided: its client left, or another filter answers it."""
+        if message is not grpc.aio.EOF and message.WhichOneof("kind") == "response_headers":
+            self._early = message
+        return message is grpc.aio.EOF or self._early is not None
+
     async def _wait(self, pick: Pick) -> PlannedLeg | ErrorAnswer | None:
-        """Wait for the decision; return None when the gateway closes the stream before it."""
+        """Wait for the decision; return None when the request is over before it."""
         deciding = asyncio.ensure_future(pick.decision())
         try:
             while pick.verdict is None:
-                if len(self._early) >= _EARLY:
-                    await deciding
-                    break
                 self._reading = self._reading or asyncio.ensure_future(self._context.read())
                 await asyncio.wait((deciding, self._reading), return_when=asyncio.FIRST_COMPLETED)
                 if self._reading.done() and pick.verdict is None:
                     message, self._reading = self._reading.result(), None
-                    if message is grpc.aio.EOF:
+                    if self._is_over(message):
+                        pick.gone()
                         return None
-                    self._early.append(message)
+                    if message.WhichOneof("kind") != "request_trailers":
+                        await self._refuse("a message came behind the end of a request")
+                    self._trailers = True
         finally:
             deciding.cancel()
         return pick.verdict
@@ -295,7 +326,7 @@ class GatewayStream:
     async def _give_back(self, pick: Pick, leg: PlannedLeg) -> None:
         """Give the body back, with what the leg changes in it."""
         body, write = pick.request.body, self._context.write
-        rest = Outgoing(_outgoing(pick, leg))
+        rest = Outgoing(pick.outgoing(leg))
         left = bool(body) or (self._has_body and not self._trailers)
         while left:
             data = bytes(rest.next())
@@ -310,29 +341,36 @@ class GatewayStream:
     async def _follow(self) -> None:
         """Pass the answer on, piece by piece, until the gateway closes the stream."""
         pick, write = self._pick, self._context.write
-        assert pick is not None
         while (message := await self._message()) is not grpc.aio.EOF:
             kind = message.WhichOneof("kind")
             if kind == "response_headers":
-                self._head(pick, message)
-                await write(replies.headers(pick.told()))
-                if message.response_headers.end_of_stream:
+                if pick is not None:
+                    self._head(pick, message)
+                await write(replies.headers([] if pick is None else pick.told()))
+                if pick is not None and message.response_headers.end_of_stream:
                     pick.done()
             elif kind == "response_body":
                 end = message.response_body.end_of_stream
-                data = pick.data(message.response_body.body, end)
+                data = message.response_body.body
+                if pick is not None:
+                    data = pick.data(data, end)
                 await write(replies.piece(replies.RESPONSE_BODY, data, end))
             elif kind == "response_trailers":
-                pick.done()
+                if pick is not None:
+                    pick.done()
                 await write(replies.trailers(replies.RESPONSE_TRAILERS))
             elif kind == "request_trailers":
                 await write(replies.trailers(replies.REQUEST_TRAILERS))
-        if self._modes.response == NONE:
+            if pick is None or pick.state is DONE:
+                linger = self._timeouts.linger if self.clients.draining else self._timeouts.idle
+                self.deadline = (Due.LINGER, self.clients.clock() + linger)
+        if pick is not None and self._modes.response == NONE:
             pick.done()  # nobody tells how the answer ends
 
     async def _message(self) -> Any:
-        if self._early:
-            return self._early.pop(0)
+        if self._early is not None:
+            early, self._early = self._early, None
+            return early
         if self._reading is not None:
             reading, self._reading = self._reading, None
             return await reading
@@ -340,29 +378,13 @@ class GatewayStream:
 
     def _head(self, pick: Pick, message: Any) -> None:
         """Tell the pick of the head of the answer."""
-        status = 0
-        fields = []
-        for name, value in asked.headers_of(message.response_headers):
-            if name == b":status":
-                status = int(value) if value.isdigit() else 0
-            else:
-                fields.append((name, value))
+        if pick.state is not ROUTED:
+            return
+        status, fields = asked.answered_of(message.response_headers)
         served = asked.served_of(message)
         destinations = self._picking.destinations
         worker = destinations.worker_at(served) if served and served != pick.told_of[0] else None
         pick.answered(status, fields, worker, served in pick.told_of)
-
-
-def _outgoing(pick: Pick, leg: PlannedLeg) -> Body | Spliced:
-    """Return the body as the worker gets it; see `relay.leg.Leg.send`."""
-    body, facts = pick.request.body, pick.facts
-    members = leg.splice if pick.hider is None else with_ask(leg.splice)
-    if leg.model and facts is not None:
-        return renamed(body, facts, leg.model, members)
-    if not members:
-        return body
-    place = None if facts is None else facts.place
-    return splice_at(body, place, members) if place else splice(in_utf8(body), members)
 
 
 async def serve_stream(picking: Picking, context: Any) -> None:
