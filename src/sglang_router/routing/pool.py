@@ -19,6 +19,8 @@ and then those whose breakers have opened for the shortest time. Their breakers 
 *Slow start.* A worker with an empty cache that has its share of the load (`routing.slow_start`) is no candidate.
 
 *Full workers.* A worker with `most_load` requests in flight is no candidate; when all have that many, requests wait.
+Where several routers share what they know, one whose own requests are less than its part of `most_load` goes on: else
+those of a router with a queue take each place that gets free, and another one's never begin.
 
 *Seats.* A pool numbers its workers, so that sets of them are bit masks (`routing.roster`): in order of registration, or
 as its policy's memory numbers them (`Worker.slot`): then the sets of both mean the same.
@@ -69,8 +71,10 @@ class Pool:
         "_able",
         "_most_load",
         "_room",
+        "_routers",
         "_rules",
         "_seating",
+        "_share",
         "_slow_start",
         "_time_up",
         "key",
@@ -92,6 +96,7 @@ class Pool:
         self.reopen_at = math.inf
         self._rules = rules
         self._most_load = rules.most_load
+        self._routers, self._share = 1, 0  # that send to these workers; requests of this one that a full worker takes
         self._time_up = time_up
         self._seating = Seating(self.workers)
         self._able = self._room = self._seating.able  # and those of them that had room the last time
@@ -157,6 +162,12 @@ class Pool:
     def limit(self, most_load: int) -> None:
         """Let each worker have at most so many requests in flight from now on; 0: no limit."""
         self._most_load = most_load
+        self.divide(self._routers)
+
+    def divide(self, routers: int) -> None:
+        """Divide full workers between so many routers: each gets its part of one even if the others have filled it."""
+        self._routers = routers
+        self._share = self._most_load // routers if routers > 1 else 0
 
     def changed(self, worker: Worker) -> None:
         """Take note that the state of a worker changed."""
@@ -200,8 +211,8 @@ class Pool:
         self._slow_start.changed(changed, self._able, now)
 
     def has_room(self, worker: Worker) -> bool:
-        """Return whether a worker is below the most load that one may have."""
-        return not self._most_load or worker.load < self._most_load
+        """Return whether a worker is below the most load that one may have, or this router below its part of that."""
+        return not self._most_load or worker.load < self._most_load or worker.own_load < self._share
 
     def _with_room(self, now: float) -> Candidates:
         """Return the able workers without the full ones, and without those in slow start that have their share."""
@@ -209,6 +220,10 @@ class Pool:
         mask = roster.all
         if self._most_load and roster.high >= self._most_load:
             mask &= ~roster.at_least(self._most_load)
+            if self._share:
+                for worker in self.workers:
+                    if worker.elsewhere and worker.own_load < self._share:
+                        mask |= worker.bit
         if self._slow_start.running:
             mask &= ~self._slow_start.with_their_share(self._able, now)
         if mask == roster.all:

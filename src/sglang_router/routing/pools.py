@@ -68,6 +68,7 @@ class Pools:
         self._make_policy = make_policy
         self._rules = rules
         self._time_up = time_up
+        self._routers = 1
         self.models = ServedModels()
         self._by_model = assign is None
         self._assign = assign or self._pool_of_model
@@ -190,7 +191,9 @@ class Pools:
         return pool
 
     def _new(self, key: PoolKey) -> Pool:
-        return Pool(key, self._usual(key), self._rules, self._time_up)
+        pool = Pool(key, self._usual(key), self._rules, self._time_up)
+        pool.divide(self._routers)
+        return pool
 
     def _usual(self, key: PoolKey) -> Policy:
         """Return a new policy for a pool of whose models nothing is said."""
@@ -244,6 +247,13 @@ class Pools:
         self._rules = msgspec.structs.replace(self._rules, most_load=most_load)
         for pool in (self.nobody, *self._pools.values()):
             pool.limit(most_load)
+
+    def divide(self, routers: int) -> None:
+        """Let so many routers share the workers from now on, see `Pool.divide`."""
+        if routers != self._routers:
+            self._routers = routers
+            for pool in (self.nobody, *self._pools.values()):
+                pool.divide(routers)
 
     # -- for those who set names and policies ------------------------------------------------------------------------
 

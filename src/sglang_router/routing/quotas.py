@@ -55,6 +55,8 @@ _FIELDS: Final = (
     b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %.3fs\r\n"  # as OpenAI's
 )
 _ROUNDING: Final = 1e-6
+_LONGEST: Final = 3600.0
+"""Seconds for which a client is refused at most by the word of other routers: one of them may be wrong."""
 _TEXT: Final = 4
 """Bytes of a text that count as one token, where nobody tells how many there are."""
 _EVENT: Final = 200
@@ -143,9 +145,9 @@ class Meter:
     def charge(self, requests: int, tokens: int, now: float) -> None:
         """Count requests and tokens of other routers."""
         if self._requests is not None and requests > 0:
-            self._requests.spend(float(requests), now)
+            self._requests.owe(float(requests), now, _LONGEST)
         if self._tokens is not None and tokens > 0:
-            self._tokens.spend(float(tokens), now)
+            self._tokens.owe(float(tokens), now, _LONGEST)
 
 
 class Quotas(Listener):

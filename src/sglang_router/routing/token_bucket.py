@@ -5,6 +5,7 @@ missing(now)      the same without taking one
 left(now)         how many tokens there are
 filled_in(now)    how long until it is full again
 spend(n, now)     take n tokens, also when there are fewer: then there is none for longer
+owe(n, now, s)    the same by the word of another, who may be wrong: not for longer than s seconds
 """
 
 from __future__ import annotations
@@ -48,6 +49,13 @@ class TokenBucket:
     def spend(self, tokens: float, now: float) -> None:
         """Take tokens."""
         self._full_at = max(self._full_at, now) + tokens * self._interval
+
+    def owe(self, tokens: float, now: float, seconds: float) -> None:
+        """Take tokens that somebody else says were spent. If that is more than there are, there is none for `seconds`
+        at most because of it."""
+        full_at = max(self._full_at, now)
+        latest = now + self.size * self._interval + seconds
+        self._full_at = max(full_at, min(full_at + tokens * self._interval, latest))
 
     def take(self, now: float) -> float:
         """Take a token and return 0.0; when there is none, return the seconds until there is one."""

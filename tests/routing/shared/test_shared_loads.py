@@ -126,6 +126,30 @@ def test_a_full_worker_is_full_for_all_routers_and_has_room_for_all() -> None:
     assert waiting.attempt.worker is joined.worker(1, 0)
 
 
+@pytest.mark.parametrize("liar", [False, True])
+def test_a_router_gets_its_part_of_full_workers_although_another_one_always_has_a_queue(liar: bool) -> None:
+    joined = Joined(2, 1, rules=FleetRules(most_load=4), queue=QueueRules(queue_size=100))
+    running = [joined.benches[0].route(now=0.0) for _ in range(4)]
+    if liar:
+        joined.benches[0].load(65535)
+    joined.flush(0.0)
+    joined.states[1].look(0.0)
+    asked = [joined.benches[1].ask(facts(), 0.1) for _ in range(3)]
+    assert [each.waits is None for each in asked] == [True, True, False]
+    joined.flush(0.2)
+    assert joined.worker(0, 0).elsewhere == 2
+    if not liar:
+        for attempt in running[:3]:
+            attempt.end(now=0.3)
+        joined.flush(0.4)
+        joined.benches[1].settle(0.4)
+        assert asked[2].attempt.worker is joined.worker(1, 0)
+        assert joined.loads(1) == [4]
+    joined.benches[0].fleet.pools.limit(1)
+    joined.states[0].look(0.5)
+    assert not joined.benches[0].pool.has_room(joined.worker(0, 0))
+
+
 def test_the_backlog_of_all_routers_is_one_clock_and_not_a_sum() -> None:
     joined = Joined(2, 1, "cost")
     here, there = joined.worker(0, 0).work, joined.worker(1, 0).work

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from fleets import ROUTE, facts
-from joined import Joined
-from sglang_router.errors import ConcurrencyLimited, RequestsLimited, TokensLimited
+from joined import KEY, LARGE, Joined
+from sglang_router.errors import ConcurrencyLimited, Overload, RequestsLimited, TokensLimited
 from sglang_router.routing.events import Answered, Finished
 from sglang_router.routing.plan import RequestTag
 from sglang_router.routing.quotas import Quotas
 from sglang_router.routing.rules import ClientRules, LimitRules, ModelRules
+from sglang_router.routing.shared.packing import packed
+from sglang_router.routing.shared.records import FORM, LoadsMessage, SharedTopic
+from sglang_router.routing.shared.secret import Secret
 from sglang_router.routing.usage import Usage
 
 
@@ -154,3 +158,37 @@ def test_what_is_known_of_clients_that_come_and_go_is_bounded() -> None:
         joined.flush(float(number))
     assert repr(state._spending) in [f"<SharedSpending of {count} clients and models>" for count in range(20)]
     assert len(list(bench.router.quotas.meters())) <= 17
+
+
+@pytest.mark.parametrize("limits", [{"requests_per_second": 1.0}, {"tokens_per_minute": 60.0}])
+def test_a_router_that_tells_of_endless_use_locks_a_client_out_for_an_hour_at_most(limits: dict[str, float]) -> None:
+    joined = routers(1, **limits)
+    secret, state = Secret(KEY, 512), joined.states[0]
+    code, spent = secret.name(b"meter", b"the key alice"), [((1 << 32) - 1) << 32, (1 << 64) - 1]
+    message = LoadsMessage(FORM, b"sick one", 1, meters=packed([code]), spent=packed(spent))
+    state.receive(SharedTopic.LOADS, secret.seal("loads", msgspec.msgpack.encode(message)))
+    assert not state.apply(0.0, LARGE)
+    with pytest.raises(Overload, match="key alice"):
+        begin(joined, 0, 1, 3500.0)
+    begin(joined, 0, 2, 3700.0)
+
+
+def test_the_end_of_requests_of_very_many_clients_is_learnt_although_its_message_was_lost() -> None:
+    joined = routers(2, max_concurrent=1)
+    names = [f"c{number}" for number in range(2500)]
+    for bench in joined.benches:
+        bench.router.quotas.use_clients({name: ClientRules(LimitRules(max_concurrent=1)) for name in names})
+    tags: list[RequestTag] = []
+    for number, name in enumerate(names):
+        tags.append(begin(joined, 0, number, 0.0, name))
+    joined.flush(0.0)
+    (peer,) = joined.states[1].peers.by_name.values()
+    assert len(peer.meters) == 2500
+    joined.lost = True
+    for tag in tags[:200]:
+        end(joined, 0, tag)
+    joined.flush(0.5)
+    joined.lost = False
+    joined.flush(2.0)
+    assert len(peer.meters) == 2300
+    begin(joined, 1, 1, 2.1, names[0])

@@ -84,8 +84,11 @@ class SharedHomes:
         return found
 
     def hear(self, session: int, home: int, old: bool, now: float) -> None:
-        """Take what a router told. old: it is from the past, so it counts only if nothing is known."""
-        if not old or self._get(session) is None:
+        """Take what a router told. old: it is from the past, so it counts only if nothing is known.
+
+        What this router is about to tell comes later in the stream, and counts.
+        """
+        if session not in self._pending and (not old or self._get(session) is None):
             self._set(session, home, now)
 
     def _name(self, key: bytes) -> int:

@@ -6,7 +6,8 @@
 
 *Doubt.* A state says, too, that its router has taken the worker out: its breaker is open, or it is ejected. Nobody else
 takes it out for that, because a router that is cut off from all workers would take them from all. But it is checked at
-once, and its next failure opens the breaker here, without the usual count (`Fleet.doubt`).
+once, and its next failure opens the breaker here, without the usual count (`Fleet.doubt`). A router that says so again
+and again is not listened to: four times at first, then every ten seconds for one worker, whoever says it.
 
 A state holds absolute figures, so that one that is lost, or comes twice, is mended by the next one; and all of them are
 told once a second. A lease counts at its own router at once, and at the others after one flush.
@@ -19,14 +20,12 @@ from typing import Final
 
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.shared.members import Member, Members
-from sglang_router.routing.shared.peers import Peer, Peers
+from sglang_router.routing.shared.peers import HIGHEST, MOST_NAMES, Peer, Peers
 from sglang_router.routing.states import Breaker
 from sglang_router.routing.worker import Worker
 
 MOST_STATES: Final = 2048
 """Workers in one message: 32 kB."""
-HIGHEST: Final = (1 << 64) - 1
-"""The last name."""
 _SOON: Final = 0.02
 """Seconds by which it must change until when a worker is busy, to be told before all is told."""
 _OUT: Final = 1 << 24
@@ -77,7 +76,9 @@ class SharedLoads:
         return [name for name, _ in found], [state for _, state in found]
 
     def hear(self, peer: Peer, name: int, state: int, now: float) -> bool:
-        """Take what a peer tells of one worker; return whether its load fell."""
+        """Take what a peer tells of one worker; return whether its load fell. Far too many workers are ignored."""
+        if len(peer.sent) >= MOST_NAMES and name not in peer.sent:
+            return False
         member = self._members.find(name)
         running = state & _MOST_RUNNING
         backlog = min(state >> 32, _MOST_MS) / 1000.0
@@ -101,7 +102,7 @@ class SharedLoads:
             peer.out.discard(name)
         elif name not in peer.out:
             peer.out.add(name)
-            if worker is not None:
+            if worker is not None and not member.doubts.take(now):
                 self._fleet.doubt(worker, now)
                 self._check_now(worker)
         return running < before
@@ -116,6 +117,7 @@ class SharedLoads:
                 member = self._members.known(name)
                 if member is not None:
                     self._count(member, now)
+        peer.tidy()
 
     def forget(self, peer: Peer, now: float) -> None:
         """Let nothing of a peer count any more."""
@@ -124,6 +126,10 @@ class SharedLoads:
     def joined(self, member: Member, now: float) -> None:
         """Let what the peers told of a worker count, which is registered from now on."""
         self._count(member, now)
+
+    def divide(self) -> None:
+        """Let full workers be divided between the routers that there are now."""
+        self._fleet.pools.divide(len(self._peers) + 1)
 
     def _count(self, member: Member, now: float) -> None:
         """Sum up what the peers have at a worker."""

@@ -13,10 +13,14 @@ from collections.abc import Callable, Collection
 from typing import Final
 
 from sglang_router.routing.shared.secret import Secret
+from sglang_router.routing.token_bucket import TokenBucket
 from sglang_router.routing.worker import Worker
 
 _MOST_STRANGE: Final = 1 << 14
 """Members that are no workers of this router."""
+_DOUBTS_A_SECOND: Final = 0.1
+_DOUBTS: Final = 4.0
+"""Doubts of one worker that are heard at once; then so many a second."""
 
 
 class Member:
@@ -32,10 +36,11 @@ class Member:
     out      whether it is ejected or has an open breaker
     caches   which of its caches that was, see `Worker.caches`; identity: which registration
 
+    doubts      how often others may still doubt it
     emptied_at  when its cache was found empty, by this router or another one; minus infinity: never
     """
 
-    __slots__ = ("caches", "emptied_at", "identity", "name", "out", "running", "until", "worker")
+    __slots__ = ("caches", "doubts", "emptied_at", "identity", "name", "out", "running", "until", "worker")
 
     def __init__(self, name: int) -> None:
         self.name = name
@@ -45,6 +50,7 @@ class Member:
         self.out = False
         self.caches = 0
         self.identity = ""
+        self.doubts = TokenBucket(_DOUBTS_A_SECOND, _DOUBTS)
         self.emptied_at = -math.inf
 
     def __repr__(self) -> str:
@@ -98,7 +104,7 @@ class Members:
         """Name the workers by the key that the fleet has now; forget those of other routers. Return the new names by
         the old ones."""
         names = {}
-        self._by_name = {}
+        self._by_name, self._strange = {}, {}
         for worker, member in self._here.items():
             old, member.name = member.name, self._secret.worker(worker.url)
             names[old] = member.name

@@ -87,6 +87,14 @@ class SharedOrders:
         if drains is not None:
             self._obey(member, drains)
 
+    def rename(self, names: dict[int, int]) -> None:
+        """Name the workers of this router by the key that the fleet has now; forget what was ordered of others.
+
+        names  the new ones by the old ones
+        """
+        self._orders = OrderedDict((names[name], drains) for name, drains in self._orders.items() if name in names)
+        self._pending = {names[name]: drains for name, drains in self._pending.items() if name in names}
+
     def _obey(self, member: Member, drains: bool) -> None:
         worker = member.worker
         if worker is not None and _is_shared(worker):

@@ -10,6 +10,10 @@ from __future__ import annotations
 from typing import Final
 
 MOST_PEERS: Final = 256
+MOST_NAMES: Final = 1 << 15
+"""Workers of one peer, and its clients and models, that are remembered."""
+HIGHEST: Final = (1 << 64) - 1
+"""The last name."""
 
 
 class Peer:
@@ -38,6 +42,12 @@ class Peer:
 
     def __repr__(self) -> str:
         return f"<Peer {self.name.hex()}: {sum(self.running.values())} running, heard of at {self.heard:.3f}>"
+
+    def tidy(self) -> None:
+        """Remember no longer how many requests it sent to workers where it has nothing, if there are many."""
+        if len(self.sent) > MOST_NAMES // 2:
+            kept = self.running.keys() | self.until.keys() | self.out
+            self.sent = {name: sent for name, sent in self.sent.items() if name in kept}
 
     def is_next(self, number: int) -> bool:
         """Return whether a message is later than all before; if so, it is the last one now."""

@@ -98,8 +98,10 @@ class Placements:
         emptied = numbers(message.emptied)
         if not old:
             self._found_empty(emptied, old, now)
-        members = [self._members.find(name) for name in workers]
-        lives = [self._prefixes.life(name) for name in workers]
+        members, lives = [], []
+        for name in workers:  # each life right after its member: a later one may be the one too many
+            members.append(self._members.find(name))
+            lives.append(self._prefixes.life(name))
         start = done = 0
         order = reversed(heads) if old else heads
         end = len(keys)

@@ -58,8 +58,10 @@ class LoadsMessage(msgspec.Struct, frozen=True, array_like=True):
     names   of workers
     states  of each: requests in flight (16 bits), how many were sent so far (8, the rest of that), flags (8),
             milliseconds until its prompts are read (32)
-    meters  names of clients and models with limits; all_meters: of those not named here, nothing is in flight
+    meters  names of clients and models with limits; all_meters: of those from `first` to `last` that are not named
+            here, nothing is in flight
     spent   of each: requests in flight (32 bits), requests begun since the last message (32); then tokens since then
+    first   with `all_meters`: of which name on that counts; last: up to which one
     """
 
     form: int
@@ -74,6 +76,8 @@ class LoadsMessage(msgspec.Struct, frozen=True, array_like=True):
     all_meters: bool = False
     low: int = 0
     high: int = 0
+    first: int = 0
+    last: int = 0
 
 
 class PlacementsMessage(msgspec.Struct, frozen=True, array_like=True):

@@ -24,11 +24,11 @@ from sglang_router.routing.events import Listener, WorkerChanged
 from sglang_router.routing.router import Router
 from sglang_router.routing.shared.homes import SharedHomes
 from sglang_router.routing.shared.inbox import Inbox, Received
-from sglang_router.routing.shared.loads import HIGHEST, MOST_STATES, SharedLoads
+from sglang_router.routing.shared.loads import MOST_STATES, SharedLoads
 from sglang_router.routing.shared.members import Members
 from sglang_router.routing.shared.orders import SharedOrders
 from sglang_router.routing.shared.packing import numbers, packed
-from sglang_router.routing.shared.peers import Peer, Peers
+from sglang_router.routing.shared.peers import HIGHEST, Peer, Peers
 from sglang_router.routing.shared.placements import Placements
 from sglang_router.routing.shared.prefixes import SharedPrefixes
 from sglang_router.routing.shared.records import (
@@ -108,8 +108,11 @@ class SharedState(Listener):
         for peer in list(self.peers.by_name.values()):
             self._forget(peer, self._now)
         self.secret.use(key)
-        self.prefixes.rename(self.members.rename())
+        names = self.members.rename()
+        self.prefixes.rename(names)
         self.homes.forget()
+        if self._orders is not None:
+            self._orders.rename(names)
         if self._spending is not None:
             self._spending.rename()
         self._whole_at = 0.0
@@ -191,12 +194,14 @@ class SharedState(Listener):
         names, states = self._loads.gather(now, whole)
         meters, spent = self._spending.gather(whole)
         found: list[Message] = []
-        low, parts = 0, max(-(-len(names) // MOST_STATES), -(-len(meters) // MOST_METERS), int(whole))
+        parts = max(-(-len(names) // MOST_STATES), -(-len(meters) // MOST_METERS), int(whole))
+        low = first = 0
         for number in range(parts):
-            start, first = number * MOST_STATES, number * MOST_METERS
-            end, last = start + MOST_STATES, first + MOST_METERS
+            start, begin = number * MOST_STATES, number * MOST_METERS
+            end, stop = start + MOST_STATES, begin + MOST_METERS
             high = names[end - 1] if end < len(names) else HIGHEST
-            is_whole = whole and low <= high
+            last = meters[stop - 1] if stop < len(meters) else HIGHEST
+            is_whole, all_meters = whole and low <= high, whole and first <= last
             self._number += 1
             message = LoadsMessage(
                 FORM,
@@ -205,13 +210,15 @@ class SharedState(Listener):
                 whole=is_whole,
                 names=packed(names[start:end]),
                 states=packed(states[start:end]),
-                meters=packed(meters[first:last]),
-                spent=packed(spent[2 * first : 2 * last]),
-                all_meters=whole and len(meters) <= MOST_METERS and not number,
+                meters=packed(meters[begin:stop]),
+                spent=packed(spent[2 * begin : 2 * stop]),
+                all_meters=all_meters,
                 low=low if is_whole else 0,
                 high=high if is_whole else 0,
+                first=first if all_meters else 0,
+                last=last if all_meters else 0,
             )
-            low = high + 1
+            low, first = high + 1, last + 1
             found.append(self._sealed(SharedTopic.LOADS, message))
         return found
 
@@ -296,7 +303,7 @@ class SharedState(Listener):
         if message.whole:
             loads.only(peer, set(names), now, message.low, message.high)
         if message.all_meters:
-            spending.only(peer, set(meters))
+            spending.only(peer, set(meters), message.first, message.last)
         for place, name in enumerate(meters):
             spending.hear(peer, name, spent[2 * place], spent[2 * place + 1], now)
             if not place % _PIECE:
@@ -326,6 +333,8 @@ class SharedState(Listener):
         self.prefixes.reclaim(_RECLAIM)
         for peer in self.peers.silent(now):
             self._forget(peer, now)
+        if self._loads is not None:
+            self._loads.divide()
 
     def worker_changed(self, event: WorkerChanged) -> None:
         """Follow which workers there are."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Final
 
 from sglang_router.routing.quotas import Meter, Quotas
-from sglang_router.routing.shared.peers import Peer, Peers
+from sglang_router.routing.shared.peers import HIGHEST, MOST_NAMES, Peer, Peers
 from sglang_router.routing.shared.secret import Secret
 
 MOST_METERS: Final = 1024
@@ -39,13 +39,13 @@ class SharedSpending:
         return f"<SharedSpending of {len(self._meters)} clients and models>"
 
     def gather(self, whole: bool) -> tuple[list[int], list[int]]:
-        """Return codes, and for each two figures: requests in flight and begun, and tokens."""
+        """Return codes, and for each two figures: requests in flight and begun, and tokens. In the order of codes."""
         codes, spent = [], []
         touched, self._quotas.touched = self._quotas.touched or {}, {}
         if whole:
             self._look()
             touched |= {meter: None for meter in self._meters.values() if meter.running}
-        for meter in touched:
+        for meter in sorted(touched, key=lambda meter: meter.code):
             begun, tokens = meter.untold()
             codes.append(meter.code)
             spent += [min(meter.running, _MOST) | min(begun, _MOST) << 32, tokens]
@@ -55,16 +55,17 @@ class SharedSpending:
         """Take what a peer tells of one client or model."""
         running, meter = spent & _MOST, self._meters.get(code)
         if running:
-            peer.meters[code] = running
+            if len(peer.meters) < MOST_NAMES or code in peer.meters:
+                peer.meters[code] = running
         else:
             peer.meters.pop(code, None)
         if meter is not None:
             meter.charge(spent >> 32, tokens, now)
             self._count(meter)
 
-    def only(self, peer: Peer, codes: set[int]) -> None:
-        """Forget what a peer has in flight of all others than these."""
-        for code in [code for code in peer.meters if code not in codes]:
+    def only(self, peer: Peer, codes: set[int], first: int = 0, last: int = HIGHEST) -> None:
+        """Forget what a peer has in flight of all others than these, from one code to another."""
+        for code in [code for code in peer.meters if first <= code <= last and code not in codes]:
             del peer.meters[code]
             meter = self._meters.get(code)
             if meter is not None:
