@@ -62,6 +62,13 @@ def test_a_certificate_of_a_stranger_is_refused_and_no_password_is_sent(tmp_path
         play(scene)
 
 
+@contextlib.contextmanager
+def cluster_node() -> Iterator[ValkeyServer]:
+    """Yield a node of a cluster without slots. Its second port would be 10,000 above the first: there may be none."""
+    with valkey_server("--cluster-enabled", "yes", "--cluster-port", str(free_port())) as server:
+        yield server
+
+
 def test_a_cluster() -> None:
     async def scene() -> None:
         url = server.url.replace("redis://", "redis+cluster://")
@@ -73,7 +80,7 @@ def test_a_cluster() -> None:
             server.start()  # with its slots, but nothing else
             await hears_itself(a, b"after its restart")
 
-    with valkey_server("--cluster-enabled", "yes") as server:
+    with cluster_node() as server:
         server.cli("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
         play(scene)
 
@@ -84,7 +91,7 @@ def test_a_plain_url_of_a_node_of_a_cluster_is_told() -> None:
             await until(lambda: a.link.reading.failure is not None)
             assert a.link.state in ("unreachable", "refused")  # the cluster is down: it has no slots
 
-    with valkey_server("--cluster-enabled", "yes") as server:
+    with cluster_node() as server:
         play(scene)
 
 
