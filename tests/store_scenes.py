@@ -12,11 +12,14 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from sglang_router.config.store_urls import parse_store_url
 from sglang_router.routing.shared.records import SharedReading, SharedTopic
 from sglang_router.sharing.fleet_key import FleetKey
+from sglang_router.sharing.leading import Leader
 from sglang_router.sharing.link import StoreLink
 from sglang_router.sharing.sharing import FleetSharing
 from sglang_router.sharing.valkey_store import ValkeyStore
 
 WITHIN = 15.0
+HELD_FOR = 1.2
+"""Seconds for which the leadership is held."""
 
 
 class SmallCore:
@@ -84,14 +87,10 @@ class Sharer:
         self.core = SmallCore()
         self.link = StoreLink(parsed.shown, time.monotonic, random.Random(1))
         self.key = FleetKey(key, fixed=fixed)
-        self.sharing = FleetSharing(
-            self.core,
-            ValkeyStore(parsed, prefix, context, within=1.5),
-            self.link,
-            self.key,
-            random.randbytes(8).hex(),
-            1 << 20,
-        )
+        self.name = random.randbytes(8).hex()
+        self.store = ValkeyStore(parsed, prefix, context, within=1.5)
+        self.sharing = FleetSharing(self.core, self.store, self.link, self.key, self.name, 1 << 20)
+        self.sharing.leader = Leader(self.store, self.name, time.monotonic, held_for=HELD_FOR)
 
     async def connected(self) -> None:
         await until(lambda: self.link.connected, self.link)

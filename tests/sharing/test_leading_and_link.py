@@ -12,21 +12,28 @@ import pytest
 from sglang_router.routing.shared.records import SharedTopic
 from sglang_router.sharing.leading import HELD_FOR, Leader
 from sglang_router.sharing.link import CONNECTED, CONNECTING, StoreLink
-from sglang_router.sharing.reading import before
-from sglang_router.sharing.store import START, Appended, Position, StoreFailed, StreamEntry, Trouble
+from sglang_router.sharing.reading import StoreReader, before
+from sglang_router.sharing.store import START, Appended, LeaderHold, Position, StoreFailed, StreamEntry, Trouble
 from sglang_router.sharing.traffic import Traffic
 from sglang_router.sharing.writing import StoreWriter
 from store_scenes import SmallCore, play, until
 
 AWAY = StoreFailed(Trouble.UNREACHABLE, "it is away")
+FOREIGN = StoreFailed(Trouble.FOREIGN, "it holds something else")
 
 
 class PlayedStore:
-    """A store in memory. failure: raised by all that it is asked for; None: it works."""
+    """A store in memory.
+
+    failure  raised by all that it is asked for; None: it works
+    broken   streams that take nothing
+    holder   who leads; "": nobody, and it is known that the one before gave it back; None: it is not known
+    """
 
     def __init__(self) -> None:
         self.failure: StoreFailed | None = None
-        self.holder = ""
+        self.broken: dict[str, StoreFailed] = {}
+        self.holder: str | None = None
         self.asked = 0
         self.batches: list[Sequence[Appended]] = []
 
@@ -35,10 +42,10 @@ class PlayedStore:
         if self.failure is not None:
             raise self.failure
 
-    async def append(self, batch: Sequence[Appended]) -> list[Position]:
+    async def append(self, batch: Sequence[Appended]) -> list[Position | StoreFailed]:
         self._fail()
-        self.batches.append(batch)
-        return [(len(self.batches), number) for number in range(len(batch))]
+        self.batches.append([each for each in batch if each.stream not in self.broken])
+        return [self.broken.get(each.stream, (len(self.batches), number)) for number, each in enumerate(batch)]
 
     async def follow(self, positions: Mapping[str, Position], most: int, wait: float) -> dict[str, list[StreamEntry]]:
         self._fail()
@@ -59,10 +66,12 @@ class PlayedStore:
     async def tidy(self, kept: Mapping[str, tuple[float, float | None]]) -> None:
         self._fail()
 
-    async def hold(self, holder: str, seconds: float) -> bool:
+    async def hold(self, holder: str, seconds: float) -> LeaderHold:
         self._fail()
-        self.holder = self.holder or holder
-        return self.holder == holder
+        if self.holder:
+            return LeaderHold.KEPT if self.holder == holder else LeaderHold.OTHER
+        before, self.holder = self.holder, holder
+        return LeaderHold.NEW if before is None else LeaderHold.PASSED_ON
 
     async def resign(self, holder: str) -> None:
         self._fail()
@@ -89,11 +98,22 @@ async def looked(leader: Leader, store: PlayedStore) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
+async def leads(leader: Leader, store: PlayedStore, clock: PlayedClock) -> None:
+    """Let a leader find nobody, and wait until it acts."""
+    await looked(leader, store)
+    assert not leader.leads
+    clock.now += HELD_FOR - 1.5
+    await looked(leader, store)
+    clock.now += 1.5
+    await looked(leader, store)
+    assert leader.leads
+
+
 def test_a_leader_stops_to_act_by_its_own_clock_before_another_one_can_begin() -> None:
     async def scene() -> None:
         store, clock = PlayedStore(), PlayedClock()
         leader, other = Leader(store, "a", clock), Leader(store, "b", clock)
-        await looked(leader, store)
+        await leads(leader, store, clock)
         await looked(other, store)
         assert (leader.leads, other.leads) == (True, False)
         store.failure = AWAY
@@ -102,8 +122,8 @@ def test_a_leader_stops_to_act_by_its_own_clock_before_another_one_can_begin() -
         assert (leader.leads, other.leads) == (True, False)
         clock.now += 1.0
         assert (leader.leads, other.leads) == (False, False)
-        store.failure, store.holder = None, ""  # as it expires in the store
-        await looked(other, store)
+        store.failure, store.holder = None, None  # as it expires in the store
+        await leads(other, store, clock)
         await looked(leader, store)
         assert (leader.leads, other.leads) == (False, True)
 
@@ -114,15 +134,85 @@ def test_who_resigns_does_not_act_any_more_and_another_one_may() -> None:
     async def scene() -> None:
         store, clock = PlayedStore(), PlayedClock()
         leader, other = Leader(store, "a", clock), Leader(store, "b", clock)
-        await looked(leader, store)
+        await leads(leader, store, clock)
         await other.resign()
         assert store.holder == "a"  # it was not its own
         await leader.resign()
         assert (leader.leads, store.holder) == (False, "")
+        await looked(other, store)
+        assert other.leads  # at once
         store.failure = AWAY
         await leader.resign()  # a store that is away holds up nothing
 
     play(scene)
+
+
+@pytest.mark.parametrize("reached", [True, False], ids=["reached", "cut off"])
+def test_a_store_that_forgot_who_leads_never_has_two_that_act(reached: bool) -> None:
+    """It was flushed, or evicts keys, or its replica knew less."""
+
+    async def scene() -> None:
+        store, clock = PlayedStore(), PlayedClock()
+        leader, other = Leader(store, "a", clock), Leader(store, "b", clock)
+        await leads(leader, store, clock)
+        await looked(leader, store)
+        store.holder = None
+        acted = []
+        for _ in range(40):
+            await looked(other, store)
+            if reached:
+                await looked(leader, store)
+            assert not (leader.leads and other.leads)
+            acted.append(other.leads)
+            clock.now += 0.5
+        assert acted[-1]
+        assert not acted[28]
+
+    play(scene)
+
+
+def test_a_leader_that_is_quicker_than_the_others_after_a_flush_goes_on() -> None:
+    async def scene() -> None:
+        store, clock = PlayedStore(), PlayedClock()
+        leader, other = Leader(store, "a", clock), Leader(store, "b", clock)
+        await leads(leader, store, clock)
+        store.holder = None
+        await looked(leader, store)
+        await looked(other, store)
+        assert (leader.leads, other.leads) == (True, False)
+
+    play(scene)
+
+
+def test_what_a_store_knew_before_a_failover_makes_nobody_act_at_once() -> None:
+    async def scene() -> None:
+        store, clock = PlayedStore(), PlayedClock()
+        leader, other = Leader(store, "a", clock), Leader(store, "b", clock)
+        await leads(leader, store, clock)
+        clock.now += HELD_FOR
+        store.holder = None
+        await leads(other, store, clock)
+        store.holder = "a"  # the replica's view, of before
+        await looked(leader, store)
+        assert (leader.leads, other.leads) == (False, True)
+        await looked(other, store)
+        assert not other.leads
+
+    play(scene)
+
+
+def test_what_keeps_a_router_from_leading_alone_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene() -> None:
+        store = PlayedStore()
+        leader = Leader(store, "a", PlayedClock())
+        for failure in (AWAY, FOREIGN, FOREIGN, AWAY):
+            store.failure = failure
+            await looked(leader, store)
+
+    play(scene)
+    assert [record.getMessage() for record in caplog.records] == [
+        "it holds something else; this router cannot lead, so it does not scale"
+    ]
 
 
 # -- the link ----------------------------------------------------------------------------------------------------------
@@ -204,3 +294,68 @@ def test_orders_that_the_store_did_not_take_are_written_again_in_their_order() -
 def test_the_position_before_another_one() -> None:
     assert before((5, 3)) == (5, 2)
     assert before((5, 0)) == (4, (1 << 64) - 1)
+
+
+def test_orders_that_one_stream_took_are_not_repeated_because_another_one_takes_nothing() -> None:
+    async def scene() -> None:
+        store, core, clock = PlayedStore(), SmallCore(), PlayedClock()
+        store.broken = {"loads": FOREIGN}
+        link = StoreLink("the store", clock, random.Random(1))
+        traffic = Traffic()
+        writer = StoreWriter(store, core, link.writing, traffic, clock, 1 << 20)
+        told = [(SharedTopic.LOADS, b"loads"), (SharedTopic.ORDERS, b"drain"), (SharedTopic.PLACEMENTS, b"placed")]
+        task = asyncio.ensure_future(writer.run())
+        core.tells = list(told)
+        await until(lambda: len(store.batches) == 1)
+        core.tells = list(told)
+        await until(lambda: len(store.batches) == 2)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert [[each.stream for each in batch] for batch in store.batches] == [["orders", "placements"]] * 2
+        assert (traffic.sent, traffic.lost) == ({"orders": 2, "placements": 2}, {"loads": 2})
+        assert link.writing.failure is FOREIGN
+
+    play(scene)
+
+
+# -- the first look ----------------------------------------------------------------------------------------------------
+
+
+class EndlessOrders(PlayedStore):
+    """A store with far more orders than can be read in time."""
+
+    def __init__(self, clock: PlayedClock) -> None:
+        super().__init__()
+        self._clock = clock
+        self.followed: list[dict[str, Position]] = []
+
+    async def ends(self, streams: Sequence[str]) -> dict[str, Position]:
+        return dict.fromkeys(streams, (1 << 40, 0))
+
+    async def follow(self, positions: Mapping[str, Position], most: int, wait: float) -> dict[str, list[StreamEntry]]:
+        self.followed.append(dict(positions))
+        self._clock.now += 0.1
+        await asyncio.sleep(0)
+        milliseconds, number = positions["orders"]
+        return {"orders": [StreamEntry((milliseconds + 1, number), b"drain")]}
+
+
+def test_more_orders_than_can_be_read_in_time_are_read_beside_all_that_comes() -> None:
+    async def agree() -> bool:
+        return False
+
+    async def scene() -> None:
+        clock = PlayedClock()
+        store, link = EndlessOrders(clock), StoreLink("the store", clock, random.Random(1))
+        reader = StoreReader(store, agree, SmallCore(), link.reading, Traffic(), clock)
+        task = asyncio.ensure_future(reader.run())
+        await until(lambda: reader.looked and len(store.followed[-1]) == 3)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert reader.began.is_set()
+        first = next(each for each in store.followed if len(each) == 3)
+        before_it = store.followed[store.followed.index(first) - 1]
+        assert first["orders"] == (before_it["orders"][0] + 1, 0)  # none was left out
+        assert first["placements"] == (1 << 40, 0)
+
+    play(scene)

@@ -17,6 +17,8 @@ from certificates import LOCAL, Authority
 from routers import free_port
 from sglang_router.access.tls import worker_files
 from sglang_router.routing.shared.records import SharedTopic
+from sglang_router.sharing.bounded_answers import LONGEST
+from sglang_router.sharing.store import START, Appended, LeaderHold, StoreFailed, Trouble
 from store_proxy import StoreProxy
 from store_scenes import Sharer, play, sharers, until
 from valkeys import ValkeyServer, binary, valkey_server
@@ -206,3 +208,101 @@ def test_a_server_that_is_no_store_is_a_trouble_like_any_other(answer: bytes) ->
             assert a.sharing.learned
 
     play(scene)
+
+
+@pytest.mark.parametrize(
+    "answer", [b"+OK", b":1", b":-7", b"*0", b"*1\r\n:1", b"$1\r\nx", b"$-1", b"*-1", b"*1\r\n*1\r\n+x"]
+)
+def test_an_answer_without_sense_is_a_trouble_like_any_other(answer: bytes) -> None:
+    """Whatever is asked for, nothing but `StoreFailed` comes of it."""
+
+    async def strange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            line = await reader.readline()
+            while line:
+                words = []
+                for _ in range(int(line[1:])):
+                    size = int((await reader.readline())[1:])
+                    words.append((await reader.readexactly(size + 2))[:-2])
+                if words[0] == b"CLIENT":  # how a connection begins
+                    writer.write(b"+OK\r\n")
+                else:
+                    writer.write(answer + b"\r\n")
+                line = await reader.readline()
+        writer.close()
+
+    async def scene() -> None:
+        server = await asyncio.start_server(strange, "127.0.0.1", 0)
+        store = Sharer(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}").store
+        async with server:
+            for ask in (
+                lambda: store.append([Appended("loads", b"x", 9), Appended("loads", b"y", 9)]),
+                lambda: store.follow({"loads": START}, 9, 0.001),
+                lambda: store.older("loads", (1, 1), START, 9),
+                lambda: store.ends(["loads"]),
+                lambda: store.tidy({"placements": (1.0, 1.0)}),
+                lambda: store.shared_key(b"k" * 32),
+                lambda: store.hold("a", 1.0),
+                lambda: store.resign("a"),
+            ):
+                with contextlib.suppress(StoreFailed):
+                    await ask()
+            await store.close()
+
+    play(scene)
+
+
+def test_entries_of_any_size_are_read_past_in_bounded_memory() -> None:
+    async def scene() -> None:
+        store = Sharer(server.url).store
+        for size in (LONGEST, 5 * LONGEST, 1 << 24, 3):
+            server.cli("XADD", "{test}:loads", "*", "b", bytes(size))
+        for entries in (
+            (await store.follow({"loads": START}, 9, 0.001))["loads"],
+            (await store.older("loads", (1 << 63, 0), START, 9))[::-1],
+        ):
+            assert [each.payload for each in entries] == [bytes(LONGEST), b"", b"", bytes(3)]
+        await store.close()
+
+    with valkey_server() as server:
+        play(scene)
+
+
+def test_a_stream_whose_ids_are_used_up_takes_nothing_and_the_others_do() -> None:
+    async def scene() -> None:
+        store = Sharer(server.url).store
+        server.cli("XADD", "{test}:loads", f"{2**64 - 1}-{2**64 - 1}", "b", b"last")
+        order, load = await store.append([Appended("orders", b"x", 9), Appended("loads", b"y", 9)])
+        assert isinstance(order, tuple)
+        assert isinstance(load, StoreFailed)
+        assert load.trouble is Trouble.REFUSED
+        assert (await store.ends(["loads"]))["loads"] == (2**64 - 1, 2**64 - 1)
+        await store.close()
+
+    with valkey_server() as server:
+        play(scene)
+
+
+def test_the_leadership_passes_on_and_is_never_held_longer_than_agreed() -> None:
+    async def scene() -> None:
+        store = Sharer(server.url).store
+        assert [await store.hold(each, 60.0) for each in "aab"] == [LeaderHold.NEW, LeaderHold.KEPT, LeaderHold.OTHER]
+        await store.resign("b")
+        assert await store.hold("b", 60.0) is LeaderHold.OTHER
+        await store.resign("a")
+        assert await store.hold("b", 60.0) is LeaderHold.PASSED_ON
+        server.cli("FLUSHALL")
+        assert await store.hold("b", 60.0) is LeaderHold.NEW
+        for words in (["SET", "{test}:leader", "x"], ["SET", "{test}:leader", "x", "PX", "9999999"]):
+            server.cli(*words)  # by somebody else; or the store's clock was set back
+            assert await store.hold("b", 60.0) is LeaderHold.OTHER
+            assert 0 < int(server.cli("PTTL", "{test}:leader")) <= 60_000
+        server.cli("DEL", "{test}:leader")
+        server.cli("LPUSH", "{test}:leader", "x")
+        with pytest.raises(StoreFailed) as failed:
+            await store.hold("b", 60.0)
+        assert failed.value.trouble is Trouble.FOREIGN
+        await store.close()
+
+    with valkey_server() as server:
+        play(scene)

@@ -7,7 +7,8 @@
 What was read is given to the core, which queues it, and is applied before more is read, in pieces, one in a turn of the
 event loop. So a store that is full of messages costs time, but neither memory nor a pause.
 
-A newcomer has LOOK_WITHIN seconds for its first look; what it has not read then, it does without. After a short gap
+A newcomer has LOOK_WITHIN seconds for its first look: half of it for orders, of which the rest is read later, beside
+all that comes. What it has not read of placements then, it does without. After a short gap
 the streams are read on from where they were left: nothing is lost. After a longer one, or when the store came back with
 less than it had, the placements are looked at as a newcomer does.
 
@@ -98,17 +99,19 @@ class StoreReader:
         if self._lost(ends):
             self._forget()
         if self._read_at is None or began - self._read_at > _GAP:
-            await self._read_orders(ends[_ORDERS])
+            await self._read_orders(ends[_ORDERS], began + LOOK_WITHIN / 2)
             self.began.set()
             await self._look_back(ends[_PLACEMENTS], self._positions[_PLACEMENTS], began + LOOK_WITHIN)
-            self._positions = ends  # of loads, too: all of them come anew within a second
+            # Of loads, too: all of them come anew within a second.
+            self._positions = {**ends, _ORDERS: self._positions[_ORDERS]}
         self._read_at = self._clock()
         self.looked = True
 
-    async def _read_orders(self, end: Position) -> None:
-        while self._positions[_ORDERS] < end:
+    async def _read_orders(self, end: Position, until: float) -> None:
+        while self._positions[_ORDERS] < end and self._clock() < until:
             found = await self._store.follow({_ORDERS: self._positions[_ORDERS]}, _MOST, _AT_ONCE)
             if not found:  # the last ones were removed
+                self._positions[_ORDERS] = end
                 return
             await self._take(found)
 

@@ -47,6 +47,21 @@ class StoreFailed(Exception):
         self.trouble = trouble
 
 
+class LeaderHold(Enum):
+    """What became of the wish to lead.
+
+    OTHER      somebody else leads
+    KEPT       this holder led, and goes on
+    PASSED_ON  this holder leads from now on: the one before gave it back
+    NEW        this holder is the only one the store knows; the store may have forgotten another one, who still acts
+    """
+
+    OTHER = 0
+    KEPT = 1
+    PASSED_ON = 2
+    NEW = 3
+
+
 class StreamEntry(NamedTuple):
     """An entry of a stream. payload: None when it is none of ours."""
 
@@ -65,8 +80,8 @@ class Appended(NamedTuple):
 class Store(Protocol):
     """See the module. Each of these raises StoreFailed."""
 
-    async def append(self, batch: Sequence[Appended]) -> list[Position]:
-        """Append entries in one round trip; return their positions."""
+    async def append(self, batch: Sequence[Appended]) -> list[Position | StoreFailed]:
+        """Append entries in one round trip; return the position of each, or why it was not taken."""
 
     async def follow(self, positions: Mapping[str, Position], most: int, wait: float) -> dict[str, list[StreamEntry]]:
         """Return up to `most` entries of each stream after a position; wait some seconds while there is none."""
@@ -83,11 +98,11 @@ class Store(Protocol):
     async def tidy(self, kept: Mapping[str, tuple[float, float | None]]) -> None:
         """Let streams live on for so many seconds without a router; drop entries older than so many seconds."""
 
-    async def hold(self, holder: str, seconds: float) -> bool:
-        """Take the leadership, or keep it, for some seconds; return whether this holder has it."""
+    async def hold(self, holder: str, seconds: float) -> LeaderHold:
+        """Take the leadership, or keep it, for some seconds. Nobody keeps it longer without asking again."""
 
     async def resign(self, holder: str) -> None:
-        """Give the leadership back, if this holder has it."""
+        """Give the leadership back, if this holder has it: the next one gets it as PASSED_ON."""
 
     async def close(self) -> None:
         """Close the connections. Raises nothing."""

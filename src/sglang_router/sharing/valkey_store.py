@@ -47,7 +47,8 @@ from valkey.exceptions import ConnectionError as NoConnection
 from valkey.exceptions import TimeoutError as TooLate
 
 from sglang_router.config.store_urls import CLUSTER, SENTINEL, StoreURL
-from sglang_router.sharing.store import START, Appended, Position, StoreFailed, StreamEntry, Trouble
+from sglang_router.sharing.bounded_answers import BoundedParser
+from sglang_router.sharing.store import START, Appended, LeaderHold, Position, StoreFailed, StreamEntry, Trouble
 
 T = TypeVar("T")
 
@@ -60,18 +61,26 @@ _MS: Final = 1000
 
 _HOLD: Final = """
 local holder = redis.call('GET', KEYS[1])
-if not holder then
-    redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+if holder == ARGV[1] then
+    redis.call('PEXPIRE', KEYS[1], ARGV[2])
     return 1
 end
-if holder ~= ARGV[1] then return 0 end
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-return 1
-"""
-_RESIGN: Final = """
-if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+if not holder or holder == '' then
+    redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+    return holder and 2 or 3
+end
+local left = redis.call('PTTL', KEYS[1])
+if left < 0 or left > tonumber(ARGV[2]) then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
 return 0
 """
+"""Answers are values of `LeaderHold`. The leadership of another holder that does not end in time, because the clock of
+the store was set back or somebody else wrote the key, is made to."""
+_RESIGN: Final = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('SET', KEYS[1], '', 'PX', ARGV[2]) end
+return 0
+"""
+_VACANT_MS: Final = 15_000
+"""For how long it is known that the leadership was given back."""
 
 _ADVICE: Final = {
     Trouble.UNREACHABLE: "cannot be reached",
@@ -115,34 +124,47 @@ class ValkeyStore:
 
     # -- streams -------------------------------------------------------------------------------------------------------
 
-    async def append(self, batch: Sequence[Appended]) -> list[Position]:
+    async def append(self, batch: Sequence[Appended]) -> list[Position | StoreFailed]:
         pipe = self._client.pipeline(transaction=False) if self._url.kind != CLUSTER else self._client.pipeline()
         for each in batch:
             pipe.execute_command("XADD", self._name(each.stream), "MAXLEN", "~", each.most, "*", _FIELD, each.payload)
-        ids = await self._ask(pipe.execute())
-        return [_position(each) for each in ids]
+
+        def read(answers: list[Any]) -> list[Position | Exception]:
+            found = [each if isinstance(each, Exception) else _position(each) for each in answers]
+            if len(found) != len(batch):
+                raise ValueError("there is no answer for each entry")
+            return found
+
+        answers = await self._ask(pipe.execute(raise_on_error=False), read)
+        return [await self._failure(answer) if isinstance(answer, Exception) else answer for answer in answers]
 
     async def follow(self, positions: Mapping[str, Position], most: int, wait: float) -> dict[str, list[StreamEntry]]:
         streams = {self._name(stream): _id(position) for stream, position in positions.items()}
-        found = await self._ask(self._client.xread(streams, count=most, block=int(wait * _MS)))
-        return {name.decode()[len(self._names) :]: list(map(_entry, entries)) for name, entries in found or ()}
+        return await self._ask(
+            self._client.xread(streams, count=most, block=int(wait * _MS)),
+            lambda found: {
+                stream: list(map(_entry, entries))
+                for name, entries in found or ()
+                if (stream := name.decode()[len(self._names) :]) in positions and entries
+            },
+        )
 
     async def older(self, stream: str, newest: Position, after: Position, most: int) -> list[StreamEntry]:
         low = f"({_id(after)}"
-        found = await self._ask(self._client.xrevrange(self._name(stream), _id(newest), low, count=most))
-        return list(map(_entry, found))
+        asked = self._client.xrevrange(self._name(stream), _id(newest), low, count=most)
+        return await self._ask(asked, lambda found: list(map(_entry, found)))
 
     async def ends(self, streams: Sequence[str]) -> dict[str, Position]:
         found = {}
         for stream in streams:
             try:
-                about = await self._ask(self._client.xinfo_stream(self._name(stream)))
+                found[stream] = await self._ask(
+                    self._client.xinfo_stream(self._name(stream)), lambda about: _position(about["last-generated-id"])
+                )
             except StoreFailed as failed:
                 if failed.trouble is not Trouble.REFUSED or "no such key" not in str(failed):
                     raise
                 found[stream] = START
-            else:
-                found[stream] = _position(about["last-generated-id"])
         return found
 
     async def tidy(self, kept: Mapping[str, tuple[float, float | None]]) -> None:
@@ -151,31 +173,27 @@ class ValkeyStore:
             name = self._name(stream)
             if age is not None and ends[stream][0] > age * _MS:
                 oldest = ends[stream][0] - int(age * _MS)  # by the store's own clock
-                await self._ask(self._client.xtrim(name, minid=oldest, approximate=True))
-            await self._ask(self._client.pexpire(name, int(life * _MS)))
+                await self._ask(self._client.xtrim(name, minid=oldest, approximate=True), _ignored)
+            await self._ask(self._client.pexpire(name, int(life * _MS)), _ignored)
 
     # -- single keys ---------------------------------------------------------------------------------------------------
 
     async def shared_key(self, own: bytes) -> bytes:
         name = self._name("key")
-        kept = await self._ask(self._client.get(name))
-        if kept is None:
-            await self._ask(self._client.set(name, own.hex(), nx=True))
-            kept = await self._ask(self._client.get(name)) or b""
-        try:
-            key = bytes.fromhex(kept.decode("ascii"))
-        except ValueError:
-            key = b""
-        if len(key) != len(own):
+        key = await self._ask(self._client.get(name), _key)
+        if key is None:
+            await self._ask(self._client.set(name, own.hex(), nx=True), _ignored)
+            key = await self._ask(self._client.get(name), _key)
+        if key is None or len(key) != len(own):
             raise self._failed(Trouble.FOREIGN, f"{name} is no key of a fleet")
         return key
 
-    async def hold(self, holder: str, seconds: float) -> bool:
+    async def hold(self, holder: str, seconds: float) -> LeaderHold:
         ms = int(seconds * _MS)
-        return bool(await self._ask(self._client.eval(_HOLD, 1, self._name("leader"), holder, ms)))
+        return await self._ask(self._client.eval(_HOLD, 1, self._name("leader"), holder, ms), LeaderHold)
 
     async def resign(self, holder: str) -> None:
-        await self._ask(self._client.eval(_RESIGN, 1, self._name("leader"), holder))
+        await self._ask(self._client.eval(_RESIGN, 1, self._name("leader"), holder, _VACANT_MS), _ignored)
 
     async def close(self) -> None:
         await _close(self._clients)
@@ -185,21 +203,25 @@ class ValkeyStore:
     def _name(self, part: str) -> str:
         return self._names + part
 
-    async def _ask(self, answer: Awaitable[T]) -> T:
-        """Wait for an answer of the client library. Raises: StoreFailed, in place of all that it raises: its parsers
-        and its view of a cluster raise anything when a server answers strangely."""
+    async def _ask(self, answer: Awaitable[Any], read: Callable[[Any], T]) -> T:
+        """Wait for an answer of the client library, and read it. Raises: StoreFailed, in place of all that is raised:
+        the library's parsers, its view of a cluster and our reading raise anything when a server answers strangely."""
         try:
-            return await answer
+            return read(await answer)
         except Exception as error:
-            why = _HINTS.get(str(error).partition(" ")[0], str(error))
-            if isinstance(error, MasterNotFoundError):
-                why = f"no Sentinel that answers knows where {self._url.service} is"
-            trouble = _trouble(error)
-            if self._url.kind == CLUSTER and trouble in (Trouble.UNREACHABLE, Trouble.SLOW):
-                # The client forgets the nodes that it could not reach, those of the URL as well.
-                old, self._clients = self._clients, _clients(self._url, self._context, self._within)
-                await _close(old)
-            raise self._failed(trouble, why) from None
+            raise await self._failure(error) from None
+
+    async def _failure(self, error: Exception) -> StoreFailed:
+        """Return what an error means."""
+        why = _HINTS.get(str(error).partition(" ")[0], str(error))
+        if isinstance(error, MasterNotFoundError):
+            why = f"no Sentinel that answers knows where {self._url.service} is"
+        trouble = _trouble(error)
+        if self._url.kind == CLUSTER and trouble in (Trouble.UNREACHABLE, Trouble.SLOW):
+            # The client forgets the nodes that it could not reach, those of the URL as well.
+            old, self._clients = self._clients, _clients(self._url, self._context, self._within)
+            await _close(old)
+        return self._failed(trouble, why)
 
     def _failed(self, trouble: Trouble, why: str) -> StoreFailed:
         if self._url.password:  # a strange server may repeat what it got
@@ -258,6 +280,18 @@ def _entry(found: tuple[bytes, Mapping[bytes, bytes] | None]) -> StreamEntry:
     return StreamEntry(_position(position), (fields or {}).get(_FIELD))
 
 
+def _key(kept: bytes | None) -> bytes | None:
+    """Return the key in a text; b"" when there is something else; None for no text."""
+    try:
+        return None if kept is None else bytes.fromhex(kept.decode("ascii"))
+    except ValueError:
+        return b""
+
+
+def _ignored(answer: object) -> None:
+    """Read nothing of an answer."""
+
+
 # -- the client --------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +346,7 @@ def _clients(url: StoreURL, context: Callable[[], ssl.SSLContext] | None, within
         "socket_keepalive": True,
         "client_name": "sglang-router",
         "retry": Retry(NoBackoff(), 0),
+        "parser_class": BoundedParser,
     }
     to_server = {**options, "username": url.user, "password": url.password, "db": url.database}
     secure: dict[str, Any] = {} if context is None else {"current": context}

@@ -4,7 +4,9 @@ What is to be told is taken from the core at the moment in which it can be writt
 store is slow or away: the core goes on to gather, within its bounds, and loads that are told late are those of now.
 
 A message that could not be written is lost, and counted: loads are told again within a second, and placements are only
-hints. Orders of operators are not lost: they are written again, in their order, until the store has taken them.
+hints. Orders of operators are not lost: those that the store has not taken are written again, in their order, until it
+has. A stream that takes nothing (its key holds something else, or its ids are used up) does not make those repeat that
+another one took.
 """
 
 from __future__ import annotations
@@ -88,16 +90,26 @@ class StoreWriter:
         if not batch:
             return
         began = self._clock()
+        orders = len(self._orders)
         try:
-            positions = await self._store.append(batch)
-        except StoreFailed:
-            for each in batch[len(self._orders) :]:
+            results = await self._store.append(batch)
+        except StoreFailed as failure:
+            results = [failure] * len(batch)
+        failures: list[StoreFailed] = []
+        kept: list[bytes] = []
+        for number, (each, result) in enumerate(zip(batch, results, strict=True)):
+            if not isinstance(result, StoreFailed):
+                self._traffic.wrote(each.stream, len(each.payload), result, began)
+                continue
+            failures.append(result)
+            if number < orders:
+                kept.append(each.payload)
+            else:
                 self._traffic.missed(each.stream)
-            raise
-        self._orders.clear()
+        self._orders = kept
+        if failures:
+            raise failures[0]
         self._side.well()
-        for each, position in zip(batch, positions, strict=True):
-            self._traffic.wrote(each.stream, len(each.payload), position, began)
 
     def _appended(self, stream: str, payload: bytes) -> Appended:
         return Appended(stream, payload, _MOST.get(stream) or self._most_placements())

@@ -89,6 +89,25 @@ def test_a_router_that_is_silent_for_three_seconds_counts_no_more() -> None:
     assert not joined.states[1].peers.by_name
 
 
+def test_old_messages_that_somebody_writes_again_bring_back_no_router_that_is_gone() -> None:
+    joined = Joined(2, 1)
+    joined.benches[0].route()
+    joined.flush(0.0)
+    state, told = joined.states[1], [message[1:] for message in joined.sent if message[0] == 0]
+
+    def write_again(now: float) -> None:
+        for topic, payload in told:
+            state.receive(topic, payload)
+        state.apply(now, 1000)
+
+    write_again(2.9)  # it was killed
+    state.look(3.1)
+    assert joined.loads(1) == [0]
+    write_again(3.2)
+    assert joined.loads(1) == [0]
+    assert not state.peers.by_name
+
+
 def test_a_router_that_leaves_counts_no_more_at_once() -> None:
     joined = Joined(2, 1)
     joined.benches[0].route()

@@ -167,6 +167,19 @@ def test_a_cache_that_one_router_finds_empty_is_empty_for_all(policy: str) -> No
     assert joined.benches[1].log.whats()[-1] == "emptied"
 
 
+def test_an_old_word_that_somebody_writes_again_empties_no_cache() -> None:
+    joined = Joined(2, 1, "cache_aware")
+    joined.benches[0].fleet.emptied(joined.worker(0, 0))
+    joined.flush(0.0)
+    told = [message[1:] for message in joined.sent if message[0] == 0]
+    place(joined, 0, text(1), 0)
+    joined.flush(0.1)
+    for topic, payload in told:
+        joined.states[1].receive(topic, payload)
+    joined.states[1].apply(1000.0, 1 << 30)
+    assert matched(joined, 1, text(1)) == [4096]
+
+
 def test_two_routers_that_see_the_same_restart_forget_once() -> None:
     joined = Joined(2, 1, "cache_aware")
     joined.benches[0].fleet.emptied(joined.worker(0, 0))

@@ -15,12 +15,12 @@ from typing import Final
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.shared.members import Member, Members
 from sglang_router.routing.shared.packing import numbers, packed
+from sglang_router.routing.shared.peers import Numbers
 from sglang_router.routing.shared.records import FORM, OrderMessage
 from sglang_router.routing.source import Source
 from sglang_router.routing.worker import Worker
 
 _MOST_ORDERS: Final = 1 << 13
-_MOST_ROUTERS: Final = 1 << 10
 MOST_TOLD: Final = 1024
 """Workers of one message: 8 kB."""
 
@@ -35,7 +35,7 @@ class SharedOrders:
         self._members = members
         self._fleet = fleet
         self._orders: OrderedDict[int, bool] = OrderedDict()  # whether a worker drains, by its name
-        self._numbers: OrderedDict[bytes, int] = OrderedDict()  # of the last message, by router
+        self._numbers = Numbers()
         self._pending: dict[int, bool] = {}
         self._obeying = False
 
@@ -65,12 +65,8 @@ class SharedOrders:
         Raises: ValueError, for one without sense.
         """
         draining, resumed = numbers(message.draining), numbers(message.resumed)
-        if message.number <= self._numbers.get(message.router, -1):
+        if not self._numbers.is_next(message.router, message.number):
             return
-        self._numbers[message.router] = message.number
-        self._numbers.move_to_end(message.router)
-        if len(self._numbers) > _MOST_ROUTERS:
-            self._numbers.popitem(last=False)
         for names, drains in ((draining, True), (resumed, False)):
             for name in names:
                 self._orders[name] = drains

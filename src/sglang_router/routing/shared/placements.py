@@ -14,6 +14,7 @@ from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.shared.homes import SharedHomes
 from sglang_router.routing.shared.members import Member, Members
 from sglang_router.routing.shared.packing import numbers, packed
+from sglang_router.routing.shared.peers import Numbers
 from sglang_router.routing.shared.prefixes import SharedPrefixes
 from sglang_router.routing.shared.records import FORM, PlacementsMessage
 
@@ -27,13 +28,14 @@ _PLACE: Final = (1 << 16) - 1
 class Placements:
     """See the module."""
 
-    __slots__ = ("_emptied", "_fleet", "_homes", "_members", "_prefixes")
+    __slots__ = ("_emptied", "_fleet", "_homes", "_members", "_numbers", "_prefixes")
 
     def __init__(self, members: Members, prefixes: SharedPrefixes, homes: SharedHomes, fleet: Fleet) -> None:
         self._members = members
         self._prefixes = prefixes
         self._homes = homes
         self._fleet = fleet
+        self._numbers = Numbers()
         self._emptied: list[int] = []  # names of workers, to be told
 
     def __repr__(self) -> str:
@@ -83,6 +85,8 @@ class Placements:
 
         Raises: ValueError, for one without sense.
         """
+        if not old and not self._numbers.is_next(message.router, message.number):
+            return  # somebody wrote it once more
         homes = numbers(message.homes)
         if len(homes) % 2:
             raise ValueError("a session without a home")

@@ -293,8 +293,8 @@ class SharedState(Listener):
         if 2 * len(meters) != len(spent):
             raise ValueError("there are no two figures for each client")
         loads, spending = self._loads, self._spending
-        peer = None if old else self.peers.hear(message.router, now)
-        if loads is None or spending is None or peer is None or not peer.is_next(message.number):
+        peer = None if old else self.peers.hear(message.router, message.number, now)
+        if loads is None or spending is None or peer is None:
             return
         if message.left:
             self._forget(peer, now)
