@@ -221,7 +221,7 @@ FAULTS = (
     ),
     StoreFault("garbage in the streams", garbage, nothing),
     StoreFault("another fleet on the store", other_fleet, nothing),
-    StoreFault("router killed and replaced", kill_router, replace_router, allowed=("cut", "refused")),
+    StoreFault("router killed and replaced", kill_router, replace_router, allowed=("cut", "refused", "lost")),
     StoreFault("clocks wrong by a minute", wrong_clocks, nothing, allowed=("refused",)),
 )
 
