@@ -23,6 +23,19 @@ TESTS = (
     *("tests/hostile", "tests/chaos", "tests/blackbox", "tests/access", "tests/app", "tests/processes"),
     "tests/test_same.py",
 )
+APART = (
+    "autoscaling",
+    "benchmark",
+    "commands",
+    "demo",
+    "documentation",
+    "llamacpp",
+    "openapi",
+    "page",
+    "reports",
+    "routing_suite",
+)
+"""Of the black-box tests, those of pages, scripts and rooms that are not compiled: a minute, for nothing that is."""
 ALWAYS = "tests/test_compiled.py"
 
 
@@ -31,7 +44,9 @@ def main(arguments: list[str]) -> int:
     python = str(ENVIRONMENT / "bin/python")
     (packages,) = ENVIRONMENT.glob("lib/python*/site-packages")
     (packages / "tools.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-    chosen = [] if any(Path(word.partition("::")[0]).exists() for word in arguments) else TESTS
+    chosen = [*TESTS, *(f"--ignore=tests/blackbox/test_{name}.py" for name in APART)]
+    if any(Path(word.partition("::")[0]).exists() for word in arguments):
+        chosen = []
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [python, "-m", "pytest", *arguments, ALWAYS, *chosen]
     return subprocess.run(command, cwd=CHECKOUT, env=environment | {"EXPECT": "compiled"}, check=False).returncode
