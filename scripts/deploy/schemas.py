@@ -57,7 +57,7 @@ def main() -> int:
         name = f"{document['kind']} {document['metadata']['name']}"
         try:
             wrong = mistakes(document, sys.argv[1])
-        except Exception as error:
+        except Exception as error:  # of the validators, which have no common one: it is a mistake in the document
             wrong = [str(getattr(error, "message", error))]
         for each in wrong:
             print(f"{name}: {each}")

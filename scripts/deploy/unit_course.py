@@ -122,8 +122,10 @@ def survives() -> None:
     systemctl("daemon-reload")
     systemctl("restart", SERVICE)
     until("ready", lambda: get("/readiness")[0] == 200)
-    time.sleep(4)  # it must not be taken for dead while it lives
     before = fact("MainPID")
+    time.sleep(4)  # twice the watchdog's time: the duration for which it lives, not a wait for an event
+    if fact("MainPID") != before:
+        raise Failed("the watchdog has taken a router that lives for dead")
     systemctl("kill", "--signal=STOP", SERVICE)
     until("the watchdog", lambda: fact("MainPID") not in (before, "0") and get("/liveness")[0] == 200)
     (folder / "watchdog.conf").unlink()

@@ -247,8 +247,8 @@ class PairCourse:
         prefill.signal(signal.SIGSTOP)
         try:
             with self._client({"prompt": document("LEAVES", 300), "max_tokens": 4}):
-                time.sleep(1.5)
-            time.sleep(1.0)
+                time.sleep(1.5)  # how long the client waits before it leaves
+            time.sleep(1.0)  # how long decode is left alone with a prefill that is silent
         finally:
             prefill.signal(signal.SIGCONT)
         self._router.until_ready()
