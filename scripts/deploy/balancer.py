@@ -26,6 +26,11 @@ class Balancer:
         self.port = 0
         background.call(self._start)
 
+    @property
+    def places(self) -> Sequence[Place]:
+        """The pods that get new connections now."""
+        return self._places
+
     def follow(self, places: Sequence[Place]) -> None:
         """Send new connections to these pods, from some time on."""
         loop = self._background.loop

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import yaml
 from scripts import reporting
 from scripts.deploy import chart
-from scripts.deploy.balancer import LAG, Balancer, Place
+from scripts.deploy.balancer import Balancer, Place
 from scripts.deploy.load import Clients
 from scripts.deploy.manifests import configuration, container
 from scripts.deploy.report import Failure, Report
@@ -186,6 +186,14 @@ class Deployment:
                     raise Failure(f"a router does not get ready:\n{pod.log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.05)
 
+    def until_known(self) -> None:
+        """Wait until clients' connections go to all pods. Raises: Failure."""
+        deadline = time.monotonic() + WITHIN
+        while len(self._balancer.places) < len(self.pods):
+            if time.monotonic() > deadline:
+                raise Failure(f"the balancer does not learn of the pods: {self._balancer.places}")
+            time.sleep(0.05)
+
     def update(self) -> float:
         """Replace all pods; return the most seconds that one took to end. Raises: Failure."""
         if (self._manifest.surge, self._manifest.spare) != (1, 0):
@@ -224,7 +232,7 @@ def measure(*sets: str, updates: int = 1) -> tuple[Result, str]:
     """Update the Deployment so often under load; return what came of it, and the failures in words. Raises: Failure."""
     with _service(*sets) as (deployment, balancer):
         deployment.create()
-        time.sleep(2 * LAG)
+        deployment.until_known()
         with Clients(balancer.port) as clients:
             clients.until_served()
             began = time.monotonic()
