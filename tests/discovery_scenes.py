@@ -19,7 +19,8 @@ from fake_kube import FakeKube
 from sglang_router.discovery.discovery import Discovery, Looking
 from sglang_router.discovery.inference_pool import InferencePoolSource
 from sglang_router.discovery.kube_config import KubeAccess, KubeFiles
-from sglang_router.discovery.kubernetes import KubeRhythm, KubernetesSource
+from sglang_router.discovery.kube_rounds import KubeRhythm
+from sglang_router.discovery.kubernetes import KubernetesSource
 from sglang_router.discovery.owner import Hands, WorkerOwner
 from sglang_router.discovery.pods import PodRules
 from sglang_router.relay.addresses import Addresses

@@ -15,7 +15,7 @@ from discovery_scenes import DEFAULTS, ENGINES, QUICK, FreshFiles, Token, kube_s
 from fake_kube import FakeKube
 from sglang_router.discovery import kubernetes
 from sglang_router.discovery.kube_api import KubeError
-from sglang_router.discovery.kubernetes import KubeRhythm, pause_after
+from sglang_router.discovery.kube_rounds import KubeRhythm, pause_after
 from sglang_router.discovery.pods import PodRules
 from sglang_router.routing.source import Source
 

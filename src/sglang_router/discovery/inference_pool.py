@@ -26,8 +26,9 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from sglang_router.discovery.kube_api import KubeError, KubeLink
-from sglang_router.discovery.kube_config import KubeFiles
-from sglang_router.discovery.kubernetes import KubeRhythm, KubernetesSource, WatchEnded, pause_after
+from sglang_router.discovery.kube_config import KubeAccess, KubeFiles
+from sglang_router.discovery.kube_rounds import KubeRhythm, KubeRounds, WatchEnded
+from sglang_router.discovery.kubernetes import KubernetesSource
 from sglang_router.discovery.owner import WorkerOwner
 from sglang_router.discovery.pods import PodMetadata, PodRules
 from sglang_router.discovery.progress import LookProgress
@@ -111,7 +112,7 @@ def selected(item: InferencePoolItem) -> Selected:
     return Selected(tuple(sorted(labels.items())), ports)
 
 
-class InferencePoolSource:
+class InferencePoolSource(KubeRounds):
     """See the module.
 
     name   NAMESPACE/NAME of the pool
@@ -131,14 +132,10 @@ class InferencePoolSource:
         clock: Callable[[], float],
         rhythm: KubeRhythm | None = None,
     ) -> None:
+        super().__init__(files, addresses, rng, clock, rhythm)
         self.owner = owner
-        self.rhythm = rhythm or KubeRhythm()
         self._namespace, _, self._name = name.partition("/")
         self._rules = rules
-        self._files = files
-        self._addresses = addresses
-        self._rng = rng
-        self._clock = clock
         self._own = LookProgress(f"InferencePool {name}", clock)
         self._version = ""
         self._selected: Selected | None = None
@@ -160,24 +157,12 @@ class InferencePoolSource:
 
     async def run(self) -> None:
         """Follow the pool and its pods until it is cancelled."""
-        failures = 0
         try:
-            while True:
-                began = self._clock()
-                access = self._files.access()
-                try:
-                    async with KubeLink(access, self._addresses) as link:
-                        await self._list(link)
-                        await self._watch_on(link)
-                    failures = 0
-                except KubeError as error:
-                    failures = 1 if self._clock() - began > self.rhythm.most else failures + 1
-                    self._failed(error)
-                    await asyncio.sleep(pause_after(error, failures, self.rhythm) * self._rng.uniform(0.5, 1.0))
+            await self._look_on()
         finally:
             await self._end_pods()
 
-    def _failed(self, error: KubeError) -> None:
+    def _failed(self, error: KubeError, access: KubeAccess) -> None:
         """Note what ended a list or a watch."""
         text = str(error)
         if isinstance(error, WatchEnded) and not error.status:  # a list follows at once

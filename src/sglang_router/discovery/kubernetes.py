@@ -22,12 +22,13 @@ import logging
 import math
 import random
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
 from sglang_router.discovery.kube_api import KubeError, KubeLink, shown
 from sglang_router.discovery.kube_config import KubeAccess, KubeFiles
+from sglang_router.discovery.kube_rounds import REFUSED, KubeRhythm, KubeRounds, WatchEnded
 from sglang_router.discovery.owner import WorkerOwner
 from sglang_router.discovery.pod_answers import list_query, pods_path, read_event, read_page, watch_query
 from sglang_router.discovery.pods import Pod, PodItem, PodRules, workers
@@ -43,53 +44,10 @@ _MOST_PAGES: Final = 2_000
 _GONE: Final = 410
 _ERRORS: Final = range(400, 600)
 """What the code of an ERROR may be: each is a label of a metric."""
-_REFUSED: Final = (401, 403)
 _HELP: Final = "see docs/kubernetes.md"
-_WELL: Final = 5.0
-"""Seconds after which a round that ends in trouble was well before."""
-_LONGEST_WISH: Final = 60.0
-"""Seconds that the API server may ask for (Retry-After)."""
 
 
-class KubeRhythm(NamedTuple):
-    """Times in seconds.
-
-    relist          age of a list after which the next one begins
-    slack           how much longer than it was told to a watch may last before it is given up
-    quiet, longest  a pass begins when no event came for so long, or so long after the first one
-    first, most     the pause after the second failure in a row, doubled each time, and the longest
-    refused         the pause after 401 and 403
-    """
-
-    relist: float = 60.0
-    slack: float = 1.0
-    quiet: float = 0.1
-    longest: float = 1.0
-    first: float = 0.1
-    most: float = 1.0
-    refused: float = 2.0
-
-
-def pause_after(error: KubeError, failures: int, rhythm: KubeRhythm) -> float:
-    """Return the longest pause before the next list, in seconds; 0.0: it comes at once.
-
-    failures  rounds in a row that ended in trouble; this one is the last of them
-    """
-    if error.status in _REFUSED:
-        return rhythm.refused
-    if error.pause:
-        return min(error.pause, _LONGEST_WISH)
-    return min(rhythm.first * 2.0 ** min(failures - 2, 16), rhythm.most) if failures > 1 else 0.0
-
-
-class WatchEnded(KubeError):
-    """A watch did not end as it was told to."""
-
-    def __init__(self, cause: KubeError) -> None:
-        super().__init__(f"watch_{cause.kind}", str(cause), cause.status, cause.pause)
-
-
-class KubernetesSource:
+class KubernetesSource(KubeRounds):
     """See the module.
 
     rules      how pods become workers
@@ -109,15 +67,11 @@ class KubernetesSource:
         clock: Callable[[], float],
         rhythm: KubeRhythm | None = None,
     ) -> None:
+        super().__init__(files, addresses, rng, clock, rhythm)
         self.owner = owner
-        self.rhythm = rhythm or KubeRhythm()
         self.progress = LookProgress("Kubernetes", clock)
         self._rules = rules
         self._namespace = namespace
-        self._files = files
-        self._addresses = addresses
-        self._rng = rng
-        self._clock = clock
         self._pods: dict[str, Pod] = {}  # by namespace and name; the last complete list, and the events since
         self._version = ""  # of `_pods`
         self._changed = asyncio.Event()  # an event since the last pass
@@ -136,26 +90,14 @@ class KubernetesSource:
     async def run(self) -> None:
         """Follow the pods until it is cancelled."""
         passes = asyncio.get_running_loop().create_task(self._gather_changes())
-        failures = 0
         try:
-            while True:
-                began = self._clock()
-                access = self._files.access()
-                try:
-                    async with KubeLink(access, self._addresses) as link:
-                        await self._list(link)
-                        await self._watch_on(link)
-                    failures = 0
-                except KubeError as error:
-                    failures = 1 if self._clock() - began > _WELL else failures + 1
-                    self._failed(error, access)
-                    await asyncio.sleep(pause_after(error, failures, self.rhythm) * self._rng.uniform(0.5, 1.0))
+            await self._look_on()
         finally:
             passes.cancel()
 
     def _failed(self, error: KubeError, access: KubeAccess) -> None:
         """Note what ended a list or a watch. A watch that breaks is no trouble yet: a list follows at once."""
-        if isinstance(error, WatchEnded) and error.status not in _REFUSED:
+        if isinstance(error, WatchEnded) and error.status not in REFUSED:
             self.progress.failures[error.kind] += 1
             log.debug("Kubernetes: %s; listing again", error)
         else:
