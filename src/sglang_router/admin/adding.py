@@ -56,8 +56,9 @@ async def add(context: Context, request: Request) -> Response:
     if not healthy:
         if wait is not None and not context.checks.released:
             return _registered(left[0])
+        no_engine = context.checks.found_no_engine(worker)
         remove_all(context, left)
-        _refuse(context, worker, in_time=context.clock() < until)
+        _refuse(context, worker, no_engine)
     return PlainTextResponse(f"Successfully added worker: {url}")
 
 
@@ -92,14 +93,14 @@ def _successors(context: Context, worker: Worker) -> list[Worker]:
     return [entry for entry in entries if entry is worker or entry.dp_rank is not None]
 
 
-def _refuse(context: Context, worker: Worker, in_time: bool) -> NoReturn:
+def _refuse(context: Context, worker: Worker, no_engine: bool) -> NoReturn:
     """Say why a worker was not added: it is no engine, did not become healthy in time, or the router shuts down."""
     if context.checks.released:
         raise ShuttingDown
     if worker.reason == ITSELF:
         raise InvalidRequest(f"Worker {worker.spec.url} is not added: {ITSELF}", param="url")
     reason = f" ({worker.reason})" if worker.reason else ""
-    if in_time:
+    if no_engine:
         raise InvalidRequest(f"Worker {worker.spec.url} is not added: no engine answers there{reason}", param="url")
     limit = f"Timeout {context.add_rules.startup_timeout:g}s"
     raise InvalidRequest(f"{limit} waiting for worker {worker.spec.url} to become healthy{reason}", param="url")

@@ -11,7 +11,6 @@ A worker that fails is checked again after a tenth of the time that it has faile
 there are more than 250 such workers (`pause_of`). So one that was just lost is noticed at once when it returns, and any
 number that is gone for good costs next to nothing. Only a replica that starts is always checked at
 `unhealthy_interval`: its process is there.
-
 The first failed check is logged with its reason, then once a minute while it lasts, and soon when the reason changes.
 Some reasons do not heal by waiting (`_STRANGE`, `_ABSENT`): no request is queued for such a worker to start.
 
@@ -20,12 +19,9 @@ pause of each is another part of the interval (`workers.rhythm`).
 
 A check uses a kept connection, but now and then a new one, and always after a failed check: so it finds an engine that
 serves old connections and takes no new ones, and an address that is gone.
-
 An engine that the control plane has paused may answer late, or with an error: SGLang generates a token to tell its
 health. That is no failure, as the worker gets no requests then; that nobody listens any more is one.
-
 Exchanges call `check_now` when a worker refuses or breaks a connection: the check comes at once, once for all of them.
-
 When a new process of a worker passes its first check, `introduce` asks it what it is (`workers.engine_survey`). One
 that starts is asked first and becomes healthy then: which requests it may get depends on its model.
 """
@@ -202,14 +198,18 @@ class HealthChecks:
     async def until_healthy(self, worker: Worker, timeout: float) -> bool:
         """Wait until a worker was found well and asked what it is.
 
-        False when that takes more than `timeout` seconds, the worker is removed meanwhile, or `release` was called;
-        also when the first checks find that there is no engine, `_ENOUGH` in a row.
+        False when that takes more than `timeout` seconds, the worker is removed meanwhile, or `release` was called; or
+        `found_no_engine`.
         """
         watch = self._watches.get(worker)
         if watch is not None and not self.released:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(watch.settled.wait(), timeout)
         return worker.health is Health.HEALTHY and not worker.removed
+
+    def found_no_engine(self, worker: Worker) -> bool:
+        """Return whether its checks find that there is no engine, `_ENOUGH` in a row."""
+        return worker in self._watches and self._watches[worker].strange >= _ENOUGH
 
     def release(self) -> None:
         """End every wait in `until_healthy`, now and later: the router stops."""
