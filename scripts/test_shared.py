@@ -38,12 +38,22 @@ LONGEST = 2.5
 AGAIN = 15.0
 """Seconds until the routers must know of each other again."""
 CALM = 3.0
+CLOSED = 60.0
+"""Seconds until a client of the load has closed each connection that it keeps for a while."""
+LEADS = 60.0
+"""Seconds until another router leads: the leadership ends, and who finds none waits as long again."""
 FLAGS = ("--policy", "cost", "--log-level", "info", "--disable-access-log")
+SCALES = ("--autoscale", f"{ENGINES}:{ENGINES}", "--scale-command", "true")
 
 
 @dataclass
 class SharedField:
-    """All processes. routers: by number; None while one is down. proxies: the way of each to the store."""
+    """All processes.
+
+    routers  by number; None while one is down, or gets no requests
+    proxies  the way of each to the store
+    frozen   routers that are stopped as they are, by number
+    """
 
     folder: Path
     engines: list[str]
@@ -51,6 +61,7 @@ class SharedField:
     proxies: list[StoreProxy]
     loop: Loop
     routers: list[RouterProcess | None] = field(default_factory=list)
+    frozen: dict[int, RouterProcess] = field(default_factory=dict)
     started: int = 0
 
     def start(self, number: int, *flags: str, variables: dict[str, str] | None = None) -> RouterProcess:
@@ -58,7 +69,7 @@ class SharedField:
         self.started += 1
         log = self.folder / f"router-{number}-{self.started}.log"
         shared = ("--shared-state", self.proxies[number].url) if number < len(self.proxies) else ()
-        router = start_router(self.engines, *FLAGS, *shared, *flags, log=log, variables=variables)
+        router = start_router(self.engines, *FLAGS, *SCALES, *shared, *flags, log=log, variables=variables)
         router.until_healthy(*self.engines)
         return router
 
@@ -81,6 +92,11 @@ class SharedField:
         """Whether each router knows of all others, and of no load at rest."""
         states = [self.standing(number) for number in range(len(self.routers)) if self.routers[number] is not None]
         return all(each["state"] == "connected" and each["peers"] == len(states) - 1 for each in states)
+
+    def leaders(self) -> list[int]:
+        """Return the numbers of the routers that may scale."""
+        up = [(number, router) for number, router in enumerate(self.routers) if router is not None]
+        return [number for number, router in up if router.get("/scale").json()["acts"]]
 
     def at_rest(self) -> bool:
         return all(
@@ -130,6 +146,37 @@ def replace_router(place: SharedField) -> None:
     place.routers[0] = place.start(0)
 
 
+def take_out(place: SharedField, number: int) -> RouterProcess:
+    """Give a router no more requests, as a load balancer does; return it when its last client has closed."""
+    router = place.routers[number]
+    assert router is not None
+    place.routers[number] = None
+    wait(lambda: router.samples().total("smg_http_connections_active") <= 1, CLOSED, "its clients have left")
+    return router
+
+
+def freeze_leader(place: SharedField) -> None:
+    """Stop the router that leads, as a machine does that hangs; wait until another one leads."""
+    wait(lambda: bool(place.leaders()), LEADS, "a router leads")
+    (number,) = place.leaders()
+    place.frozen[number] = router = take_out(place, number)
+    router.process.send_signal(signal.SIGSTOP)
+    wait(lambda: bool(place.leaders()), LEADS, "another router leads")
+
+
+def wake_leader(place: SharedField) -> None:
+    """Let it go on: it believes for no moment that it leads still."""
+    (number, router), *_ = place.frozen.items()
+    (leader,) = place.leaders()
+    router.process.send_signal(signal.SIGCONT)
+    until = time.monotonic() + CALM
+    while time.monotonic() < until:
+        assert not router.get("/scale").json()["acts"], "two routers lead"
+        time.sleep(0.01)
+    place.routers[number] = place.frozen.pop(number)
+    assert place.leaders() == [leader], "another router leads after the first one came back"
+
+
 def change_password(place: SharedField) -> None:
     """Let the store want a password that the routers do not have."""
     place.store.cli("CONFIG", "SET", "requirepass", "x")
@@ -168,10 +215,7 @@ def other_fleet(place: SharedField) -> None:
 def wrong_clocks(place: SharedField) -> None:
     """Replace two routers by some whose clocks are a minute early and late."""
     for number, offset in ((0, "+60"), (1, "-60")):
-        old = place.routers[number]
-        assert old is not None
-        place.routers[number] = None
-        old.end()
+        take_out(place, number).end()
         place.routers[number] = place.start(number, variables=clock(offset))
     wait(place.as_one, AGAIN, "as one, with wrong clocks")
 
@@ -222,6 +266,7 @@ FAULTS = (
     StoreFault("garbage in the streams", garbage, nothing),
     StoreFault("another fleet on the store", other_fleet, nothing),
     StoreFault("router killed and replaced", kill_router, replace_router, allowed=("cut", "refused", "lost")),
+    StoreFault("the router that scales frozen", freeze_leader, wake_leader),
     StoreFault("clocks wrong by a minute", wrong_clocks, nothing, allowed=("refused",)),
 )
 
@@ -292,7 +337,9 @@ def field_of(folder: Path) -> Iterator[SharedField]:
             wait(place.as_one, AGAIN, "as one at the start")
             yield place
         finally:
-            for router in place.routers:
+            for frozen in place.frozen.values():
+                frozen.process.send_signal(signal.SIGCONT)
+            for router in (*place.routers, *place.frozen.values()):
                 if router is not None and router.process.poll() is None:
                     router.process.send_signal(signal.SIGTERM)
                     router.process.wait(20)
@@ -328,10 +375,10 @@ def parse() -> argparse.Namespace:
 
 def show(options: argparse.Namespace, folder: Path) -> bool:
     """Run all faults and print their table; return whether every promise held."""
-    started = machine(FLAGS)
+    started = machine((*FLAGS, *SCALES))
     chosen = [fault for fault in FAULTS if options.only in fault.name]
     if not faketime():
-        say("libfaketime is not installed: clocks are left as they are")
+        say("libfaketime is not installed (it needs a C compiler): the row with wrong clocks is left out")
         chosen = [fault for fault in chosen if fault.strike is not wrong_clocks]
     rows = [alone(folder, options)]
     say("  ".join(rows[0].cells()))

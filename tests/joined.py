@@ -16,6 +16,7 @@ from sglang_router.routing.quotas import Quotas
 from sglang_router.routing.sessions import Sessions
 from sglang_router.routing.shared.records import SharedRules, SharedTopic
 from sglang_router.routing.shared.sharing import SharedState
+from sglang_router.routing.shared.workers import WorkerHands
 from sglang_router.routing.worker import Worker
 
 KEY = bytes(range(32))
@@ -49,12 +50,14 @@ class Joined:
         sessions: Callable[[], Sessions] | None = None,
         quotas: Quotas | None = None,
         blocks: int = 1 << 18,
+        hands: Callable[[Bench], WorkerHands] | None = None,
         **settings: Any,
     ) -> tuple[Bench, SharedState]:
         """Add a router.
 
         sessions  makes its memory of sessions; quotas: its limits of clients
         blocks    of its replica of placements
+        hands     makes what adds and removes workers for others' word
         """
         state = SharedState(rules(len(self.states), blocks=blocks))
         state.connected = True
@@ -63,7 +66,7 @@ class Joined:
             bench.router.quotas = quotas
         if sessions is not None:
             bench.router.sessions = sessions()
-        state.attach(bench.router)
+        state.attach(bench.router, None if hands is None else hands(bench))
         bench.listeners.add(state)
         bench.join(workers)
         self.states.append(state)

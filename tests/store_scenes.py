@@ -14,6 +14,7 @@ from sglang_router.routing.shared.records import SharedReading, SharedTopic
 from sglang_router.sharing.fleet_key import FleetKey
 from sglang_router.sharing.leading import Leader
 from sglang_router.sharing.link import StoreLink
+from sglang_router.sharing.login import StoreLogin
 from sglang_router.sharing.sharing import FleetSharing
 from sglang_router.sharing.valkey_store import ValkeyStore
 
@@ -40,6 +41,7 @@ class SmallCore:
         self.applied = 0
         self.keys: list[bytes] = []
         self.flushes = 0
+        self.losses = 0
 
     @property
     def reading(self) -> SharedReading:
@@ -63,6 +65,9 @@ class SmallCore:
         self.applied = min(self.applied + budget, len(self.heard))
         return self.applied < len(self.heard)
 
+    def store_lost(self) -> None:
+        self.losses += 1
+
     def look(self, now: float) -> None:
         """Nothing expires."""
 
@@ -82,13 +87,15 @@ class Sharer:
         *,
         fixed: bool = False,
         context: Callable[[], ssl.SSLContext] | None = None,
+        within: float = 1.5,
     ) -> None:
         parsed = parse_store_url(url)
         self.core = SmallCore()
         self.link = StoreLink(parsed.shown, time.monotonic, random.Random(1))
         self.key = FleetKey(key, fixed=fixed)
         self.name = random.randbytes(8).hex()
-        self.store = ValkeyStore(parsed, prefix, context, within=1.5)
+        self.login = StoreLogin(parsed.user, parsed.password)
+        self.store = ValkeyStore(parsed, self.login, prefix, context, within)
         self.sharing = FleetSharing(self.core, self.store, self.link, self.key, self.name, 1 << 20)
         self.sharing.leader = Leader(self.store, self.name, time.monotonic, held_for=HELD_FOR)
 

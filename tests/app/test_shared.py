@@ -31,8 +31,42 @@ def test_key_and_password_come_from_files(tmp_path: Path) -> None:
     words = ("--shared-state", "redis://h", "--shared-state-key", str(key))
     found = files_of(args(*words, "--shared-state-password-file", str(password)))
     assert found is not None
-    assert (found.key.own, found.key.fixed, found.url.password) == (bytes.fromhex(DIGITS), True, "pass word")
+    assert (found.key.own, found.key.fixed) == (bytes.fromhex(DIGITS), True)
+    assert found.login.get_credentials() == ("pass word",)
     assert DIGITS not in repr(found.key)
+
+
+def test_a_password_file_that_changes_is_used_for_new_connections(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "password"
+    file.write_text("first\n")
+    found = files_of(args("--shared-state", "redis://h", "--shared-state-password-file", str(file)))
+    assert found is not None
+    (watched,) = found.watched
+    file.write_text("second\n")
+    assert watched.refresh(anyway=True)
+    assert found.login.get_credentials() == ("second",)
+    assert found.login.hide("AUTH first, AUTH second") == "AUTH ***, AUTH ***"
+    file.write_text("\n")  # in the middle of a change
+    assert not watched.refresh(anyway=True)
+    assert found.login.get_credentials() == ("second",)
+    assert "holds no password; the files loaded before stay in use" in caplog.text
+    file.write_text("third\n")
+    assert not watched.refresh()  # somebody may be writing it still
+    assert watched.refresh()
+    assert found.login.get_credentials() == ("third",)
+    assert not {"first", "second", "third"} & set(caplog.text.split())
+
+
+def test_a_user_of_the_url_keeps_its_name_and_a_url_without_a_login_sends_none(tmp_path: Path) -> None:
+    found = files_of(args("--shared-state", "redis://router:pass@h"))
+    assert found is not None
+    assert found.login.get_credentials() == ("router", "pass")
+    assert found.watched == []
+    found = files_of(args("--shared-state", "redis://h"))
+    assert found is not None
+    assert not found.login.given
 
 
 def test_without_a_file_each_start_makes_a_key_of_its_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -52,9 +53,11 @@ def sees(router: RouterProcess, peers: int) -> bool:
 
 
 def test_two_routers_know_of_each_other_what_is_in_flight_where_prompts_went_and_what_drains_until_one_ends(
-    server: ValkeyServer, engine: str, password: Path
+    server: ValkeyServer, engine: str, password: Path, tmp_path: Path
 ) -> None:
-    words = flags(server, "two", password)
+    key = tmp_path / "key"
+    key.write_text("0123456789abcdef" * 4)
+    words = (*flags(server, "two", password), "--shared-state-key", str(key), "--shared-state-workers")
     with router_process([engine], *words, "--relay-processes", "2") as a:
         with router_process([engine], *words) as b:
             a.until(lambda: sees(a, 1))
@@ -84,6 +87,7 @@ def test_two_routers_know_of_each_other_what_is_in_flight_where_prompts_went_and
             assert f"fleet      1 other router through redis://127.0.0.1:{server.port}/1\n" in status.stdout
             config = b.get("/config").body.decode()
             assert PASSWORD not in config + status.stdout + samples_text(b)
+            drain_ends_with_its_worker(a, b, engine)
         a.until(lambda: sees(a, 0))
         assert "sharing with the other routers" in a.log()
         assert PASSWORD not in a.log()
@@ -92,12 +96,38 @@ def test_two_routers_know_of_each_other_what_is_in_flight_where_prompts_went_and
 SLOW = {"max_new_tokens": 400, "ignore_eos": True}
 
 
+def drain_ends_with_its_worker(a: RouterProcess, b: RouterProcess, engine: str) -> None:
+    a.post(f"/workers/{a.worker(engine)['id']}/drain")
+    b.until(lambda: b.worker(engine)["draining"] is True)
+    a.post(f"/remove_worker?url={engine}")
+    b.until(lambda: b.samples().total("sgl_router_shared_messages_total", direction="received", topic="orders") >= 4)
+    assert b.worker(engine)["draining"] is True
+    assert b.post(f"/remove_worker?url={engine}").body == f"Successfully removed worker: {engine}".encode()
+    added = a.post(f"/add_worker?url={engine}")
+    assert added.body.endswith(b"; the other routers of the fleet add it too")
+    b.until(lambda: engine in b.workers())
+    assert [router.worker(engine)["draining"] for router in (a, b)] == [False, False]
+    removed = b.post(f"/remove_worker?url={engine}")
+    assert removed.body.endswith(b"; the other routers of the fleet remove it too")
+    a.until(lambda: engine not in a.workers())
+    nobody = "http://127.0.0.1:9"
+    assert a.post("/workers", {"url": nobody}).json()["message"].endswith("; the other routers of the fleet add it too")
+    b.until(lambda: nobody in b.workers())
+    removed = b.ask("DELETE", f"/workers/{b.worker(nobody)['id']}")
+    assert removed.json()["message"].endswith("; the other routers of the fleet remove it too")
+    a.until(lambda: nobody not in a.workers())
+
+
 def samples_text(router: RouterProcess) -> str:
     return router.get("/metrics").body.decode()
 
 
-def test_requests_go_on_without_the_store_and_with_it_again(engine: str) -> None:
-    with valkey_server() as server, router_process([engine], "--shared-state", server.url) as router:
+def test_requests_go_on_without_the_store_and_with_it_again_under_another_password(engine: str, password: Path) -> None:
+    words = ("--shared-state-password-file", str(password))
+    with (
+        valkey_server(password=PASSWORD) as server,
+        router_process([engine], "--shared-state", f"redis://127.0.0.1:{server.port}", *words) as router,
+    ):
         router.until(lambda: sees(router, 0))
         server.kill()
         router.until(lambda: shared(router)["state"] == "unreachable")
@@ -107,14 +137,20 @@ def test_requests_go_on_without_the_store_and_with_it_again(engine: str) -> None
         assert answer.json()["shared_state"] == {"state": "unreachable", "peers": 0}
         assert "cannot be reached" in router.get("/overview").json()["shared"]["problem"]
         assert router.samples().total("sgl_router_shared_losses_total") == 1
-        server.start()
+        password.write_text("another/secret\n")
+        router.send_signal(signal.SIGHUP)
+        router.until(lambda: f"--shared-state: loaded {password} anew" in router.log())
+        server.start("--requirepass", "another/secret")
         router.until(lambda: sees(router, 0))
         assert router.log().count("cannot be reached") == 1
         assert router.log().count("sharing again") == 1
+        assert "/secret" not in router.log()
 
 
 def test_one_of_two_routers_scales(server: ValkeyServer, engine: str, password: Path, tmp_path: Path) -> None:
     heard = [tmp_path / "a", tmp_path / "b"]
+    server.cli("SET", "{scaled}:leader", "")  # given back: the next one need not wait
+    server.cli("MOVE", "{scaled}:leader", "1")
     words = (*flags(server, "scaled", password), "--autoscale", "2:3", "--autoscale-up-cooldown-secs", "0.1")
 
     def acting(file: Path) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ def worker(**more: Any) -> dict[str, Any]:
     [
         ({}, "healthy", ""),
         ({"draining": True, "load": 1}, "draining", "1 request in flight"),
+        ({"draining": True, "load": 1, "elsewhere": 2}, "draining", "3 requests in flight"),
         ({"withheld": "the pod is not ready"}, "withheld", "the pod is not ready"),
         ({"paused": ["memory", "weights"]}, "paused", "by the control plane: memory, weights"),
         ({"health": "unhealthy", "last_error": "refused"}, "unhealthy", "refused"),

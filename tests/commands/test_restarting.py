@@ -1,4 +1,4 @@
-"""`restart --wait` against a router that tells the states of a restart one after the other."""
+"""`restart --wait` and `drain --wait` against a router that tells the states of a worker one after the other."""
 
 from __future__ import annotations
 
@@ -71,3 +71,24 @@ def test_all_are_waited_for(end: str, status: int, capfd: pytest.CaptureFixture[
     told = capfd.readouterr().out
     assert told.startswith(f"{end}: ")
     assert told.endswith("engines are restarted; why\n" if status else "2 of 2 engines are restarted\n")
+
+
+def drained(*figures: tuple[int, int], timeout: str = "30") -> int:
+    """Drain a worker that has so many requests at the router, and elsewhere, one look after the other."""
+    looks = [worker(0, "healthy", id="w1", draining=True, load=load, elsewhere=other) for load, other in figures]
+    answers = Script(workers__w1__drain=looks[:1], workers__w1=looks[1:] or looks)
+    with plain_worker(answers) as router:
+        return cli.main(["drain", "w1", "--wait", "--timeout", timeout, "--url", router.url])
+
+
+def test_it_waits_for_the_requests_of_other_routers_too(capfd: pytest.CaptureFixture[str]) -> None:
+    assert drained((1, 2), (0, 2), (0, 1), timeout="0.6") == 5
+    assert "it still has requests in flight" in capfd.readouterr().err
+    assert drained((1, 2), (0, 2), (0, 0)) == 0
+    assert capfd.readouterr().out == "http://a:1 gets no new requests; no request is in flight\n"
+
+
+def test_it_looks_again_for_others_hear_of_the_drain_a_moment_later(capfd: pytest.CaptureFixture[str]) -> None:
+    assert drained((0, 0), (0, 1), timeout="0.1") == 5
+    assert drained((0, 0), (0, 1), (0, 0)) == 0
+    assert "no request is in flight" in capfd.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import shutil
 import ssl
 import subprocess
 import tempfile
@@ -20,7 +21,7 @@ from sglang_router.routing.shared.records import SharedTopic
 from sglang_router.sharing.bounded_answers import LONGEST
 from sglang_router.sharing.store import START, Appended, LeaderHold, StoreFailed, Trouble
 from store_proxy import StoreProxy
-from store_scenes import Sharer, play, sharers, until
+from store_scenes import WITHIN, Sharer, play, sharers, until
 from valkeys import ValkeyServer, binary, valkey_server
 
 DOCS = Path(__file__).parents[2] / "docs" / "shared-state.md"
@@ -32,17 +33,23 @@ async def hears_itself(sharer: Sharer, payload: bytes) -> None:
     await sharer.hears(SharedTopic.ORDERS, payload)
 
 
-def test_tls_with_certificates_of_both_sides(tmp_path: Path) -> None:
+def test_tls_with_certificates_of_both_sides_also_when_the_authority_is_another_one(tmp_path: Path) -> None:
     ca = Authority(tmp_path / "ca")
     ours, theirs = ca.issue("store", LOCAL), ca.issue("router", LOCAL)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(ours.cert, ours.key)
     context.load_verify_locations(ca.cert)
     context.verify_mode = ssl.CERT_REQUIRED
-    files = worker_files([ca.cert], theirs.cert, theirs.key)
+    trusted = tmp_path / "trusted.pem"
+    shutil.copy(Authority(tmp_path / "other").cert, trusted)  # the authority before
+    files = worker_files([str(trusted)], theirs.cert, theirs.key)
 
     async def scene() -> None:
         async with sharers(Sharer(proxy.url, context=lambda: files.context)) as (a,):
+            await until(lambda: a.link.state == "unreachable")
+            assert "certificate" in a.sharing.standing.problem
+            shutil.copy(ca.cert, trusted)
+            assert files.refresh(anyway=True)
             await hears_itself(a, b"through TLS")
 
     with valkey_server() as server, StoreProxy(server.port, context) as proxy:
@@ -65,16 +72,18 @@ def test_a_certificate_of_a_stranger_is_refused_and_no_password_is_sent(tmp_path
 
 
 @contextlib.contextmanager
-def cluster_node() -> Iterator[ValkeyServer]:
+def cluster_node(password: str = "") -> Iterator[ValkeyServer]:
     """Yield a node of a cluster without slots. Its second port would be 10,000 above the first: there may be none."""
-    with valkey_server("--cluster-enabled", "yes", "--cluster-port", str(free_port())) as server:
+    flags = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    with valkey_server(*flags, password=password) as server:
         yield server
 
 
-def test_a_cluster() -> None:
+def test_a_cluster_also_with_a_password_that_comes_late() -> None:
     async def scene() -> None:
-        url = server.url.replace("redis://", "redis+cluster://")
-        async with sharers(Sharer(url), lead=True) as (a,):
+        async with sharers(Sharer(f"redis+cluster://:wrong@127.0.0.1:{server.port}"), lead=True) as (a,):
+            await until(lambda: a.link.state == "denied", a.link)
+            a.login.renew("secret")
             await hears_itself(a, b"in a slot")
             await until(lambda: a.sharing.leads)
             server.kill()
@@ -82,7 +91,7 @@ def test_a_cluster() -> None:
             server.start()  # with its slots, but nothing else
             await hears_itself(a, b"after its restart")
 
-    with cluster_node() as server:
+    with cluster_node("secret") as server:
         server.cli("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
         play(scene)
 
@@ -145,6 +154,27 @@ def test_a_sentinel_that_wants_a_password_gets_that_of_the_server() -> None:
 
     with valkey_server(password="secret") as server, sentinel(server, "secret") as door:
         play(scene)
+
+
+def test_a_password_that_was_changed_is_used_without_a_restart(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene() -> None:
+        async with sharers(Sharer(server.url), lead=True) as (a,):
+            await hears_itself(a, b"by the old one")
+            server.cli("CONFIG", "SET", "requirepass", "new-secret")
+            a.login.renew("wrong-secret")
+            server.cli_as("new-secret", "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            await until(lambda: a.link.state == "denied", a.link)
+            a.core.tells = [(SharedTopic.ORDERS, b"meanwhile")]
+            a.login.renew("new-secret")
+            await a.hears(SharedTopic.ORDERS, b"meanwhile")
+            await a.connected()
+            await until(lambda: a.sharing.leads)
+
+    caplog.set_level("INFO")
+    with valkey_server(password="old-secret") as server:
+        play(scene)
+    assert caplog.text.count("denies access: check user, password and rights") == 1
+    assert "-secret" not in caplog.text
 
 
 def knows_a_replica(watcher: ValkeyServer) -> bool:
@@ -254,7 +284,7 @@ def test_an_answer_without_sense_is_a_trouble_like_any_other(answer: bytes) -> N
 
 def test_entries_of_any_size_are_read_past_in_bounded_memory() -> None:
     async def scene() -> None:
-        store = Sharer(server.url).store
+        store = Sharer(server.url, within=WITHIN).store
         for size in (LONGEST, 5 * LONGEST, 1 << 24, 3):
             server.cli("XADD", "{test}:loads", "*", "b", bytes(size))
         for entries in (

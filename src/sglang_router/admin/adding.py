@@ -55,11 +55,11 @@ async def add(context: Context, request: Request) -> Response:
         raise InvalidRequest(f"Worker {url} was removed before it became healthy", param="url")
     if not healthy:
         if wait is not None and not context.checks.released:
-            return _registered(left[0])
+            return _registered(left[0], context.added(worker))
         no_engine = context.checks.found_no_engine(worker)
         remove_all(context, left)
         _refuse(context, worker, no_engine)
-    return PlainTextResponse(f"Successfully added worker: {url}")
+    return PlainTextResponse(f"Successfully added worker: {url}{context.added(worker)}")
 
 
 async def _healthy(context: Context, worker: Worker, until: float) -> bool:
@@ -71,10 +71,10 @@ async def _healthy(context: Context, worker: Worker, until: float) -> bool:
     return bool(entries) and all(entry.health is Health.HEALTHY for entry in entries)
 
 
-def _registered(worker: Worker) -> Response:
-    """Say that a worker is registered, how far it is, and where to look again."""
+def _registered(worker: Worker, told: str) -> Response:
+    """Say that a worker is registered, how far it is, what the other routers do, and where to look again."""
     location = f"/workers/{worker.id}"
-    text = f"Worker {worker.spec.url} is registered and takes requests once it is healthy{_progress(worker)}"
+    text = f"Worker {worker.spec.url} is registered and takes requests once it is healthy{_progress(worker)}{told}"
     return PlainTextResponse(f"{text}. See GET {location}", 202, {"location": location})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -146,6 +146,16 @@ class ReplicaControl(Protocol):
         """The progress of `restart_all`."""
 
 
+class FleetWide(Protocol):
+    """Tells the other routers of the fleet which workers an operator adds and removes here (`app.fleet_workers`)."""
+
+    def added(self, worker: Worker) -> str:
+        """Tell of a worker that was added; return in words whether the others add it."""
+
+    def removed(self, workers: Sequence[Worker]) -> str:
+        """Tell of workers of one engine that were removed; return in words whether the others remove it, or ""."""
+
+
 @dataclass
 class Context:
     """The parts of the router that the control plane uses.
@@ -162,6 +172,7 @@ class Context:
     paired          the options ask for prefill and decode workers (--pd-disaggregation)
     discovery       returns what each source that looks for workers says of itself; None: there is none
     sharing         shares what this router knows with others; None: it is alone
+    fleet_workers   adds and removes workers at all routers of the fleet; None: each has its own
     fan_out         workers that are asked at once by a request for several; 0: all
     args            the options in effect
     reload          reads the configuration again; None: it cannot be. Raises: ConfigRefused
@@ -186,6 +197,7 @@ class Context:
     decisions: DecisionBook | None = None
     discovery: Callable[[], list[SourceReport]] | None = None
     sharing: FleetSharing | None = None
+    fleet_workers: FleetWide | None = None
     fan_out: int = 0
     models: SharedAnswer[Any] = field(default_factory=SharedAnswer)
     generated: SharedAnswer[Any] = field(default_factory=SharedAnswer)
@@ -203,6 +215,16 @@ class Context:
     def attach_replicas(self, replicas: ReplicaControl) -> None:
         """From now on, describe and restart the engines that `replicas` runs."""
         self.replicas = replicas
+
+    def added(self, worker: Worker) -> str:
+        """Take note that an operator has added a worker; return what the other routers do, to follow a sentence."""
+        told = "" if self.fleet_workers is None else self.fleet_workers.added(worker)
+        return f"; {told}" if told else ""
+
+    def removed(self, workers: Sequence[Worker]) -> str:
+        """Take note that an operator has removed workers of one engine; return the same."""
+        told = "" if self.fleet_workers is None else self.fleet_workers.removed(workers)
+        return f"; {told}" if told else ""
 
     @property
     def lacks(self) -> str:

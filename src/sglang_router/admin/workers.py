@@ -107,7 +107,7 @@ async def remove(context: Context, request: Request) -> Response:
     if not entries:
         raise WorkerNotFound(f"Worker {url} is not registered", param="url")
     remove_all(context, entries)
-    return PlainTextResponse(f"Successfully removed worker: {url}")
+    return PlainTextResponse(f"Successfully removed worker: {url}{context.removed(entries)}")
 
 
 def remove_all(context: Context, workers: list[Worker]) -> None:
@@ -165,7 +165,7 @@ async def create(context: Context, request: Request) -> Response:
     worker = context.fleet.add(_changed(spec, wanted), context.clock())
     location = f"/workers/{worker.id}"
     accepted = {"status": "accepted", "worker_id": worker.id, "url": url, "location": location}
-    message = "The worker is registered and takes requests once it is healthy"
+    message = f"The worker is registered and takes requests once it is healthy{context.added(worker)}"
     return JSON({**accepted, "message": message}, 202, {"location": location})
 
 
@@ -200,6 +200,7 @@ async def delete(context: Context, request: Request) -> Response:
     worker = named(context, request)
     context.fleet.remove(worker)
     message = f"The worker is removed; {counted(worker.own_load, 'request')} in flight may finish"
+    message += context.removed([worker])
     return JSON({"status": "accepted", "worker_id": worker.id, "message": message}, 202)
 
 

@@ -42,7 +42,7 @@ from sglang_router.app.overview import live_of
 from sglang_router.app.parts import App, Elsewhere
 from sglang_router.app.routers import PolicyParts, fleet_of, router_of
 from sglang_router.app.scrapes import Scrapes
-from sglang_router.app.shared import files_of, sharing_of, state_of
+from sglang_router.app.shared import files_of, sharing_of, state_of, workers_of
 from sglang_router.app.traces import export_of, ids_of, tracing_of
 from sglang_router.autoscale.autoscaler import Autoscaler, autoscaler
 from sglang_router.config import RouterArgs
@@ -175,7 +175,8 @@ def build(
         control.discovery = sources.discovery = discovery.reports
     sharing = None
     if store is not None and state is not None:
-        sharing = sharing_of(args, store, state, router, listeners, clock, rng)
+        control.fleet_workers = wide = workers_of(args, fleet, clock)
+        sharing = sharing_of(args, store, state, router, listeners, clock, rng, wide)
     control.sharing = sources.shared = sharing
     if sharing is not None and scaler is not None:
         scaler.leader = sharing.leader
@@ -227,7 +228,10 @@ def build(
         spans=exported,
         kv_events=events_of(args, loop, connections, caches),
         tls=tls,
-        watched=[each for each in (tls, worker_tls, key_files, issuer, store and store.tls) if each is not None],
+        watched=[
+            *(each for each in (tls, worker_tls, key_files, issuer) if each is not None),
+            *(store.watched if store is not None else ()),
+        ],
         issuer=issuer,
         **workers._asdict(),
     )

@@ -24,6 +24,7 @@ class WorkerAnswer(msgspec.Struct):
 
     url: str = ""
     load: int = 0
+    elsewhere: int = 0
     tree_size: float | None = None
     registered_secs: float = 0.0
     paused: list[str] | None = None

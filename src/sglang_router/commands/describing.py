@@ -23,7 +23,7 @@ def state_of(worker: Facts) -> tuple[str, str]:
     error = str(worker.get("last_error") or "")
     replica = worker.get("replica") or {}
     if worker.get("draining"):
-        return "draining", counted(int(worker.get("load", 0)), "request") + " in flight"
+        return "draining", counted(in_flight(worker), "request") + " in flight"
     if worker.get("withheld"):
         return "withheld", str(worker["withheld"])
     if worker.get("paused"):
@@ -35,6 +35,11 @@ def state_of(worker: Facts) -> tuple[str, str]:
     if worker.get("circuit_breaker") in ("open", "half_open"):
         return "breaker " + str(worker["circuit_breaker"]).replace("_", " "), error
     return "healthy", ""
+
+
+def in_flight(worker: Facts) -> int:
+    """Return the requests at a worker: of this router, and of those that share with it what they know."""
+    return int(worker.get("load", 0)) + int(worker.get("elsewhere", 0))
 
 
 def worker_lines(workers: Sequence[Facts]) -> Iterator[str]:

@@ -17,6 +17,7 @@ answer of the router, the lines for people, and the exit status. `asking` says w
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -37,6 +38,7 @@ from sglang_router.commands.answers import (
 )
 from sglang_router.commands.asking import REFUSED, TOO_LATE, UNREADABLE, Door, Failed, door_of, new_parser, quoted
 from sglang_router.commands.describing import (
+    in_flight,
     option_lines,
     reload_lines,
     state_of,
@@ -200,16 +202,22 @@ def _workers_of(door: Door) -> list[dict[str, Any]]:
 
 def _drain(door: Door, options: argparse.Namespace) -> CommandResult:
     found = _drained(door, options) if options.wait else _change(door, options.worker, "drain")
-    left = int(found.get("load", 0))
+    left = in_flight(found)
     about = f"{counted(left, 'request')} in flight" if left else "no request is in flight"
     return CommandResult(found, [f"{shown(str(found['url']))} gets no new requests; {about}"])
 
 
 def _drained(door: Door, options: argparse.Namespace) -> dict[str, Any]:
-    """Drain a worker and wait until it has no request in flight."""
+    """Drain a worker and wait until it has no request in flight, at this router and at those that share with it.
+
+    That is looked at twice: other routers hear of the drain a moment later, and so does this one of their requests.
+    """
     found = _change(door, options.worker, "drain")
     path = f"/workers/{quoted(found['id'])}"
-    return _wait(door, path, options, lambda each: not each.get("load"), "has requests in flight", found)
+    idle = itertools.count(1)
+    return _wait(
+        door, path, options, lambda each: not in_flight(each) and next(idle) > 1, "has requests in flight", found
+    )
 
 
 def _resume(door: Door, options: argparse.Namespace) -> CommandResult:
@@ -226,12 +234,19 @@ def _add(door: Door, options: argparse.Namespace) -> CommandResult:
     if options.worker_api_key_file is not None:
         body["api_key"] = _key(options.worker_api_key_file)
     found = door.decoded(door.ask("POST", "/workers", body), AddedWorker)
+    others = _others(str(found.get("message", "")))
     if not options.wait:
         about = "is registered, and takes requests once it is healthy (--wait waits for that)"
-        return CommandResult(found, [f"{shown(body['url'])} {about}"])
+        return CommandResult(found, [f"{shown(body['url'])} {about}{others}"])
     path = f"/workers/{quoted(found['worker_id'])}"
     found = _wait(door, path, options, lambda each: bool(each.get("is_healthy")), "is not healthy", {})
-    return CommandResult(found, [f"{shown(body['url'])} is healthy and takes requests"])
+    return CommandResult(found, [f"{shown(body['url'])} is healthy and takes requests{others}"])
+
+
+def _others(message: str) -> str:
+    """Return what a router's answer says of the other routers of its fleet, to follow a sentence; "" for nothing."""
+    _, separator, told = message.partition("; ")
+    return separator + shown(told)
 
 
 def _key(path: str) -> str:
@@ -248,7 +263,10 @@ def _remove(door: Door, options: argparse.Namespace) -> CommandResult:
         reply = door.ask("POST", f"/remove_worker?url={quote(options.worker, safe='')}")
         if reply.status >= 400:
             raise door.refused(reply)
-        return CommandResult({"status": "removed", "url": options.worker}, [f"{shown(options.worker)} is removed"])
+        return CommandResult(
+            {"status": "removed", "url": options.worker},
+            [f"{shown(options.worker)} is removed{_others(reply.content.decode(errors='replace'))}"],
+        )
     found = door.decoded(door.ask("DELETE", f"/workers/{quoted(options.worker)}"), dict[str, Any])
     return CommandResult(found, [shown(str(found.get("message", "removed")))])
 

@@ -236,6 +236,10 @@ class RouterArgs(ReservedOptions):
             flags = [OPTIONS[name].flag for name in (cert, key)]
             if bool(getattr(self, cert)) != bool(getattr(self, key)):
                 raise ConfigError(f"{flags[0]} and {flags[1]} belong together; give both")
+        if self.shared_state_workers and self.shared_state is not None and self.shared_state_key is None:
+            raise ConfigError(
+                "--shared-state-workers needs --shared-state-key: without it, who can read the store could add workers"
+            )
         if self.control_plane_open and (self.control_plane_api_keys or self.control_plane_api_keys_file):
             raise ConfigError("--control-plane-open cannot be used with control-plane keys; give only one of them")
         self._check_tokens()

@@ -665,7 +665,18 @@ class HTTPOptions:
         metavar="FILE",
     )
     shared_state_password_file: str | None = option(
-        None, "File with the password of the store, in place of one in its URL.", SHARED, metavar="FILE"
+        None,
+        "File with the password of the store, in place of one in its URL. Read again when it changes, and used for new"
+        " connections from then on.",
+        SHARED,
+        metavar="FILE",
+    )
+    shared_state_workers: bool = option(
+        False,
+        "Workers that are added or removed by POST /add_worker, /workers and the like at one router are added and"
+        " removed at all that have this option, also at those that start later. Their URLs are then in the store, to"
+        " be read by who can read it. It needs --shared-state-key; see docs/shared-state.md.",
+        SHARED,
     )
     shared_state_ca_cert: str | None = option(
         None,

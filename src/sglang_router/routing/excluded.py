@@ -56,7 +56,7 @@ def reason(worker: Worker, most_load: int, trail: Trail | None, now: float, held
         return "ejected"
     if most_load and worker.load >= most_load:
         return "full"
-    if worker.role == DECODE and worker.window.full(worker.load):
+    if worker.role == DECODE and worker.window.full(worker.load, worker.own_load):
         return "window"
     if held:
         return "elsewhere"

@@ -69,7 +69,7 @@ class ServingPair:
         """Return the decode workers whose windows have room for the request. O(n), if the engines tell windows."""
         full = 0
         for worker in found:
-            if worker.window.full(worker.load, self.rooms):
+            if worker.window.full(worker.load, worker.own_load, self.rooms):
                 full |= 1 << worker.seat
         return found.those(~full) if full else found
 

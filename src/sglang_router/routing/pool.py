@@ -20,7 +20,7 @@ and then those whose breakers have opened for the shortest time. Their breakers 
 
 *Full workers.* A worker with `most_load` requests in flight is no candidate; when all have that many, requests wait.
 Where several routers share what they know, one whose own requests are less than its part of `most_load` goes on: else
-those of a router with a queue take each place that gets free, and another one's never begin.
+those of a router with a queue take each place that gets free, and another one's never begin. So it is with windows.
 
 *Seats.* A pool numbers its workers, so that sets of them are bit masks (`routing.roster`): in order of registration, or
 as its policy's memory numbers them (`Worker.slot`): then the sets of both mean the same.
@@ -112,6 +112,7 @@ class Pool:
         """Add a worker."""
         insort(self.workers, worker, key=attrgetter("order"))
         worker.outliers = self.outliers
+        worker.window.routers = self._routers
         if worker.breaker is Breaker.OPEN:
             self.reopen_at = min(self.reopen_at, worker.circuit.reopen_at)
         self.policy.added(worker)
@@ -168,6 +169,8 @@ class Pool:
         """Divide full workers between so many routers: each gets its part of one even if the others have filled it."""
         self._routers = routers
         self._share = self._most_load // routers if routers > 1 else 0
+        for worker in self.workers:
+            worker.window.routers = routers
 
     def changed(self, worker: Worker) -> None:
         """Take note that the state of a worker changed."""

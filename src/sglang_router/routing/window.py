@@ -8,8 +8,12 @@ the window gets a worker that has no other request.
 A decode engine of SGLang admits at most its window. What comes above that waits there unseen, while the prefill worker
 of its pair holds the computed cache for it until a deadline passes. So it waits in the router's queue instead.
 
-What others run there follows from what the engine reports to run and to have queued, less the router's own requests. A
-report is a moment old, so it counts only what the last reports all show.
+What others run there follows from what the engine reports to run and to have queued, less the requests that are known:
+the router's own, and those of routers that share what they know. A report is a moment old, so it counts only what the
+last reports all show.
+
+Routers that share what they know fill a window together. Each may always have its part of it, limit / routers: else
+one with a queue takes each room that gets free, and the requests of another one never begin (as for `Pool.has_room`).
 """
 
 from __future__ import annotations
@@ -22,15 +26,17 @@ _REPORTS: Final = 3
 class Window:
     """See the module.
 
-    limit  the most requests of this router; 0: the engine tells no window
-    more   prompts there of lists in flight, besides the first one of each: a lease counts once for its worker's load
+    limit    the most requests of these routers; 0: the engine tells no window
+    more     prompts there of lists in flight, besides the first one of each: a lease counts once for its worker's load
+    routers  that fill it together, this one included
     """
 
-    __slots__ = ("_foreign", "_most", "limit", "more")
+    __slots__ = ("_foreign", "_most", "limit", "more", "routers")
 
     def __init__(self) -> None:
         self.limit = 0
         self.more = 0
+        self.routers = 1
         self._most = 0
         self._foreign: list[int] = []
 
@@ -42,7 +48,7 @@ class Window:
 
         most   requests that the engine runs at once
         there  requests that it has just counted, running and queued; None: it has not counted
-        load   leases of this router there
+        load   leases there, of all routers that are known
         """
         if there is not None:
             self._foreign = [*self._foreign[1 - _REPORTS :], max(there - load - self.more, 0)]
@@ -50,9 +56,13 @@ class Window:
         foreign = min(self._foreign) if len(self._foreign) == _REPORTS else 0
         self.limit = max(most - foreign, 1) if most else 0
 
-    def full(self, load: int, rooms: int = 1) -> bool:
+    def full(self, load: int, own: int, rooms: int = 1) -> bool:
         """Return whether a worker has no room for a request.
 
-        load   leases of this router there; rooms: prompts of the request
+        load   leases there, of all routers that are known; own: those of this router
+        rooms  prompts of the request
         """
-        return 0 < self.limit < load + self.more + rooms and load > 0
+        taken = self.more + rooms
+        if not 0 < self.limit < load + taken or not load:
+            return False
+        return own + taken > self.limit // self.routers if self.routers > 1 else True

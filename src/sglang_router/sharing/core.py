@@ -37,5 +37,8 @@ class Core(Protocol):
     def apply(self, now: float, budget: int) -> bool:
         """Apply a piece of what is queued; return whether there is more."""
 
+    def store_lost(self) -> None:
+        """Hear that the store has lost what it had."""
+
     def look(self, now: float) -> None:
         """Forget the routers that are silent."""

@@ -98,6 +98,7 @@ class StoreReader:
         self._side.well()
         if self._lost(ends):
             self._forget()
+            self._core.store_lost()
         if self._read_at is None or began - self._read_at > _GAP:
             await self._read_orders(ends[_ORDERS], began + LOOK_WITHIN / 2)
             self.began.set()

@@ -18,17 +18,17 @@ import contextlib
 import re
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from valkey.asyncio import ConnectionPool, Sentinel, Valkey, ValkeyCluster
 from valkey.asyncio.cluster import ClusterNode
-from valkey.asyncio.connection import Connection, SSLConnection
+from valkey.asyncio.connection import Connection
 from valkey.asyncio.retry import Retry
 from valkey.asyncio.sentinel import (
     MasterNotFoundError,
     SentinelConnectionPool,
     SentinelManagedConnection,
-    SentinelManagedSSLConnection,
 )
 from valkey.backoff import NoBackoff
 from valkey.exceptions import (
@@ -48,6 +48,8 @@ from valkey.exceptions import TimeoutError as TooLate
 
 from sglang_router.config.store_urls import CLUSTER, SENTINEL, StoreURL
 from sglang_router.sharing.bounded_answers import BoundedParser
+from sglang_router.sharing.connections import SentinelDoor, SentinelTLSConnection, SentinelTLSDoor, StoreTLSConnection
+from sglang_router.sharing.login import StoreLogin
 from sglang_router.sharing.store import START, Appended, LeaderHold, Position, StoreFailed, StreamEntry, Trouble
 
 T = TypeVar("T")
@@ -96,7 +98,8 @@ _ADVICE: Final = {
 class ValkeyStore:
     """See the module.
 
-    url      where it is, with user and password
+    url      where it is
+    login    user and password for new connections
     prefix   what the names of its keys begin with
     context  returns the TLS context for a new connection; None: no TLS
     within   seconds for each answer, and for each connection; above 1, for which reading waits in the store
@@ -105,15 +108,16 @@ class ValkeyStore:
     def __init__(
         self,
         url: StoreURL,
+        login: StoreLogin,
         prefix: str,
         context: Callable[[], ssl.SSLContext] | None,
         within: float = ANSWERS_WITHIN,
     ) -> None:
         self._url = url
+        self._login = login
         self._names = f"{{{prefix}}}:"
-        self._context = context
-        self._within = within
-        self._clients = _clients(url, context, within)
+        self._make = partial(_clients, url, login, context, within)
+        self._clients = self._make()
 
     def __repr__(self) -> str:
         return f"<ValkeyStore {self._url.shown}>"
@@ -219,19 +223,19 @@ class ValkeyStore:
         trouble = _trouble(error)
         if self._url.kind == CLUSTER and trouble in (Trouble.UNREACHABLE, Trouble.SLOW):
             # The client forgets the nodes that it could not reach, those of the URL as well.
-            old, self._clients = self._clients, _clients(self._url, self._context, self._within)
+            old, self._clients = self._clients, self._make()
             await _close(old)
         return self._failed(trouble, why)
 
     def _failed(self, trouble: Trouble, why: str) -> StoreFailed:
-        if self._url.password:  # a strange server may repeat what it got
-            why = why.replace(self._url.password, "***")
-        why = _STRANGE.sub(" ", why)[:_LONGEST_TEXT].rstrip(". ")
+        why = _STRANGE.sub(" ", self._login.hide(why))[:_LONGEST_TEXT].rstrip(". ")
         return StoreFailed(trouble, f"{self._url.shown} {_ADVICE[trouble]}{f' ({why})' if why else ''}")
 
 
 def _trouble(error: Exception) -> Trouble:
     """Return what an error of the client library means."""
+    if isinstance(error, ValkeyClusterException) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # what each node of the cluster answered
     for kinds, trouble in _KINDS:
         if isinstance(error, kinds):
             return trouble
@@ -295,50 +299,9 @@ def _ignored(answer: object) -> None:
 # -- the client --------------------------------------------------------------------------------------------------------
 
 
-class _TLSConnection(SSLConnection):
-    """A connection that uses our TLS context: that of the library reads all authorities of the system, each time.
-
-    current  returns the context
-    """
-
-    def __init__(self, *, current: Callable[[], ssl.SSLContext], **options: Any) -> None:
-        super().__init__(**options)
-        self.ssl_context.context = current()
-
-
-class _SentinelTLSConnection(SentinelManagedSSLConnection):
-    """The same to the server that Sentinels name."""
-
-    def __init__(self, *, current: Callable[[], ssl.SSLContext], **options: Any) -> None:
-        super().__init__(**options)  # type: ignore[no-untyped-call]
-        self.ssl_context.context = current()
-
-
-class _SentinelLogin:
-    """A connection to a Sentinel: only one that wants a password is shown that of the server."""
-
-    def __init__(self, *, login: tuple[str | None, str | None], **options: Any) -> None:
-        super().__init__(**options)
-        self._login = login
-
-    async def on_connect(self) -> None:
-        """Begin the connection. Raises: AuthenticationError."""
-        try:
-            await super().on_connect()  # type: ignore[misc]
-        except AuthenticationError:
-            self.username, self.password = self._login
-            await super().on_connect()  # type: ignore[misc]
-
-
-class _SentinelDoor(_SentinelLogin, Connection):
-    """Without TLS."""
-
-
-class _SentinelTLSDoor(_SentinelLogin, _TLSConnection):
-    """With TLS."""
-
-
-def _clients(url: StoreURL, context: Callable[[], ssl.SSLContext] | None, within: float) -> list[Any]:
+def _clients(
+    url: StoreURL, login: StoreLogin, context: Callable[[], ssl.SSLContext] | None, within: float
+) -> list[Any]:
     """Make a client, which connects when it is asked for something; after it, those that it asks itself."""
     options: dict[str, Any] = {
         "socket_timeout": within,
@@ -348,16 +311,16 @@ def _clients(url: StoreURL, context: Callable[[], ssl.SSLContext] | None, within
         "retry": Retry(NoBackoff(), 0),
         "parser_class": BoundedParser,
     }
-    to_server = {**options, "username": url.user, "password": url.password, "db": url.database}
+    to_server = {**options, "credential_provider": login if login.given else None, "db": url.database}
     secure: dict[str, Any] = {} if context is None else {"current": context}
-    plain = Connection if context is None else _TLSConnection
+    plain = Connection if context is None else StoreTLSConnection
     if url.kind == SENTINEL:
-        door = _SentinelDoor if context is None else _SentinelTLSDoor
-        more = {**options, **secure, "login": (url.user, url.password)}
+        door = SentinelDoor if context is None else SentinelTLSDoor
+        more = {**options, **secure, "login": login}
         pools = [ConnectionPool(door, host=host, port=port, **more) for host, port in url.hosts]
         sentinels = Sentinel([])  # type: ignore[no-untyped-call]
         sentinels.sentinels = list(map(Valkey.from_pool, pools))
-        managed = SentinelManagedConnection if context is None else _SentinelTLSConnection
+        managed = SentinelManagedConnection if context is None else SentinelTLSConnection
         more = {"connection_class": managed, **to_server, **secure}
         pool = SentinelConnectionPool(url.service, sentinels, **more)  # type: ignore[no-untyped-call]
         return [Valkey.from_pool(pool), *sentinels.sentinels]
@@ -375,7 +338,7 @@ async def _close(clients: Sequence[Any]) -> None:
 
 def _cluster(url: StoreURL, options: dict[str, Any]) -> ValkeyCluster:
     del options["db"]
-    named = {name: options[name] for name in ("username", "password", "client_name", "socket_timeout", "retry")}
+    named = {name: options[name] for name in ("credential_provider", "client_name", "socket_timeout", "retry")}
     client = ValkeyCluster(
         startup_nodes=[ClusterNode(host, port) for host, port in url.hosts],
         require_full_coverage=False,  # all keys are in one slot

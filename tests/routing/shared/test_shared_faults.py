@@ -53,9 +53,11 @@ def test_an_order_counts_under_the_key_that_the_fleet_has_later() -> None:
     assert [bench.workers[0].draining for bench in joined.benches] == [True, True]
     for state in joined.states:
         state.use_key(KEY)
-    fleet, worker = joined.benches[1].fleet, joined.worker(1, 0)
-    fleet.remove(worker)
-    assert fleet.add(worker.spec, 0.2).draining
+    late, state = joined.add(1)
+    joined.flush(0.2)
+    assert not late.workers[0].draining  # what it can read was sealed by the keys of before
+    joined.flush(9.0)
+    assert late.workers[0].draining
 
 
 def test_what_a_router_is_about_to_tell_of_a_session_counts_more_than_what_came_before() -> None:

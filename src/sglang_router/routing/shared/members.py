@@ -88,6 +88,15 @@ class Members:
         """Return the member of a worker that is registered here."""
         return self._here.get(worker)
 
+    def name(self, url: str) -> int:
+        """Return the name of the worker with a URL, registered or not."""
+        return self._secret.worker(url)
+
+    def instance(self, worker: Worker) -> int:
+        """Return the name of the instance that a worker is, as its source tells; 0: it does not."""
+        instance = worker.spec.instance
+        return self._secret.name(b"instance", instance.encode()) if instance else 0
+
     def find(self, name: int) -> Member:
         """Return the member of a name, a new one if there is none; of too many, the first one is forgotten."""
         member = self._by_name.get(name)

@@ -105,8 +105,12 @@ class PlacementsMessage(msgspec.Struct, frozen=True, array_like=True):
 class OrderMessage(msgspec.Struct, frozen=True, array_like=True):
     """What an operator said of workers at one router. number: rises with each message of this router.
 
-    draining  names of workers that get no new requests
-    resumed   names of workers that get requests again
+    draining   names of workers that get no new requests
+    resumed    names of workers that get requests again
+    left       names of workers that are removed at this router, and drained until then
+    instances  which instance of each of `draining`, then of each of `left`: its keyed hash; 0: nobody knows
+    added      descriptions of workers that an operator adds at all routers, see `routing.shared.workers`
+    removed    names of workers that he removes at all routers
     """
 
     form: int
@@ -114,6 +118,10 @@ class OrderMessage(msgspec.Struct, frozen=True, array_like=True):
     number: int
     draining: bytes = b""
     resumed: bytes = b""
+    left: bytes = b""
+    instances: bytes = b""
+    added: tuple[bytes, ...] = ()
+    removed: bytes = b""
 
 
 class PeerReading(msgspec.Struct, frozen=True):

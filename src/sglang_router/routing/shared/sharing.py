@@ -8,6 +8,7 @@
     shared.apply(now, budget)               work on it in pieces, until it returns False
     shared.look(now)                        a few times a second: peers expire
     shared.leave()         -> messages      at the end
+    shared.store_lost()                     the store was emptied, or knows less than it did
 
 Nothing here waits for anything, and no request waits for this: it is decided from what this router knows at the moment.
 Whatever comes from a stream is checked as if a stranger had written it: without the key it is not even opened.
@@ -15,6 +16,7 @@ Whatever comes from a stream is checked as if a stranger had written it: without
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -41,8 +43,10 @@ from sglang_router.routing.shared.records import (
     SharedRules,
     SharedTopic,
 )
+from sglang_router.routing.shared.repeating import Repeating
 from sglang_router.routing.shared.secret import Secret
 from sglang_router.routing.shared.spending import MOST_METERS, SharedSpending
+from sglang_router.routing.shared.workers import SharedWorkers, WorkerHands
 from sglang_router.routing.worker import Worker
 
 Message = tuple[SharedTopic, bytes]
@@ -61,7 +65,8 @@ _MESSAGE: Final = 16
 class SharedState(Listener):
     """See the module.
 
-    rules  how it shares
+    rules    how it shares
+    workers  those that are added and removed for all; None: each router has its own
     """
 
     def __init__(self, rules: SharedRules) -> None:
@@ -77,7 +82,9 @@ class SharedState(Listener):
         self._orders: SharedOrders | None = None
         self._spending: SharedSpending | None = None
         self._freed: Callable[[], None] | None = None
+        self.workers: SharedWorkers | None = None
         self._now = 0.0
+        self._repeating = Repeating(rules.router)
         self._task: Iterator[int] | None = None  # the message that is being applied
         self._number = 0
         self._whole_at = 0.0
@@ -91,11 +98,16 @@ class SharedState(Listener):
     def __repr__(self) -> str:
         return f"<SharedState of {self.members!r}, {self.peers!r}, {self.inbox!r}>"
 
-    def attach(self, router: Router) -> None:
-        """Share what this router knows. Its fleet may have workers already. Call it once, before the first request."""
+    def attach(self, router: Router, hands: WorkerHands | None = None) -> None:
+        """Share what this router knows. Its fleet may have workers already. Call it once, before the first request.
+
+        hands  add and remove workers for others' word; None: each router has its own
+        """
+        if hands is not None:
+            self.workers = SharedWorkers(self.members, hands)
         self._loads = SharedLoads(self.members, self.peers, router.fleet, router.check_now)
         self._spending = SharedSpending(router.quotas, self.peers, self.secret)
-        self._orders = SharedOrders(self.members, router.fleet)
+        self._orders = SharedOrders(self.members, router.fleet, self.rules.router, self.workers)
         self._placements = Placements(self.members, self.prefixes, self.homes, router.fleet)
         if router.sessions.on:
             router.sessions.homes = self.homes
@@ -113,9 +125,15 @@ class SharedState(Listener):
         self.homes.forget()
         if self._orders is not None:
             self._orders.rename(names)
+            self.store_lost()
         if self._spending is not None:
             self._spending.rename()
         self._whole_at = 0.0
+
+    def store_lost(self) -> None:
+        """Hear that the store has lost what it had: what newcomers must know is told again."""
+        if self._orders is not None:
+            self._orders.lost(self._repeating.after_loss(self._now))
 
     @property
     def connected(self) -> bool:
@@ -124,6 +142,8 @@ class SharedState(Listener):
 
     @connected.setter
     def connected(self, connected: bool) -> None:
+        if connected and not self.prefixes.connected:
+            self._repeating.reached(self._now)
         self.prefixes.connected = connected
 
     @property
@@ -134,7 +154,7 @@ class SharedState(Listener):
     @property
     def reading(self) -> SharedReading:
         """What can be seen of it now."""
-        crowded = self.prefixes.crowded + self.homes.crowded
+        crowded = self.prefixes.crowded + self.homes.crowded + (self.workers.crowded if self.workers else 0)
         peers = sorted(self.peers.by_name.values(), key=lambda peer: peer.name)
         return SharedReading(
             connected=self.connected,
@@ -161,17 +181,22 @@ class SharedState(Listener):
         tokens; but orders have to be written some time.
         """
         self._now = now
-        return [*self._of_orders(), *self._of_placements(now), *self._of_loads(now)]
+        return [*self._of_orders(now), *self._of_placements(now), *self._of_loads(now)]
 
     def leave(self) -> list[Message]:
         """Return what tells the others that this router ends: its requests in flight count no more."""
+        orders = self._of_orders(math.inf)
         self._number += 1
-        return [self._sealed(SharedTopic.LOADS, LoadsMessage(FORM, self.rules.router, self._number, left=True))]
+        return [
+            *orders,
+            self._sealed(SharedTopic.LOADS, LoadsMessage(FORM, self.rules.router, self._number, left=True)),
+        ]
 
-    def _of_orders(self) -> list[Message]:
+    def _of_orders(self, now: float) -> list[Message]:
         found: list[Message] = []
+        calm = self.connected and self._repeating.is_calm(now)
         if self._orders is not None:
-            while (message := self._orders.gather(self.rules.router, self._number + 1)) is not None:
+            while (message := self._orders.gather(self.rules.router, self._number + 1, now, calm)) is not None:
                 self._number += 1
                 found.append(self._sealed(SharedTopic.ORDERS, message))
         return found
@@ -264,7 +289,7 @@ class SharedState(Listener):
         elif isinstance(message, LoadsMessage) and not own:
             yield from self._hear_loads(message, received.old, now)
         elif isinstance(message, OrderMessage) and self._orders is not None and not received.old:
-            self._orders.hear(message)
+            self._orders.hear(message, now)
 
     def _opened(self, received: Received) -> LoadsMessage | PlacementsMessage | OrderMessage | None:
         """Return what a payload says; None for what cannot be used, which is counted."""
@@ -335,12 +360,16 @@ class SharedState(Listener):
             self._forget(peer, now)
         if self._loads is not None:
             self._loads.divide()
+        if self._repeating.due(now) and self._orders is not None:
+            self._orders.again(now)
 
     def worker_changed(self, event: WorkerChanged) -> None:
         """Follow which workers there are."""
         if event.what == "added":
             self._joined(event.worker)
         elif event.what == "removed":
+            if self._orders is not None:
+                self._orders.parted(event.worker)
             self.members.part(event.worker)
         elif event.what == "draining" and self._orders is not None:
             self._orders.said(event.worker)
