@@ -5,7 +5,9 @@
   shown, but not on the site. It becomes the file's name there; a file that does not exist is a warning, which ends a
   strict build.
 - The text of a link that is only a page's file name becomes that page's title.
+- What is folded (`<details>`) is Markdown, as it is where the repository is shown.
 - What a console shows is not coloured: the rules for sessions of a shell take `2.4 %` for a prompt.
+- A flag in a table gets a class, so that a browser does not break it behind its hyphens (docs/assets/site.css).
 - The fence of a block of commands says how it is tested (`run=`, `no-test=`, `output=`): that is not for readers.
 """
 
@@ -24,6 +26,7 @@ MARKS = re.compile(r"^( *`{3,}\w+)((?: +[a-z-]+=\"[^\"]*\")+) *$", re.MULTILINE)
 TITLE = re.compile(r" title=\"[^\"]*\"")
 PAGE = re.compile(r"\[[\w/-]+\.md\]\(([\w/.-]+\.md)((?:#[^)\s]*)?)\)")
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)(?:#[^)\s]*)?\)")
+FLAG = re.compile(r"<code>(--[\w-]+)</code>")
 
 
 def on_config(config: Any) -> Any:
@@ -59,8 +62,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     def fence(opened: re.Match[str]) -> str:
         return opened[1].replace("console", "text") + "".join(TITLE.findall(opened[2]))
 
-    plain = MARKS.sub(fence, markdown)
+    plain = MARKS.sub(fence, markdown).replace("\n<details>", '\n<details markdown="1">')
     return OUTSIDE.sub(name, PAGE.sub(title, plain))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Mark what is nothing but a flag."""
+    return FLAG.sub(r'<code class="flag">\1</code>', html)
 
 
 def _pages(folder: str) -> Iterator[str]:

@@ -4,7 +4,8 @@
                   '── metrics port <── Prometheus, with the alerts of deploy/ <── each expression of the dashboard
 
 1. promtool reads the rules and the scrape configuration, runs the rules' own tests, and reads what the router exports.
-2. After some seconds of traffic each expression of the dashboard must have a value, and each metric of an alert.
+2. After some seconds of traffic each expression of the dashboard and of docs/monitoring.md must have a value, and each
+   metric of an alert.
 3. A worker is killed: its alert must fire. For that, the waiting times of the alerts are cut to a second.
 
 `scripts/test-monitoring` (a shell script) runs it.
@@ -33,7 +34,8 @@ import yaml
 from engines import end_engine, engine_processes, start_engine, wait_until_healthy
 from routers import RouterProcess, free_port, router_process
 
-DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
+ROOT = Path(__file__).resolve().parents[1]
+DEPLOY = ROOT / "deploy"
 RULES = DEPLOY / "prometheus"
 ENGINE = ("--max-running-requests", "4", "--decode-base-ms", "5")
 KEY = "monitoring-key"
@@ -73,6 +75,15 @@ def expressions() -> list[tuple[str, str]]:
                 expression = target["expr"].replace("$__rate_interval", RATE).replace("$worker", ".*")
                 found.append((panel["title"], expression))
     return found
+
+
+def documented() -> list[tuple[str, str]]:
+    """Return page and expression of all questions of docs/monitoring.md, without what only looks for trouble."""
+    page = (ROOT / "docs" / "monitoring.md").read_text("utf-8")
+    table = page[page.index("### Questions") : page.index("### Alerts")]
+    asked = re.findall(r"`([^`]*sgl_router_[^`]*)`", table)
+    plain = (re.sub(r" == \d+$|\{\w+!=[^}]*\}", "", each) for each in asked)
+    return [("docs/monitoring.md", each.replace("[5m]", f"[{RATE}]")) for each in plain]
 
 
 def alerts() -> list[dict[str, Any]]:
@@ -231,7 +242,7 @@ def faults_of(exposition: str) -> list[str]:
 
 
 def check_dashboard(prometheus: Prometheus) -> None:
-    asked = expressions()
+    asked = expressions() + documented()
     named = {name for rule in alerts() for name in _NAME.findall(rule["expr"])}
 
     def missing() -> list[str]:
@@ -239,7 +250,7 @@ def check_dashboard(prometheus: Prometheus) -> None:
         return empty + [f"alerts: {name}" for name in sorted(named) if not prometheus.values(name)]
 
     until_none("without a value", missing)
-    say(f"Prometheus: {len(asked)} expressions of the dashboard have values, and {len(named)} metrics of the alerts")
+    say(f"Prometheus: {len(asked)} expressions of dashboard and page have values, and {len(named)} metrics of alerts")
 
 
 def check_alert(prometheus: Prometheus, engine: subprocess.Popen[str], url: str) -> None:

@@ -18,23 +18,13 @@ from sglang_router.config.flags import OptionParser
 from sglang_router.engine import options as engine
 from sglang_router.errors import ConfigError
 from sglang_router.launch import options as serve
-from sglang_router.observe.catalogue import METRICS
 from sglang_router.replay.options import parse_options
 
 SHELL_BLOCKS = [block for document in DOCUMENTS for block in blocks(document) if block.language in SHELLS]
 MODULES = {"launch_router": "launch", "launch_server": "serve", "engine": "engine"}
 """What `python -m sglang_router.NAME` is as a subcommand; any other module only has to exist."""
-OPERATORS = (
-    *("cli.md", "discovery.md", "kv-events.md", "limits.md", "models.md", "monitoring.md", "overload.md", "page.md"),
-    *("quickstart.md", "replay.md", "restart.md", "security.md", "sessions.md", "troubleshooting.md", "tuning.md"),
-)
-"""Pages whose flags are ours, but for `OTHERS`."""
-OTHERS = {
-    *("--enable-cache-report", "--enable-prompt-tokens-details", "--kv-events-config", "--max-num-seqs", "--parallel"),
-    *("--errors", "--headers", "--version"),
-}
-"""Flags of engines, of modules that print pages, and of `sglang-router` itself."""
-METRIC_SUFFIX = re.compile(r"_(?:bucket|sum|count)$")
+OTHER_PACKAGE = re.compile(r"sglang[-_]router(?!.*\.whl$)")
+"""What installs from PyPI, where the package of our name is the Rust router; a wheel's file is ours."""
 FILES = ("--config", "--router-config")
 """Flags whose file is read with the command line: the examples' files are not there."""
 
@@ -77,6 +67,9 @@ READERS: dict[str, Callable[[list[str]], object]] = {
 def wrong_with(words: list[str]) -> str:
     """Return what is wrong with a command of ours; "" for nothing, and for the commands of others."""
     match words:
+        case [pip, "install", *what] if pip.endswith("pip"):
+            strange = [each for each in what if OTHER_PACKAGE.match(each)]
+            return f"on PyPI, {strange[0]} is another program" if strange else ""
         case ["sh", script, *_] if script.startswith("scripts/"):
             return "" if (ROOT / script).is_file() else f"there is no {script}"
         case ["sglang-router", name, *rest] if name.startswith("-"):
@@ -126,29 +119,6 @@ def test_a_command_names_what_exists(block: Block, capsys: pytest.CaptureFixture
     assert {command: wrong for command, wrong in found.items() if wrong} == {}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_a_metric_that_is_named_exists(document: Path) -> None:
-    """A name may be the beginning of several, as in `grep sgl_router_cache`."""
-    text = document.read_text("utf-8")
-    named = {METRIC_SUFFIX.sub("", name) for name in re.findall(r"\b(?:sgl_router|smg)_[a-z0-9_]+[a-z0-9]\b", text)}
-    assert [name for name in sorted(named) if not any(metric.name.startswith(name) for metric in METRICS)] == []
-
-
-@pytest.mark.parametrize("page", OPERATORS)
-def test_a_flag_that_is_named_exists(page: str) -> None:
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", (ROOT / "docs" / page).read_text("utf-8")))
-    known = {flag for parser in parsers().values() for action in parser._actions for flag in action.option_strings}
-    assert sorted(named - known - OTHERS) == []
-
-
-@pytest.mark.parametrize("page", OPERATORS)
-def test_a_path_that_is_named_exists(page: str) -> None:
-    """docs/endpoints.md is made from the tables of endpoints; `/kv_event_sources` is vLLM's."""
-    endpoints = (ROOT / "docs" / "endpoints.md").read_text("utf-8")
-    named = set(re.findall(r"`(/[a-z_/{}]+)`", (ROOT / "docs" / page).read_text("utf-8"))) - {"/kv_event_sources"}
-    assert [path for path in sorted(named) if path not in endpoints and not path.startswith("/etc/")] == []
-
-
 def test_what_does_not_exist_is_found() -> None:
     assert "no scripts/nothing" in wrong_with(["sh", "scripts/nothing"])
     assert "no command lunch" in wrong_with(["sglang-router", "lunch"])
@@ -157,6 +127,8 @@ def test_what_does_not_exist_is_found() -> None:
     assert "--router-polcy" in wrong_with(["sglang-router", "serve", "--router-polcy", "random"])
     assert "best" in wrong_with(["sglang-router", "replay", "gen:sessions", "--policies", "best"])
     assert "no module" in wrong_with(["python", "-m", "sglang_router.nothing"])
+    assert "another program" in wrong_with(["/opt/router/bin/pip", "install", "-U", "sglang-router[otel]"])
+    assert wrong_with(["pip", "install", "sglang_router-*.whl"]) == wrong_with(["pip", "install", ".[otel]"]) == ""
     assert wrong_with(["sglang-router", "status", "--helo"])
     assert wrong_with(["sglang-router", "launch", "...", "--policy", "cost", "--config", "none.yaml"]) == ""
 
@@ -180,16 +152,3 @@ def test_a_text_is_alike_but_for_numbers_and_spaces() -> None:
     assert not alike(shown, ["worker load"])
     assert not alike(shown, ["worker lead", "a:1 2"])
     assert not alike(["x"], ["x", "y"])
-
-
-def test_the_figures_of_the_comparison_stand_where_they_were_measured() -> None:
-    """It repeats them, so that a new measurement must not leave it behind."""
-    measured = "".join(
-        (ROOT / "docs" / f"{page}.md").read_text("utf-8")
-        for page in ("performance", "routing", "reliability", "kubernetes")
-    )
-    rows = re.findall(r"^\|.*$", (ROOT / "docs" / "comparison.md").read_text("utf-8"), re.MULTILINE)
-    plain = (re.sub(r"`[^`]*`|\b(?:0\.3\.2|1\.13|0\.1\.17)\b", "", row) for row in rows)
-    figures = {figure for row in plain for figure in re.findall(r"\d[\d,]*\.\d+|\d+,\d{3}", row)}
-    assert len(figures) > 40
-    assert [figure for figure in sorted(figures) if figure not in measured] == []

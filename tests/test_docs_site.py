@@ -55,6 +55,47 @@ def test_a_link_leads_somewhere(document: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{link}: no such heading, or its anchor differs between sites"
 
 
+def broken_lists(text: str) -> list[str]:
+    """Return the lines by which a list ends on the site, and not where the repository is shown.
+
+    mkdocs takes what stands below an item for a part of it from four columns on.
+    """
+    found, fenced, before = list[str](), False, ""
+    for line in text.splitlines():
+        inside = 0 < len(line) - len(line.lstrip()) < 4
+        fence = line.lstrip().startswith("```")
+        if inside and (fence or (not fenced and (not before.strip() or re.match(r" +[-*|] ", line)))):
+            found.append(line)
+        fenced ^= fence
+        before = line
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_a_list_is_one_list_on_the_site(document: Path) -> None:
+    assert broken_lists(document.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_comment_stands_in_a_table(document: Path) -> None:
+    """The table would end there, and what follows be shown as it is written."""
+    assert re.findall(r"^\|.*\n<!--.*\n(\|.*)", document.read_text("utf-8"), re.MULTILINE) == []
+
+
+def test_a_broken_list_is_found() -> None:
+    whole = "1. one\n   goes on\n\n    | a | b |\n\n    ```sh\n  $ x\n    ```\n2. two\n    - nested\n"
+    assert broken_lists(whole) == []
+    broken = "1. one\n\n   | a |\n2. two\n\n   more\n- three\n  - nested\n\n   ```sh\n   ```\n"
+    assert [line.split()[0] for line in broken_lists(broken)] == ["|", "more", "-", "```sh", "```"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_a_picture_says_what_it_shows(document: Path) -> None:
+    """For those who do not see it."""
+    said = re.findall(r"!\[([^\]]*)\]\(", plain(document.read_text("utf-8")))
+    assert [words for words in said if len(words.split()) < 3] == []
+
+
 def test_a_pattern_stands_for_the_pages_that_nobody_names(tmp_path: Path) -> None:
     for name in ("index", "deploy-a", "deploy-b", "other"):
         (tmp_path / f"{name}.md").write_text("# Title\n")
@@ -68,11 +109,19 @@ def test_a_reader_of_the_site_sees_titles_names_and_no_marks() -> None:
     text = (
         "[errors.md](../errors.md#x) [the rules](../../deploy/prometheus/alerts.yml) [this](../errors.md)\n"
         '```console run="always" output="exact"\n$ true\n```\n```yaml title="a.yaml"\na: 1\n```\n'
+        "\n<details><summary>more</summary>\n\n| a |\n"
     )
     assert docs_hooks.on_page_markdown(text, page, settings(), None) == (
         "[Errors](../errors.md#x) the rules (`deploy/prometheus/alerts.yml`) [this](../errors.md)\n"
         '```text\n$ true\n```\n```yaml title="a.yaml"\na: 1\n```\n'
+        '\n<details markdown="1"><summary>more</summary>\n\n| a |\n'
     )
+
+
+def test_a_flag_is_marked() -> None:
+    html = "<td><code>--a-flag</code>, <code>--port 1</code></td>"
+    marked = '<td><code class="flag">--a-flag</code>, <code>--port 1</code></td>'
+    assert docs_hooks.on_page_content(html, None, None, None) == marked
 
 
 def test_a_file_that_is_not_there_ends_the_build(caplog: pytest.LogCaptureFixture) -> None:

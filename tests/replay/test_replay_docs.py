@@ -15,7 +15,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "replay.md").read_text()
 
 def test_options() -> None:
     part = PAGE.split("<!-- options: begin -->\n")[1].split("<!-- options: end -->")[0]
-    assert part == "".join(f"| `{flag}` | {help} | {default} |\n" for flag, help, default in listed())
+    head = "| flag | meaning | default |\n|---|---|---|\n"
+    assert part == head + "".join(f"| `{flag}` | {help} | {default} |\n" for flag, help, default in listed())
 
 
 def test_generators() -> None:

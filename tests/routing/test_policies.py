@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
+from types import CodeType
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from documented import ROOT, blocks
 from fleets import Bench, facts, spec
 from sglang_router.config import OPTIONS, POLICY_NAMES
-from sglang_router.routing.candidates import Candidates, candidates_of
-from sglang_router.routing.facts import Facts
+from sglang_router.routing.candidates import candidates_of
 from sglang_router.routing.policies import POLICIES
 from sglang_router.routing.policies.base import Choice, Policy
-from sglang_router.routing.rules import HealthRules
-from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.worker import Worker
 
 # -- all of them -------------------------------------------------------------------------------------------------------
@@ -96,25 +95,6 @@ def test_a_policy_shows_its_state(policy: str) -> None:
     assert before.startswith(f"<{type(b.policy).__name__} ")
     if policy not in ("consistent_hashing", "prefix_hash", "least_load"):
         assert repr(b.policy) != before
-
-
-def test_a_policy_of_ones_own_is_a_few_lines() -> None:
-    """The example in the head of policies/base.py."""
-
-    class Cheapest(Policy):
-        name = "cheapest"
-
-        def choose(self, facts: Facts, candidates: Candidates, now: float) -> Choice:
-            cost = min([worker.spec.cost for worker in candidates])
-            cheapest = candidates.set_of(w for w in candidates if w.spec.cost == cost)
-            return self.least_loaded(candidates, "cheapest", cheapest)
-
-    b = Bench(0, Cheapest)
-    for n, cost in enumerate((2.0, 1.0, 1.0)):
-        b.fleet.add(WorkerSpec(url=f"http://w{n}", cost=cost, health=HealthRules(enabled=False)), 0.0)
-    plans = [b.route() for _ in range(4)]
-    assert sorted(plan.worker.url for plan in plans) == ["http://w1"] * 2 + ["http://w2"] * 2
-    assert {plan.branch for plan in plans} == {"cheapest"}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -367,3 +347,37 @@ def test_no_worker_gets_more_than_its_bounded_share(count: int, factor: float, s
             assert running[-1].worker.load <= math.ceil(factor * len(running) / count)
         elif running:
             running.pop(step % len(running)).end()
+
+
+# -- the example of docs/write-a-policy.md -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make the policy of the page known, as a reader does; return its name."""
+    scope: dict[str, Any] = {"__name__": "fair_turn"}
+    exec(_of_the_page("src/sglang_router/routing/policies/fair_turn.py"), scope)
+    monkeypatch.setitem(POLICIES, scope["FairTurn"].name, scope["FairTurn"])
+    return str(scope["FairTurn"].name)
+
+
+def _of_the_page(title: str) -> CodeType:
+    """Return the code of the block with this title."""
+    [block] = [each for each in blocks(ROOT / "docs" / "write-a-policy.md") if each.marks.get("title") == title]
+    return compile(block.text, block.where, "exec")
+
+
+def test_the_example_does_what_its_page_says(example: str) -> None:
+    scope: dict[str, Any] = {"Bench": Bench}
+    exec(_of_the_page("tests/routing/test_policies.py"), scope)
+    [written] = [each for name, each in scope.items() if name.startswith("test_")]
+    written()
+
+
+def test_the_example_is_what_every_policy_is(example: str) -> None:
+    test_the_choice_is_one_of_the_candidates(policy=example)
+    test_choosing_changes_nothing(policy=example, mode="random")
+    test_who_asks_in_the_shadow_does_not_change_what_follows(example)
+    test_a_policy_shows_its_state(example)
+    test_strangers_that_come_at_once_are_spread(example)
+    test_a_decision_among_a_thousand_workers_stays_small(example, b"a prompt that all know well")

@@ -492,7 +492,7 @@ class HTTPOptions:
     )
     cost_load_cap: float = option(
         0,
-        "cost: skip a worker that has more than this multiple of the mean number of requests in flight. 0: no cap",
+        "cost: skip a worker that has more than this multiple of the mean number of requests in flight. 0: no cap.",
         POLICY,
         check=at_least(0),
     )
@@ -606,7 +606,7 @@ class HTTPOptions:
         False,
         "Follow the KV events of the workers (SGLang, vLLM), and use them in place of the estimate of what each has"
         " cached, for prompts of which the tokens are known: lists of ids, and texts with --kv-events-tokenizer. Needs"
-        " pip install 'sglang-router[kv]'.",
+        " the extra `kv`.",
         POLICY,
     )
     kv_events_endpoint: str | None = option(
@@ -644,7 +644,7 @@ class HTTPOptions:
         "URL of the Valkey or Redis through which the routers of one fleet tell each other what they know:"
         " redis://HOST, rediss://HOST (TLS), redis+sentinel://HOST,HOST/SERVICE or redis+cluster://HOST,HOST"
         " (docs/shared-state.md). A user and a password belong into the variable or the file, for `ps` shows flags."
-        " Needs pip install 'sglang-router[shared]'.",
+        " Needs the extra `shared`.",
         SHARED,
         metavar="URL",
         check=store_url,
@@ -1192,7 +1192,7 @@ class HTTPOptions:
     enable_trace: bool = option(
         False,
         "Send OpenTelemetry traces: a span of each request, and one of each attempt at a worker, which is the parent of"
-        " the engine's own spans. Needs the packages of the extra `otel`: pip install 'sglang-router[otel]'.",
+        " the engine's own spans. Needs the extra `otel`.",
         TRACING,
     )
     otlp_traces_endpoint: str = option(

@@ -759,7 +759,7 @@ milliseconds. The metrics port takes at most 32 connections at a time and closes
   disappear; totals without that label go on.
 - `sgl_router_engine_*` are the engine's last report, read every `--engine-report-interval-secs`. What an engine does
   not report is left out.
-- `route` and `path` are paths that the router serves (parameters as in `/workers/{worker_id}`); any other is `other`.
+- `route` and `path` are paths that the router serves (parameters as in `/workers/{id}`); any other is `other`.
 - `model` is a name that a worker announces (`/v1/models`, adapters included), or that an operator gave it (`model_id`);
   or an alias (`--model-alias`); at most 64 of one worker and 100 in all. Any other is `other`, so that clients cannot
   make series; none is `unknown`.
