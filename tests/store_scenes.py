@@ -29,6 +29,7 @@ class SmallCore:
     tells    what is told at the next flush
     heard    topic, payload, and whether it is from the past, of each message
     applied  how many of them were applied
+    lost     topics of which something could not be written, each time
     keys     the keys that it was given
     """
 
@@ -39,6 +40,7 @@ class SmallCore:
         self.tells: list[tuple[SharedTopic, bytes]] = []
         self.heard: list[tuple[SharedTopic, bytes, bool]] = []
         self.applied = 0
+        self.lost: list[SharedTopic] = []
         self.keys: list[bytes] = []
         self.flushes = 0
         self.losses = 0
@@ -54,6 +56,9 @@ class SmallCore:
         self.flushes += 1
         tells, self.tells = self.tells, []
         return tells
+
+    def missed(self, topic: SharedTopic) -> None:
+        self.lost.append(topic)
 
     def leave(self) -> list[tuple[SharedTopic, bytes]]:
         return [(SharedTopic.LOADS, b"left")]

@@ -9,7 +9,7 @@ import pytest
 
 from sglang_router.app import advice
 from sglang_router.app.checking import start_problems
-from sglang_router.app.shared import files_of
+from sglang_router.app.shared import files_of, state_of
 from sglang_router.config import RouterArgs, parse
 from sglang_router.errors import ConfigError
 
@@ -76,6 +76,15 @@ def test_without_a_file_each_start_makes_a_key_of_its_own() -> None:
     assert not first.key.fixed
     assert len(first.key.own) == 32
     assert first.key.own != second.key.own
+
+
+def test_routers_of_one_machine_have_the_same_place_and_each_a_name_of_its_own() -> None:
+    files = files_of(args("--shared-state", "redis://h"))
+    first, second = (state_of(args("--shared-state", "redis://h"), files) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert first.rules.place == second.rules.place != b""
+    assert first.rules.router != second.rules.router
 
 
 @pytest.mark.parametrize(

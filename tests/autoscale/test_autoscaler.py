@@ -98,6 +98,24 @@ def test_of_several_routers_only_the_one_that_leads_acts() -> None:
     play(scene)
 
 
+def test_what_was_dropped_for_want_of_the_lead_is_told_again_also_if_the_lead_was_lost_between_two_decisions() -> None:
+    async def scene(stage: Scene) -> None:
+        stage.scaler.leader = leader = Leading()
+        leader.leads = True
+        stage.queue = 50
+        stage.scaler.start()
+        await until(lambda: any(decision.desired == 4 for decision in stage.heard.decisions))
+        known = len(stage.heard.decisions)
+        leader.leads = False
+        assert not stage.scaler.still_acts()
+        leader.leads = True
+        assert stage.scaler.still_acts()
+        await until(lambda: len(stage.heard.decisions) > known + 1)
+        assert [decision.changed for decision in stage.heard.decisions[known : known + 2]] == [True, False]
+
+    play(scene)
+
+
 def test_it_decides_again_and_again_until_the_end() -> None:
     async def scene(stage: Scene) -> None:
         stage.scaler.start()

@@ -28,11 +28,16 @@ def python(program: str, *words: object) -> str:
     return shlex.join([sys.executable, "-S", "-E", "-c", program, *map(str, words)])
 
 
-def play(command: str, scene: Callable[[ScaleCommand], Awaitable[None]], timeout: float = WITHIN) -> None:
+def play(
+    command: str,
+    scene: Callable[[ScaleCommand], Awaitable[None]],
+    timeout: float = WITHIN,
+    acts: Callable[[], bool] = lambda: True,
+) -> None:
     """Run a scene on the kind of event loop that the router uses."""
 
     async def whole() -> None:
-        running = ScaleCommand(asyncio.get_running_loop(), command, timeout)
+        running = ScaleCommand(asyncio.get_running_loop(), command, timeout, acts)
         try:
             await scene(running)
         finally:
@@ -92,6 +97,27 @@ def test_one_at_a_time_and_the_newest_next(tmp_path: Path) -> None:
         scene,
     )
     assert [line.split("|")[0] for line in log.read_text().splitlines()] == ["2", "1"]
+
+
+def test_who_acts_no_more_does_not_run_what_waits(tmp_path: Path) -> None:
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    os.mkfifo(gate)
+    leads = [True]
+
+    async def scene(command: ScaleCommand) -> None:
+        command.scale(decision(2))
+        await until(log.exists)
+        command.scale(decision(3))
+        leads[0] = False
+        await asyncio.get_running_loop().run_in_executor(None, gate.write_text, "go")
+        await until(ran(command, 1))
+        leads[0] = True
+        command.scale(decision(4))
+        await asyncio.get_running_loop().run_in_executor(None, gate.write_text, "go")
+        await until(ran(command, 2))
+
+    play(python(RECORD + "open(sys.argv[2]).read()", log, gate), scene, acts=lambda: leads[0])
+    assert [line.split("|")[0] for line in log.read_text().splitlines()] == ["2", "4"]
 
 
 @pytest.mark.parametrize(

@@ -118,13 +118,19 @@ def hook() -> Iterator[Hook]:
 Scene = Callable[[Webhook], Awaitable[None]]
 
 
-def play(scene: Scene, url: str, secret: str | None = SECRET, patience: Patience = EAGER) -> None:
+def play(
+    scene: Scene,
+    url: str,
+    secret: str | None = SECRET,
+    patience: Patience = EAGER,
+    acts: Callable[[], bool] = lambda: True,
+) -> None:
     """Runs a scene with a webhook to that URL, and ends both within a moment."""
 
     async def whole() -> None:
         loop = asyncio.get_running_loop()
         ids = iter(f"id{n}" for n in range(1000))
-        webhook = Webhook(loop, url, secret, RULES, lambda: AT, lambda: next(ids), patience)
+        webhook = Webhook(loop, url, secret, RULES, lambda: AT, lambda: next(ids), patience, acts)
         try:
             await scene(webhook)
         finally:
@@ -270,6 +276,24 @@ def test_a_receiver_that_hangs_is_asked_again(hook: Hook) -> None:
 
     play(scene, hook.url, patience=Patience(timeout=0.2, first_pause=0.01))
     assert len(hook.got) == 2
+
+
+def test_who_acts_no_more_drops_what_waits_and_who_acts_again_posts(hook: Hook) -> None:
+    hook.statuses = [500]
+    leads = [True]
+
+    async def scene(webhook: Webhook) -> None:
+        webhook.scale(decision(2))
+        await until(lambda: webhook.explain()["failures"] == 1)
+        leads[0] = False  # as it may happen while this process is stopped: the pause is over when it goes on
+        await until(lambda: webhook.explain()["waiting"] is None)
+        assert (webhook.explain()["failures"], webhook.explain()["last_error"]) == (0, "")
+        leads[0] = True
+        webhook.scale(decision(3))
+        await until(lambda: told(webhook))
+
+    play(scene, hook.url, patience=Patience(first_pause=0.2), acts=lambda: leads[0])
+    assert [got.json()["desired"] for got in hook.got] == [2, 3]
 
 
 def test_the_end_does_not_wait_for_a_receiver_that_hangs(hook: Hook) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import pytest
 
@@ -19,6 +20,7 @@ from sglang_router.sharing.writing import StoreWriter
 from store_scenes import SmallCore, play, until
 
 AWAY = StoreFailed(Trouble.UNREACHABLE, "it is away")
+LOADS = SharedTopic.LOADS
 FOREIGN = StoreFailed(Trouble.FOREIGN, "it holds something else")
 
 
@@ -51,7 +53,7 @@ class PlayedStore:
         self._fail()
         return {}
 
-    async def older(self, stream: str, newest: Position, after: Position, most: int) -> list[StreamEntry]:
+    async def older(self, stream: str, newest: Position, most: int) -> list[StreamEntry]:
         self._fail()
         return []
 
@@ -357,5 +359,73 @@ def test_more_orders_than_can_be_read_in_time_are_read_beside_all_that_comes() -
         before_it = store.followed[store.followed.index(first) - 1]
         assert first["orders"] == (before_it["orders"][0] + 1, 0)  # none was left out
         assert first["placements"] == (1 << 40, 0)
+
+    play(scene)
+
+
+# -- gaps --------------------------------------------------------------------------------------------------------------
+
+
+class Passing(PlayedStore):
+    """A store into which others write an entry of each stream in each second.
+
+    answered  questions for what comes next of all streams
+    stops     after so many of these this process stands still for a minute, before it reads the answer
+    late      what that answer has of loads
+    """
+
+    def __init__(self, clock: PlayedClock, stops: int) -> None:
+        super().__init__()
+        self._clock = clock
+        self._stops = stops
+        self.answered = 0
+        self.late = b""
+
+    async def ends(self, streams: Sequence[str]) -> dict[str, Position]:
+        self._fail()
+        return dict.fromkeys(streams, (int(self._clock.now), 0))
+
+    async def follow(self, positions: Mapping[str, Position], most: int, wait: float) -> dict[str, list[StreamEntry]]:
+        self._fail()
+        await asyncio.sleep(0)
+        if len(positions) == 3:
+            self.answered += 1
+            self._clock.now += 1.0
+            if self.answered == self._stops:
+                self._clock.now += 60.0
+                self.late = b"%d" % (positions["loads"][0] + 1)
+        return {name: [StreamEntry((at + 1, 0), b"%d" % (at + 1))] for name, (at, _) in positions.items()}
+
+
+@pytest.mark.parametrize("stops", [0, 5])
+def test_after_a_gap_all_is_read_on_from_where_it_was_left_but_loads(stops: int) -> None:
+    async def agree() -> bool:
+        return False
+
+    async def scene() -> None:
+        clock = PlayedClock()
+        store, core = Passing(clock, stops), SmallCore()
+        reader = StoreReader(store, agree, core, StoreLink("it", clock, random.Random(1)).reading, Traffic(), clock)
+
+        def jumps(topic: SharedTopic) -> list[int]:
+            told = [int(payload) for payload in core.payloads(topic)]
+            return [second - first for first, second in pairwise(told)]
+
+        task = asyncio.ensure_future(reader.run())
+        await until(lambda: store.answered > 5)
+        if not stops:
+            store.failure, asked = StoreFailed(Trouble.UNREACHABLE, "gone"), store.asked
+            await until(lambda: store.asked > asked)
+            clock.now += 60.0
+            store.failure = None
+        await until(lambda: max(jumps(LOADS), default=0) > 50)
+        heard = len(core.payloads(LOADS))
+        await until(lambda: len(core.payloads(LOADS)) > heard)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert set(jumps(SharedTopic.PLACEMENTS)) == set(jumps(SharedTopic.ORDERS)) == {1}  # each once, in its order
+        assert not any(old for _, _, old in core.heard)
+        assert sorted(jumps(LOADS))[-2] == 1
+        assert store.late not in core.payloads(LOADS)
 
     play(scene)

@@ -136,6 +136,7 @@ def test_orders_are_written_when_the_store_has_room_again_and_the_rest_is_counte
             await until(lambda: a.link.state == "full")
             assert "give it more memory" in a.sharing.standing.problem
             assert a.sharing.traffic.lost == {"loads": 1}
+            assert a.core.lost == [SharedTopic.LOADS]
             server.cli("CONFIG", "SET", "maxmemory", "0")
             await a.hears(SharedTopic.ORDERS, b"drain")
             await a.connected()
@@ -253,13 +254,16 @@ def test_something_else_in_the_place_of_the_key_is_no_key() -> None:
         play(scene)
 
 
-def test_who_leaves_says_so_to_the_others() -> None:
+def test_who_leaves_says_so_to_the_others_after_all_that_is_new() -> None:
     async def scene() -> None:
         async with sharers(Sharer(server.url)) as (a,):
             await a.connected()
             async with sharers(Sharer(server.url)) as (b,):
                 await b.connected()
+                b.core.tells = [(SharedTopic.LOADS, b"now"), (SharedTopic.ORDERS, b"drain")]
             await a.hears(SharedTopic.LOADS, b"left")
+            await a.hears(SharedTopic.ORDERS, b"drain")
+            assert a.core.payloads(SharedTopic.LOADS) == [b"now", b"left"]
 
     with valkey_server() as server:
         play(scene)

@@ -268,7 +268,7 @@ def test_an_answer_without_sense_is_a_trouble_like_any_other(answer: bytes) -> N
             for ask in (
                 lambda: store.append([Appended("loads", b"x", 9), Appended("loads", b"y", 9)]),
                 lambda: store.follow({"loads": START}, 9, 0.001),
-                lambda: store.older("loads", (1, 1), START, 9),
+                lambda: store.older("loads", (1, 1), 9),
                 lambda: store.ends(["loads"]),
                 lambda: store.tidy({"placements": (1.0, 1.0)}),
                 lambda: store.shared_key(b"k" * 32),
@@ -289,7 +289,7 @@ def test_entries_of_any_size_are_read_past_in_bounded_memory() -> None:
             server.cli("XADD", "{test}:loads", "*", "b", bytes(size))
         for entries in (
             (await store.follow({"loads": START}, 9, 0.001))["loads"],
-            (await store.older("loads", (1 << 63, 0), START, 9))[::-1],
+            (await store.older("loads", (1 << 63, 0), 9))[::-1],
         ):
             assert [each.payload for each in entries] == [bytes(LONGEST), b"", b"", bytes(3)]
         await store.close()

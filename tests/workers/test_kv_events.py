@@ -14,7 +14,7 @@ import uvloop
 
 from fake_worker import FakeWorker, answer
 from fleets import any_policy
-from kv_publisher import Publisher, stored
+from kv_publisher import CLEARED, Publisher, stored
 from sglang_router.relay.batch import Batch
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.routing.events import Listeners
@@ -62,7 +62,7 @@ class Bench:
         ids = itertools.count()
         self.fleet = Fleet(listeners, lambda: f"id{next(ids)}", any_policy)
         self.index = KVIndex()
-        self.events = KVEvents(loop, self.pool, self.index, KVStreams(), templates)
+        self.events = KVEvents(loop, self.pool, self.index, KVStreams(), templates, self.fleet.found_empty)
         listeners.add(self.events)
 
     def add(self, rank: int | None = None, *, checked: bool = False) -> Worker:
@@ -115,6 +115,26 @@ def test_a_worker_is_followed_from_when_it_joins_to_when_it_leaves() -> None:
             it.fleet.remove(worker)
             assert it.index.holders == {}
             await until(lambda: len(it.index) == 0)
+
+    run(main())
+
+
+def test_a_cache_that_is_cleared_is_empty_for_the_fleet_as_well_but_not_for_what_was_before() -> None:
+    async def main() -> None:
+        publisher = Publisher()
+        async with bench(publisher) as it:
+            it.fake.script[SOURCES] = says(publisher)
+            await publisher.publish(CLEARED)
+            await publisher.publish(stored([1, 2], None, PROMPT, 4))
+            worker = it.add()
+            await until(lambda: it.live(worker))
+            assert it.blocks(worker) == [1, 2]
+            assert worker.caches == 0
+            await publisher.publish(CLEARED, CLEARED)
+            await until(lambda: worker.caches == 1)
+            await publisher.publish(stored([3], None, PROMPT[:4], 4))
+            await until(lambda: it.blocks(worker) == [3])
+            assert worker.caches == 1  # of nothing
 
     run(main())
 

@@ -39,6 +39,7 @@ class Following:
         self.publisher = publisher
         self.index = index
         self.holder = holder
+        self.emptied = 0
 
     @property
     def tokens(self) -> int:
@@ -52,6 +53,10 @@ class Following:
             assert time.monotonic() < deadline, (self.holder, self.holder.events, self.publisher.asked)
             await asyncio.sleep(0.002)
 
+    def hear(self) -> None:
+        """Take note that the cache was cleared."""
+        self.emptied += 1
+
     async def live(self) -> None:
         """Wait until the stream is followed, and what is published from now on arrives."""
         await self.until(lambda: self.holder.live and self.publisher.subscribed)
@@ -61,7 +66,7 @@ class Following:
 async def following(publisher: Publisher) -> AsyncIterator[Following]:
     streams, index = KVStreams(), KVIndex()
     found = Following(publisher, index, index.join("w"))
-    task = asyncio.ensure_future(streams.follow(publisher.published, index, found.holder, "http://w"))
+    task = asyncio.ensure_future(streams.follow(publisher.published, index, found.holder, "http://w", found.hear))
     try:
         yield found
         assert not task.done()

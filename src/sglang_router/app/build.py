@@ -226,7 +226,7 @@ def build(
         discovery=discovery,
         sharing=sharing,
         spans=exported,
-        kv_events=events_of(args, loop, connections, caches),
+        kv_events=events_of(args, loop, connections, caches, fleet.found_empty),
         tls=tls,
         watched=[
             *(each for each in (tls, worker_tls, key_files, issuer) if each is not None),

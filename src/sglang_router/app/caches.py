@@ -6,7 +6,7 @@ They are imported here, and only when the options ask for them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sglang_router.config import RouterArgs
@@ -16,6 +16,7 @@ from sglang_router.routing.kv_index import KVIndex
 from sglang_router.routing.prefix_tree.informed import KVCaches
 from sglang_router.routing.prompt_tokens import Encode
 from sglang_router.routing.shared.prefixes import SharedPrefixes
+from sglang_router.routing.worker import Worker
 from sglang_router.workers.kv_events import KVEvents
 from sglang_router.workers.kv_sources import Templates
 
@@ -36,9 +37,15 @@ def caches_of(args: RouterArgs, shared: SharedPrefixes | None = None) -> KVCache
 
 
 def events_of(
-    args: RouterArgs, loop: asyncio.AbstractEventLoop, connections: ConnectionPool, caches: KVCaches | None
+    args: RouterArgs,
+    loop: asyncio.AbstractEventLoop,
+    connections: ConnectionPool,
+    caches: KVCaches | None,
+    emptied: Callable[[Worker], None],
 ) -> KVEvents | None:
     """Make what follows the events; None when the options do not ask for it. Add it to the listeners.
+
+    emptied  hears of each worker whose cache was cleared
 
     Raises: ConfigError, when a package is missing.
     """
@@ -49,7 +56,7 @@ def events_of(
     except ImportError as error:
         raise ConfigError(f"--kv-events needs the package pyzmq ({error}): {_INSTALL}") from None
     templates = Templates(args.kv_events_endpoint, args.kv_events_replay_endpoint)
-    return KVEvents(loop, connections, caches.index, KVStreams(), templates)
+    return KVEvents(loop, connections, caches.index, KVStreams(), templates, emptied)
 
 
 def tokenizer(path: str) -> Encode:

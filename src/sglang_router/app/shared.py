@@ -6,11 +6,14 @@ It is imported here, and only when the options ask for it: else nothing is impor
 from __future__ import annotations
 
 import logging
+import os
+import platform
 import random
 import secrets
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Final, NamedTuple
 
 from sglang_router.access.tls import TLSFiles, worker_files
 from sglang_router.access.watched import Renewed, WatchedFiles
@@ -35,6 +38,8 @@ log = logging.getLogger("sglang_router.sharing")
 
 _INSTALL = "pip install 'sglang-router[shared]'"
 _NAME_BYTES = 8
+_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
+_NETWORK: Final = "/proc/self/ns/net"
 
 
 class StoreFiles(NamedTuple):
@@ -61,7 +66,16 @@ def state_of(args: RouterArgs, files: StoreFiles | None) -> SharedState | None:
     """Make what one router knows of the others, nothing yet; None when there are none."""
     if files is None:
         return None
-    return SharedState(SharedRules(files.key.own, secrets.token_bytes(_NAME_BYTES), args.shared_state_blocks))
+    name = secrets.token_bytes(_NAME_BYTES)
+    return SharedState(SharedRules(files.key.own, name, args.shared_state_blocks, place=_place()))
+
+
+def _place() -> bytes:
+    """Return what only processes with the same loopback addresses have: the same kernel and the same network."""
+    try:
+        return f"{_BOOT.read_text().strip()} {os.readlink(_NETWORK)}".encode()
+    except OSError:
+        return platform.node().encode()
 
 
 def files_of(args: RouterArgs) -> StoreFiles | None:

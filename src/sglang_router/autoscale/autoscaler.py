@@ -86,6 +86,12 @@ class Autoscaler:
         """Whether the actuators hear the decisions: of several routers, only the one that leads lets them."""
         return self.leader is None or self.leader.leads
 
+    def still_acts(self) -> bool:
+        """Return whether this router acts, for an actuator about to act on a decision of before. If not, that one drops
+        it, and all of them hear the decision of the moment when this router acts again."""
+        self._acted = self._acted and self.acts
+        return self.acts
+
     def add(self, actuator: Actuator) -> None:
         """Add an actuator; it hears the decisions from now on."""
         self._actuators.append(actuator)
@@ -156,10 +162,15 @@ def autoscaler(
     scaler = Autoscaler(loop, rules, Observer(fleet, unanswered, clock), clock, interval=interval)
     if args.scale_webhook is not None:
         secret = args.scale_webhook_secret
-        webhook = Webhook(loop, args.scale_webhook, secret, rules, time.time, lambda: str(uuid.uuid4()))
-        scaler.add(webhook)
+        scaler.add(
+            Webhook(
+                *(loop, args.scale_webhook, secret, rules, time.time),
+                new_id=lambda: str(uuid.uuid4()),
+                acts=scaler.still_acts,
+            )
+        )
     if args.scale_command is not None:
-        scaler.add(ScaleCommand(loop, args.scale_command))
+        scaler.add(ScaleCommand(loop, args.scale_command, acts=scaler.still_acts))
     return scaler
 
 

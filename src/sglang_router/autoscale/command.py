@@ -4,7 +4,8 @@
 
 The command runs without a shell. One command runs at a time; then the newest of the decisions made meanwhile is next.
 The command has its own process group, which is killed after a minute and when the router ends. A failed command is not
-run again: only its author knows whether that would help.
+run again: only its author knows whether that would help. Of several routers only the one that leads runs it: what waits
+is dropped by one that does not any more.
 
 Standard error goes to an unnamed file: a pipe would stay open for as long as any process that the command left behind.
 """
@@ -19,6 +20,7 @@ import shlex
 import signal
 import tempfile
 from asyncio.subprocess import DEVNULL
+from collections.abc import Callable
 from typing import IO, Any
 
 from sglang_router.autoscale.scaler import Decision
@@ -30,12 +32,22 @@ _TAIL = 4096
 
 
 class ScaleCommand:
-    """See the module. `timeout` in seconds."""
+    """See the module. `timeout` in seconds.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, command: str, timeout: float = 60.0) -> None:
+    acts  returns whether this router still acts for all: asked before each run
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        command: str,
+        timeout: float = 60.0,
+        acts: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._loop = loop
         self._argv = shlex.split(command)
         self._timeout = timeout
+        self._acts = acts
         self._newest: Decision | None = None  # the decision to run next
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -73,6 +85,9 @@ class ScaleCommand:
         """Run the command until no decision is left."""
         while (decision := self._newest) is not None and not self._closed:
             self._newest = None
+            if not self._acts():
+                log.info("scale command is not run: another router acts now")
+                return
             self._status, self._error = await self._run(decision)
             self._runs += 1
             if self._status == 0:

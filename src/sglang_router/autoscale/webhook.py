@@ -5,9 +5,12 @@
                            '-- pause -+-- anything else: 1 s, 2 s, 4 s ... 60 s
 
 At most one message is pending: a newer decision replaces one that was not delivered yet, because its number is
-absolute. It goes over connections such as those to workers (`relay.connection_pool`), but out of a pool of its own:
-certificates are verified by what the system trusts, redirects are answers like any other that is not 2xx, and nothing
-needs a thread.
+absolute. Of several routers only the one that leads posts; one that does not lead any more, also because it was stopped
+for a while, drops what waits: the next one has told what it wants.
+
+It goes over connections such as those to workers (`relay.connection_pool`), but out of a pool of its own: certificates
+are verified by what the system trusts, redirects are answers like any other that is not 2xx, and nothing needs a
+thread.
 
 Signature: HMAC-SHA256 with the secret over the timestamp, a dot and the body. The timestamp is the time of sending, so
 a receiver may refuse old messages; the id is the same each time a message is sent again.
@@ -54,7 +57,10 @@ class Patience(msgspec.Struct, frozen=True):
 
 
 class Webhook:
-    """See the module. `wall` gives seconds since 1970, `new_id` an id for each message."""
+    """See the module. `wall` gives seconds since 1970, `new_id` an id for each message.
+
+    acts  returns whether this router still acts for all: asked before each post
+    """
 
     def __init__(
         self,
@@ -65,6 +71,7 @@ class Webhook:
         wall: Callable[[], float],
         new_id: Callable[[], str],
         patience: Patience | None = None,
+        acts: Callable[[], bool] = lambda: True,
     ) -> None:
         parts = urlsplit(url)
         self._loop = loop
@@ -77,6 +84,7 @@ class Webhook:
         self._wall = wall
         self._new_id = new_id
         self._patience = patience or Patience()
+        self._acts = acts
         self._pool = _own_pool(loop, self._patience.timeout)
         self._newest: dict[str, Any] | None = None  # the message to deliver
         self._news = asyncio.Event()
@@ -122,6 +130,10 @@ class Webhook:
         """Post the newest message until it is accepted and no other one is pending."""
         pause = self._patience.first_pause
         while (message := self._newest) is not None and not self._closed:
+            if not self._acts():
+                log.info("webhook %s: another router acts now, so it is not told", self._place)
+                self._newest, self._failures, self._error = None, 0, ""
+                return
             self._news.clear()
             try:
                 problem = await self._post(msgspec.json.encode(message))

@@ -59,6 +59,8 @@ _LONGEST: Final = 3600.0
 """Seconds for which a client is refused at most by the word of other routers: one of them may be wrong."""
 _TEXT: Final = 4
 """Bytes of a text that count as one token, where nobody tells how many there are."""
+_MS_BITS: Final = 32
+_MOST_MS: Final = (1 << _MS_BITS) - 1
 _EVENT: Final = 200
 """Bytes of a stream that count as one token: an event with its names and ids."""
 
@@ -141,6 +143,19 @@ class Meter:
         found = self._begun, self._spent
         self._begun = self._spent = 0
         return found
+
+    def debts(self, now: float) -> int:
+        """Return for other routers in how many milliseconds all requests, and all tokens, may come at once again."""
+        requests = 0 if self._requests is None else int(self._requests.filled_in(now) * 1000.0)
+        tokens = 0 if self._tokens is None else int(self._tokens.filled_in(now) * 1000.0)
+        return min(requests, _MOST_MS) | min(tokens, _MOST_MS) << _MS_BITS
+
+    def owes(self, debts: int, now: float) -> None:
+        """Let what another router returned as its debts hold here at least."""
+        if self._requests is not None:
+            self._requests.fill_in((debts & _MOST_MS) / 1000.0, now, _LONGEST)
+        if self._tokens is not None:
+            self._tokens.fill_in((debts >> _MS_BITS) / 1000.0, now, _LONGEST)
 
     def charge(self, requests: int, tokens: int, now: float) -> None:
         """Count requests and tokens of other routers."""

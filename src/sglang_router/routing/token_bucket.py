@@ -6,6 +6,7 @@ left(now)         how many tokens there are
 filled_in(now)    how long until it is full again
 spend(n, now)     take n tokens, also when there are fewer: then there is none for longer
 owe(n, now, s)    the same by the word of another, who may be wrong: not for longer than s seconds
+fill_in(t, now, s)  the same: it is full again in t seconds at the earliest
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class TokenBucket:
         full_at = max(self._full_at, now)
         latest = now + self.size * self._interval + seconds
         self._full_at = max(full_at, min(full_at + tokens * self._interval, latest))
+
+    def fill_in(self, filled_in: float, now: float, seconds: float) -> None:
+        """Let it be full again in `filled_in` seconds at the earliest, because somebody else says so. There is no token
+        for `seconds` at most because of it."""
+        self._full_at = max(self._full_at, now + min(filled_in, self.size * self._interval + seconds))
 
     def take(self, now: float) -> float:
         """Take a token and return 0.0; when there is none, return the seconds until there is one."""

@@ -28,6 +28,9 @@ class Core(Protocol):
     def outgoing(self, now: float) -> list[tuple[SharedTopic, bytes]]:
         """Return the messages that are due; [] for nothing."""
 
+    def missed(self, topic: SharedTopic) -> None:
+        """Take note that messages of a topic that `outgoing` returned last could not be written."""
+
     def leave(self) -> list[tuple[SharedTopic, bytes]]:
         """Return the last messages: the others forget this router's load at once."""
 

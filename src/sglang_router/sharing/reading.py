@@ -1,16 +1,18 @@
 """Hear what the other routers say: a first look at what the store has kept, then all that comes.
 
     connect --> key --> ends of the streams --> orders, from where this router stands   all of them, in their order
-                                            --> placements backwards, newest first      a newcomer, or after a long gap
+                                            --> placements backwards, newest first      a newcomer
                                             --> follow all three streams from there
 
 What was read is given to the core, which queues it, and is applied before more is read, in pieces, one in a turn of the
 event loop. So a store that is full of messages costs time, but neither memory nor a pause.
 
 A newcomer has LOOK_WITHIN seconds for its first look: half of it for orders, of which the rest is read later, beside
-all that comes. What it has not read of placements then, it does without. After a short gap
-the streams are read on from where they were left: nothing is lost. After a longer one, or when the store came back with
-less than it had, the placements are looked at as a newcomer does.
+all that comes. What it has not read of placements then, it does without. After a gap, because the store was away or
+this process was stopped, the streams are read on from where they were left, so that nothing is lost and all comes in
+its order: what was placed, and what was emptied after it. Loads of more than some seconds ago are passed over: they say
+nothing any more, and what others used of limits meanwhile would count as if they had used it now. When the store came
+back with less than it had, the placements are looked at as a newcomer does.
 
 A store that was emptied may number its entries from an earlier time, when its clock was set back: a router would then
 wait for ever behind entries that never come. So the ends of the streams are looked at every few seconds.
@@ -30,8 +32,8 @@ from sglang_router.sharing.traffic import Traffic
 
 LOOK_WITHIN: Final = 5.0
 """Seconds for a first look."""
-_GAP: Final = 10.0
-"""Seconds after which placements are looked at from the newest backwards."""
+_GAP: Final = 5.0
+"""Seconds after which the loads that were told meanwhile are passed over."""
 _WAIT: Final = 1.0
 """Seconds for which the store keeps a question to which there is no answer yet."""
 _AT_ONCE: Final = 0.001
@@ -44,6 +46,7 @@ _ENDS_EVERY: Final = 2.0
 _TOPICS: Final = {topic.value: topic for topic in SharedTopic}
 _ORDERS: Final = SharedTopic.ORDERS.value
 _PLACEMENTS: Final = SharedTopic.PLACEMENTS.value
+_LOADS: Final = SharedTopic.LOADS.value
 
 
 class StoreReader:
@@ -99,12 +102,14 @@ class StoreReader:
         if self._lost(ends):
             self._forget()
             self._core.store_lost()
-        if self._read_at is None or began - self._read_at > _GAP:
+        if self._read_at is None:
             await self._read_orders(ends[_ORDERS], began + LOOK_WITHIN / 2)
             self.began.set()
-            await self._look_back(ends[_PLACEMENTS], self._positions[_PLACEMENTS], began + LOOK_WITHIN)
+            await self._look_back(ends[_PLACEMENTS], began + LOOK_WITHIN)
             # Of loads, too: all of them come anew within a second.
             self._positions = {**ends, _ORDERS: self._positions[_ORDERS]}
+        elif began - self._read_at > _GAP:
+            self._positions[_LOADS] = ends[_LOADS]
         self._read_at = self._clock()
         self.looked = True
 
@@ -116,10 +121,10 @@ class StoreReader:
                 return
             await self._take(found)
 
-    async def _look_back(self, newest: Position, after: Position, until: float) -> None:
+    async def _look_back(self, newest: Position, until: float) -> None:
         """Read placements, newest first."""
-        while newest > after and self._clock() < until:
-            entries = await self._store.older(_PLACEMENTS, newest, after, _LOOKED_AT_ONCE)
+        while newest > START and self._clock() < until:
+            entries = await self._store.older(_PLACEMENTS, newest, _LOOKED_AT_ONCE)
             for entry in entries:
                 self._hear(_PLACEMENTS, entry, old=True)
             await self._apply()
@@ -129,10 +134,16 @@ class StoreReader:
 
     async def _follow(self) -> None:
         """Read what comes next of all streams; wait for it a while. Raises: StoreFailed."""
-        await self._take(await self._store.follow(self._positions, _MOST, _WAIT))
+        found = await self._store.follow(self._positions, _MOST, _WAIT)
+        now = self._clock()
+        paused = self._read_at is not None and now - self._read_at > _GAP
+        if paused:
+            found.pop(_LOADS, None)
+        await self._take(found)
         self._side.well()
-        self._read_at = now = self._clock()
-        if now >= self._ends_at:
+        if not paused:
+            self._read_at = self._clock()
+        if paused or now >= self._ends_at:
             await self._catch_up()
 
     async def _look_at_ends(self) -> dict[str, Position]:

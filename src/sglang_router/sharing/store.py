@@ -86,8 +86,8 @@ class Store(Protocol):
     async def follow(self, positions: Mapping[str, Position], most: int, wait: float) -> dict[str, list[StreamEntry]]:
         """Return up to `most` entries of each stream after a position; wait some seconds while there is none."""
 
-    async def older(self, stream: str, newest: Position, after: Position, most: int) -> list[StreamEntry]:
-        """Return up to `most` entries, newest first: from `newest` back to the one after `after`."""
+    async def older(self, stream: str, newest: Position, most: int) -> list[StreamEntry]:
+        """Return up to `most` entries, newest first: from `newest` back."""
 
     async def ends(self, streams: Sequence[str]) -> dict[str, Position]:
         """Return the positions of the last entries that streams ever had."""

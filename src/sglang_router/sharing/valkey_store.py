@@ -7,8 +7,7 @@
 
 The braces are part of the names: in a cluster they keep all keys in one slot, so that one read follows all streams.
 
-Reading waits in the store on a connection of its own, so there are about three connections. Nothing is retried here:
-who asks knows how long to wait, and whether what it wanted to say is still true.
+Reading waits in the store on a connection of its own. Nothing is retried here: who asks knows if it is still of use.
 """
 
 from __future__ import annotations
@@ -129,18 +128,10 @@ class ValkeyStore:
     # -- streams -------------------------------------------------------------------------------------------------------
 
     async def append(self, batch: Sequence[Appended]) -> list[Position | StoreFailed]:
-        pipe = self._client.pipeline(transaction=False) if self._url.kind != CLUSTER else self._client.pipeline()
+        pipe = self._pipeline()
         for each in batch:
             pipe.execute_command("XADD", self._name(each.stream), "MAXLEN", "~", each.most, "*", _FIELD, each.payload)
-
-        def read(answers: list[Any]) -> list[Position | Exception]:
-            found = [each if isinstance(each, Exception) else _position(each) for each in answers]
-            if len(found) != len(batch):
-                raise ValueError("there is no answer for each entry")
-            return found
-
-        answers = await self._ask(pipe.execute(raise_on_error=False), read)
-        return [await self._failure(answer) if isinstance(answer, Exception) else answer for answer in answers]
+        return await self._ask_all(pipe, len(batch), _position)
 
     async def follow(self, positions: Mapping[str, Position], most: int, wait: float) -> dict[str, list[StreamEntry]]:
         streams = {self._name(stream): _id(position) for stream, position in positions.items()}
@@ -153,23 +144,16 @@ class ValkeyStore:
             },
         )
 
-    async def older(self, stream: str, newest: Position, after: Position, most: int) -> list[StreamEntry]:
-        low = f"({_id(after)}"
-        asked = self._client.xrevrange(self._name(stream), _id(newest), low, count=most)
+    async def older(self, stream: str, newest: Position, most: int) -> list[StreamEntry]:
+        asked = self._client.xrevrange(self._name(stream), _id(newest), count=most)
         return await self._ask(asked, lambda found: list(map(_entry, found)))
 
     async def ends(self, streams: Sequence[str]) -> dict[str, Position]:
-        found = {}
+        pipe = self._pipeline()
         for stream in streams:
-            try:
-                found[stream] = await self._ask(
-                    self._client.xinfo_stream(self._name(stream)), lambda about: _position(about["last-generated-id"])
-                )
-            except StoreFailed as failed:
-                if failed.trouble is not Trouble.REFUSED or "no such key" not in str(failed):
-                    raise
-                found[stream] = START
-        return found
+            pipe.xinfo_stream(self._name(stream))
+        found = await self._ask_all(pipe, len(streams), lambda about: _position(about["last-generated-id"]))
+        return {stream: _end(answer) for stream, answer in zip(streams, found, strict=True)}
 
     async def tidy(self, kept: Mapping[str, tuple[float, float | None]]) -> None:
         ends = await self.ends([stream for stream, (_, age) in kept.items() if age is not None])
@@ -206,6 +190,21 @@ class ValkeyStore:
 
     def _name(self, part: str) -> str:
         return self._names + part
+
+    def _pipeline(self) -> Any:
+        """Make what sends several commands in one round trip."""
+        return self._client.pipeline() if self._url.kind == CLUSTER else self._client.pipeline(transaction=False)
+
+    async def _ask_all(self, pipe: Any, count: int, read: Callable[[Any], T]) -> list[T | StoreFailed]:
+        """Send commands, and read each answer; a failure in place of one that is an error. Raises: StoreFailed."""
+
+        def read_all(answers: list[Any]) -> list[T | Exception]:
+            if len(answers) != count:
+                raise ValueError("there is no answer for each command")
+            return [each if isinstance(each, Exception) else read(each) for each in answers]
+
+        answers = await self._ask(pipe.execute(raise_on_error=False), read_all)
+        return [await self._failure(answer) if isinstance(answer, Exception) else answer for answer in answers]
 
     async def _ask(self, answer: Awaitable[Any], read: Callable[[Any], T]) -> T:
         """Wait for an answer of the client library, and read it. Raises: StoreFailed, in place of all that is raised:
@@ -277,6 +276,15 @@ def _id(position: Position) -> str:
 def _position(text: bytes) -> Position:
     milliseconds, _, number = text.partition(b"-")
     return int(milliseconds), int(number)
+
+
+def _end(found: Position | StoreFailed) -> Position:
+    """Return the end of a stream that may not be there. Raises: StoreFailed."""
+    if not isinstance(found, StoreFailed):
+        return found
+    if found.trouble is Trouble.REFUSED and "no such key" in str(found):
+        return START
+    raise found
 
 
 def _entry(found: tuple[bytes, Mapping[bytes, bytes] | None]) -> StreamEntry:

@@ -3,10 +3,10 @@
 What is to be told is taken from the core at the moment in which it can be written. So nothing queues here while the
 store is slow or away: the core goes on to gather, within its bounds, and loads that are told late are those of now.
 
-A message that could not be written is lost, and counted: loads are told again within a second, and placements are only
-hints. Orders of operators are not lost: those that the store has not taken are written again, in their order, until it
-has. A stream that takes nothing (its key holds something else, or its ids are used up) does not make those repeat that
-another one took.
+A message that could not be written is lost and counted, and the core hears of it: loads are told again within a second,
+and placements are only hints, but for caches that were emptied. Orders of operators are not lost: those that the store
+has not taken are written again, in their order, until it has. A stream that takes nothing (its key holds something
+else, or its ids are used up) does not make those repeat that another one took.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ class StoreWriter:
                 await self._side.failed(failure)
 
     async def leave(self) -> None:
-        """Tell the others that this router ends, if the store takes it at once."""
+        """Tell the others what is new, and that this router ends, if the store takes it at once."""
+        last = [*self._core.outgoing(self._clock()), *self._core.leave()]
         try:
-            await asyncio.wait_for(self._write(self._core.leave()), _LEAVES_WITHIN)
+            await asyncio.wait_for(self._write(last), _LEAVES_WITHIN)
         except (StoreFailed, asyncio.TimeoutError):
             return
 
@@ -97,6 +98,7 @@ class StoreWriter:
             results = [failure] * len(batch)
         failures: list[StoreFailed] = []
         kept: list[bytes] = []
+        missed: dict[str, None] = {}
         for number, (each, result) in enumerate(zip(batch, results, strict=True)):
             if not isinstance(result, StoreFailed):
                 self._traffic.wrote(each.stream, len(each.payload), result, began)
@@ -106,7 +108,10 @@ class StoreWriter:
                 kept.append(each.payload)
             else:
                 self._traffic.missed(each.stream)
+                missed[each.stream] = None
         self._orders = kept
+        for stream in missed:
+            self._core.missed(SharedTopic(stream))
         if failures:
             raise failures[0]
         self._side.well()

@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Protocol
 
 from sglang_router.relay.connection_pool import ConnectionPool
@@ -40,15 +41,21 @@ _SLICE = 512
 class Streams(Protocol):
     """What follows streams: `workers.kv_stream.KVStreams`."""
 
-    def follow(self, published: Published, index: KVIndex, holder: Holder, url: str) -> Coroutine[Any, Any, None]:
-        """Return what follows a stream until it is cancelled."""
+    def follow(
+        self, published: Published, index: KVIndex, holder: Holder, url: str, emptied: Callable[[], None]
+    ) -> Coroutine[Any, Any, None]:
+        """Return what follows a stream until it is cancelled. emptied: called when the cache is cleared meanwhile."""
 
     def close(self) -> None:
         """Free what the streams share."""
 
 
 class KVEvents(Listener):
-    """See the module."""
+    """See the module.
+
+    emptied  hears of a worker whose cache its engine has cleared: prompts of which the tokens are unknown, and other
+             routers, need it as well
+    """
 
     def __init__(
         self,
@@ -57,12 +64,14 @@ class KVEvents(Listener):
         index: KVIndex,
         streams: Streams,
         templates: Templates,
+        emptied: Callable[[Worker], None],
     ) -> None:
         self._loop = loop
         self._pool = pool
         self._index = index
         self._streams = streams
         self._templates = templates
+        self._emptied = emptied
         self._tasks: dict[Worker, asyncio.Task[None]] = {}
         self._news: dict[Worker, asyncio.Event] = {}
         self._tidying: asyncio.Task[None] | None = None
@@ -130,7 +139,7 @@ class KVEvents(Listener):
         """Follow a stream until there is news of its worker."""
         index = self._index
         holder = index.holders.get(worker.id) or index.join(worker.id)
-        follow = self._streams.follow(published, index, holder, worker.url)
+        follow = self._streams.follow(published, index, holder, worker.url, partial(self._emptied, worker))
         tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(follow), asyncio.ensure_future(news.wait())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

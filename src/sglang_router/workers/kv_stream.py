@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import zmq
@@ -52,16 +52,27 @@ _HEARTBEAT, _SILENT = 5.0, 15.0
 
 
 class KVStream:
-    """See the module. url: the worker's, for the log."""
+    """See the module.
+
+    url      the worker's, for the log
+    emptied  called when the cache was cleared now, not before the stream was followed
+    """
 
     def __init__(
-        self, context: zmq.asyncio.Context, published: Published, index: KVIndex, holder: Holder, url: str
+        self,
+        context: zmq.asyncio.Context,
+        published: Published,
+        index: KVIndex,
+        holder: Holder,
+        url: str,
+        emptied: Callable[[], None],
     ) -> None:
         self._context = context
         self._published = published
         self._index = index
         self._holder = holder
         self._url = url
+        self._emptied = emptied
         self._reader = EventReader()
         self._next: int | None = None  # number of the next batch; None: whatever comes
         self._whole = False
@@ -240,7 +251,10 @@ class KVStream:
                     index.remove(holder, key, event.tier)
                     await self._turn(1)
             elif isinstance(event, Cleared):
+                news = holder.live and holder.blocks
                 index.clear(holder)
+                if news:
+                    self._emptied()
                 self._whole = True
                 index.settle(holder, holder.live, whole=holder.live)
                 await self._turn(_PIECE)
@@ -284,11 +298,13 @@ class KVStreams:
     def __init__(self) -> None:
         self._context: zmq.asyncio.Context | None = None
 
-    def follow(self, published: Published, index: KVIndex, holder: Holder, url: str) -> Coroutine[Any, Any, None]:
+    def follow(
+        self, published: Published, index: KVIndex, holder: Holder, url: str, emptied: Callable[[], None]
+    ) -> Coroutine[Any, Any, None]:
         """Return what follows a stream until it is cancelled. Called on the event loop."""
         if self._context is None:
             self._context = zmq.asyncio.Context()
-        return KVStream(self._context, published, index, holder, url).run()
+        return KVStream(self._context, published, index, holder, url, emptied).run()
 
     def close(self) -> None:
         """Free the context, when no stream is followed any more."""

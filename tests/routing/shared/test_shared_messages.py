@@ -43,7 +43,10 @@ def loads(**more: object) -> bytes:
         (Secret(KEY, 512).seal("loads", b"\x93\x01"), "malformed"),
         (loads(names=b"1234567"), "malformed"),
         (loads(names=packed([1, 2]), states=packed([1])), "malformed"),
+        (loads(meters=packed([1]), spent=packed([1, 2]), debts=packed([1, 2])), "malformed"),
         (loads(form=FORM + 1), "form"),
+        (loads(form=FORM + 1, names={"of": "another kind"}), "form"),
+        (loads(form="two"), "malformed"),
         (bytes(1 << 17), "too_long"),
     ],
 )
@@ -120,6 +123,21 @@ def test_boundaries_are_dense_at_first_and_few_in_the_end() -> None:
     assert (len(found), found[-1]) == (384, 1 << 20)
     steps = [(end - start) / start for start, end in itertools.pairwise(found[64:])]
     assert max(steps) <= 1 / 64
+
+
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        *[("http://127.0.0.1:8000", True), ("http://127.9.9.9", True), ("http://[::1]:8000@3", True)],
+        *[("https://localhost:8000/v1", True), ("http://engine.localhost", True), ("http://127.0.0.1:8000@12", True)],
+        *[("http://10.0.0.1:8000", False), ("http://gpu-1:8000@0", False), ("http://[fd00::1]:1", False)],
+        *[("http://127.example.com", False), ("http://localhost.example.com:1", False)],
+    ],
+)
+def test_a_worker_at_a_loopback_address_is_another_one_at_each_machine(url: str, local: bool) -> None:
+    here, there = Secret(KEY, 512, b"here"), Secret(KEY, 512, b"there")
+    assert (here.worker(url) != there.worker(url)) is local
+    assert here.worker(url) == Secret(KEY, 512, b"here").worker(url)
 
 
 @given(st.binary(max_size=3000), st.binary(max_size=600), st.binary(max_size=600))

@@ -9,22 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleets import facts
 from joined import KEY, Joined, rules
-from sglang_router.routing.candidates import candidates_of
 from sglang_router.routing.policies.cache_aware import CacheAware
 from sglang_router.routing.prefix_tree.informed import KVCaches
 from sglang_router.routing.shared.agreement import Agreement
-from sglang_router.routing.shared.prefixes import MOST_HASHES, SharedPrefixes
+from sglang_router.routing.shared.prefixes import SharedPrefixes
 from sglang_router.routing.shared.records import SharedTopic
 from sglang_router.routing.shared.secret import Secret
 from sglang_router.routing.shared.sharing import SharedState
-
-POLICIES = pytest.mark.parametrize("policy", ["cache_aware", "cost"])
-
-
-def text(seed: int, size: int = 4096) -> bytes:
-    return random.Random(seed).randbytes(size)
+from sglang_router.routing.shared.untold import MOST_HASHES
+from shared_prompts import POLICIES, matched, place, text
 
 
 def prompts(joined: Joined, router: int) -> list[bytes]:
@@ -89,20 +83,6 @@ def test_the_longest_of_several_routers_counts() -> None:
     joined.flush(0.1)
     assert matched(joined, 2, long) == [1024, 3072, 0]
     assert matched(joined, 2, other) == [0, 0, 0]
-
-
-def place(joined: Joined, router: int, prompt: bytes, number: int) -> None:
-    """Let a router send a prompt to one worker."""
-    bench = joined.benches[router]
-    request = facts(prompt)
-    candidates = candidates_of([bench.workers[number]])
-    bench.policy.chosen(bench.policy.choose(request, candidates, 0.0), request, 0.0)
-
-
-def matched(joined: Joined, router: int, prompt: bytes) -> list[int]:
-    """Return how many bytes of a prompt each worker is believed to have."""
-    bench = joined.benches[router]
-    return [each.matched for each in bench.policy.consider(facts(prompt), candidates_of(bench.workers), 0.0)]
 
 
 def test_own_knowledge_is_exact_and_counts_before_that_of_others() -> None:
@@ -182,15 +162,64 @@ def test_an_old_word_that_somebody_writes_again_empties_no_cache() -> None:
 
 def test_two_routers_that_see_the_same_restart_forget_once() -> None:
     joined = Joined(2, 1, "cache_aware")
-    joined.benches[0].fleet.emptied(joined.worker(0, 0))
+    for bench in joined.benches:
+        bench.fleet.probed(bench.workers[0], "refused", 0.0, refused=True)
+    joined.benches[0].fleet.probed(joined.worker(0, 0), None, 0.1)
     place(joined, 0, text(1), 0)
     joined.flush(0.2)
-    joined.benches[1].fleet.emptied(joined.worker(1, 0))
+    joined.benches[1].fleet.probed(joined.worker(1, 0), None, 1.9)
     joined.flush(2.0)
     joined.flush(2.1)
     assert matched(joined, 0, text(1)) == [4096]
     assert (joined.worker(0, 0).caches, joined.worker(1, 0).caches) == (1, 2)
     assert matched(joined, 1, text(1)) == [4096]
+    joined.benches[1].fleet.emptied(joined.worker(1, 0))  # another time
+    joined.flush(2.2)
+    assert matched(joined, 0, text(1)) == matched(joined, 1, text(1)) == [0]
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_cache_that_is_emptied_twice_within_seconds_is_forgotten_twice(others: bool) -> None:
+    joined = Joined(3, 1, "cache_aware")
+    for turn in range(3):
+        router = turn if others else 0
+        joined.benches[router].fleet.emptied(joined.worker(router, 0))
+        joined.flush(turn + 0.1)
+        assert [matched(joined, each, text(1)) for each in range(3)] == [[0]] * 3
+        place(joined, router, text(1), 0)
+        joined.flush(turn + 0.2)
+        assert [matched(joined, each, text(1)) for each in range(3)] == [[4096]] * 3
+
+
+def test_a_router_that_says_again_and_again_that_a_cache_is_empty_is_heard_every_30_seconds() -> None:
+    joined = Joined(2, 1, "cache_aware")
+    for turn in range(100):
+        joined.benches[0].fleet.emptied(joined.worker(0, 0))
+        joined.flush(turn + 0.1)
+    assert joined.worker(1, 0).caches == 4 + 3
+
+
+def test_what_the_store_did_not_take_of_emptied_caches_is_told_again_for_half_a_minute() -> None:
+    joined = Joined(2, 2, "cache_aware")
+    state = joined.states[0]
+    for number in range(2):
+        place(joined, 1, text(number), number)
+    joined.flush(0.1)
+    joined.lost = True
+    for number, until in (0, 40.0), (1, 60.0):
+        joined.benches[0].fleet.emptied(joined.worker(0, number))
+        now = until - 20.0
+        while now <= until:
+            joined.flush(now)
+            state.missed(SharedTopic.LOADS)
+            state.missed(SharedTopic.PLACEMENTS)
+            now += 5.0
+    joined.lost = False
+    joined.flush(60.1)
+    assert [matched(joined, 1, text(number)) for number in range(2)] == [[4096, 0], [0, 0]]
+    told = len(prompts(joined, 0))
+    joined.flush(60.2)
+    assert len(prompts(joined, 0)) == told
 
 
 def test_a_worker_that_is_registered_anew_has_nothing() -> None:
@@ -273,8 +302,8 @@ def test_a_flush_of_too_much_is_told_in_part() -> None:
     for start in range(0, 40_000, 8):
         prefixes.note(life, list(range(start, start + 8)))
     seen = 0
-    while (found := prefixes.gather()) != ([], []):
-        heads, keys = found
+    while (found := prefixes.gather()) != (([], []), ([], [])):
+        heads, keys = found[0]
         assert len(keys) == sum(count for _, count, _ in heads) <= MOST_HASHES
         seen += len(keys)
     assert seen == 4 * MOST_HASHES

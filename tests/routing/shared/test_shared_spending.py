@@ -81,6 +81,59 @@ def test_tokens_are_charged_at_all_routers_once() -> None:
         begin(joined, router, 3, 31.0)
 
 
+LIMITS = pytest.mark.parametrize("limits", [{"requests_per_second": 0.1, "burst": 4}, {"tokens_per_minute": 240.0}])
+
+
+def use_up(joined: Joined, router: int) -> None:
+    """Use all that may be used at once, and of tokens a quarter more, at the time 0: one is there after 10 or 15 s."""
+    for number in range(4):
+        end(joined, router, begin(joined, router, number, 0.0), 75)
+
+
+@LIMITS
+def test_a_new_router_learns_how_much_of_a_limit_is_used_up(limits: dict[str, Any]) -> None:
+    joined = routers(**limits)
+    use_up(joined, 0)
+    joined.flush(0.1)
+    new, _ = joined.add(1)
+    new.router.quotas.use_clients({"alice": ClientRules(LimitRules(**limits))})
+    del joined.states[0], joined.benches[0]  # it has served them, and is replaced
+    joined.flush(4.1)
+    for router in range(2):
+        with pytest.raises(Overload, match="key alice"):
+            begin(joined, router, 5, 5.0)
+        begin(joined, router, 6, 16.0)
+
+
+@LIMITS
+def test_what_was_not_heard_in_a_gap_is_learnt_after_it(limits: dict[str, Any]) -> None:
+    joined = routers(**limits)
+    joined.flush(-10.0)
+    joined.lost = True
+    use_up(joined, 0)
+    joined.tell(0.1)
+    for state in joined.states:
+        state.look(4.0)
+    joined.lost = False
+    joined.flush(4.1)
+    with pytest.raises(Overload, match="key alice"):
+        begin(joined, 1, 5, 5.0)
+    begin(joined, 1, 6, 16.0)
+
+
+@LIMITS
+def test_what_is_used_up_comes_back_although_each_says_it_late_to_the_others(limits: dict[str, Any]) -> None:
+    joined = routers(4, **limits)
+    use_up(joined, 0)
+    for turn in range(1, 80):
+        joined.tell(turn * 1.1 - 0.9)
+        for state in joined.states:
+            assert not state.apply(turn * 1.1, LARGE)
+            state.look(turn * 1.1)
+    for router in range(4):
+        assert all(not each.debts(80.0) for each in quotas(joined, router).meters())
+
+
 def test_models_have_limits_of_their_own() -> None:
     joined = Joined(2, 1)
     for bench in joined.benches:
@@ -160,12 +213,16 @@ def test_what_is_known_of_clients_that_come_and_go_is_bounded() -> None:
     assert len(list(bench.router.quotas.meters())) <= 17
 
 
+@pytest.mark.parametrize("used", [True, False])
 @pytest.mark.parametrize("limits", [{"requests_per_second": 1.0}, {"tokens_per_minute": 60.0}])
-def test_a_router_that_tells_of_endless_use_locks_a_client_out_for_an_hour_at_most(limits: dict[str, float]) -> None:
+def test_a_router_that_tells_of_endless_use_locks_a_client_out_for_an_hour_at_most(
+    limits: dict[str, Any], used: bool
+) -> None:
     joined = routers(1, **limits)
     secret, state = Secret(KEY, 512), joined.states[0]
-    code, spent = secret.name(b"meter", b"the key alice"), [((1 << 32) - 1) << 32, (1 << 64) - 1]
-    message = LoadsMessage(FORM, b"sick one", 1, meters=packed([code]), spent=packed(spent))
+    code, spent = secret.name(b"meter", b"the key alice"), [((1 << 32) - 1) << 32, (1 << 64) - 1] if used else [0, 0]
+    debts = b"" if used else packed([(1 << 64) - 1])
+    message = LoadsMessage(FORM, b"sick one", 1, meters=packed([code]), spent=packed(spent), debts=debts)
     state.receive(SharedTopic.LOADS, secret.seal("loads", msgspec.msgpack.encode(message)))
     assert not state.apply(0.0, LARGE)
     with pytest.raises(Overload, match="key alice"):

@@ -47,11 +47,13 @@ class Choice:
     tied     other candidates were as good, so that it was this worker's turn
     shadow   what the policy of --shadow-policy would have done; None: there is none
     learned  set by `chosen`: bytes of the text that the memory did not believe the worker to have; learned_at: when
+    noted    set by `chosen` of a memory that others share: what `Informed.promise` returned
     """
 
-    __slots__ = ("branch", "learned", "learned_at", "matched", "note", "shadow", "tied", "total", "worker")
+    __slots__ = ("branch", "learned", "learned_at", "matched", "note", "noted", "shadow", "tied", "total", "worker")
 
     learned_at: float
+    noted: int
 
     def __init__(
         self, worker: Worker, branch: str, matched: int = 0, total: int = 0, note: Any = None, tied: bool = False

@@ -111,7 +111,7 @@ class CacheAware(Policy):
             choice.learned_at = now
             if self._informed is not None:
                 slot = choice.worker.slot
-                self._informed.promise(match, slot)
+                choice.noted = self._informed.promise(match, slot)
                 self.tree.bound(slot, self._informed.part(slot, self.tree.max_size))
 
     def consider(self, facts: Facts, candidates: Candidates, now: float) -> list[Considered]:
@@ -127,7 +127,10 @@ class CacheAware(Policy):
     def unread(self, choice: Choice, facts: Facts) -> None:
         """Take what the request added out of the tree, as far as no other request has used it."""
         if choice.learned and self._by_slot.get(choice.worker.slot) is choice.worker:
-            self.tree.forget(facts.namespace, facts.text, choice.worker.slot, choice.learned, choice.learned_at)
+            namespace, slot = facts.namespace, choice.worker.slot
+            taken = self.tree.forget(namespace, facts.text, slot, choice.learned, choice.learned_at)
+            if taken and self._informed is not None:
+                self._informed.unread(namespace, facts.text[: self._longest_text], slot, choice.noted, taken)
 
     def _imbalanced(self, candidates: Candidates) -> bool:
         """Return whether the loads differ by so much that the cache no longer matters."""

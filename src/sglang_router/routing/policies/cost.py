@@ -298,7 +298,7 @@ class Cost(Policy):
         new = choice.learned = tree.insert(match, slot, now)
         choice.learned_at = now
         if self._informed is not None:
-            self._informed.promise(match, slot)
+            choice.noted = self._informed.promise(match, slot)
         if filling and new:
             pressure.remember(tree.held)
             pressure.inserted(match.namespace, match.text, (mine, known), room.bit, new, now)
@@ -317,7 +317,10 @@ class Cost(Policy):
     def unread(self, choice: Choice, facts: Facts) -> None:
         """Take what the request added out of the tree, as far as no other request has used it."""
         if choice.learned and self._by_slot.get(choice.worker.slot) is choice.worker:
-            self.tree.forget(facts.namespace, facts.text, choice.worker.slot, choice.learned, choice.learned_at)
+            namespace, slot = facts.namespace, choice.worker.slot
+            taken = self.tree.forget(namespace, facts.text, slot, choice.learned, choice.learned_at)
+            if taken and self._informed is not None:
+                self._informed.unread(namespace, facts.text[: self._longest_text], slot, choice.noted, taken)
 
     def reported(self, choice: Choice, facts: Facts, usage: Usage | None, now: float) -> None:
         """Take how long a token is, with which the size of an engine's cache is converted."""

@@ -17,6 +17,8 @@ events is cut. Of a cache that other routers fill, too, it remembers only this r
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.kv_blocks import Holder
 from sglang_router.routing.kv_index import Held, KVIndex
@@ -24,7 +26,8 @@ from sglang_router.routing.prefix_tree.tree import Match
 from sglang_router.routing.prompt_tokens import Encode, Prompt, prompt_of
 from sglang_router.routing.roster import Roster
 from sglang_router.routing.shared.agreement import Agreement
-from sglang_router.routing.shared.prefixes import CacheLife, SharedPrefixes
+from sglang_router.routing.shared.cache_life import CacheLife
+from sglang_router.routing.shared.prefixes import SharedPrefixes
 
 
 class KVCaches:
@@ -169,16 +172,30 @@ class Informed:
                     levels.sort(reverse=True)
         return match if held is None and not chain else InformedMatch(match, levels, told, held, chain)
 
-    def promise(self, match: Match, slot: int) -> None:
-        """Take note that the request of this match goes to a worker."""
+    def promise(self, match: Match, slot: int) -> int:
+        """Take note that the request of this match goes to a worker; return how many beginnings of its text it was
+        believed to have, by the word of all routers."""
         if not isinstance(match, InformedMatch):
-            return
+            return 0
         holder = self._live.get(slot)
         if holder is not None and match.held is not None and self._index is not None:
             self._index.promise(holder, match.held)
-        if match.chain and self._shared is not None:
-            self._shared.note(self._lives[slot], match.chain)
-            self._shared.agreed += slot == match.agreed
+        if not match.chain or self._shared is None:
+            return 0
+        self._shared.agreed += slot == match.agreed
+        return self._shared.note(self._lives[slot], match.chain)
+
+    def unread(self, namespace: bytes, text: bytes, slot: int, noted: int, taken: int) -> None:
+        """Take note that a worker did not read a text that was promised to it; the others are told.
+
+        noted  what `promise` returned
+        taken  bytes at its end that the tree did not believe the worker to have, and no other request has used since
+        """
+        if self._shared is not None:
+            chain, boundaries = self._shared.secret.chain(namespace, text), self._shared.secret.boundaries
+            stays = max(noted, bisect_right(boundaries, len(text) - taken))
+            if stays < len(chain):
+                self._shared.take_back(self._lives[slot], chain, stays)
 
     def part(self, slot: int, size: int) -> int:
         """Return how much of a cache that holds so many bytes of text is filled by this router."""

@@ -21,6 +21,9 @@ _MOST_STRANGE: Final = 1 << 14
 _DOUBTS_A_SECOND: Final = 0.1
 _DOUBTS: Final = 4.0
 """Doubts of one worker that are heard at once; then so many a second."""
+_WORDS_A_SECOND: Final = 1 / 30
+_WORDS: Final = 4.0
+"""Words of others that the cache of one worker is empty, likewise."""
 
 
 class Member:
@@ -36,11 +39,15 @@ class Member:
     out      whether it is ejected or has an open breaker
     caches   which of its caches that was, see `Worker.caches`; identity: which registration
 
-    doubts      how often others may still doubt it
+    doubts      how often others may still doubt it; words: and may say that its cache is empty
     emptied_at  when its cache was found empty, by this router or another one; minus infinity: never
+    expected    another router said so while this one had lost the worker: what this one finds next is the same
     """
 
-    __slots__ = ("caches", "doubts", "emptied_at", "identity", "name", "out", "running", "until", "worker")
+    __slots__ = (
+        *("caches", "doubts", "emptied_at", "expected", "identity", "name", "out", "running", "until", "words"),
+        "worker",
+    )
 
     def __init__(self, name: int) -> None:
         self.name = name
@@ -51,7 +58,9 @@ class Member:
         self.caches = 0
         self.identity = ""
         self.doubts = TokenBucket(_DOUBTS_A_SECOND, _DOUBTS)
+        self.words = TokenBucket(_WORDS_A_SECOND, _WORDS)
         self.emptied_at = -math.inf
+        self.expected = False
 
     def __repr__(self) -> str:
         return f"<Member {self.name:016x}: {self.worker!r}>"
@@ -127,7 +136,7 @@ class Members:
         member.worker = worker
         member.running = 0
         member.until = 0.0
-        member.out = False
+        member.out = member.expected = False
         return member
 
     def part(self, worker: Worker) -> None:

@@ -44,7 +44,7 @@ class Numbers:
 class Peer:
     """Another router. Workers, clients and models are meant by their names.
 
-    name      its name; heard: when its last message came
+    name      its name; heard: when its last message came; since: when the first one came
     running   its requests in flight, by worker
     meters    its requests in flight, by name of a client or model
     out       the workers that it has taken out
@@ -52,11 +52,11 @@ class Peer:
     until     until when the prompts there take, by worker, by the clock of this router
     """
 
-    __slots__ = ("heard", "meters", "name", "out", "running", "sent", "until")
+    __slots__ = ("heard", "meters", "name", "out", "running", "sent", "since", "until")
 
     def __init__(self, name: bytes, now: float) -> None:
         self.name = name
-        self.heard = now
+        self.heard = self.since = now
         self.running: dict[int, int] = {}
         self.meters: dict[int, int] = {}
         self.out: set[int] = set()

@@ -3,7 +3,8 @@
     chain = secret.chain(namespace, text)        names of the beginnings, see `routing.shared.secret`
     match(chain, owner)                          which workers have the longest of them, and the shorter ones
     note(life, chain)                            this router sends such a prompt to a worker: told with the next flush
-    hear(name, grown, hashes)                    another router did
+    take_back(life, chain, known)                the worker did not read it: told, too
+    hear(life, grown, hashes)                    another router sent one; unhear: and its worker did not read it
 
     #a -> (worker 3, 1040)        a beginning that one worker has; 1040: bytes placed there when it was used last
     #b -> (3, 1040), (5, 977)     one that several have
@@ -26,15 +27,15 @@ Names are 64 bits. Two beginnings with the same one would lead to a bad choice o
 
 from __future__ import annotations
 
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
+from sglang_router.routing.shared.cache_life import BEGIN, CacheLife
 from sglang_router.routing.shared.packing import numbers, packed
 from sglang_router.routing.shared.secret import Secret
+from sglang_router.routing.shared.untold import MOST_GROWN, MOST_HASHES, MOST_HEADS, Prompts, Untold
 
 _STAMP_BITS: Final = 42
 _STAMP: Final = (1 << _STAMP_BITS) - 1
-_BEGIN: Final = 1 << 40
-"""Grains that a new life is said to have: those of the past count backwards from here."""
 _LAST: Final = _STAMP - (1 << 36)
 """Grains after which a life ends: hundreds of terabytes."""
 _MOST_LIVES: Final = (1 << 22) - 1
@@ -50,65 +51,9 @@ _REFRESH: Final = 8
 _PARTS: Final = 16
 _RECLAIMED: Final = 2
 """Dropped entries that are freed with each new one: so those of one generation wait at most."""
-MOST_HASHES: Final = 5120
-"""Hashes of one message: 40 kB; prompts and workers take 16 kB at most."""
 _ENTRY: Final = 130
-_MOST_HEADS: Final = 1024
-_MOST_PENDING: Final = 4 * MOST_HASHES
-"""Hashes that wait to be told; more of one flush are not told."""
-_MOST_GROWN: Final = 1 << 30
 
 Parts = list[dict[int, Any]]
-
-
-class LifeOwner(Protocol):
-    """A prefix tree in which workers have slots."""
-
-    def renamed(self, life: CacheLife) -> None:
-        """Take note that a worker has another name."""
-
-
-class CacheLife:
-    """What a worker was given since its cache was empty, in grains. number: of the life; name: of the worker.
-
-    placed    by all routers
-    past      by others before this router looked; negative: the cache was emptied after all that is older
-    recent, own  what all routers placed lately, and this one
-    untold    bytes that this router placed without telling
-    capacity  that its cache holds
-    bit, owner  its slot in the prefix tree of a pool, and whose that is; 0 and None: it has none
-    """
-
-    __slots__ = ("bit", "capacity", "name", "number", "own", "owner", "past", "placed", "recent", "untold")
-
-    def __init__(self, name: int, number: int) -> None:
-        self.name = name
-        self.number = number
-        self.placed = _BEGIN
-        self.recent = self.own = 0
-        self.past = 0
-        self.untold = 0
-        self.capacity = 0
-        self.bit = 0
-        self.owner: LifeOwner | None = None
-
-    @property
-    def share(self) -> float:
-        """The part of what was placed lately that this router placed; 1 as long as there is room for all."""
-        return self.own / self.recent if self.recent > self.capacity // 2 else 1.0
-
-    def place(self, grains: int, own: bool) -> int:
-        """Count what was placed; return the sum."""
-        self.placed += grains
-        self.recent += grains
-        self.own += grains if own else 0
-        if self.recent > 2 * self.capacity:
-            self.recent >>= 1
-            self.own >>= 1
-        return self.placed
-
-    def __repr__(self) -> str:
-        return f"<CacheLife {self.number} of {self.name:016x}: {self.placed - _BEGIN} grains placed of {self.capacity}>"
 
 
 class SharedPrefixes:
@@ -123,7 +68,7 @@ class SharedPrefixes:
     """
 
     __slots__ = (
-        *("_dropped", "_half", "_heads", "_lives", "_names", "_numbers", "_old", "_pending", "_size", "_young"),
+        *("_dropped", "_half", "_lives", "_names", "_numbers", "_old", "_sent", "_size", "_unread", "_young"),
         *("_forgets", "agreed", "connected", "crowded", "grain", "heard", "secret", "told", "turn"),
     )
 
@@ -142,8 +87,7 @@ class SharedPrefixes:
         self._lives: dict[int, CacheLife] = {}  # by number
         self._names: dict[int, CacheLife] = {}
         self._numbers = 0
-        self._heads: list[tuple[int, int, int]] = []  # to be told: name of the worker, hashes, bytes
-        self._pending: list[int] = []  # their hashes
+        self._sent, self._unread = Untold(), Untold()
 
     def __repr__(self) -> str:
         return f"<SharedPrefixes of {len(self._lives)} lives, {len(self)} entries>"
@@ -175,7 +119,7 @@ class SharedPrefixes:
         """Forget what a worker has: its cache is empty."""
         del self._lives[life.number]
         life.number = self._next()
-        life.placed = _BEGIN
+        life.placed = BEGIN
         life.recent = life.own = life.untold = 0
         life.past = -1
         self._lives[life.number] = life
@@ -189,7 +133,7 @@ class SharedPrefixes:
     def rename(self, names: dict[int, int]) -> None:
         """Begin anew, with other names of workers, by their old ones: those of others, and of texts, mean nothing any
         more."""
-        self._heads, self._pending = [], []
+        self._sent, self._unread = Untold(), Untold()
         lives = [life for name, life in self._names.items() if name in names]
         self._names, self._lives = {}, {life.number: life for life in lives}
         for life in lives:
@@ -211,7 +155,7 @@ class SharedPrefixes:
         """Count bytes that were placed; return the stamp of what was placed with them."""
         if life.placed > _LAST:
             self.empty(life)
-        return life.place(min(grown, _MOST_GROWN) // self.grain, own)
+        return life.place(min(grown, MOST_GROWN) // self.grain, own)
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -267,8 +211,9 @@ class SharedPrefixes:
 
     # -- what this router places ---------------------------------------------------------------------------------------
 
-    def note(self, life: CacheLife, chain: list[int]) -> None:
-        """Take note that a prompt goes to a worker; what of that is new there is told with the next flush.
+    def note(self, life: CacheLife, chain: list[int]) -> int:
+        """Take note that a prompt goes to a worker; what of that is new there is told with the next flush. Return how
+        many of its beginnings the worker was believed to have.
 
         The longest beginning that was noted a short time ago ends the search: the shorter ones were noted with it.
         """
@@ -287,16 +232,48 @@ class SharedPrefixes:
         placed = self._place(life, grown, own=True)
         new = chain[number:]
         if not new:
-            return
+            return known
         for key in new:
             self._enter(key, life.number, placed)
-        if len(self._pending) + len(new) > _MOST_PENDING:
+        if self._sent.add(life.name, life.untold, new):
+            self.told += 1
+            life.untold = 0
+        else:
             self.crowded += len(new)
+        return known
+
+    def take_back(self, life: CacheLife, chain: list[int], known: int) -> None:
+        """Take note that a worker did not read a prompt that was noted: of its beginnings it has only the first
+        `known`."""
+        gone, boundaries = self._leave(chain[known:], life.number), self.secret.boundaries
+        if not gone:
             return
-        self.told += 1
-        self._heads.append((life.name, len(new), min(life.untold, _MOST_GROWN)))
-        self._pending += new
-        life.untold = 0
+        grown = boundaries[len(chain) - 1] - (boundaries[known - 1] if known else 0)
+        life.take_back(grown // self.grain, own=True)
+        if not self._unread.add(life.name, grown, gone):
+            self.crowded += len(gone)
+
+    def _leave(self, keys: list[int], number: int) -> list[int]:
+        """Enter that a life has not these beginnings; return those that it had."""
+        found = []
+        for key in keys:
+            place = key & (_PARTS - 1)
+            young = self._young[place]
+            part = young if key in young else self._old[place]
+            entry = part.get(key)
+            if entry is None:
+                continue
+            owners = [entry] if isinstance(entry, int) else numbers(entry)
+            others = [each for each in owners if each >> _STAMP_BITS != number]
+            if len(others) == len(owners):
+                continue
+            found.append(key)
+            if others:
+                part[key] = others[0] if len(others) == 1 else packed(others)
+            else:
+                del part[key]
+                self._size -= part is young
+        return found
 
     def _stamp(self, key: int, number: int) -> int:
         """Return when a life was given a beginning last; -1: never, as far as is known."""
@@ -362,19 +339,13 @@ class SharedPrefixes:
 
     # -- what is told, and heard ---------------------------------------------------------------------------------------
 
-    def gather(self) -> tuple[list[tuple[int, int, int]], list[int]]:
-        """Return what is to be told, as much as fits into a message: (worker, hashes, bytes) of each prompt, and the
-        hashes of all. It is not told again."""
-        heads = self._heads[:_MOST_HEADS]
-        count = 0
-        for number, (_, hashes, _) in enumerate(heads):
-            if count + hashes > MOST_HASHES:
-                del heads[number:]
-                break
-            count += hashes
-        keys = self._pending[:count]
-        del self._heads[: len(heads)], self._pending[:count]
-        return heads, keys
+    def gather(self) -> tuple[Prompts, Prompts]:
+        """Return the prompts to be told, as much as fits into a message: those that were sent, and those of before that
+        were not read. It is not told again."""
+        sent = self._sent.take(MOST_HEADS, MOST_HASHES)
+        if len(self._sent):  # one of these may not have been read: that comes after it
+            return sent, ([], [])
+        return sent, self._unread.take(MOST_HEADS - len(sent[0]), MOST_HASHES - len(sent[1]))
 
     def hear(self, life: CacheLife, grown: int, keys: list[int], old: bool) -> None:
         """Take note that another router sent a prompt to a worker.
@@ -389,5 +360,16 @@ class SharedPrefixes:
         elif life.past >= 0:
             for key in keys:
                 if self._stamp(key, life.number) < 0:
-                    self._enter(key, life.number, _BEGIN - life.past)
-            life.past = min(life.past + grown // self.grain, _BEGIN)
+                    self._enter(key, life.number, BEGIN - life.past)
+            life.past = min(life.past + grown // self.grain, BEGIN)
+
+    def unhear(self, life: CacheLife, grown: int, keys: list[int], old: bool) -> None:
+        """Take note that a worker did not read a prompt that another router had sent there. The same as for `hear`."""
+        if not old:
+            if self._leave(keys, life.number):
+                life.take_back(grown // self.grain, own=False)
+        elif life.past >= 0:
+            for key in keys:
+                if self._stamp(key, life.number) < 0:
+                    self._enter(key, life.number, 0)  # so long ago that it does not count
+            life.past = max(life.past - grown // self.grain, 0)

@@ -38,6 +38,7 @@ class SharedRules(msgspec.Struct, frozen=True):
     expiry    seconds after its last message after which nothing of another router's load counts any more
     whole     seconds between two messages that hold all loads, not only those that changed
     waiting   most bytes of messages that wait to be applied
+    place     of this machine, or container, alone: workers at its loopback addresses are others than those of another
     """
 
     key: bytes
@@ -47,6 +48,14 @@ class SharedRules(msgspec.Struct, frozen=True):
     expiry: float = 3.0
     whole: float = 1.0
     waiting: int = 1 << 23
+    place: bytes = b""
+
+
+class AnyMessage(msgspec.Struct, frozen=True, array_like=True):
+    """What messages of all forms begin with. Within a form, fields are added at the end only: who does not know them
+    skips them."""
+
+    form: int
 
 
 class LoadsMessage(msgspec.Struct, frozen=True, array_like=True):
@@ -62,6 +71,8 @@ class LoadsMessage(msgspec.Struct, frozen=True, array_like=True):
             here, nothing is in flight
     spent   of each: requests in flight (32 bits), requests begun since the last message (32); then tokens since then
     first   with `all_meters`: of which name on that counts; last: up to which one
+    debts   with `all_meters`, of each: milliseconds until all its requests may come at once again (32 bits), and its
+            tokens (32)
     """
 
     form: int
@@ -78,6 +89,7 @@ class LoadsMessage(msgspec.Struct, frozen=True, array_like=True):
     high: int = 0
     first: int = 0
     last: int = 0
+    debts: bytes = b""
 
 
 class PlacementsMessage(msgspec.Struct, frozen=True, array_like=True):
@@ -90,6 +102,8 @@ class PlacementsMessage(msgspec.Struct, frozen=True, array_like=True):
              that the worker had not cached (32)
     hashes   of all prompts, one after the other: those of the boundaries that are new at the worker
     homes    of sessions: name of the session, then name of its worker, by turns
+    back     of prompts that were told before, but not read by their workers: the same as `heads`
+    gone     their hashes, which these workers do not have
     """
 
     form: int
@@ -100,6 +114,8 @@ class PlacementsMessage(msgspec.Struct, frozen=True, array_like=True):
     heads: bytes = b""
     hashes: bytes = b""
     homes: bytes = b""
+    back: bytes = b""
+    gone: bytes = b""
 
 
 class OrderMessage(msgspec.Struct, frozen=True, array_like=True):

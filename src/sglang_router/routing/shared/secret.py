@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 from hmac import compare_digest
+from ipaddress import ip_address
 from typing import Any, Final
 
 from sglang_router.routing.shared.packing import numbers
@@ -35,12 +36,13 @@ _CODE: Final = 16
 
 
 class Secret:
-    """See the module. key: 32 bytes; step: of chains, in bytes of text."""
+    """See the module. key: 32 bytes; step: of chains, in bytes of text; place: see `SharedRules`."""
 
-    __slots__ = ("_codes", "_key", "_names", "_texts", "boundaries", "mark", "step")
+    __slots__ = ("_codes", "_key", "_names", "_place", "_texts", "boundaries", "mark", "step")
 
-    def __init__(self, key: bytes, step: int) -> None:
+    def __init__(self, key: bytes, step: int, place: bytes = b"") -> None:
         self.step = step
+        self._place = place
         self.boundaries = boundaries_of(step)
         self.use(key)
 
@@ -62,8 +64,8 @@ class Secret:
         return int.from_bytes(state.digest(), "little")
 
     def worker(self, url: str) -> int:
-        """Return the name of a worker, by its URL."""
-        return self.name(b"worker", url.encode())
+        """Return the name of a worker, by its URL. One of this machine alone has a name of this machine."""
+        return self.name(b"worker", url.encode() + (b"\0" + self._place if _is_local(url) else b""))
 
     def chain(self, namespace: bytes, text: bytes) -> list[int]:
         """Return the names of the beginnings of a text, the shortest first; none for a text shorter than a step."""
@@ -103,6 +105,16 @@ class Secret:
         state.update(data)
         code: bytes = state.digest()
         return code
+
+
+def _is_local(url: str) -> bool:
+    """Return whether the host of a URL means another machine on each machine."""
+    authority = url.partition("://")[2].partition("/")[0].partition("@")[0]  # behind it: a rank
+    host = authority[1:].partition("]")[0] if authority.startswith("[") else authority.partition(":")[0]
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def boundaries_of(step: int) -> list[int]:

@@ -4,6 +4,7 @@
     KVCaches(None, shared=shared.prefixes)  for the policies of the router (`PolicySettings.kv_caches`)
     shared.attach(router)                   and add it to the listeners of the fleet
     shared.outgoing(now)   -> messages      each flush: what is new, for the streams of its topics
+    shared.missed(topic)                    what it returned last could not be written
     shared.receive(topic, payload)          what came from a stream, own messages too
     shared.apply(now, budget)               work on it in pieces, until it returns False
     shared.look(now)                        a few times a second: peers expire
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -28,6 +29,7 @@ from sglang_router.routing.shared.homes import SharedHomes
 from sglang_router.routing.shared.inbox import Inbox, Received
 from sglang_router.routing.shared.loads import MOST_STATES, SharedLoads
 from sglang_router.routing.shared.members import Members
+from sglang_router.routing.shared.opening import Opener
 from sglang_router.routing.shared.orders import SharedOrders
 from sglang_router.routing.shared.packing import numbers, packed
 from sglang_router.routing.shared.peers import HIGHEST, Peer, Peers
@@ -71,7 +73,7 @@ class SharedState(Listener):
 
     def __init__(self, rules: SharedRules) -> None:
         self.rules = rules
-        self.secret = Secret(rules.key, rules.step)
+        self.secret = Secret(rules.key, rules.step, rules.place)
         self.peers = Peers(rules.router, rules.expiry)
         self.inbox = Inbox(rules.waiting)
         self.prefixes = SharedPrefixes(self.secret, rules.blocks, int.from_bytes(rules.router[-2:], "big"))
@@ -89,11 +91,7 @@ class SharedState(Listener):
         self._number = 0
         self._whole_at = 0.0
         self._pack = msgspec.msgpack.Encoder().encode
-        self._unpack: dict[SharedTopic, Callable[[bytes], Any]] = {
-            SharedTopic.LOADS: msgspec.msgpack.Decoder(LoadsMessage).decode,
-            SharedTopic.PLACEMENTS: msgspec.msgpack.Decoder(PlacementsMessage).decode,
-            SharedTopic.ORDERS: msgspec.msgpack.Decoder(OrderMessage).decode,
-        }
+        self._open = Opener(self.secret, self.inbox.dropped).open
 
     def __repr__(self) -> str:
         return f"<SharedState of {self.members!r}, {self.peers!r}, {self.inbox!r}>"
@@ -178,10 +176,15 @@ class SharedState(Listener):
         """Return what is new, each at most 64 KiB; [] when nothing is.
 
         It is not told again. Loads that are lost are mended by the next ones, and placements are a loss of some cached
-        tokens; but orders have to be written some time.
+        tokens; but orders have to be written some time, and of what else must not be lost `missed` hears.
         """
         self._now = now
         return [*self._of_orders(now), *self._of_placements(now), *self._of_loads(now)]
+
+    def missed(self, topic: SharedTopic) -> None:
+        """Take note that messages of a topic that `outgoing` returned last could not be written."""
+        if topic is SharedTopic.PLACEMENTS and self._placements is not None:
+            self._placements.missed()
 
     def leave(self) -> list[Message]:
         """Return what tells the others that this router ends: its requests in flight count no more."""
@@ -217,7 +220,7 @@ class SharedState(Listener):
         if whole:
             self._whole_at = now + self.rules.whole
         names, states = self._loads.gather(now, whole)
-        meters, spent = self._spending.gather(whole)
+        meters, spent, debts = self._spending.gather(now, whole)
         found: list[Message] = []
         parts = max(-(-len(names) // MOST_STATES), -(-len(meters) // MOST_METERS), int(whole))
         low = first = 0
@@ -242,6 +245,7 @@ class SharedState(Listener):
                 high=high if is_whole else 0,
                 first=first if all_meters else 0,
                 last=last if all_meters else 0,
+                debts=packed(debts[begin:stop]),
             )
             low, first = high + 1, last + 1
             found.append(self._sealed(SharedTopic.LOADS, message))
@@ -280,7 +284,7 @@ class SharedState(Listener):
 
     def _hear(self, received: Received, now: float) -> Iterator[int]:
         """Apply a message in pieces; yield the number of figures in each."""
-        message = self._opened(received)
+        message = self._open(received)
         if message is None:
             return
         own = message.router == self.rules.router
@@ -291,25 +295,6 @@ class SharedState(Listener):
         elif isinstance(message, OrderMessage) and self._orders is not None and not received.old:
             self._orders.hear(message, now)
 
-    def _opened(self, received: Received) -> LoadsMessage | PlacementsMessage | OrderMessage | None:
-        """Return what a payload says; None for what cannot be used, which is counted."""
-        if not self.secret.is_ours(received.payload):
-            self.inbox.dropped["foreign"] += 1
-            return None
-        data = self.secret.open(received.topic.value, received.payload)
-        if data is None:
-            self.inbox.dropped["forged"] += 1
-            return None
-        try:
-            message: LoadsMessage | PlacementsMessage | OrderMessage = self._unpack[received.topic](data)
-        except msgspec.MsgspecError:
-            self.inbox.dropped["malformed"] += 1
-            return None
-        if message.form != FORM:
-            self.inbox.dropped["form"] += 1
-            return None
-        return message
-
     def _hear_loads(self, message: LoadsMessage, old: bool, now: float) -> Iterator[int]:
         names, states = numbers(message.names), numbers(message.states)
         if len(names) != len(states):
@@ -317,6 +302,9 @@ class SharedState(Listener):
         meters, spent = numbers(message.meters), numbers(message.spent)
         if 2 * len(meters) != len(spent):
             raise ValueError("there are no two figures for each client")
+        debts = numbers(message.debts) or [0] * len(meters)
+        if len(meters) != len(debts):
+            raise ValueError("there is no debt of each client")
         loads, spending = self._loads, self._spending
         peer = None if old else self.peers.hear(message.router, message.number, now)
         if loads is None or spending is None or peer is None:
@@ -330,7 +318,7 @@ class SharedState(Listener):
         if message.all_meters:
             spending.only(peer, set(meters), message.first, message.last)
         for place, name in enumerate(meters):
-            spending.hear(peer, name, spent[2 * place], spent[2 * place + 1], now)
+            spending.hear(peer, name, spent[2 * place], spent[2 * place + 1], debts[place], now)
             if not place % _PIECE:
                 yield _PIECE
         for start in range(0, len(names), _PIECE):

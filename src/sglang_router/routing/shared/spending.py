@@ -6,6 +6,10 @@
 
 Each router charges its own requests at once and those of the others after one flush. So as many requests more than a
 limit allows may pass as come to the other routers within that time; the client waits longer then.
+
+What was used is told once. A router that was not there, or did not hear it, learns how much each limit is used up when
+it hears of the others for the first time, or again: of what several say the most counts. (Only then: told again and
+again, each time a moment old, it would never end.)
 """
 
 from __future__ import annotations
@@ -16,21 +20,24 @@ from sglang_router.routing.quotas import Meter, Quotas
 from sglang_router.routing.shared.peers import HIGHEST, MOST_NAMES, Peer, Peers
 from sglang_router.routing.shared.secret import Secret
 
-MOST_METERS: Final = 1024
+MOST_METERS: Final = 768
 """Clients and models in one message: 24 kB."""
+_FIRST: Final = 2.0
+"""Seconds after a router's first message in which it counts how much it says that limits are used up."""
 _MOST: Final = (1 << 32) - 1
 
 
 class SharedSpending:
     """See the module."""
 
-    __slots__ = ("_meters", "_peers", "_quotas", "_secret")
+    __slots__ = ("_meters", "_peers", "_quotas", "_secret", "_used")
 
     def __init__(self, quotas: Quotas, peers: Peers, secret: Secret) -> None:
         self._quotas = quotas
         self._peers = peers
         self._secret = secret
         self._meters: dict[int, Meter] = {}  # by code; some that are no more
+        self._used: dict[Meter, None] = {}  # that may not be as if nothing was used
         quotas.touched = {}
         quotas.joined = self._joined
         self._look()
@@ -38,20 +45,27 @@ class SharedSpending:
     def __repr__(self) -> str:
         return f"<SharedSpending of {len(self._meters)} clients and models>"
 
-    def gather(self, whole: bool) -> tuple[list[int], list[int]]:
-        """Return codes, and for each two figures: requests in flight and begun, and tokens. In the order of codes."""
-        codes, spent = [], []
+    def gather(self, now: float, whole: bool) -> tuple[list[int], list[int], list[int]]:
+        """Return codes, and for each two figures: requests in flight and begun, and tokens; and with `whole` its debts.
+        In the order of codes."""
+        codes, spent, debts = [], [], []
         touched, self._quotas.touched = self._quotas.touched or {}, {}
+        self._used |= touched
         if whole:
             self._look()
             touched |= {meter: None for meter in self._meters.values() if meter.running}
+            known = self._meters
+            self._used = {each: None for each in self._used if known.get(each.code) is each and each.debts(now)}
+            touched |= self._used
         for meter in sorted(touched, key=lambda meter: meter.code):
             begun, tokens = meter.untold()
             codes.append(meter.code)
             spent += [min(meter.running, _MOST) | min(begun, _MOST) << 32, tokens]
-        return codes, spent
+            if whole:
+                debts.append(meter.debts(now))
+        return codes, spent, debts
 
-    def hear(self, peer: Peer, code: int, spent: int, tokens: int, now: float) -> None:
+    def hear(self, peer: Peer, code: int, spent: int, tokens: int, debts: int, now: float) -> None:
         """Take what a peer tells of one client or model."""
         running, meter = spent & _MOST, self._meters.get(code)
         if running:
@@ -61,6 +75,9 @@ class SharedSpending:
             peer.meters.pop(code, None)
         if meter is not None:
             meter.charge(spent >> 32, tokens, now)
+            if debts and now - peer.since <= _FIRST:
+                meter.owes(debts, now)
+            self._used[meter] = None
             self._count(meter)
 
     def only(self, peer: Peer, codes: set[int], first: int = 0, last: int = HIGHEST) -> None:
