@@ -176,6 +176,10 @@ class Prometheus:
         found = [float(each["value"][1]) for each in self.get("/api/v1/query", query=expression)["result"]]
         return [value for value in found if value == value]
 
+    def fault(self) -> str:
+        """Return why the router could not be scraped the last time; "" if it could."""
+        return "; ".join(each["lastError"] for each in self.get("/api/v1/targets")["activeTargets"])
+
     def firing(self) -> set[tuple[str, str]]:
         """Return the alerts that fire, with their workers."""
         found = self.get("/api/v1/alerts")["alerts"]
@@ -201,11 +205,12 @@ def until_none(what: str, missing: Any) -> None:
 
 def check_live(folder: Path) -> None:
     cert, key, trusts = certificate(folder)
-    away = f"127.0.0.1:{free_port()}"  # no collector: spans are lost, which is a metric as well
+    away = f"127.0.0.1:{free_port()}"  # no collector and no store there: what is lost then is a metric as well
     flags = (
         *("--tls-cert-path", str(cert), "--tls-key-path", str(key), "--api-key", f"alice {KEY}"),
         *("--max-concurrent-requests", "6", "--queue-size", "100", "--engine-report-interval-secs", "1"),
         *("--health-check-interval-secs", "1", "--enable-trace", "--otlp-traces-endpoint", away),
+        *("--shared-state", f"redis://{away}"),
     )
     doomed, doomed_url = start_engine(*ENGINE)
     try:
@@ -247,7 +252,9 @@ def check_dashboard(prometheus: Prometheus) -> None:
 
     def missing() -> list[str]:
         empty = [f"{panel}: {expression}" for panel, expression in asked if not prometheus.values(expression)]
-        return empty + [f"alerts: {name}" for name in sorted(named) if not prometheus.values(name)]
+        empty += [f"alerts: {name}" for name in sorted(named) if not prometheus.values(name)]
+        fault = prometheus.fault() if empty else ""
+        return empty + [f"the last scrape failed: {fault}"] * bool(fault)
 
     until_none("without a value", missing)
     say(f"Prometheus: {len(asked)} expressions of dashboard and page have values, and {len(named)} metrics of alerts")

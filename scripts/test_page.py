@@ -4,6 +4,7 @@
     course_of_actions   drain, resume, restart, remove, add, restart all: each confirmed, and seen in the router itself
     course_of_looking   filter, sort, a worker, a decision, the keyboard, light, dark, a phone
     course_of_trouble   a router that hangs, one that is started anew, a key that is taken away
+    course_of_names     names that would change the page, and a foreign name that was made to point to the router
     course_of_many      1,000 workers: what a second of the page costs the browser, and a frame the router
 
 Each ends with the browser's console: an error there, or a breach of the Content-Security-Policy, is a failure.
@@ -48,12 +49,18 @@ SLOWEST_SECOND = 0.5
 
 
 class Browser:
-    """One window of Chromium at the page of a router. pictures: where to leave them; None: nowhere."""
+    """One window of Chromium at the page of a router.
 
-    def __init__(self, url: str, pictures: Path | None, size: str = "1440,1000") -> None:
+    pictures  where to leave them; None: nowhere
+    foreign   a name that leads to this machine; "": there is none
+    """
+
+    def __init__(self, url: str, pictures: Path | None, size: str = "1440,1000", foreign: str = "") -> None:
         options = webdriver.ChromeOptions()
         for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
             options.add_argument(flag)
+        if foreign:
+            options.add_argument(f"--host-resolver-rules=MAP {foreign} 127.0.0.1")
         options.add_argument(f"--window-size={size}")
         options.binary_location = "/usr/bin/chromium"
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -145,9 +152,11 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(url: str, pictures: Path | None, *expected: str, size: str = "1440,1000") -> Iterator[Browser]:
+def browser(
+    url: str, pictures: Path | None, *expected: str, size: str = "1440,1000", foreign: str = ""
+) -> Iterator[Browser]:
     """Yield a window; expected: texts of lines in its console that are no failure."""
-    opened = Browser(url, pictures, size)
+    opened = Browser(url, pictures, size, foreign)
     try:
         yield opened
     except BaseException:
@@ -228,6 +237,8 @@ def load(router: RouterProcess) -> Iterator[None]:
 
 _REFUSED = ("401 (Unauthorized)", "403 (Forbidden)")
 """What the console says of a key that is refused."""
+_INSECURE = "Cross-Origin-Opener-Policy header has been ignored"
+"""And of any page over plain HTTP that is not from this machine."""
 _TWICE = "409 (Conflict)"
 """And of a worker that is there already."""
 
@@ -292,6 +303,7 @@ def course_of_actions(router: RouterProcess, pictures: Path | None) -> None:
         assert another not in router.workers()
         page.click("#roll")
         page.answer()
+        page.until("that it has begun", lambda: page.text("#said") == "Restart all: begun")
         page.until("the progress", lambda: "Rolling restart running" in page.text("#rolling-text"))
         page.picture("rolling")
         page.until("the end", lambda: f"Rolling restart done: {ENGINES} of {ENGINES}" in page.text("#rolling-text"))
@@ -398,8 +410,11 @@ def course_of_trouble(pictures: Path | None) -> None:
             page.live()
             process.send_signal(signal.SIGSTOP)
             page.until("that it hangs", lambda: "silent" in page.text("#link"))
+            assert "all below is of then" in page.text("#stale")
+            page.picture("stale")
             process.send_signal(signal.SIGCONT)
             page.live()
+            assert page.text("#stale") == ""
             keys.write_text(f"ops:On Call:user:{ADMIN}\ndesk:The Desk:user:{USER}\n")
             process.send_signal(signal.SIGHUP)
             page.until("that nothing can be changed any more", lambda: "role admin" in page.text("#limits"))
@@ -433,6 +448,33 @@ def _on_port(urls: list[str], flags: tuple[str, ...]) -> Iterator[subprocess.Pop
     finally:
         process.kill()
         process.wait()
+
+
+def course_of_names(pictures: Path | None) -> None:
+    with stack(health=HealthRules(enabled=False)) as router:
+        for number, model in enumerate(("<img src=x onerror=alert(1)>", "abc\u202egnp.exe", "m" * 256)):
+            router.add(f"http://10.0.0.{number + 1}:8000/{'path' * 30}", model_id=model)
+        with browser(f"http://127.0.0.1:{router.port}/", pictures) as page:
+            page.live()
+            page.until("the names as they are", lambda: "<img src=x onerror=alert(1)>" in page.text("#workers"))
+            assert "abc\\u202egnp.exe" in page.text("#workers")
+            page.picture("strangers")
+            page.click("#workers tbody button.link")
+            wider = page.driver.execute_script(_WIDER, page.find("#worker"))
+            assert wider <= 0, f"the dialog is {wider} px wider than its frame"
+        url = f"http://evil.example:{router.port}/"
+        with browser(url, pictures, *_REFUSED, _INSECURE, foreign="evil.example") as page:
+            page.until("why it is refused", lambda: "--control-plane-allowed-hosts" in page.text("#limits"))
+            assert page.driver.execute_async_script(_ASK_AS_CURL) == 403
+            assert page.text("#count") == ""
+
+
+_WIDER = "return arguments[0].scrollWidth - arguments[0].clientWidth;"
+_ASK_AS_CURL = """
+const done = arguments[0];
+fetch("/workers", {headers: {"User-Agent": "curl/8", "Accept-Language": ""}, referrerPolicy: "no-referrer"})
+  .then(answer => done(answer.status), done);
+"""
 
 
 def course_of_many(pictures: Path | None) -> str:
@@ -500,6 +542,8 @@ def main() -> None:
                 print(f"passed: {course.__name__}", flush=True)
     course_of_trouble(pictures)
     print("passed: course_of_trouble", flush=True)
+    course_of_names(pictures)
+    print("passed: course_of_names", flush=True)
     print(f"passed: course_of_many: {course_of_many(pictures)}")
 
 

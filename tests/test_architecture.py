@@ -88,6 +88,7 @@ PURE = (
     "config.live",
     "config.units",
     "wire",
+    "access.host_names",
     "access.origins",
     "access.permissions",
     "access.redaction",

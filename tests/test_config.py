@@ -190,6 +190,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "worker_model": ("http://a=b", {"http://a": "b"}),
     "ca_cert_paths": ("a b", ["a", "b"]),
     "cors_allowed_origins": ("https://A:443/, http://b:8080", ["https://a", "http://b:8080"]),
+    "control_plane_allowed_hosts": ("Router.Example.com., .lab.example", ["router.example.com", ".lab.example"]),
     "request_id_headers": ("X-A x-b", ["x-a", "x-b"]),
     "shared_state": ("redis://h", "redis://h"),
     "session_headers": ("X-A x-b", ["x-a", "x-b"]),
@@ -398,6 +399,62 @@ def test_bad_file(name: str, text: str, message: str, tmp_path: Path) -> None:
     assert message in found
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--otlp-traces-endpoint http://u:hunter2@h:1?x",
+        "--otlp-traces-endpoint http://:hunter2@h:1",
+        "--otlp-traces-endpoint u:hunter2@h",
+        "--discovery-dns u:hunter2@h",
+        "--discovery-dns u:hun/ter2:hunter2@h",
+        "--cors-allowed-origins https://u:hunter2@h",
+        "--control-plane-allowed-hosts http://u:hunter2@h",
+        "--port http://u:hunter2@h",
+        "--worker-urls http://u:hunter2@h",
+        "--scale-webhook http://u:hunter2@h --autoscale 1:2",
+        "--jwt-issuer https://u:hunter2@h --jwt-audience a",
+        "--shared-state redis://u:hunter2@h:x",
+    ],
+)
+def test_no_error_shows_the_password_of_a_url(flags: str) -> None:
+    assert "hunter2" not in refused(flags)
+
+
+FILES = [
+    "worker-urls: ['http://u:hunter2@h', 5]",
+    "port: http://u:hunter2@h/x",
+    "models: {a: 'x:hunter2@h'}",
+]
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_nor_does_an_error_of_a_file(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    assert "hunter2" not in refused(f"--config {file}")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("r.yaml", "policy: cost\n\nport: x\n", ":3"),
+        ("r.yaml", "{policy: cost,\n 'port': x}", ":2"),
+        ("r.yml", "\ufeffmodels:\n  port: {}\nport: x", ":3"),
+        ("r.yaml", "verbose: &it yes\nport: *it", ":2"),
+        ("r.yaml", "<<: {port: x}", ""),  # it is in another mapping
+        ("r.yaml", "policy: cost\n? 1\n: 2", ":2"),
+        ("r.yaml", "queue-size: 1\nqueue_size: 2", ":2"),
+        ("r.toml", "policy = 'cost'\nport = 'x'", ":2"),
+        ("r.toml", "policy = 'cost'\n[ports]\nx = 1", ":2"),
+        ("r.toml", "'port' = 0", ":1"),
+    ],
+)
+def test_a_wrong_option_of_a_file_is_told_with_its_line(name: str, text: str, line: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    assert refused(f"--config {file}").startswith(f"{file}{line}: ")
+
+
 def test_unreadable_file(tmp_path: Path) -> None:
     missing, binary = tmp_path / "no.yaml", tmp_path / "b.yaml"
     binary.write_bytes(b"\xff\xfe")
@@ -473,10 +530,14 @@ def test_unreadable_file(tmp_path: Path) -> None:
             "--control-plane-open --control-plane-api-keys-file f",
             "--control-plane-open cannot be used with control-plane keys; give only one of them",
         ),
+        ("--control-plane-allowed-hosts http://h", "'http://h' is not the name of a host, as in router.example.com"),
+        ("--control-plane-allowed-hosts h:80", "'h:80' is not the name of a host"),
+        ("--control-plane-allowed-hosts a..b", "'a..b' is not the name of a host"),
+        ("--control-plane-allowed-hosts .", "'.' is not the name of a host"),
         ("--cors-allowed-origins chat.example.com", "'chat.example.com' is not an origin, as in https://"),
         ("--cors-allowed-origins https://h/path", "'https://h/path' is not an origin"),
         ("--cors-allowed-origins https://h:0x1", "'https://h:0x1' is not an origin"),
-        ("--cors-allowed-origins https://u@h", "'https://u@h' is not an origin"),
+        ("--cors-allowed-origins https://u@h", "'https://***@h' is not an origin"),
         (
             "--retry-max-backoff-ms 1",
             "--retry-max-backoff-ms must not be less than --retry-initial-backoff-ms",

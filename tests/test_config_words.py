@@ -194,6 +194,7 @@ def test_f40_every_flag_with_several_values(option: Any) -> None:
         "control_plane_api_keys": ("a:A:admin:k", "b:B:user:l"),
         "prometheus_duration_buckets": ("1", "2"),
         "models": ('{"a":{}}', '{"b":{}}'),
+        "control_plane_allowed_hosts": ("a.example.com", "b.example.com"),
     }
     first, second = values.get(option.name, ("k=1", "l=2") if isinstance(option.default, dict) else (A, B))
     args = parse([option.flag, first, option.flag, second], {})

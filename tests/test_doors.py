@@ -129,6 +129,14 @@ def test_reader_of_help_may_leave(door: list[str]) -> None:
     assert done.returncode in (0, 141)  # newer versions of argparse hide the broken pipe
 
 
+def test_output_that_cannot_be_written_is_told() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*CONSOLE, "check-config"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
+
+
 # -- as functions ------------------------------------------------------------------------------------------
 
 

@@ -179,6 +179,20 @@ class ModelNotAllowed(Forbidden):
     message = "The API key does not permit this model. Name one that it permits in the field `model`."
 
 
+class HostNotAllowed(Forbidden):
+    """A browser asked by a name that somebody else may own, for what needs no key (`access.host_names`)."""
+
+    code = "host_not_allowed"
+    message = "What needs no key is not for browsers that call the router by this name; the message says what to do."
+
+    def __init__(self, name: str = "this name") -> None:
+        super().__init__(
+            f"The router does not know {name!r} as a name of its own, and without a key it answers browsers only by"
+            " a name that no other web page can have. Open it by its IP address or over https, name the host in"
+            " --control-plane-allowed-hosts, or start the router with --control-plane-api-keys."
+        )
+
+
 class NotFound(InvalidRequest):
     status = 404
     code = "not_found"

@@ -6,6 +6,7 @@ launch_router(parse_router_args(["--worker-urls", "http://127.0.0.1:8000"]))
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -72,8 +73,11 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG, serve: Callable[[
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """Run a command, which is the whole of this process. A ConfigError prints one line and gives status 2, Ctrl-C 130,
-    a closed output pipe 141. What the encoding of standard output lacks is written as an escape."""
+    """Run a command, which is the whole of this process, and return its exit status.
+
+    A ConfigError prints one line and gives status 2, Ctrl-C 130, a closed output pipe 141, output that cannot be
+    written (a full disk) one line and 1. What the encoding of standard output lacks is written as an escape.
+    """
     process.open_standard_descriptors()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -89,12 +93,25 @@ def exit_status(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of standard output has gone. Redirect it, so that Python's final flush does not fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()  # its reader has gone
         return 141
+    except OSError as error:
+        if error.errno not in _UNWRITTEN or error.filename is not None:
+            raise
+        _give_up_output()
+        _complain(f"the output cannot be written: {error.strerror}")
+        return 1
 
 
-def _complain(error: ConfigError) -> None:
+_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+def _give_up_output() -> None:
+    """Redirect standard output, so that Python's final flush does not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _complain(error: object) -> None:
     print("error:", " ".join(str(error).split()), file=sys.stderr)
 
 

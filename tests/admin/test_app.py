@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_router.access.host_names import OwnNames
 from sglang_router.access.permissions import AccessKind
 from sglang_router.admin.app import create_metrics_app
 from sglang_router.admin.page import markdown
@@ -126,8 +127,10 @@ async def up(accept: str) -> tuple[bytes, str]:
 
 def test_the_metrics_app_serves_metrics_on_any_path() -> None:
     with stack() as router:
-        router.plane.app = create_metrics_app(up)
+        router.plane.app = create_metrics_app(up, OwnNames())
         assert router.get("/metrics").text == "up 1\n"
         assert router.ask("HEAD", "/metrics").headers["content-length"] == "5"
         assert router.post("/metrics").status == 405
         assert router.get("/any/other").text == "up 1\n"
+        page = router.get("/metrics", host="evil.example", user_agent="Mozilla/5.0")
+        assert (page.status, page.json()["error"]["code"]) == (403, "host_not_allowed")

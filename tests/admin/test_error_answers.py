@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from routers import router_process
+from sglang_router.access.host_names import OwnNames
 from sglang_router.access.permissions import Access
 from sglang_router.admin.app import create_metrics_app
 from sglang_router.config.keys import ControlKey
@@ -188,7 +189,7 @@ async def up(accept: str) -> tuple[bytes, str]:
 @pytest.mark.parametrize(("method", "status"), [("POST", 405), ("DELETE", 405)])
 def test_the_metrics_port(method: str, status: int) -> None:
     with stack() as router:
-        router.plane.app = create_metrics_app(up)
+        router.plane.app = create_metrics_app(up, OwnNames())
         reply = router.ask(method, "/metrics")
     check(reply, Case(f"{method} /metrics", status, "method_not_allowed", fields={"allow": "GET, HEAD"}))
 

@@ -20,6 +20,7 @@ def test_what_happened_between_two_readings() -> None:
     assert (point.requests, point.errors, point.tokens) == (2.0, 0.5, 10.0)
     assert (point.matched, point.cached) == (0.5, 0.25)
     assert point.ttft_p50 == 0.55
+    assert (point.ttft_p95, point.at) == (0.955, 1e9)
     assert (point.queued, point.running, point.healthy, point.workers) == (2, 3, 4, 5)
 
 

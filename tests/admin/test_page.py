@@ -288,6 +288,7 @@ FOREIGN = [
     {"sec_fetch_site": "cross-site"},
     {"sec_fetch_site": "same-site", "origin": "http://elsewhere.example"},
     {"user_agent": "Mozilla/5.0"},
+    {"origin": "http://elsewhere.example", "authorization": "Bearer of-no-use-here"},
 ]
 
 
@@ -314,6 +315,50 @@ def test_the_routers_own_page_and_programs_change_where_no_key_is_needed() -> No
         assert router.ask("POST", path, None, **own).status == 200
         assert router.ask("POST", path, user_agent="Mozilla/5.0", x_sglang_router_page="1").status == 200
         assert router.ask("POST", path, user_agent="curl/8").status == 200
+
+
+REBOUND = [
+    {"user_agent": "Mozilla/5.0", "accept_language": "en"},
+    {"user_agent": "curl/8", "accept_language": "en", "authorization": "Bearer any", "x_sglang_router_page": "1"},
+    {"user_agent": "Mozilla/5.0", "origin": "http://evil.example:30000", "x_sglang_router_page": "1"},
+]
+"""What a page of evil.example sends once that name points to the router: all of it is of its own origin."""
+
+
+@pytest.mark.parametrize("headers", REBOUND)
+def test_a_page_whose_name_was_made_to_point_here_sees_and_changes_nothing_without_a_key(
+    headers: dict[str, str],
+) -> None:
+    with stack(access=Access(open=True)) as router:
+        (fake,) = router.fakes({**OK, "POST /flush_cache": answer(200)})
+        path = f"/workers/{router.worker(fake.url).id}/drain"
+        for route in (f"POST {path}", "GET /flush_cache", "GET /overview", "GET /workers", "GET /metrics"):
+            method, _, target = route.partition(" ")
+            reply = router.ask(method, target, None, host="evil.example:30000", **headers)
+            assert (reply.status, reply.json()["error"]["code"]) == (403, "host_not_allowed"), target
+            assert "'evil.example:30000'" in reply.json()["error"]["message"]
+            assert "--control-plane-allowed-hosts" in reply.json()["error"]["message"]
+        assert "version" not in router.get("/", host="evil.example:30000", **headers).json()
+        assert not router.worker(fake.url).draining
+        assert fake.count("POST /flush_cache") == 0
+        inference = headers | {"content_type": "application/json", "host": "evil.example:30000"}
+        assert router.ask("POST", "/generate", b'{"text": "x"}', **inference).status == 200
+        assert router.get("/health", host="evil.example:30000", **headers).status == 200
+
+
+def test_names_of_the_router_and_programs_may_see_what_needs_no_key() -> None:
+    with stack(options={"control_plane_allowed_hosts": ["router.example.com"]}) as router:
+        page = {"user_agent": "Mozilla/5.0", "accept_language": "en"}
+        for host in ("router.example.com:30000", "gpu-box:30000", f"127.0.0.1:{router.port}"):
+            assert router.get("/overview", host=host, **page).status == 200, host
+        assert router.get("/overview", host="evil.example", user_agent="Prometheus/3").status == 200
+
+
+def test_where_the_control_plane_has_keys_any_name_will_do() -> None:
+    with stack(access=keyed()) as router:
+        page = {"user_agent": "Mozilla/5.0", "host": "evil.example"}
+        assert router.get("/workers", **page).status == 401
+        assert router.get("/workers", authorization=f"Bearer {USER}", **page).status == 200
 
 
 def test_a_key_is_enough_for_any_page() -> None:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from fleets import Bench
-from sglang_router.admin.worker_row import row_of, state_of
+from sglang_router.admin.worker_row import WorkerRow, row_of, state_of
+from sglang_router.routing.engine_report import EngineReport
+from sglang_router.routing.model_names import Names
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
@@ -46,7 +48,7 @@ def paused(bench: Bench, worker: Worker) -> None:
 CASES: list[tuple[Callable[[Bench, Worker], None], str, str]] = [
     (lambda bench, worker: None, "healthy", ""),
     (drained, "draining", "no new requests; 0 requests in flight"),
-    (returning, "restarting", "it is restarted after 0 requests in flight"),
+    (returning, "restarting", "its engine is restarted"),
     (withheld, "withheld", "its pod is not ready"),
     (paused, "paused", "by the control plane: kv_cache, weights"),
     (unwell, "unhealthy", "connection refused"),
@@ -73,3 +75,37 @@ def test_a_replica_says_why_it_ended() -> None:
     assert state_of(worker, replica) == ("down", "exit status 1, 5 times in 300 s")
     row = row_of(worker, (0.0, None, 0.0, None), 7, 1000.0, replica)
     assert (row.restarts, row.managed, row.tree, row.since) == (5, True, 7, 1000.0 + worker.since)
+
+
+def test_every_figure_of_a_row() -> None:
+    bench = Bench(1, "round_robin")
+    (worker,) = bench.workers
+    worker.announce(Names(("tiny", "other")))
+    worker.tell_role("decode")
+    worker.elsewhere, worker.load = 2, 5  # two of them are another router's
+    worker.report = EngineReport(queued=4, used_tokens=25, capacity_tokens=100, window=8)
+    worker.waiting, worker.draining = 9, True
+    assert row_of(worker, (1.5, 0.25, 12.0, 0.4), 77, 1000.0, None) == WorkerRow(
+        id=worker.id,
+        url=worker.url,
+        model="tiny",
+        role="decode",
+        state="draining",
+        why="no new requests; 3 requests in flight",
+        running=3,
+        waiting=4,
+        limit=8,
+        requests=1.5,
+        ttft=0.25,
+        tokens=12.0,
+        cached=0.4,
+        tree=77,
+        kv=0.25,
+        restarts=None,
+        since=1000.0 + worker.since,
+        draining=True,
+        managed=False,
+    )
+    worker.report, worker.window.limit = EngineReport(window=8), 5
+    told = row_of(worker, (0.0, None, 0.0, None), 0, 0.0, None)
+    assert (told.waiting, told.limit, told.kv) == (9, 5, None)

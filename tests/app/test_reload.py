@@ -71,7 +71,8 @@ def test_effective_options_hide_every_secret() -> None:
         control_plane_api_keys=["a:b:admin:hush-2"],  # type: ignore[list-item]
         worker_api_key="hush-3",
         autoscale="1:2",
-        scale_webhook="http://127.0.0.1:9",
+        scale_webhook="http://127.0.0.1:9/services/hush-6",
+        scale_command="scale --token hush-7",
         scale_webhook_secret="hush-4",
         shared_state="redis://:hush-5@store",
     ).checked()

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -180,10 +181,11 @@ def test_top_prints_lines_where_there_is_no_terminal(router: RouterProcess) -> N
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("key", [b"q", b"\x03"], ids=["q", "ctrl-c"])
+@pytest.mark.parametrize(("key", "status"), [(b"q", 0), (b"\x03", 0), (b"", 128 + signal.SIGTERM)])
 def test_top_on_a_terminal_is_a_table_and_leaves_it_as_it_was(
-    router: RouterProcess, urls: list[str], key: bytes
+    router: RouterProcess, urls: list[str], key: bytes, status: int
 ) -> None:
+    """It ends by a key, by Ctrl-C, or by SIGTERM."""
     outer, inner = pty.openpty()
     process = subprocess.Popen(
         [*CONSOLE, "top", "--url", router.url],
@@ -200,10 +202,13 @@ def test_top_on_a_terminal_is_a_table_and_leaves_it_as_it_was(
     try:
         while said.count(urls[1].encode()) < 2:  # two frames
             said += read(outer, deadline)
-        os.write(outer, key)
+        if key:
+            os.write(outer, key)
+        else:
+            process.terminate()
         while b"\x1b[?1049l" not in said:
             said += read(outer, deadline)
-        assert process.wait(WITHIN) == 0
+        assert process.wait(WITHIN) == status
     finally:
         process.kill()
         process.wait()

@@ -30,13 +30,13 @@ def test_a_good_file_is_ok(config: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_every_wrong_key_is_told(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config.write_text("polici: cost\nport: 0\nqueue-size: many\nlog-level: info\n")
+    config.write_text("# mine\npolici: cost\n\n'port': 0\nqueue-size:\n  many\nlog-level: info\n")
     status, out, err = check(capsys, str(config))
     assert (status, out) == (1, "")
     assert err.splitlines() == [
-        f"error: {config}: 'polici' is not an option; did you mean policy?",
-        f"error: {config}: port: 0 is not a whole number from 1 to 65535",
-        f"error: {config}: queue-size: 'many' is not a whole number of at least 0",
+        f"error: {config}:2: 'polici' is not an option; did you mean policy?",
+        f"error: {config}:4: port: 0 is not a whole number from 1 to 65535",
+        f"error: {config}:5: queue-size: 'many' is not a whole number of at least 0",
     ]
 
 

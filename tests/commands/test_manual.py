@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from sglang_router import cli
-from sglang_router.commands import completion, manual, operating
+from sglang_router.commands import manual, operating
 from sglang_router.config import OPTIONS
 from sglang_router.config.flags import COMMON, COMMON_OF, new_parser
 
@@ -48,18 +47,3 @@ def test_help_is_short_and_help_all_is_not(command: str, capsys: pytest.CaptureF
     for option in OPTIONS.values():
         assert option.flag in long
         assert (f"  {option.flag} " in short or f"  {option.flag}\n" in short) == (option.name in common)
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion_knows_commands_and_their_options(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert completion.main([shell], "sglang-router completion", cli.parsers()) == 0
-    said = capsys.readouterr().out
-    for word in ("check-config", "--worker-urls", "--bootstrap-port", "drain", "--help-all"):
-        assert word in said
-
-
-def test_bash_can_read_the_completion(capsys: pytest.CaptureFixture[str]) -> None:
-    completion.main(["bash"], "sglang-router completion", cli.parsers())
-    said = capsys.readouterr().out
-    done = subprocess.run(["bash", "-n"], input=said, text=True, capture_output=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (0, "")

@@ -5,11 +5,16 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import socket
+import ssl
+import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from certificates import Authority
 from routers import plain_worker
 from sglang_router import cli
 from sglang_router.commands.asking import whole
@@ -79,6 +84,8 @@ def test_no_command_fails_over_a_strange_answer(
                     assert "\x1b" not in out + err, case
                     assert "\x9b" not in out + err, case
                     assert done in ((0, 1, 3, 5) if status == 200 else (1, 3)), case
+                    if body == b"{}" and status == 200:  # many programs answer that, and none is a router
+                        assert done == 3, case
                     if done and words != ["status"]:
                         assert err.startswith("error: "), case
                         assert err.count("\n") == 1, case
@@ -113,6 +120,30 @@ def test_an_answer_that_is_cut_off_is_none() -> None:
         whole(Slow(10, 9), 1e9)
     assert whole(Slow(10, 10), 1e9) == b"x" * 10
     assert whole(Slow(None, 7), 1e9) == b"x" * 7
+
+
+def test_the_wrong_scheme_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    with plain_worker({}) as other:
+        assert cli.main(["status", "--url", other.url.replace("http", "https")]) == 3
+    assert capfd.readouterr().err.endswith("the router may want http://.\n")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        closing = threading.Thread(target=lambda: listening.accept()[0].close())  # as TLS does with what is none
+        closing.start()
+        assert cli.main(["status", "--url", f"http://127.0.0.1:{listening.getsockname()[1]}"]) == 3
+        closing.join()
+    assert capfd.readouterr().err.endswith("the router may want https://.\n")
+
+
+def test_a_certificate_that_is_not_trusted_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pair = Authority(tmp_path / "ca").issue("router")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.cert, pair.key)
+    with plain_worker({}) as other:
+        other.socket = context.wrap_socket(other.socket, server_side=True)
+        assert cli.main(["status", "--url", other.url.replace("http", "https")]) == 3
+    told = capfd.readouterr().err
+    assert "certificate is not accepted (" in told
+    assert "--ca-cert" in told
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,8 @@ def test_tokens_are_told_as_far_as_the_engine_tells_them() -> None:
     assert first.endswith(" stream=1 prompt_tokens=455 cached_tokens=0 completion_tokens=8 model=m ttft_ms=95.1")
     assert second.endswith(" stream=1 prompt_tokens=455 resumed=1 model=m ttft_ms=95.1")
     assert third.endswith(" stream=1 model=m ttft_ms=95.1")
+    (unwritten,) = access_lines(served(usage=Usage(455, 64, -1)))
+    assert unwritten.endswith(" stream=1 prompt_tokens=455 cached_tokens=64 model=m ttft_ms=95.1")
     lines = map(json.loads, access_lines(known, some, none, form="json"))
     assert [{name: tokens for name, tokens in line.items() if "_tokens" in name} for line in lines] == [
         {"prompt_tokens": 455, "cached_tokens": 0, "completion_tokens": 8},
@@ -228,6 +230,9 @@ def test_short_lines_for_people_at_a_terminal() -> None:
     assert short.request(served(usage=Usage(455, 0, 8), retries=1), stamp) == (
         "12:00:00.250 200 POST /v1/chat/completions  812 ms, first 95 ms  w:1 hit 87%  455+8 tokens  1 retry\n"
     )
+    queued = served()
+    queued.tag.queued = 0.25
+    assert "  812 ms, first 95 ms, queued 250 ms  w:1 " in short.request(queued, stamp)
     assert short.request(REFUSED, stamp) == "12:00:00.250 503 POST /v1/chat/completions  812 ms  no_workers\n"
     assert short.request(served(path="/\x1b[2K\n"), stamp).startswith('12:00:00.250 200 POST "/\\u001b[2K\\n"  ')
     assert short.line(stamp, 30, "x", "worker is\nill", {"worker": "http://w:1"}, "") == (

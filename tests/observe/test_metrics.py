@@ -689,7 +689,9 @@ def test_the_times_of_answers_are_told_by_worker_and_model() -> None:
 
 def test_one_token_has_no_pace() -> None:
     rig = Rig()
-    rig.metrics.finished(finished(rig.leg(), streaming=True, usage=Usage(10, 4, 1)))
+    rig.metrics.finished(finished(rig.leg(), streaming=True, usage=Usage(10, 4, 1), duration=0.3))
+    took = rig.get("sgl_router_worker_request_duration_seconds_sum", worker=W1, model="m")
+    assert took == pytest.approx(0.3)
     assert not rig.samples("sgl_router_worker_inter_token_seconds")
 
 

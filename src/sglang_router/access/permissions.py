@@ -176,6 +176,10 @@ class Access:
         """Whether a change of the control plane needs a key."""
         return self._rules[AccessKind.CONTROL_CHANGE].allowed is not None
 
+    def needs_key(self, kind: AccessKind) -> bool:
+        """Return whether a request of this kind needs a key or a token."""
+        return self._rules[kind].allowed is not None
+
     @property
     def withholds(self) -> Callable[[bytes], bool] | None:
         """Tells keys of the control plane, which must not reach a worker in any field; None when there are none."""

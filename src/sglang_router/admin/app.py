@@ -18,12 +18,13 @@ from starlette.requests import Request
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from sglang_router.access.host_names import OwnNames
 from sglang_router.admin import info, page
 from sglang_router.admin.context import Context, Render
 from sglang_router.admin.guard import guarded
 from sglang_router.admin.routes import ROUTES
 from sglang_router.admin.rows import ControlRow, relayed_rows
-from sglang_router.errors import MethodNotAllowed, NotFound
+from sglang_router.errors import HostNotAllowed, MethodNotAllowed, NotFound
 
 
 class _ControlPath:
@@ -88,12 +89,15 @@ async def _unknown_path(scope: Scope, receive: Receive, send: Send) -> NoReturn:
     raise NotFound
 
 
-def create_metrics_app(render: Render) -> ASGIApp:
-    """An app that answers every path with the metrics, for the port that Prometheus scrapes."""
+def create_metrics_app(render: Render, own_names: OwnNames) -> ASGIApp:
+    """An app that answers every path with the metrics, for the port that Prometheus scrapes. Nothing there needs a key:
+    so browsers must ask by one of `own_names`."""
 
     async def metrics(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
             raise MethodNotAllowed(allow=("GET", "HEAD"))
+        if name := own_names.foreign(scope["headers"], scope["scheme"] == "https"):
+            raise HostNotAllowed(name)
         response = await info.exposition(render, Request(scope))
         await response(scope, receive, send)
 

@@ -17,6 +17,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sglang_router.access.host_names import OwnNames
 from sglang_router.access.permissions import Access
 from sglang_router.admin.decision_book import DecisionBook
 from sglang_router.admin.live import Live
@@ -163,6 +164,7 @@ class Context:
     clock           gives seconds; all moments are its
     metrics_render  Accept header -> exposition and its content type
     access          who may read and who may change
+    own_names       names by which browsers may ask for what needs no key
     engine_metrics  the metrics of all engines, for all who ask
     forward         what of a client's request workers may see
     autoscaler      decides how many workers there should be; None: the number is fixed
@@ -190,6 +192,7 @@ class Context:
     engine_metrics: Shared[bytes]
     add_rules: AddRules
     access: Access = field(default_factory=Access)
+    own_names: OwnNames = field(default_factory=OwnNames)
     forward: ForwardRules = field(default_factory=ForwardRules)
     autoscaler: Autoscaler | None = None
     timeouts: AskTimeouts = field(default_factory=AskTimeouts)

@@ -208,11 +208,11 @@ class AppExchange:
             return
         body: bytes = message.get("body", b"")
         more: bool = message.get("more_body", False)
-        self._sent += len(body)
         out = body
         if self._chunked:
             out = chunk(body) if more else chunk(body) + LAST_CHUNK
         if out and not self._bodyless:
+            self._sent += len(out)
             self._client.write(out)
         self._complete = not more
         await self._writable.wait()
@@ -255,7 +255,7 @@ class AppExchange:
             return
         self._status, self._code = error.status, error.code
         self._keep_alive = self._keep_alive and not error.close
-        self._sent = len(error.body())
+        self._sent = 0 if self._request.method == b"HEAD" else len(error.body())
         self._client.write(self._plane.answers.error(error, self._request, self._request_id, self._persists()))
         self._finish()
 

@@ -1,8 +1,8 @@
 """Access to the control plane, and the audit log of changes.
 
-    request --> Access.check(kind of the row, key, is the client local) --> handler --> answer
-                   '-- AccessRefused: 401, 403                                            |
-                        '------------------------- CONTROL_CHANGE: a line of the audit log '
+    request --> permitted: key, is the client local, a browser's page --> handler --> answer
+                   '-- AccessRefused: 401, 403                                          |
+                        '----------------------- CONTROL_CHANGE: a line of the audit log '
 
 Every change is logged, also one that is refused or fails. The line says who, what and from where, but never a key:
 queries and bodies contain keys of workers, so only the worker's URL is taken from them.
@@ -24,11 +24,12 @@ from sglang_router.access.permissions import (
 )
 from sglang_router.admin.context import Context
 from sglang_router.admin.rows import Handler
-from sglang_router.errors import AccessRefused, Forbidden, InternalError, RouterError
+from sglang_router.errors import AccessRefused, Forbidden, HostNotAllowed, InternalError, RouterError
 
 log = logging.getLogger("sglang_router.audit")
 
 _ANOTHER_SITE = "This change comes from a web page that is not the router's own: such pages need a key."
+_CONTROL = (AccessKind.CONTROL_READ, AccessKind.CONTROL_CHANGE)
 _LEFT = "client_left"
 """The code of a change whose client closed the connection before the answer."""
 
@@ -38,20 +39,33 @@ async def guarded(context: Context, kind: AccessKind, handler: Handler, request:
 
     Raises: AccessRefused, and what the handler raises.
     """
-    fields = request.scope["headers"]
-    credentials = credentials_of(fields)
-    local = kind is AccessKind.CONTROL_CHANGE and is_local(request.state.peername, fields)
     try:
-        who = context.access.check(kind, credentials, local)
-        if kind is AccessKind.CONTROL_CHANGE and not credentials and of_another_site(fields):
-            raise Forbidden(_ANOTHER_SITE)
+        who = permitted(context, kind, request)
     except AccessRefused as error:
         if kind is AccessKind.CONTROL_CHANGE:
+            credentials = credentials_of(request.scope["headers"])
             _log_change(context.access.identify(credentials), request, error.status, error.code)
         raise
     if kind is AccessKind.CONTROL_CHANGE:
         return await _audited(context, handler, request, who)
     return await handler(context, request)
+
+
+def permitted(context: Context, kind: AccessKind, request: Request) -> Identity:
+    """Return who asks, if they may. Where the control plane needs no key, a browser must ask by a name that is nobody
+    else's, and for a change be sent by the router's own page.
+
+    Raises: AccessRefused.
+    """
+    fields = request.scope["headers"]
+    local = kind is AccessKind.CONTROL_CHANGE and is_local(request.state.peername, fields)
+    who = context.access.check(kind, credentials_of(fields), local)
+    if kind in _CONTROL and not context.access.needs_key(kind):
+        if name := context.own_names.foreign(fields, request.scope["scheme"] == "https"):
+            raise HostNotAllowed(name)
+        if kind is AccessKind.CONTROL_CHANGE and of_another_site(fields):
+            raise Forbidden(_ANOTHER_SITE)
+    return who
 
 
 async def _audited(context: Context, handler: Handler, request: Request, who: Identity) -> Response:

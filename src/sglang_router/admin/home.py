@@ -26,9 +26,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from sglang_router.access.origins import is_local
-from sglang_router.access.permissions import AccessKind, credentials_of
+from sglang_router.access.permissions import AccessKind
 from sglang_router.admin.context import JSON, Context
+from sglang_router.admin.guard import permitted
 from sglang_router.admin.live import Live
 from sglang_router.errors import AccessRefused
 from sglang_router.version import __version__
@@ -123,9 +123,8 @@ class LiveStream(Response):
 
 def _may(context: Context, kind: AccessKind, request: Request) -> str:
     """Return why a client may not ask for this kind; "" if it may."""
-    fields = request.scope["headers"]
     try:
-        context.access.check(kind, credentials_of(fields), is_local(request.state.peername, fields))
+        permitted(context, kind, request)
     except AccessRefused as error:
         return str(error)
     return ""

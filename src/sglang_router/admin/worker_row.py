@@ -93,7 +93,9 @@ def row_of(worker: Worker, figures: Figures, tree: int, epoch: float, replica: d
 def state_of(worker: Worker, replica: dict[str, Any] | None) -> tuple[str, str]:
     """Return one word for the state of a worker, and the reason. What keeps it from requests longest comes first."""
     if worker.returning:
-        return "restarting", f"it is restarted after {counted(worker.own_load, 'request')} in flight"
+        load = worker.own_load
+        after = f" after {counted(load, 'request')} in flight" if load else ""
+        return "restarting", f"its engine is restarted{after}"
     if worker.draining:
         return "draining", f"no new requests; {counted(worker.own_load, 'request')} in flight"
     if worker.withheld:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -186,7 +187,7 @@ def build(
     control.args = args
     serve = partial(ControlPlane, loop=loop, clock=clock, answers=answers, timeout=settings.control_timeout(args))
     plane = serve(seams.app or create_app(control), listener=listeners)
-    scrape = serve(create_metrics_app(render), listener=Listeners(), timeout=_SCRAPED_WITHIN)
+    scrape = serve(create_metrics_app(render, control.own_names), listener=Listeners(), timeout=_SCRAPED_WITHIN)
     routes = front.routes_of(args, plane, relay, seams.endpoints)
     ports = partial(Frontend, batch=connections.batch, answers=answers)
     app = App(
@@ -311,6 +312,7 @@ def _control(
         engine_metrics=Shared(clock, args.metrics_interval_secs),
         add_rules=settings.add_rules(args),
         access=access,
+        own_names=settings.own_names(args, socket.gethostname()),
         forward=forward,
         autoscaler=scaler,
         paired=args.pd_disaggregation,

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from sglang_router.access.host_names import OwnNames
 from sglang_router.access.permissions import Access, TokenReader
 from sglang_router.access.tls import TLSFiles, server_files, worker_files
 from sglang_router.access.watched import WatchedFiles
@@ -125,6 +126,11 @@ def retry_rules(args: RouterArgs) -> RetryRules:
         multiplier=args.retry_backoff_multiplier,
         jitter=args.retry_jitter_factor,
     )
+
+
+def own_names(args: RouterArgs, machine: str) -> OwnNames:
+    """Return the names by which browsers may ask for what needs no key. machine: the name of this one."""
+    return OwnNames([*args.control_plane_allowed_hosts, args.host, machine.lower()])
 
 
 def access_rules(

@@ -22,7 +22,7 @@ class ReplicaAnswer(msgspec.Struct):
 class WorkerAnswer(msgspec.Struct):
     """A worker, as lists have it."""
 
-    url: str = ""
+    url: str
     load: int = 0
     elsewhere: int = 0
     tree_size: float | None = None
@@ -34,14 +34,29 @@ class WorkerAnswer(msgspec.Struct):
 class WorkersAnswer(msgspec.Struct):
     """GET /workers."""
 
-    workers: list[WorkerAnswer] = []
+    workers: list[WorkerAnswer]
 
 
 class ChangedWorker(WorkerAnswer, kw_only=True):
     """The worker that was changed."""
 
     id: str
-    url: str
+
+
+class AcceptedAnswer(msgspec.Struct):
+    """What is done to a worker later: DELETE, and POST .../restart."""
+
+    worker_id: str
+    message: str
+
+
+class RollingAnswer(msgspec.Struct):
+    """POST and GET /restart_workers."""
+
+    state: str
+    done: int
+    total: int
+    reason: str | None = None
 
 
 class AddedWorker(msgspec.Struct):
@@ -53,13 +68,13 @@ class AddedWorker(msgspec.Struct):
 class ConfigAnswer(msgspec.Struct):
     """GET /config."""
 
-    options: list[dict[str, Any]] = []
+    options: list[dict[str, Any]]
 
 
 class ReloadAnswer(msgspec.Struct):
     """POST /reload."""
 
-    changed: list[str] = []
-    needs_restart: list[str] = []
+    changed: list[str]
+    needs_restart: list[str]
     added: list[str] = []
     removed: list[str] = []

@@ -116,8 +116,7 @@ class Door(NamedTuple):
         except UnicodeError:
             raise ConfigError(_NO_URL) from None
         except (OSError, http.client.HTTPException) as error:
-            why = shown(str(error).strip() or type(error).__name__)
-            raise Failed(NO_ROUTER, f"no router answers at {self.shown}: {why}.") from None
+            raise Failed(NO_ROUTER, f"no router answers at {self.shown}: {shown(self._why(error))}.") from None
         if reply.status in (401, 403):
             who = "this key" if self.key else f"anybody without a key (--api-key, or the variable {KEY_VARIABLE})"
             raise Failed(NOT_ALLOWED, f"the router at {self.shown} does not let {who} {purpose}.{told(reply)}")
@@ -143,6 +142,18 @@ class Door(NamedTuple):
         if reply.code:
             return Failed(REFUSED, reply.message or f"the router at {self.shown} answers with status {reply.status}.")
         return Failed(NO_ROUTER, f"what answers at {self.shown} is no router that can be asked this: {reply.status}.")
+
+    def _why(self, error: Exception) -> str:
+        """Return why nothing answers, and what to do if that is likely to be it."""
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"its certificate is not accepted ({error.verify_message}); --ca-cert names whom to trust"
+        if isinstance(error, ssl.SSLError):
+            return f"TLS is not understood there ({error.reason}); the router may want http://"
+        if self.scheme == "http" and isinstance(error, (ConnectionResetError, http.client.BadStatusLine)):
+            return f"{str(error).strip() or 'the connection was closed'}; the router may want https://"
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        return str(error).strip() or type(error).__name__
 
     def _connection(self) -> http.client.HTTPConnection:
         if self.scheme == "http":

@@ -12,10 +12,15 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from sglang_router.config.flags import OptionParser
+from sglang_router.config.table import OPTIONS
 from sglang_router.errors import ConfigError
 
 NAME = "sglang-router"
 _SHELLS = ("bash", "zsh")
+_CHOICES = {option.flag: option.choices for option in OPTIONS.values() if option.choices}
+"""Words that an option of the router takes; its parser does not know them, for it takes other spellings as well."""
+_PREFIX = "--router-"
+"""Of the router's options where an engine has options beside them."""
 _INSTALL = "pip install 'sglang-router[completion]'"
 
 
@@ -48,6 +53,8 @@ def tree(parsers: Mapping[str, argparse.ArgumentParser], file: Mapping[str, obje
         for action in made._actions:
             if action.metavar in ("FILE", "DIR"):
                 action.complete = file  # type: ignore[attr-defined]
+            for flag in action.option_strings:
+                action.choices = _CHOICES.get(flag.replace(_PREFIX, "--", 1), action.choices)
         about = made.description or ""
         commands.add_parser(name, parents=[made], add_help=False, help=about, description=about, allow_abbrev=False)
     return root

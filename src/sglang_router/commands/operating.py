@@ -29,10 +29,12 @@ from urllib.parse import quote
 import msgspec
 
 from sglang_router.commands.answers import (
+    AcceptedAnswer,
     AddedWorker,
     ChangedWorker,
     ConfigAnswer,
     ReloadAnswer,
+    RollingAnswer,
     WorkerAnswer,
     WorkersAnswer,
 )
@@ -261,29 +263,29 @@ def _remove(door: Door, options: argparse.Namespace) -> CommandResult:
         _drained(door, options)
     if "://" in options.worker:  # also all ranks of an engine
         reply = door.ask("POST", f"/remove_worker?url={quote(options.worker, safe='')}")
-        if reply.status >= 400:
+        if reply.status >= 400 or not reply.content.startswith(b"Successfully removed worker"):
             raise door.refused(reply)
         return CommandResult(
             {"status": "removed", "url": options.worker},
             [f"{shown(options.worker)} is removed{_others(reply.content.decode(errors='replace'))}"],
         )
-    found = door.decoded(door.ask("DELETE", f"/workers/{quoted(options.worker)}"), dict[str, Any])
-    return CommandResult(found, [shown(str(found.get("message", "removed")))])
+    found = door.decoded(door.ask("DELETE", f"/workers/{quoted(options.worker)}"), AcceptedAnswer)
+    return CommandResult(found, [shown(found["message"])])
 
 
 def _restart(door: Door, options: argparse.Namespace) -> CommandResult:
     if options.all == (options.worker is not None):
         raise ConfigError("give one WORKER, or --all")
     if options.all:
-        found = door.decoded(door.ask("POST", "/restart_workers"), dict[str, Any])
+        found = door.decoded(door.ask("POST", "/restart_workers"), RollingAnswer)
         if options.wait:
-            found = _wait(door, "/restart_workers", options, lambda each: each.get("state") != "running", "runs", found)
-        told = f"{found.get('state')}: {found.get('done')} of {found.get('total')} engines are restarted"
+            found = _wait(door, "/restart_workers", options, _is_over, "runs", found, RollingAnswer)
+        told = f"{found['state']}: {found['done']} of {found['total']} engines are restarted"
         why = f"; {found['reason']}" if found.get("reason") else ""
-        return CommandResult(found, [shown(told + why)], REFUSED if found.get("state") == "stopped" else 0)
+        return CommandResult(found, [shown(told + why)], REFUSED if found["state"] == "stopped" else 0)
     path = f"/workers/{quoted(options.worker)}"
     before = _restarts(door.get(path, WorkerAnswer))
-    found = door.decoded(door.ask("POST", f"{path}/restart"), WorkerAnswer)
+    found = door.decoded(door.ask("POST", f"{path}/restart"), AcceptedAnswer)
     if not options.wait:
         return CommandResult(found, [f"{shown(options.worker)} is drained and then restarted"])
 
@@ -295,6 +297,11 @@ def _restart(door: Door, options: argparse.Namespace) -> CommandResult:
 
     found = _wait(door, path, options, is_back, "restarts", {})
     return CommandResult(found, [f"{shown(options.worker)} is restarted and takes requests"])
+
+
+def _is_over(rolling: dict[str, Any]) -> bool:
+    """Return whether a rolling restart has ended."""
+    return bool(rolling["state"] != "running")
 
 
 def _restarts(worker: dict[str, Any]) -> int:
@@ -324,15 +331,16 @@ def _wait(
     done: Callable[[dict[str, Any]], bool],
     still: str,
     found: dict[str, Any],
+    shape: type[msgspec.Struct] = WorkerAnswer,
 ) -> dict[str, Any]:
-    """Ask until something holds; return the last answer. Raises: Failed, when it takes too long."""
+    """Ask until something holds; return the last answer, which has a shape. Raises: Failed, when it takes too long."""
     until = time.monotonic() + options.timeout
     while not (found and done(found)):
         if time.monotonic() > until:
             why = f": {shown(str(found['last_error']))}" if found.get("last_error") else ""
             raise Failed(TOO_LATE, f"after {options.timeout:g} s it still {still}{why}.")
         time.sleep(_EVERY if found else 0.0)
-        found = door.get(path, WorkerAnswer)
+        found = door.get(path, shape)
     return found
 
 

@@ -23,7 +23,7 @@ import tty
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
@@ -171,16 +171,24 @@ def _keys() -> Iterator[int]:
     """Read single keys, on the other screen; whatever happens, the terminal is as before at the end."""
     keyboard = sys.stdin.fileno()
     before = termios.tcgetattr(keyboard)
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # also if a parent process ignored it
+    heard = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}  # also if a parent ignored it
+    heard |= {ending: signal.signal(ending, _end) for ending in (signal.SIGTERM, signal.SIGHUP)}
     try:
         tty.setcbreak(keyboard)
         sys.stdout.write(_SCREEN)
         yield keyboard
     finally:
-        sys.stdout.write(_SHELL)
-        sys.stdout.flush()
-        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
-        signal.signal(signal.SIGINT, heard)
+        with contextlib.suppress(OSError, termios.error):  # the terminal may be gone
+            sys.stdout.write(_SHELL)
+            sys.stdout.flush()
+            termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+        for number, handler in heard.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """End by a signal, but leave the screen first."""
+    raise SystemExit(128 + number)
 
 
 def frame(found: Look, url: str, moment: str, said: str, columns: int, rows: int) -> list[str]:

@@ -119,7 +119,9 @@ def collector(endpoint: str) -> str:
         valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:
         valid = False
-    if not valid or (parts.port is None and "://" not in endpoint) or parts.username or parts.query:
+    if "@" in endpoint:
+        raise ValueError("the endpoint must not hold credentials; give them in the variable OTEL_EXPORTER_OTLP_HEADERS")
+    if not valid or (parts.port is None and "://" not in endpoint) or parts.query:
         raise ValueError(f"{endpoint!r} is not a host and port, as in localhost:4317, or an http URL without a query")
     return endpoint
 
@@ -190,6 +192,18 @@ def address(host: str) -> str:
         hint = "; to listen on all addresses give 0.0.0.0 or ::" if host == "*" else ""
         raise ValueError(f"{host!r} is not a host name or an IP address{hint}")
     return bare.lower()
+
+
+def host_names(texts: list[str]) -> list[str]:
+    """Return names of hosts in lower case, without a dot at their end. One in front: all names below; `*`: any."""
+    return [text if text == "*" else _host_name(text) for text in _separated(texts)]
+
+
+def _host_name(text: str) -> str:
+    name = text.lower().rstrip(".")
+    if not _HOST_NAME.fullmatch(name) or ".." in name:
+        raise ValueError(f"{text!r} is not the name of a host, as in router.example.com: give no scheme, port or path")
+    return name
 
 
 def origins(texts: list[str]) -> list[str]:

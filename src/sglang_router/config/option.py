@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ T = TypeVar("T")
 Status = Literal["implemented", "later", "inert"]
 
 ENVIRONMENT_PREFIX = "SGLANG_ROUTER_"
+_USER = re.compile(r"""(://|(?<=['"\s])[^\s'":/@]*:(?!//))[^\s'"]*@""")
+"""User and password of a URL, as they may be in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,17 @@ class Option:
     def accept(self, value: object) -> Any:
         """Return the value, typed and checked. None means the default; so does blank where the default is None.
 
-        Raises: ValueError with a sentence that does not name the option: the caller knows how it was spelled.
+        Raises: ValueError with a sentence that does not name the option: the caller knows how it was spelled. It shows
+        no password of a URL, also where none may be.
         """
         if value is None or (self.default is None and isinstance(value, str) and not value.strip()):
             return self.fresh_default()
+        try:
+            return self._accept(value)
+        except ValueError as error:
+            raise ValueError(_USER.sub(lambda found: f"{'://' if found[1] == '://' else ''}***@", str(error))) from None
+
+    def _accept(self, value: object) -> Any:
         shown = "the value" if self.secret else repr(value)
         plain = units.plain_number(value, self.unit) if isinstance(value, str) and self.kind.nargs is None else value
         try:

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,39 @@ OPTION_ENDS = (".yaml", ".yml", ".toml")
 
 def parse(path: Path, ends: Collection[str] = OPTION_ENDS) -> dict[object, Any]:
     """Return what a file says, by key. ends: those of its name that tell a format. Raises: ConfigError."""
-    if path.suffix.lower() not in ends:
+    return parse_and_find(path, ends)[0]
+
+
+def parse_and_find(
+    path: Path, ends: Collection[str] = OPTION_ENDS
+) -> tuple[dict[object, Any], Callable[[object], int | None]]:
+    """Return what a file says, by key, and what tells the line of a key (None: nobody knows), for errors.
+
+    Raises: ConfigError.
+    """
+    end = path.suffix.lower()
+    if end not in ends:
         raise ConfigError(f"{path}: the name of the file must end in .yaml, .yml or .toml, which tells its format")
-    content = read(path, _PARSERS[path.suffix.lower()])
+    text = _text(path)
+    content = _parsed(path, text, _PARSERS[end])
     if not isinstance(content, dict | None):
         raise ConfigError(f"{path} must be a mapping of options to values, as in `port: 30000`")
-    return content or {}
+    return content or {}, partial(_LINES.get(end, _no_line), text)
 
 
 def read(path: Path, parser: Callable[[str], Any]) -> Any:
     """Return what a file says. Raises: ConfigError."""
+    return _parsed(path, _text(path), parser)
+
+
+def _text(path: Path) -> str:
     try:
-        text = small_files.read(path).decode("utf-8-sig")  # editors on Windows begin a file with a mark
+        return small_files.read(path).decode("utf-8-sig")  # editors on Windows begin a file with a mark
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text") from None
+
+
+def _parsed(path: Path, text: str, parser: Callable[[str], Any]) -> Any:
     try:
         content = parser(text)
         if "\\u" in text.lower():
@@ -118,6 +138,24 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)  # noqa: S506 - likewise
 
 
+def _yaml_line(text: str, key: object) -> int | None:
+    """Return the line of a key of the outermost mapping. Keys are compared as they are written."""
+    root = yaml.compose(text, _QuickLoader)
+    keys = [each for each, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    lines = [each.start_mark.line + 1 for each in keys if each.value == str(key)]
+    return lines[0] if lines else None
+
+
+def _toml_line(text: str, key: object) -> int | None:
+    """Return the first line that begins with a key: the parser of TOML tells no lines."""
+    found = re.search(rf"""^[ \t]*\[*[ \t]*["']?{re.escape(str(key))}["']?[ \t]*[=.\]]""", text, re.MULTILINE)
+    return found and text.count("\n", 0, found.start()) + 1
+
+
+def _no_line(text: str, key: object) -> int | None:
+    return None
+
+
 def parse_json(text: str) -> Any:
     """Return what a JSON text says. Raises: ValueError, RecursionError."""
     return json.loads(text, object_pairs_hook=_mapping)
@@ -135,4 +173,9 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     ".yml": parse_yaml,
     ".json": parse_json,
     ".toml": tomllib.loads,
+}
+_LINES: dict[str, Callable[[str, object], int | None]] = {
+    ".yaml": _yaml_line,
+    ".yml": _yaml_line,
+    ".toml": _toml_line,
 }

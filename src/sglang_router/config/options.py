@@ -329,6 +329,15 @@ class HTTPOptions:
         " keys, the router accepts changes from this machine only.",
         SECURITY,
     )
+    control_plane_allowed_hosts: list[str] = option(
+        [],
+        "Names by which browsers may open a control plane that needs no key over plain HTTP, as in router.example.com;"
+        " .example.com for all below it, * for any. IP addresses, names without a dot, *.localhost, *.local, *.internal"
+        " and the machine's own name need not be named.",
+        SECURITY,
+        metavar="NAME",
+        check=checks.host_names,
+    )
     jwt_issuer: str | None = option(
         None,
         "Accept tokens (JWT) of this OpenID Connect issuer beside the control plane's keys, as in"
@@ -1101,6 +1110,7 @@ class HTTPOptions:
         AUTOSCALING,
         metavar="URL",
         check=checks.webhook,
+        secret=True,  # such URLs often hold a token
     )
     scale_webhook_secret: str | None = option(
         None,
@@ -1117,6 +1127,7 @@ class HTTPOptions:
         AUTOSCALING,
         metavar="CMD",
         check=checks.command,
+        secret=True,  # a word of it may be a token
     )
 
     # -- metrics

@@ -123,24 +123,31 @@ def file_errors(path: str) -> list[str]:
 
 def _read_keys(path: Path) -> tuple[dict[str, Any], list[ConfigError]]:
     """Return the values of a file, and what is wrong with others. Raises: ConfigError for the file as a whole."""
-    from sglang_router.config.option_files import parse  # imported here: YAML takes 10 ms, and most starts read no file
+    # imported here: YAML takes 10 ms, and most starts read no file
+    from sglang_router.config.option_files import parse_and_find
 
     values: dict[str, Any] = {}
     errors: list[ConfigError] = []
     spelled: dict[str, object] = {}  # name -> the key in the file
-    for key, value in parse(path).items():
+    content, line_of = parse_and_find(path)
+
+    def place(key: object) -> str:
+        line = line_of(key)
+        return str(path) if line is None else f"{path}:{line}"
+
+    for key, value in content.items():
         name = _KEYS.get(str(key).replace("-", "_"))
         if name is None or name == "config":
             why = "cannot be set in a file" if name else f"is not an option{did_you_mean(str(key), _KEYS)}"
-            errors.append(ConfigError(f"{path}: {key!r} {why}"))
+            errors.append(ConfigError(f"{place(key)}: {key!r} {why}"))
             continue
         if name in spelled:
             both = f"{spelled[name]!r} and {key!r}"
-            errors.append(ConfigError(f"{path}: {both} are one option; give only one of them"))
+            errors.append(ConfigError(f"{place(key)}: {both} are one option; give only one of them"))
         spelled[name] = key
         try:
             if value is not None:
-                values[name] = accept(name, value, f"{path}: {key}")
+                values[name] = accept(name, value, str(key))
         except ConfigError as error:
-            errors.append(error)
+            errors.append(ConfigError(f"{place(key)}: {error}"))
     return values, errors
