@@ -1,7 +1,7 @@
 """Real engines behind launch_server, and prefill/decode pairs of them: install each, run all checks
 (`real_engines.course`, `real_engines.pair_course`, `real_engines.traces`), write its rows in docs/engines.md.
 
-scripts/test-engines [llamacpp|vllm|sglang|sglang-pd|vllm-pd|sglang-traces|vllm-traces ...]
+scripts/test-engines [llamacpp|vllm|sglang|sglang-pd|vllm-pd|vllm-push-pd|sglang-traces|vllm-traces ...]
 
 (a shell script; prepares the environment and runs this)
 
@@ -26,7 +26,7 @@ from scripts.real_engines.engines import CHECKOUT, ENGINES, ENVIRONMENTS, Engine
 from scripts.real_engines.launched import CourseError
 from scripts.real_engines.pair_course import Front, Given, in_namespace
 from scripts.real_engines.pair_routers import FRONTS
-from scripts.real_engines.pairs import KINDS, VLLM_PD, PairKind, install
+from scripts.real_engines.pairs import KINDS, SGLANG_PD, PairKind, install
 from scripts.real_engines.results import Results
 
 from sglang_router.errors import ConfigError
@@ -109,7 +109,7 @@ def pair_row(kind: PairKind, front: Front) -> str:
         front.name,
         str(front.requests),
         str(front.failed),
-        str(front.moved) if kind is VLLM_PD else "-",
+        "-" if kind is SGLANG_PD else str(front.moved),
         _seconds(front.forty),
         front.samples,
         front.fields,

@@ -63,6 +63,7 @@ class PairDecider:
     handoff   plans as for vLLM: one after the other, no names
     retries   how many retries there are
     late      retries are answered by `deliver`
+    marked    the legs of each attempt have a mark
     alone     a failed decode leg of a handoff is followed by a decode leg alone
     alone_only  each plan is a decode leg alone
     told      what it heard: ("ended", role, outcome), ("retry", role, outcome) or ("began", role), in order
@@ -80,6 +81,7 @@ class PairDecider:
         self.alone = alone
         self.alone_only = False
         self.named = not handoff
+        self.marked = False
         self.delay = 0.0
         self.told: list[tuple[Any, ...]] = []
         self.usages: dict[str, Usage | None] = {}
@@ -102,7 +104,9 @@ class PairDecider:
         elif not self.handoff:
             splice = b'"bootstrap_room":%d,"rid":"%s"' % (room, rid.encode())
         named = rid.encode() if self.named else b""
-        return PlannedLeg(lease, targets[turn % len(targets)], "pair", splice=splice, rid=named)
+        leg = PlannedLeg(lease, targets[turn % len(targets)], "pair", splice=splice, rid=named)
+        leg.mark = b"-mark%d" % room if self.marked else b""
+        return leg
 
     def _plan(self, retries: int, alone: bool = False) -> Plan:
         turn = next(self._turn)

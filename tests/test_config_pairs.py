@@ -75,7 +75,6 @@ def test_a_namespace_of_another_program() -> None:
         ((*BOTH, "--prefill", "c:3"), "must begin with http:// or https://"),
         ((*BOTH, "--prefill-policy", "bucket"), "the policy bucket is not available"),
         ((*BOTH, "--decode-policy", "bucket"), "is not one of"),
-        ((*BOTH, "--pd-kv-connector", "nixl_push"), "nixl_push is not available: the decode engine must be told"),
         ((*BOTH, "--pd-kv-connector", "mooncake"), "mooncake"),
         ((*BOTH, "--pd-uncached-token-threshold", "-1"), "of at least 0"),
     ],
@@ -104,7 +103,8 @@ def test_workers_may_come_later() -> None:
         (("--policy", "cost"), {"by_cost": True}),
         (("--policy", "cost", "--decode-policy", "least_load"), {"by_cost": False}),
         (("--prefill-policy", "cost", "--decode-policy", "cost"), {"by_cost": True}),
-        (("--pd-kv-connector", "nixl"), {"connector": "nixl"}),
+        (("--pd-kv-connector", "nixl"), {"connector": "nixl", "pushes": False}),
+        (("--pd-kv-connector", "nixl_push"), {"connector": "nixl", "pushes": True}),
     ],
 )
 def test_rules(words: tuple[str, ...], rules: dict[str, Any]) -> None:

@@ -219,10 +219,10 @@ class PairCourse:
         return failed
 
     def _moved(self) -> int:
-        """Return the transfers of blocks so far (vLLM)."""
+        """Return the transfers of blocks so far (vLLM): decodes that pull, or the prefill that pushes, counts them."""
         if self._sglang:
             return 0
-        return sum(int(_metric(engine, "vllm:nixl_xfer_time_seconds_count")) for engine in self._pair.decodes)
+        return sum(int(_metric(engine, "vllm:nixl_xfer_time_seconds_count")) for engine in self._pair.engines)
 
     def _samples(self) -> None:
         """Two samples of one chat: whatever a router makes of it, it must answer."""

@@ -73,7 +73,8 @@ THIS = RouterKind(
     *(OURS, "", "", "sglang_router.launch_router", _sglang_way),
     (*_SAME, "--metrics-interval-secs", "0"),
 )
-FRONTS = {"sglang-pd": (THIS, REFERENCE, SMG), "vllm-pd": (THIS, SMG, VLLM_ROUTER)}
+PUSHED = THIS._replace(way=lambda pair: [*_sglang_way(pair), "--pd-kv-connector", "nixl_push"])
+FRONTS = {"sglang-pd": (THIS, REFERENCE, SMG), "vllm-pd": (THIS, SMG, VLLM_ROUTER), "vllm-push-pd": (PUSHED,)}
 
 
 class FrontRouter:

@@ -2,6 +2,7 @@
 
     sglang-pd    SGLang, Mooncake over TCP        one prefill, two decodes
     vllm-pd      vLLM, NixlConnector over TCP     the same
+    vllm-push-pd vLLM, NixlPushConnector over TCP the same
 
 Engines are those of `engines`, with their transfer library beside them (.engines/mooncake, .engines/nixl) and the
 Debian libraries that it needs (.engines/debian; nothing of the system is changed). SGLang opens ports on all
@@ -23,6 +24,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +38,7 @@ VLLM_VERSION = "0.32.0+cpu"  # from the part after the plus it takes that it is 
 DEBIAN = ("libibverbs1", "librdmacm1", "libnl-3-200", "libnl-route-3-200", "libnuma1", "liburing2")
 WINDOW = 8
 """Requests that an engine runs at once."""
-HEALTHY_WITHIN = 400.0
+HEALTHY_WITHIN = 900.0
 """Seconds. Three engines start at once on two cores that other programs use as well."""
 MODEL = "tiny"
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
@@ -153,12 +155,12 @@ def _sglang_environ(place: Place) -> Mapping[str, str]:
     }
 
 
-def _vllm_flags(place: Place) -> Sequence[str]:
-    connector = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+def _vllm_flags(connector: str, place: Place) -> Sequence[str]:
+    transfer = {"kv_connector": connector, "kv_role": "kv_both", "kv_buffer_device": "cpu"}
     return (
         *("--served-model-name", MODEL, "--dtype", "bfloat16", "--max-model-len", "8192", "--enforce-eager"),
         *("--max-num-seqs", str(WINDOW), "--block-size", "32", "--enable-prefix-caching"),
-        *("--enable-prompt-tokens-details", "--kv-transfer-config", json.dumps(connector)),
+        *("--enable-prompt-tokens-details", "--kv-transfer-config", json.dumps(transfer)),
     )
 
 
@@ -175,8 +177,10 @@ def _vllm_environ(place: Place) -> Mapping[str, str]:
 
 
 SGLANG_PD = PairKind("sglang-pd", SGLANG_CPU, "sglang.launch_server", _mooncake, _sglang_flags, _sglang_environ)
-VLLM_PD = PairKind("vllm-pd", VLLM_CPU, "vllm.entrypoints.openai.api_server", _nixl, _vllm_flags, _vllm_environ)
-KINDS = {kind.name: kind for kind in (SGLANG_PD, VLLM_PD)}
+_VLLM = (VLLM_CPU, "vllm.entrypoints.openai.api_server", _nixl)
+VLLM_PD = PairKind("vllm-pd", *_VLLM, partial(_vllm_flags, "NixlConnector"), _vllm_environ)
+VLLM_PUSH_PD = PairKind("vllm-push-pd", *_VLLM, partial(_vllm_flags, "NixlPushConnector"), _vllm_environ)
+KINDS = {kind.name: kind for kind in (SGLANG_PD, VLLM_PD, VLLM_PUSH_PD)}
 
 
 # -- the network -------------------------------------------------------------------------------------------------------
@@ -337,7 +341,7 @@ class RealPair:
             engine.start()
         for engine in engines:
             engine.until_healthy()
-            if self.kind is VLLM_PD:
+            if self.kind is not SGLANG_PD:
                 body = {"model": MODEL, "prompt": "WARM UP " * 20, "max_tokens": 2}
                 if call(engine.url, "POST", "/v1/completions", body).status != 200:
                     raise CourseError(f"{engine.place.name} cannot answer a plain request")

@@ -1,4 +1,4 @@
-"""Prefill/decode pairs of vLLM (NIXL pull) through a real router: the hand-over, and what can go wrong.
+"""Prefill/decode pairs of vLLM (NIXL) through a real router: the hand-over, and what can go wrong.
 
 After each test every fake engine is idle, and so is the router (`pd_fakes.routed`).
 """
@@ -83,6 +83,20 @@ def test_prefill_reads_the_prompt_and_decode_gets_its_blocks(more: tuple[str, ..
         assert (decode.moves, decode.recomputed, prefill.expired) == (3, 0, 0)
         assert decode.hits == 160 + 161 + 161
         assert len(works([prefill], "prefill")) == len(works([decode], "decode")) == 3
+
+
+@pytest.mark.parametrize("more", [(), ("--relay-processes", "2")], ids=["one process", "two relays"])
+def test_prefill_pushes_and_requests_with_the_same_id_get_their_own_blocks(more: tuple[str, ...]) -> None:
+    with bed_of(1, 2, "--pd-kv-connector", "nixl_push", *more, pushes=True) as bed:
+        prompts = [f"{n} {PROMPT}" for n in range(8)]
+        hold = bed.fakes.hold(Stage.MOVED, bed.pair.prefill)
+        sent = [bed.send(COMPLETIONS, completion(each), x_request_id="same") for each in prompts]
+        bed.fakes.until(bed.pair.prefill, lambda it: len(works([it], "prefill")) == 8)
+        bed.fakes.release(hold)
+        for prompt, answer in zip(prompts, sent, strict=True):
+            served(answer.result(), prompt)
+        assert sum(engine.moves for engine in bed.pair.decodes) == 8
+        assert sum(engine.recomputed + engine.expired for engine in bed.pair.engines) == 0
 
 
 def test_the_very_first_request_is_handed_over() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import stat
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from sglang_router.errors import ConfigError
 from sglang_router.launch.backends import BACKENDS, EngineBackend, EngineSetup
 from sglang_router.launch.engine_flags import EngineFlags
-from sglang_router.launch.machine import LocalMachine, PortAllocator, port_is_free
+from sglang_router.launch.machine import LocalMachine, PortAllocator, port_is_free, take_port
 from sglang_router.launch.replica import EngineCommand
 
 
@@ -29,7 +30,7 @@ def backend(
     python: str = "py",
     environ: Mapping[str, str] | None = None,
 ) -> EngineBackend:
-    machine = LocalMachine(cores, gpus, "lo", environ or {}, port_is_free=lambda host, port: True)
+    machine = LocalMachine(cores, gpus, "lo", environ or {}, take_port=lambda host, port: True)
     return BACKENDS[name](
         EngineSetup(
             model=model,
@@ -313,6 +314,22 @@ def test_port_is_free_if_one_could_listen() -> None:
     with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection(("127.0.0.1", port)):
         server.accept()[0].close()  # leaves a connection in TIME_WAIT
     assert port_is_free("127.0.0.1", port)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's abstract names of sockets")
+def test_a_port_that_another_launcher_has_taken_is_not_free_although_nobody_listens_yet() -> None:
+    take = "from sglang_router.launch.machine import take_port; print(take_port('127.0.0.1', {}), flush=True); input()"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert not take_port("127.0.0.1", port)
+    other = [sys.executable, "-c", take.format(port)]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "True\n"
+        assert port_is_free("127.0.0.1", port)
+        assert not take_port("127.0.0.1", port)
+        launcher.kill()
+    assert take_port("127.0.0.1", port)
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])

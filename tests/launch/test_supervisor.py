@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
+import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from sglang_router.workers.health_checks import HealthChecks
 
 WITHIN = 30.0
 QUICK = RestartRules(initial_backoff=0.05, max_backoff=0.1, most=3, window=600.0)
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's tables of sockets in /proc")
 TINY = str(Path(__file__).with_name("tiny_engine.py"))
 
 
@@ -401,6 +404,66 @@ def test_the_last_answer_of_a_process_that_ended_does_not_make_it_healthy() -> N
         assert replica.state is ReplicaState.RESTARTING
 
     run(scene, rules=RestartRules(initial_backoff=1000.0, max_backoff=1000.0))
+
+
+# -- strangers ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stranger(at: Bench, rank: int) -> Iterator[int]:
+    """Run a server of somebody else on the port of a rank; return its process id. It answers every request with 200."""
+    port = at.command(rank).url.rpartition(":")[2]
+    with subprocess.Popen(tiny(int(port)), stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"listening on {port}\n".encode()
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def never_healthy(at: Bench, rank: int) -> bool:
+    return not [change for change in at.changes if change.worker is at.worker(rank) and change.new == "healthy"]
+
+
+@LINUX
+def test_another_program_on_its_port_does_not_make_an_engine_healthy() -> None:
+    async def scene(at: Bench) -> None:
+        with stranger(at, 0) as pid:
+            await at.supervisor.start(1)
+            await asyncio.wait_for(at.supervisor.failed.wait(), WITHIN)
+            address = at.command(0).url.removeprefix("http://")
+            wanted = rf"another program listens on {address}: python\S* \(process {pid}\)"
+            assert re.fullmatch(wanted, at.replica(0).reason)
+            assert never_healthy(at, 0)
+            assert exists(pid)
+
+    run(scene, shell("exec sleep 1000"))
+
+
+@LINUX
+def test_a_program_that_takes_the_port_while_an_engine_is_down_is_not_taken_for_it_and_may_go_again(
+    tmp_path: Path,
+) -> None:
+    loading = tmp_path / "loading"
+
+    async def scene(at: Bench) -> None:
+        await at.start(2)
+        replica = at.replica(0)
+        os.kill(replica.pid, signal.SIGKILL)
+        await at.until(lambda: replica.state is ReplicaState.RESTARTING)
+        at.changes.clear()
+        loading.touch()
+        with stranger(at, 0):
+            assert "another program listens on " in await at.supervisor.restart(replica, wait_drain=False)
+            assert never_healthy(at, 0)
+            assert at.fleet.candidates(at.clock()) == (at.worker(1),)
+        loading.unlink()
+        assert await at.supervisor.restart(replica) == ""
+
+    script = 'while [ -e "$0" ]; do sleep 0.05; done; exec "$@"'
+    rules = RestartRules(initial_backoff=1000.0, max_backoff=1000.0)
+    run(scene, lambda port: ("sh", "-c", script, str(loading), *tiny(port)), rules=rules)
 
 
 # -- requested restarts ------------------------------------------------------------------------------------------------

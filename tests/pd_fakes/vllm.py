@@ -1,9 +1,10 @@
-"""A fake vLLM engine with NixlConnector (pull): its work is what `kv_transfer_params` of the request say.
+"""A fake vLLM engine with Nixl, pull or push: its work is what `kv_transfer_params` of the request say.
 
     {"do_remote_decode": true, ...}    prefill: answers one token and parameters, and holds its blocks until they are
                                        read or their lease has ended
     what a prefill answered            decode: reads the blocks over a real connection to remote_host:remote_port
     none, or null                      computes everything itself
+                                       (push: that prefill sends those whose request has the same x-request-id)
     {"do_remote_prefill": true}        ends the engine: only a client that should not would send it
 
 Time is the test's: leases end by `clock`, not by waiting.
@@ -42,8 +43,9 @@ class Clock:
 
 
 class Held(NamedTuple):
-    """Blocks of one prefill that wait for their decode."""
+    """Blocks of one prefill that wait for their decode; `base` is its name without what the engine adds."""
 
+    base: str
     prompt: str
     until: float
     blocks: int
@@ -91,6 +93,7 @@ class VllmEngine(EdgeServer):
     recomputed    requests with parameters that had to compute the prompt after all: used twice, or too late
     dead_after    seconds after which a decode fails whose prefill cannot be reached (measured: 5.1)
     crashes_cold  whether the engine ends when its first work is a remote prefill
+    pushes        whether a prefill looks for blocks by the id that the two requests have in common
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class VllmEngine(EdgeServer):
         token_secs: float = 0.0,
         model: str = "tiny",
         crashes_cold: bool = False,
+        pushes: bool = False,
     ) -> None:
         super().__init__()
         self.clock = clock or Clock()
@@ -109,6 +113,7 @@ class VllmEngine(EdgeServer):
         self.token_secs = token_secs
         self.model = model
         self.crashes_cold = crashes_cold
+        self.pushes = pushes
         self.side_port = free_port()
         self.id = str(uuid.uuid4())
         self.works: list[Work] = []
@@ -222,10 +227,11 @@ class VllmEngine(EdgeServer):
     def _lease_blocks(self, work: Work, request: Request) -> dict[str, Any]:
         """Hold the blocks of the first prompt, of one sample; return the parameters."""
         several = samples_of(request.path, work.body) > 1
-        name = f"{'1_' if several else ''}cmpl-{request.headers.get('x-request-id', '')}-0-{uuid.uuid4().hex[:8]}"
+        base = f"{'1_' if several else ''}{_base(request)}"
+        name = f"{base}-{uuid.uuid4().hex[:8]}"
         count = tokens_of(work.prompts[0])
         blocks = -(-count // BLOCK)
-        self._held[name] = Held(work.prompts[0], self.clock.now + self.lease, blocks)
+        self._held[name] = Held(base, work.prompts[0], self.clock.now + self.lease, blocks)
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
@@ -239,7 +245,7 @@ class VllmEngine(EdgeServer):
             "pp_size": 1,
             "remote_num_tokens": count,
             "remote_blocks_expiry_time": None,
-            "transfer_mode": "pull",
+            "transfer_mode": "push" if self.pushes else "pull",
             "remote_prefill_cached_tokens": work.cached,
         }
 
@@ -254,13 +260,15 @@ class VllmEngine(EdgeServer):
             await asyncio.Event().wait()  # until that has ended this task
         await self.at(Stage.ADMITTED)
         try:
-            status, held = await ask(params["remote_host"], params["remote_port"], "POST", "/read", params)
+            wanted = {**params, "base": _base(work.request)} if self.pushes else params
+            status, held = await ask(params["remote_host"], params["remote_port"], "POST", "/read", wanted)
         except OSError:
             await asyncio.sleep(self.dead_after)
             raise VllmError(500, "Internal server error") from None
         if status == 200:
             self.hits += held["tokens"]
             self.moves += 1
+            work.prompts[0] = held["prompt"]
         else:
             self.recomputed += 1
 
@@ -268,10 +276,14 @@ class VllmEngine(EdgeServer):
         """Let a decode read the blocks of one prefill, once, while they are leased."""
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             asked = (await read_request(reader)).body
-            self._end_leases()
-            held = self._held.pop(asked["remote_request_id"], None) if asked["remote_engine_id"] == self.id else None
             reply = Reply(reader, writer)
-            await (reply.whole(200, {"tokens": tokens_of(held.prompt)}) if held else reply.whole(410, {}))
+            self._end_leases()
+            name = asked["remote_request_id"]
+            if self.pushes:
+                name = next((name for name, held in self._held.items() if held.base == asked["base"]), "")
+            held = self._held.pop(name, None) if asked["remote_engine_id"] == self.id else None
+            told = held and {"tokens": tokens_of(held.prompt), "prompt": held.prompt}
+            await (reply.whole(200, told) if told else reply.whole(410, {}))
             self.wake()
 
     # -- answers -----------------------------------------------------------------------------------------
@@ -312,6 +324,11 @@ class VllmEngine(EdgeServer):
             "total_tokens": prompt + made,
             "prompt_tokens_details": {"cached_tokens": work.cached},
         }
+
+
+def _base(request: Request) -> str:
+    """Return the name of a request without what makes it that of one engine."""
+    return f"cmpl-{request.headers.get('x-request-id', '')}-0"
 
 
 def _said(path: str, text: str, holder: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from played import Leg, Play
 from sglang_router.relay import handoff, silences
 from sglang_router.relay.deadlines import Due
 from sglang_router.relay.exchange import Exchange
-from sglang_router.relay.handoff import RESULTS, Handed, params_of
+from sglang_router.relay.handoff import RESULTS, Handed, is_pushed, params_of
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg, Target
 from sglang_router.routing.transfer import LEASE
@@ -136,6 +136,50 @@ async def test_prefill_first_then_decode_with_what_it_handed_over(body: bytes) -
         assert end.answer.handoff == "given"
         assert end.leg is not None
         assert end.leg.target == decider.decodes[0]
+
+
+PUSHED = b'{"do_remote_prefill": true, "transfer_mode": "push"}'
+
+
+@pytest.mark.parametrize(
+    ("params", "pushed"),
+    [(PUSHED, True), (b'{"transfer_mode":"pull"}', False), (b"{}", False), (b'{"transfer_mode":1}', False)],
+)
+def test_who_pushes_says_so(params: bytes, pushed: bool) -> None:
+    assert is_pushed(params) == pushed
+
+
+@on_loop
+async def test_both_engines_know_a_marked_attempt_by_the_same_id_and_the_client_by_its_own() -> None:
+    async with Pairs(script={"handoff": True}) as (play, decider):
+        decider.marked = True
+        client = await ask(play, BODY, "X-Request-Id: mine")
+        (prefill,) = await decider.legs(play, 1)
+        await finish(prefill, b'{"kv_transfer_params":%b}' % PUSHED)
+        (decode,) = await decider.legs(play, 1)
+        assert decode.body == BODY[:-1] + b',"kv_transfer_params":' + PUSHED + b"}"
+        assert prefill.headers["x-request-id"] == decode.headers["x-request-id"]
+        assert prefill.headers["x-request-id"].startswith("mine-mark")
+        await decode.answer(200, OK)
+        assert (await client.response()).headers["x-request-id"] == "mine"
+
+
+@on_loop
+async def test_what_is_pushed_to_an_id_that_others_may_have_is_not_handed_over(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Pairs(script={"handoff": True}) as (play, decider):
+        caplog.set_level("INFO", "sglang_router.relay")
+        client = await ask(play)
+        (prefill,) = await decider.legs(play, 1)
+        await finish(prefill, b'{"kv_transfer_params":%b}' % PUSHED)
+        (decode,) = await decider.legs(play, 1)
+        assert decode.body == BODY
+        await decode.answer(200, OK)
+        assert (await client.response()).status == 200
+        (end,) = await play.ended(1)
+        assert end.answer.handoff == "absent"
+        assert "would push (--pd-kv-connector nixl_push)" in caplog.text
 
 
 @on_loop

@@ -139,6 +139,24 @@ def test_vllm_prefill_reads_first_and_hands_over(path: bytes, limit: dict[str, i
     assert told["stream"] is False
     assert limit.items() <= told.items()
     assert decode.splice == decode.rid == prefill.rid == b""
+    assert decode.mark == prefill.mark == b"", "the engine knows the request by its own id"
+
+
+def test_vllm_that_pushes_knows_each_attempt_by_an_id_of_its_own() -> None:
+    b = Pairs(1, 2)
+    b.router.pairs.rules = PairRules(connector="nixl", pushes=True)
+    asked, plan = b.plan(chat())
+    prefill, decode = plan.legs
+    assert plan.handoff
+    assert prefill.mark == decode.mark != b""
+    b.end(asked, prefill, now=1.0)
+    again = b.router.retry(asked.tag, decode, asked.facts, Outcome.REFUSED, 2.0)
+    assert isinstance(again, Plan)
+    assert [leg.mark for leg in again.legs] == [prefill.mark], "that of what was handed over"
+    anew = b.router.retry(asked.tag, again.legs[0], asked.facts, Outcome.BROKEN, 3.0)
+    assert isinstance(anew, Plan)
+    assert len({leg.mark for leg in anew.legs} | {prefill.mark}) == 2
+    assert b.plan(chat())[1].legs[0].mark not in (prefill.mark, anew.legs[0].mark)
 
 
 def test_the_engine_tells_that_it_is_vllm() -> None:

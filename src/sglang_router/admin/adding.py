@@ -24,7 +24,7 @@ from sglang_router.errors import InvalidRequest, ShuttingDown
 from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
-from sglang_router.workers.health_checks import ITSELF
+from sglang_router.workers.health_answers import ITSELF
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400)]
 

@@ -95,7 +95,10 @@ READ = (
 )
 """What the router reads of a client's request."""
 TO_WORKERS = (
-    Header("`x-request-id`", "The request's id, the same as in the answer."),
+    Header(
+        "`x-request-id`",
+        "The request's id, the same as in the answer; with `--pd-kv-connector nixl_push`, 17 characters longer.",
+    ),
     Header("`via`", "`1.1 sglang-router-` and this process's mark, behind those of earlier proxies."),
     Header("`authorization`", "The worker's own key (`--worker-api-key`), or see the table above."),
     Header("`x-data-parallel-rank`", "The data-parallel rank that the router has chosen (`--dp-aware`)."),

@@ -325,7 +325,8 @@ def pair_rules(args: RouterArgs) -> PairRules:
     return PairRules(
         uncached_tokens=args.pd_uncached_token_threshold,
         by_cost=policies == {"cost"},
-        connector="" if args.pd_kv_connector == "auto" else args.pd_kv_connector,
+        connector={"auto": "", "nixl_push": "nixl"}.get(args.pd_kv_connector, args.pd_kv_connector),
+        pushes=args.pd_kv_connector == "nixl_push",
     )
 
 

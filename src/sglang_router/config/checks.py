@@ -93,16 +93,11 @@ def prefill_policy(name: str | None) -> str | None:
 
 
 def kv_connector(name: str) -> str:
-    """Refuse connectors that need of a router what it cannot know."""
-    if name == "nixl_push":
-        raise ValueError(
-            "nixl_push is not available: the decode engine must be told the name that the prefill engine will give"
-            " the request, which nobody knows before it has; use nixl"
-        )
+    """Refuse the connector that was never tried."""
     if name == "mooncake":
         raise ValueError(
-            "mooncake (of vLLM) is not available: it was never run against an engine here; use nixl, or SGLang's"
-            " engines, whose transfer by Mooncake needs nothing of a router"
+            "mooncake (of vLLM) is not available: it was never run against an engine here; use nixl or nixl_push, or"
+            " SGLang's engines, whose transfer by Mooncake needs nothing of a router"
         )
     return name
 

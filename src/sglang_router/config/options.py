@@ -557,8 +557,9 @@ class HTTPOptions:
     )
     pd_kv_connector: str = option(
         "auto",
-        "How a prefill worker hands over to a decode worker: as SGLang does (sglang), or vLLM with Nixl pulling (nixl)."
-        " auto: as the engine tells what it is, else sglang.",
+        "How a prefill worker hands over to a decode worker: as SGLang does (sglang), or vLLM with Nixl, which decode"
+        " workers pull (nixl) or prefill workers push (nixl_push). auto: as the engine tells what it is: sglang or"
+        " nixl, without an answer sglang.",
         PREFILL_DECODE,
         choices=("auto", "sglang", "mooncake", "nixl_push", "nixl"),
         check=checks.kv_connector,

@@ -63,7 +63,7 @@ class Start:
         self._backend.prepare()
         # Raises an error now if there are not enough GPUs for all replicas.
         self._backend.command(self.count - 1, options.router_dp_worker_base_port)
-        self._ports = PortAllocator(options.dp_worker_host, options.router_dp_worker_base_port, machine.port_is_free)
+        self._ports = PortAllocator(options.dp_worker_host, options.router_dp_worker_base_port, machine.take_port)
         self._files = LogFiles(options.log_dir) if options.log_dir else None
 
     def command(self, rank: int) -> EngineCommand:

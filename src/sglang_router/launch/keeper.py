@@ -6,6 +6,7 @@
                       '- not healthy within `startup`           '- FAILED after too many restarts; also if no replica of
                       '- unhealthy for `hang`, and                 this launcher was ever healthy: then the
                          answered no request meanwhile             configuration is wrong, and a restart would not help
+                      '- another program has its port
                       '- `restart` or `end`
 
 Events (the end of the process, a worker's health, an order) only wake the task. The task then checks the state itself,
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from sglang_router.launch.listeners import stranger_at
 from sglang_router.launch.process import EngineProcess
 from sglang_router.launch.replica import EngineCommand, EngineReplica, ReplicaReporter, ReplicaState
 from sglang_router.launch.restarts import RestartHistory, RestartRules
@@ -33,6 +35,8 @@ from sglang_router.words import counted
 from sglang_router.workers.health_checks import HealthChecks
 
 log = logging.getLogger("sglang_router.launch")
+
+_NOT_RUNNING = "its process does not run"
 
 
 class ReplicaTimeouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +113,7 @@ class ReplicaKeeper:
         self._process: EngineProcess | None = None
         self._running = False  # false as soon as the end of the process is known
         self._was_healthy = False  # it was healthy at least once
+        self._stranger = ""  # who has its port, see `impostor`
         self._unhealthy_since: float | None = None
         self._served_then = 0  # requests processed when it became unhealthy
         self.task = self._router.loop.create_task(self.run())
@@ -160,6 +165,23 @@ class ReplicaKeeper:
             self._served_then = self._processed
         self.wake()
 
+    async def impostor(self) -> str:
+        """Return who answers in place of the engine, as the error of a health check; "" if it is the engine.
+
+        A process whose port another program has is ended: it could not listen there.
+        """
+        process = self._process
+        if process is None:
+            return _NOT_RUNNING
+        look = self._router.loop.run_in_executor
+        stranger = await look(None, stranger_at, self.command.url, process.warden_pid)
+        if process is not self._process or not self._running:
+            return _NOT_RUNNING
+        if stranger:
+            self._stranger = stranger
+            self.wake()
+        return stranger
+
     @property
     def load(self) -> int:
         """Requests in flight at this replica."""
@@ -210,6 +232,7 @@ class ReplicaKeeper:
     def _begin(self) -> None:
         replica = self.replica
         self._was_healthy = False
+        self._stranger = ""
         self._unhealthy_since = None
         self._restart_wanted = False
         replica.tail.clear()
@@ -236,6 +259,8 @@ class ReplicaKeeper:
                 return ""
             if process.exited.done():
                 return _describe_exit(process.exited.result())
+            if self._stranger:
+                return self._stranger
             deadline, why = self._deadline()
             left = deadline - self._router.clock()
             if left <= 0:

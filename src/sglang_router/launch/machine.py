@@ -26,21 +26,21 @@ class LocalMachine:
     cores         processor cores that this process may use
     gpus          number of NVIDIA devices
     loopback      name of the loopback network interface
-    port_is_free  (host, port) -> bool
+    take_port     (host, port) -> bool: `take_port` below
     """
 
     cores: int
     gpus: int
     loopback: str
     environ: Mapping[str, str]
-    port_is_free: Callable[[str, int], bool]
+    take_port: Callable[[str, int], bool]
 
     @staticmethod
     def here() -> LocalMachine:
         """Return the machine on which this process runs."""
         devices = [each for each in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", each.name)]
         loopback = "lo" if sys.platform == "linux" else "lo0"
-        return LocalMachine(_cores(), len(devices), loopback, os.environ, port_is_free)
+        return LocalMachine(_cores(), len(devices), loopback, os.environ, take_port)
 
     def visible_gpus(self) -> list[str]:
         """Return the GPUs that engines may use, named as in CUDA_VISIBLE_DEVICES: numbers, UUIDs or MIG instances.
@@ -64,10 +64,10 @@ class PortAllocator:
     port.
     """
 
-    def __init__(self, host: str, base: int, is_free: Callable[[str, int], bool]) -> None:
+    def __init__(self, host: str, base: int, take: Callable[[str, int], bool]) -> None:
         self._host = host
         self._base = base
-        self._is_free = is_free
+        self._take = take
         self._of: dict[int, int] = {}
 
     def __call__(self, rank: int) -> int:
@@ -79,11 +79,33 @@ class PortAllocator:
     def _find(self, rank: int) -> int:
         taken = set(self._of.values())
         for port in range(self._base + rank, _HIGHEST_PORT + 1):
-            if port not in taken and self._is_free(self._host, port):
+            if port not in taken and self._take(self._host, port):
                 return port
         raise ConfigError(
             f"no port is free on {self._host} from {self._base + rank} on; choose another --router-dp-worker-base-port"
         )
+
+
+def take_port(host: str, port: int) -> bool:
+    """Take a port for an engine of this process, for as long as this process runs.
+
+    Return False if no server could listen there now, or another launcher of this machine has taken it: its engine will
+    listen there only when its model is loaded. (A name of Linux that belongs to the same network namespace as the port.
+    Binding the port itself would be in the engine's way.)
+
+    Raises: ConfigError if no server can listen on this address at all.
+    """
+    if not port_is_free(host, port):
+        return False
+    if sys.platform == "linux":
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0sglang-router/engine/{host}/{port}")
+        except OSError as error:
+            claim.close()
+            return error.errno != errno.EADDRINUSE  # else, a very long name or a system without them: only not claimed
+        claim.detach()  # closed when this process ends
+    return True
 
 
 def port_is_free(host: str, port: int) -> bool:

@@ -146,6 +146,11 @@ class EngineProcess:
         state = f"ended with {self.exited.result()}" if self.exited.done() else "running"
         return f"<EngineProcess {self.pid}: {state}{', gone' * self.gone.done()}>"
 
+    @property
+    def warden_pid(self) -> int:
+        """The process id of its warden: all processes of the engine are descendants of it."""
+        return self._warden.pid
+
     # -- its end -----------------------------------------------------------------------------------------------------
 
     def terminate(self) -> None:

@@ -44,9 +44,10 @@ _ADVICE: tuple[tuple[str, str], ...] = (
     ("unrecognized arguments", "the engine does not know a flag: correct it, or see the engine's own --help"),
     ("out of memory", "not enough memory: let the engine use less, or give each replica more GPUs (--tp-size)"),
     ("address already in use", "the port is in use: choose another --router-dp-worker-base-port"),
+    ("another program listens on", "stop that program, or choose another --router-dp-worker-base-port"),
     ("no module named", "a package is missing in the engine's environment: install it, or set --engine-python"),
 )
-"""Advice by a text in a failed replica's last lines; the first match counts."""
+"""Advice by a text in a failed replica's reason or last lines; the first match counts."""
 
 
 class EngineLines(Protocol):
@@ -224,8 +225,8 @@ class ReplicaReport:
         fields = {"rank": replica.rank, "reason": replica.reason}
         message = "its last lines" if tail else "it printed nothing"
         self._record(logging.ERROR, f"a replica did not become healthy; {message}", fields, "\n".join(tail))
-        output = "\n".join(tail).lower()
-        advice = next((advice + "; " for sign, advice in _ADVICE if sign in output), "")
+        said = "\n".join((replica.reason, *tail)).lower()
+        advice = next((advice + "; " for sign, advice in _ADVICE if sign in said), "")
         manual = f"{advice}to try it by hand: {self._manual_command(replica.rank)}"
         self._record(logging.ERROR, manual, {"rank": replica.rank})
 

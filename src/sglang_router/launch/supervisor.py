@@ -76,6 +76,7 @@ class Supervisor(Listener):
         self._rolling = RollingRestart()
         self._any_was_healthy = False
         self._ending = False
+        router.checks.impostor = self.impostor
         self._context = SupervisionContext(
             router=router,
             reporter=reporter,
@@ -95,6 +96,11 @@ class Supervisor(Listener):
         """Return the replica behind a worker; None if this launcher does not run it."""
         keeper = self._keeper_of.get(worker)
         return keeper.replica if keeper is not None else None
+
+    async def impostor(self, worker: Worker) -> str:
+        """Return who answers a worker's health check in place of its engine, in words; "" if nobody does."""
+        keeper = self._keeper_of.get(worker)
+        return await keeper.impostor() if keeper is not None else ""
 
     def describe(self, worker: Worker) -> dict[str, Any] | None:
         """Return what GET /workers shows about a worker's process; None if this launcher does not run it.

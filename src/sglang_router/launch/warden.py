@@ -125,13 +125,17 @@ class Warden:
                 self._kill_at = min(self._kill_at, time.monotonic() + _GRACE)
 
     def _signal_all(self, number: int) -> None:
-        for pid in _descendants() if os.path.isdir(_PROC) else [-self._pid]:  # a negative number is a process group
+        # A negative number is a process group.
+        for pid in descendants(os.getpid()) if os.path.isdir(_PROC) else [-self._pid]:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # it ended, or changed its user
                 os.kill(pid, number)
 
 
-def _descendants() -> list[int]:
-    """Return all descendants of this process. (Not every kernel has /proc/PID/task/TID/children.)"""
+def descendants(ancestor: int) -> list[int]:
+    """Return all descendants of a process. (Not every kernel has /proc/PID/task/TID/children.)
+
+    Raises: OSError without /proc.
+    """
     children: dict[int, list[int]] = {}
     for name in os.listdir(_PROC):
         if name.isdecimal():
@@ -141,7 +145,7 @@ def _descendants() -> list[int]:
                 children.setdefault(int(fields[1]), []).append(int(name))
             except (OSError, IndexError):
                 continue  # it has ended
-    found = list(children.get(os.getpid(), ()))
+    found = list(children.get(ancestor, ()))
     for pid in found:  # the list grows inside the loop
         found += children.get(pid, ())
     return found

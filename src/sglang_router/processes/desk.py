@@ -186,7 +186,17 @@ class Desk:
             port.leases[leg.lease] = each
             place = self._place(leg.target)
             sent.append(
-                PlannedOne(leg.lease, place, leg.branch, leg.matched, leg.total, leg.splice, leg.rid, leg.model)
+                PlannedOne(
+                    leg.lease,
+                    place,
+                    leg.branch,
+                    leg.matched,
+                    leg.total,
+                    leg.splice,
+                    leg.rid,
+                    leg.model,
+                    leg.mark,
+                )
             )
         port.put(Planned(each.number, sent, plan.delay, plan.retries, plan.handoff, each.tag.limits))
 

@@ -31,6 +31,7 @@ class PlannedOne(Message, tag=32):
     splice: bytes
     rid: bytes
     model: bytes = b""
+    mark: bytes = b""
 
 
 class ErrorSent(Message, tag=35):

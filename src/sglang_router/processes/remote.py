@@ -27,6 +27,7 @@ from sglang_router.errors import DeciderGone, RouterError
 from sglang_router.processes import failures, messages
 from sglang_router.processes.facing import TextForm, answer_of, ask_of, code_of, figures_of, open_leg, unasked_of
 from sglang_router.processes.link import Link
+from sglang_router.processes.message import PlannedOne
 from sglang_router.processes.messages import Done, Ended, Hello, OpenRequest, Retry, Unasked
 from sglang_router.processes.texts import SHARED, TextRing
 from sglang_router.routing.decider import Deliver, Delivered
@@ -233,12 +234,7 @@ class RemoteDecider:
         asked = self._answered(plan.number)
         if asked is None:
             return
-        legs = tuple(
-            PlannedLeg(
-                leg.lease, self.targets[leg.worker], leg.branch, leg.matched, leg.total, leg.splice, leg.rid, leg.model
-            )
-            for leg in plan.legs
-        )
+        legs = tuple([_leg(leg, self.targets[leg.worker]) for leg in plan.legs])
         if asked.failed is not None:
             asked.legs.pop(asked.failed.leg.lease, None)
             self._began.discard(asked.failed.leg.lease)
@@ -363,6 +359,13 @@ class Reporter(Listeners):
     def finished(self, event: Finished) -> None:
         """Pass the event on."""
         self._remote.finished(event)
+
+
+def _leg(sent: PlannedOne, target: Target) -> PlannedLeg:
+    """Return a leg of a plan."""
+    leg = PlannedLeg(sent.lease, target, sent.branch, sent.matched, sent.total, sent.splice, sent.rid, sent.model)
+    leg.mark = sent.mark
+    return leg
 
 
 def _put_done(link: Link, event: Finished) -> None:

@@ -19,7 +19,7 @@ from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.plan import PlannedLeg
 from sglang_router.routing.transfer import LEASE, UNREACHED
 from sglang_router.routing.usage import Usage
-from sglang_router.wire.handoff_form import HandoffForm
+from sglang_router.wire.handoff_form import HandoffForm, TransferForm
 
 MOST: Final = 1 << 20
 """Bytes of a prefill worker's answer that are read."""
@@ -29,6 +29,7 @@ RESULTS: Final = ("given", "absent", "expired", "used")
 it up. After all but the first, decode computes the prompt itself."""
 
 _decode: Final = msgspec.json.Decoder(HandoffForm).decode
+_decode_params: Final = msgspec.json.Decoder(TransferForm).decode
 
 
 def params_of(body: bytes) -> bytes:
@@ -38,6 +39,14 @@ def params_of(body: bytes) -> bytes:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return b""
     return raw if raw.startswith(b"{") else b""
+
+
+def is_pushed(params: bytes) -> bool:
+    """Return whether the prefill worker does not wait for decode to fetch the blocks, but sends them (Nixl push)."""
+    try:
+        return _decode_params(params).transfer_mode == "push"
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
 
 
 class Handed:

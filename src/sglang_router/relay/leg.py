@@ -221,7 +221,8 @@ class Leg:
         start = connections.origin.start(method, path)
         if relay.traces is not None:
             start += relay.traces.fields(tag, planned.lease, request.headers)
-        head = request_head(request, start, tag.raw_id, len(body), target.key, relay.forward)
+        request_id = tag.raw_id + planned.mark if planned.mark else tag.raw_id
+        head = request_head(request, start, request_id, len(body), target.key, relay.forward)
         self.connection = connections.send(self, head, body, again or self.fresh)
 
     def send_after(self, delay: float, call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle]) -> None:

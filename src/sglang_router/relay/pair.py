@@ -37,7 +37,7 @@ from sglang_router.relay import timing
 from sglang_router.relay.deadlines import DUE_FIRST_BYTE, DUE_REQUEST
 from sglang_router.relay.gathered import Gathered
 from sglang_router.relay.handled import Handled
-from sglang_router.relay.handoff import MOST, Handed, params_of
+from sglang_router.relay.handoff import MOST, Handed, is_pushed, params_of
 from sglang_router.relay.injected import UsageHider
 from sglang_router.relay.leg import Leg, dispatch
 from sglang_router.relay.logprobs import MOST as LONGEST
@@ -267,13 +267,16 @@ class Pair:
         """Take prefill's whole answer, and send the decode leg with what it hands over."""
         exchange, now = self._exchange, self.relay.clock()
         params = params_of(body) if done else b""
+        what = "nothing" if done else f"more than {MOST} bytes"
+        if params and not self.prefill.planned.mark and is_pushed(params):
+            params, what = b"", "what it would push (--pd-kv-connector nixl_push)"
         usage = self._usage(body, body, False) if done else None
         if not done:
             self.prefill.abort()
         self.handed = Handed(params, now, usage)
         self._close(Outcome.SERVED, usage)
         if not params:
-            worker, what = self.prefill.planned.target.name, "nothing" if done else f"more than {MOST} bytes"
+            worker = self.prefill.planned.target.name
             log.info("%s handed %s over for %s: decode computes the prompt", worker, what, self.tag.id)
         exchange.legs = (self.decode,)
         exchange.deadline = (DUE_REQUEST, self.tag.start + self.relay.timeouts.request)

@@ -28,7 +28,7 @@ from sglang_router.routing.plan import Plan, PlannedLeg, RequestTag
 from sglang_router.routing.pools import Pools
 from sglang_router.routing.roles import DECODE, PREFILL
 from sglang_router.routing.trail import Trail
-from sglang_router.routing.transfer import LEASE, NIXL, UNREACHED, Meeting, nixl_prefill
+from sglang_router.routing.transfer import LEASE, NIXL, UNREACHED, Meeting, mark_of, nixl_prefill
 from sglang_router.routing.worker import Worker
 
 _SERVED: Final = Outcome.SERVED
@@ -41,14 +41,16 @@ class OpenPair:
     legs       numbers of the leases of those that have not ended
     prefill    the lease of its latest prefill leg; None: there was none
     handed_at  when that one was served, and what it handed over may be used; negative: it may not
+    mark       of its id, see `PlannedLeg`
     """
 
-    __slots__ = ("handed_at", "legs", "prefill")
+    __slots__ = ("handed_at", "legs", "mark", "prefill")
 
     def __init__(self) -> None:
         self.legs: set[int] = set()
         self.prefill: Lease | None = None
         self.handed_at = _NEVER
+        self.mark = b""
 
     def __repr__(self) -> str:
         return f"<OpenPair {len(self.legs)} legs{', handed over' * (self.handed_at >= 0.0)}>"
@@ -93,6 +95,7 @@ class Pairing:
         handed = opened.handed_at >= 0.0 and now - opened.handed_at < LEASE
         if handed:
             decode = self._legs.take(tag, facts, pair.decode, decoders, now, trail, delay, DECODE)
+            decode.mark = opened.mark
             self._opened(tag, opened, decode)
             return Plan((decode,), delay, retries, True)
         if readers is None:
@@ -113,6 +116,8 @@ class Pairing:
         nixl = self._who.pairs.connector_of(pair) == NIXL
         if nixl:
             prefill.splice = nixl_prefill(facts.endpoint.name)
+            if self._who.pairs.rules.pushes:
+                prefill.mark = decode.mark = opened.mark = mark_of(self._rng)
         else:
             meeting = Meeting(opened.prefill.worker, self._rng)
             prompts = batch_size(facts)

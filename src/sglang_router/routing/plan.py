@@ -52,10 +52,11 @@ class PlannedLeg:
     model    what the body names as its model instead of what the client wrote, JSON text; b"": the body stays as it is
     rid      the engine's name for the leg, set in the splice: the engine is asked to abort it when the leg is given up;
              of a list of prompts a name for each, with spaces between; b"": closing the connection ends the leg
+    mark     added to the request's id for the engine, the same for both legs of an attempt; b"": the id is as it is
     partner  of a decode leg: the prefill leg of the same attempt; None for any other leg
     """
 
-    __slots__ = ("branch", "lease", "matched", "model", "partner", "rid", "splice", "target", "total")
+    __slots__ = ("branch", "lease", "mark", "matched", "model", "partner", "rid", "splice", "target", "total")
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class PlannedLeg:
         self.splice = splice
         self.rid = rid
         self.model = model
+        self.mark = b""
         self.partner: PlannedLeg | None = None
 
     def __repr__(self) -> str:

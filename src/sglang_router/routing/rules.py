@@ -153,11 +153,13 @@ class PairRules(msgspec.Struct, frozen=True):
     uncached_tokens  tokens of a prompt that are not cached up to which one worker does all of it; 0: none does
     by_cost          so it is also where that is believed to take less time
     connector        how workers hand over: "sglang" or "nixl"; "": as their engines tell
+    pushes           prefill workers find the decode worker by the request's id, which must be theirs alone (Nixl push)
     """
 
     uncached_tokens: int = 0
     by_cost: bool = False
     connector: str = ""
+    pushes: bool = False
 
 
 class FleetRules(msgspec.Struct, frozen=True):

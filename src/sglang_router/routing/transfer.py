@@ -2,8 +2,9 @@
 
     SGLang   both at once, tied by a room: a number that the router draws
              prefill, decode   "bootstrap_host":"10.0.0.7","bootstrap_port":8998,"bootstrap_room":N,"rid":"..."
-    vLLM     (Nixl, pull) prefill first; its answer holds what decode is given
+    vLLM     (Nixl) prefill first; its answer holds what decode is given
              prefill           "kv_transfer_params":{"do_remote_decode":true,...},"max_tokens":1,...
+             push: both        x-request-id: the request's id, and a mark that no other attempt has
 
 SGLang takes one room for a list of prompts, and counts on from it for the others. With data-parallel ranks it takes
 the rank from the room (room % ranks) unless the body names one; both say the same here.
@@ -49,6 +50,15 @@ def hands_off(endpoint: str) -> bool:
 def nixl_prefill(endpoint: str) -> bytes:
     """Return the members for a vLLM prefill worker: it reads the prompt and keeps what it computed."""
     return _PREFILL_ONLY + _ONE_TOKEN[endpoint]
+
+
+def mark_of(rng: random.Random) -> bytes:
+    """Return what makes a request's id that of one attempt alone (Nixl push).
+
+    A decode worker tells its prefill worker by the id which blocks it waits for. Two clients may have chosen the same
+    id, and one of them would be answered with the other's prompt.
+    """
+    return b"-%016x" % rng.getrandbits(64)
 
 
 class Meeting:

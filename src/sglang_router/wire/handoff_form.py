@@ -9,3 +9,9 @@ class HandoffForm(msgspec.Struct, gc=False):
     """An answer of a prefill worker. kv_transfer_params: as it came; b"null" or b"" for nothing."""
 
     kv_transfer_params: msgspec.Raw = msgspec.Raw(b"")
+
+
+class TransferForm(msgspec.Struct, gc=False):
+    """What is read of these parameters. transfer_mode: "pull" or "push"; "": versions before 0.32 do not say."""
+
+    transfer_mode: str = ""

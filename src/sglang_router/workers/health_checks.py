@@ -33,10 +33,8 @@ import contextlib
 import logging
 import math
 import random
-import re
 from collections.abc import Awaitable, Callable
 
-from sglang_router.errors import LoopDetected
 from sglang_router.relay.connection_pool import ConnectionPool
 from sglang_router.routing.fleet import Fleet
 from sglang_router.routing.outcome import Outcome
@@ -44,12 +42,11 @@ from sglang_router.routing.source import Source
 from sglang_router.routing.states import Health
 from sglang_router.routing.worker import Worker
 from sglang_router.workers.fetch import Fetched, FetchError, ask_once, fetch, head_of
+from sglang_router.workers.health_answers import ITSELF, is_strange, wrong
 from sglang_router.workers.rhythm import Alarm, pause_to_step
 
 log = logging.getLogger("sglang_router.health")
 
-ITSELF = "this URL is the router itself"
-"""What is wrong with a worker to which the router's own requests come back (`wire.request_id`)."""
 _MIN_PAUSE = 0.05
 """Seconds between two checks of a worker, however often `check_now` is called: no tight loop on a dead one."""
 _LONGEST_INTRODUCTION = 1.0
@@ -81,10 +78,6 @@ _ABSENT = {Outcome.REFUSED, Outcome.BROKEN, Outcome.STALE}
 """Nobody listens, or only a proxy in front of the engine."""
 _ENOUGH = 3
 """Checks in a row that find no engine, after which waiting for the worker ends."""
-_MAY_HEAL = {408, 425, 429}
-"""Statuses below 500 of an engine that may be ready in a moment."""
-_API_PATH = re.compile(r"/(v1(/.*)?|health|generate)$")
-"""How the URL of an endpoint ends that was given in place of a base URL."""
 
 
 class _Watch:
@@ -142,11 +135,17 @@ async def _no_introduction(worker: Worker) -> None:
     """Ask nothing."""
 
 
+async def _no_impostor(worker: Worker) -> str:
+    """Take each worker for what its URL says."""
+    return ""
+
+
 class HealthChecks:
     """The health checks of all workers; see the module.
 
     unhealthy_interval  seconds between checks of a worker that is not well
     introduce           asks a worker what it is; called once for each process, when it is found well
+    impostor            asked before a worker becomes healthy: who answers in its place, as an error; "" if nobody does
     vanished            called with the name of an unhealthy worker when a check finds that its host does not answer
     released            `release` was called
     """
@@ -171,6 +170,7 @@ class HealthChecks:
         self._rng = rng or random.Random()
         self._watches: dict[Worker, _Watch] = {}
         self._failing: set[_Watch] = set()
+        self.impostor: Callable[[Worker], Awaitable[str]] = _no_impostor
         self.vanished: Callable[[str], None] = lambda name: None
         self.released = False
 
@@ -276,9 +276,10 @@ class HealthChecks:
         outcome = Outcome.SERVED
         try:
             answer = await self._ask(worker, watch)
-            itself = _is_this_router(answer)
-            error = None if answer.ok else ITSELF if itself else _wrong_status(worker, answer.status)
-            strange = error is not None and (itself or (answer.status < 500 and answer.status not in _MAY_HEAL))
+            error = wrong(answer, worker.spec)
+            strange = is_strange(answer)
+            if error is None and worker.health is not Health.HEALTHY:
+                error = await self.impostor(worker) or None
         except FetchError as exc:
             if exc.outcome is Outcome.STARVED:  # the router's own trouble tells nothing about the worker
                 return worker.health is Health.HEALTHY
@@ -375,12 +376,6 @@ def pause_of(failing_for: float, failing: int) -> float:
     return min(failing_for * _SHARE, max(_LONGEST_PAUSE, failing / _MOST_CHECKS))
 
 
-def _is_this_router(answer: Fetched) -> bool:
-    """Return whether the router's own request came back to it."""
-    code = (b"x-smg-error-code", LoopDetected.code.encode())
-    return answer.status == LoopDetected.status and code in answer.headers
-
-
 def _is_being_launched(worker: Worker) -> bool:
     return worker.health is Health.STARTING and worker.spec.source is Source.REPLICAS
 
@@ -388,13 +383,3 @@ def _is_being_launched(worker: Worker) -> bool:
 def _absence_lasts(worker: Worker) -> bool:
     """Return whether nobody listens for longer than a moment, although no process is known to be starting there."""
     return worker.health_failures > 0 and worker.spec.source is not Source.REPLICAS
-
-
-def _wrong_status(worker: Worker, status: int) -> str:
-    """Return in words that the health endpoint answered a status that is no success; name the usual mistake."""
-    endpoint = worker.spec.health.endpoint
-    slip = _API_PATH.search(worker.spec.url)
-    if slip is None or not 400 <= status < 500:
-        return f"GET {endpoint} answered {status}"
-    mistake = f"worker URLs are base URLs; remove {slip[0]} at the end of this one"
-    return f"GET {slip[0]}{endpoint} answered {status}: {mistake}"
