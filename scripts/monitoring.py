@@ -146,7 +146,7 @@ def certificate(folder: Path) -> tuple[Path, Path, ssl.SSLContext]:
 
 
 class Prometheus:
-    """A server that scrapes one target each second, with the alerts of deploy/ without their waiting times."""
+    """A server that scrapes one target every other second, with the alerts of deploy/ without their waiting times."""
 
     def __init__(self, folder: Path, target: str) -> None:
         rules = yaml.safe_load((RULES / "alerts.yml").read_text("utf-8"))
@@ -155,7 +155,7 @@ class Prometheus:
                 rule["for"] = "1s"
         (folder / "alerts.yml").write_text(yaml.safe_dump(rules), "utf-8")
         config = yaml.safe_load((RULES / "scrape.yml").read_text("utf-8"))
-        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        config["global"] = {"scrape_interval": "2s", "evaluation_interval": "1s"}
         config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config), "utf-8")
         address = f"127.0.0.1:{free_port()}"
@@ -210,7 +210,7 @@ def check_live(folder: Path) -> None:
         *("--tls-cert-path", str(cert), "--tls-key-path", str(key), "--api-key", f"alice {KEY}"),
         *("--max-concurrent-requests", "6", "--queue-size", "100", "--engine-report-interval-secs", "1"),
         *("--health-check-interval-secs", "1", "--enable-trace", "--otlp-traces-endpoint", away),
-        *("--shared-state", f"redis://{away}"),
+        *("--autoscale", "2:2", "--shared-state", f"redis://{away}"),
     )
     doomed, doomed_url = start_engine(*ENGINE)
     try:

@@ -27,7 +27,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
 OTHERS = {
     *("--kv-events-config", "--mem-fraction-static", "--no-prefill-assistant", "--quantization", "--stream-output"),
     *("--build", "--cap-drop", "--detach", "--publish", "--read-only", "--security-opt", "--stop-timeout", "--tmpfs"),
-    *("--follow", "--from-file", "--from-literal", "--now", "--replicas", "--reuse-values"),
+    *("--follow", "--from-file", "--from-literal", "--now", "--replicas", "--reset-then-reuse-values"),
     *("--enable-mesh", "--errors", "--headers", "--pdb", "--region"),
 }
 """Flags of engines; of Docker; of Kubernetes and systemd; of smg, modules that print pages, pytest, an example."""

@@ -1,12 +1,14 @@
 #!/bin/sh
 # Boots systemd in namespaces of its own, over a copy of this machine's files that is forgotten afterwards:
 #
-#   unshare --mount --pid --fork --kill-child=KILL --uts --ipc --net --cgroup sh boot.sh PLACE UNITS ROUTER
+#   unshare --mount --pid --fork --kill-child=KILL --uts --ipc --net --cgroup sh boot.sh PLACE UNITS ROUTER FOLDER...
 #
-# PLACE: an empty folder. UNITS: deploy/systemd. ROUTER: a folder that becomes /opt/sglang-router. Needs root. The network is a
-# loopback interface of its own; nothing of the machine but the kernel is used.
+# PLACE: an empty folder. UNITS: deploy/systemd. ROUTER: a folder that becomes /opt/sglang-router. FOLDERs: what else is there
+# inside, to read, wherever it is mounted: this checkout may be in /tmp. Needs root. The network is a loopback interface of
+# its own; nothing of the machine but the kernel is used.
 set -eu
 place=$1 units=$2 router=$3
+shift 3
 root=$place/root
 
 mount --make-rprivate /
@@ -17,6 +19,11 @@ mount -t overlay overlay -o "lowerdir=/,upperdir=$place/over/upper,workdir=$plac
 mount -t proc proc "$root/proc"
 mount -t tmpfs tmpfs "$root/run"
 mount -t tmpfs tmpfs "$root/tmp"
+for folder; do
+    mkdir -p "$root$folder"
+    mount --bind "$folder" "$root$folder"
+    mount -o remount,bind,ro "$root$folder"
+done
 mount --rbind /sys "$root/sys"
 mount -t tmpfs tmpfs "$root/dev"
 mkdir "$root/dev/shm" "$root/dev/pts" "$root/dev/mqueue" "$root/dev/hugepages"

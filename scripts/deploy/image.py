@@ -57,6 +57,8 @@ def check(report: Report) -> None:
             told = builder.inside("sglang-router", "--version").strip()
             if "compiled" not in told:
                 raise Failure(f"the router in the image is not compiled: {told}")
+            builder.inside("python", "-c", "from sglang_router.picker import health, streams")
+            report.ok("inside: it can be an endpoint picker, whose packages are an extra")
             report.ok(f"inside: {told}, {builder.size_mb()} MB with its packages, user {USER}")
             _run(report, builder, Path(place))
         finally:
@@ -133,10 +135,12 @@ def _run(report: Report, builder: _Builder, folder: Path) -> None:
     name = f"test-deploy-{os.getpid()}"
     with engine_processes(1, "--speed", "0") as workers:
         flags = ["--worker-urls", *workers, "--shutdown-drain-secs", "1", "--relay-processes", "1"]
-        variables = [*config["Env"], f"SGLANG_ROUTER_PORT={port}", f"SGLANG_ROUTER_PROMETHEUS_PORT={metrics}"]
+        flags += ["--port", str(port), "--prometheus-port", str(metrics)]  # no variables: the checks must find out
         bundle = folder / "bundle"
         bundle.mkdir()
-        (bundle / "config.json").write_text(json.dumps(_bundle(builder.files, [*entry, *command, *flags], variables)))
+        (bundle / "config.json").write_text(
+            json.dumps(_bundle(builder.files, [*entry, *command, *flags], config["Env"]))
+        )
         crun = [*_CRUN, "--cgroup-manager=disabled", "--root", str(folder / "crun")]
         with (folder / "container.log").open("wb") as log:
             process = subprocess.Popen([*crun, "run", "--bundle", str(bundle), name], stdout=log, stderr=log)

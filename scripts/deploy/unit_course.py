@@ -151,10 +151,14 @@ def several() -> None:
     if int(fact("TasksCurrent")) < 4:
         raise Failed("it does not run in several processes")
     with load():
-        pass
+        write(policy="round_robin")
+        systemctl("reload", SERVICE)
+        until("the new policy", lambda: policy() == "round_robin")
+        write(policy=None)
+        systemctl("reload", SERVICE)
     systemctl("stop", SERVICE)
     ENVIRONMENT.unlink()
-    say("with --relay-processes 2, from /etc/sglang-router/environment, the service starts, serves and stops as well")
+    say("with --relay-processes 2, from /etc/sglang-router/environment, it starts, serves, reloads and stops as well")
 
 
 def activated() -> None:
@@ -188,9 +192,16 @@ def turns() -> None:
     if not done.returncode or get("/readiness")[0] != 200:
         raise Failed("sglang-router-turn to a router that cannot start must leave the old one alone")
     write(polciy=None)
+    folder = Path("/run/systemd/system/sglang-router@b.service.d")
+    folder.mkdir(parents=True)
+    (folder / "fails.conf").write_text("[Service]\nExecStartPre=/bin/false\n")  # Restart= would try it again
+    systemctl("daemon-reload")
+    done = subprocess.run(["sglang-router-turn"], capture_output=True, text=True, check=False)
+    if not done.returncode or fact("ActiveState", "sglang-router@b") not in ("inactive", "failed"):
+        raise Failed("sglang-router-turn leaves a router behind that is started again and again")
     systemctl("stop", "sglang-router@a")
     say(f"sglang-router-turn, twice under load: {count} requests, 0 failed, in {seconds:.0f} s")
-    say("sglang-router-turn leaves the old router alone when the new one cannot start")
+    say("sglang-router-turn leaves the old router alone when the new one cannot start, and does not try that again")
 
 
 def main() -> int:

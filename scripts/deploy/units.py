@@ -69,6 +69,7 @@ def _systemd() -> Iterator[list[str]]:
         boot = Path(__file__).with_name("boot.sh")
         router = str(Path(place) / "router")
         words = ["unshare", "--fork", "--kill-child=KILL", *_NAMESPACES, "sh", str(boot), place, str(UNITS), router]
+        words += [str(reporting.ROOT), *([sys.prefix] if sys.prefix != sys.base_prefix else [])]
         with (Path(place) / "boot.log").open("wb") as log:
             outer = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from engines import engine_processes
 from fake_worker import CLOSE, HANG, answer
 from sglang_router import version
 from sglang_router.routing.outcome import Outcome
-from stack import Reply, stack
+from sglang_router.routing.worker import Worker
+from stack import Reply, Stack, stack
 
 MODELS = "GET /v1/models"
 
@@ -68,17 +71,30 @@ def test_without_workers_the_router_is_up_but_not_ready() -> None:
             assert int(reply.headers["retry-after"]) >= 1
 
 
+def test_a_router_that_scales_to_zero_is_ready_without_workers_because_a_request_starts_one() -> None:
+    with stack(options={"autoscale": "0:2"}) as router:
+        assert router.get("/readiness").json() == {"status": "ready", "healthy_workers": 0, "total_workers": 0}
+        router.fakes({})
+        open_breakers(router)
+        assert router.get("/readiness").status == 503  # it has a worker, so no request is held for another one
+
+
+def open_breakers(router: Stack) -> None:
+    """Let as many requests fail at each worker as its breaker takes to open."""
+
+    def fail(worker: Worker) -> None:
+        router.fleet.lease(worker).close(Outcome.REFUSED, router.loop.time())
+
+    for worker in router.fleet:
+        for _ in range(router.fleet.rules.breaker.threshold):
+            router.call(partial(fail, worker))
+
+
 def test_ready_means_that_a_healthy_worker_can_take_a_request() -> None:
     with stack() as router:
-        (fake,) = router.fakes({})
+        router.fakes({})
         assert router.get("/readiness").json() == {"status": "ready", "healthy_workers": 1, "total_workers": 1}
-        worker = router.worker(fake.url)
-
-        def fail() -> None:
-            router.fleet.lease(worker).close(Outcome.REFUSED, router.loop.time())
-
-        for _ in range(router.fleet.rules.breaker.threshold):
-            router.call(fail)
+        open_breakers(router)
         assert router.get("/readiness").status == 503  # healthy, but its breaker is open
 
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from scripts.deploy import chart
 
+from sglang_router import errors
 from sglang_router.admin.routes import PUBLIC, ROUTES
 from sglang_router.config import OPTIONS, parse
 from sglang_router.config.option import ENVIRONMENT_PREFIX
@@ -110,6 +111,15 @@ def test_compose_names_services_volumes_and_files_that_are_there() -> None:
     assert (DEPLOY / "compose" / build["context"] / build["dockerfile"]).exists()
 
 
+def test_compose_is_for_this_machine_alone_and_its_dashboard_has_no_account() -> None:
+    for service in COMPOSE["services"].values():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+    settings = COMPOSE["services"]["grafana"]["environment"]
+    assert settings["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+    assert settings["GF_AUTH_BASIC_ENABLED"] == "false"  # it has a known password
+    assert settings["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+
+
 def test_what_the_image_copies_reaches_the_builder() -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
     assert all((ROOT / name).exists() for name in allowed)
@@ -126,10 +136,32 @@ def test_the_image_runs_the_router_as_process_1_and_as_nobody_special() -> None:
     assert DEPLOYMENT["spec"]["template"]["spec"]["securityContext"]["runAsUser"] == 10001
 
 
+def test_the_image_listens_where_others_reach_it() -> None:
+    """A container's loopback is nobody's: each option that is an address of the router's own is set."""
+    set_there = set(re.findall(r"\bSGLANG_ROUTER_(\w+)=0\.0\.0\.0", DOCKERFILE))
+    assert set_there == {name.upper() for name in OPTIONS if name == "host" or name.endswith("_host")}
+    ports = re.findall(r"^EXPOSE (.*)$", DOCKERFILE, re.MULTILINE)
+    assert ports == [" ".join(str(OPTIONS[name].default) for name in ("port", "prometheus_port", "epp_port"))]
+
+
 def test_the_chart_carries_the_alerts_and_documents_its_values() -> None:
-    """Written by `python -m scripts.deploy.chart`."""
+    """Written by `python -m scripts.deploy.chart`, which is to be run after an option was added as well."""
+    assert chart.SCHEMA.read_text("utf-8") == chart.schema()
     assert chart.ALERTS.read_text("utf-8") == (DEPLOY / "prometheus" / "alerts.yml").read_text("utf-8")
     assert (chart.CHART / "README.md").read_text("utf-8") == chart.readme()
+
+
+def test_the_alert_about_errors_knows_which_are_not_the_clients_mistakes() -> None:
+    groups = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text("utf-8"))["groups"]
+    (rule,) = (rule for group in groups for rule in group["rules"] if rule["alert"] == "RouterErrors")
+    counted = re.findall(r'error_type=~"(.*?)"', rule["expr"])[0]
+    kinds = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, errors.RouterError)]
+    found = {each.code: each.status for each in kinds}
+    of_clients = {"upgrade_not_supported", "http_version_not_supported"}
+    serious = {code for code, status in found.items() if status >= 500 or status == 429} - of_clients
+    serious |= {"queue_timeout"}  # 408, because the client may ask again
+    assert {code for code in found if re.fullmatch(counted, code)} == serious
+    assert [status for status in range(400, 600) if re.fullmatch(counted, f"http_{status}")] == [429, *range(500, 600)]
 
 
 def test_every_value_of_the_chart_has_a_place_in_its_schema_and_the_other_way_round() -> None:
@@ -137,12 +169,21 @@ def test_every_value_of_the_chart_has_a_place_in_its_schema_and_the_other_way_ro
     values = yaml.safe_load((chart.CHART / "values.yaml").read_text("utf-8"))
 
     def compare(part: dict[str, Any], value: dict[str, Any]) -> None:
-        assert set(part["properties"]) - {"global"} == set(value)
+        assert set(part["properties"]) - {"global"} == set(value) == set(part["required"])
         for name, each in part["properties"].items():
-            if "properties" in each and name in value:
+            if "properties" in each and name in value and name != "config":
                 compare(each, value[name])
 
     compare(schema, values)
+    assert set(schema["properties"]["config"]["properties"]) == NAMES >= set(values["config"])
+
+
+def test_no_secret_and_no_address_comes_into_the_configuration_of_the_chart() -> None:
+    """What the chart refuses there, and says where it belongs."""
+    text = (chart.CHART / "templates" / "_checks.tpl").read_text("utf-8").partition('define "router.elsewhere"')[2]
+    refused = set(re.findall(r"^([a-z-]+): ", text, re.MULTILINE)) | set(re.findall(r'"([a-z][a-z-]+)"', text))
+    secrets = {option.flag.lstrip("-") for option in OPTIONS.values() if option.secret}
+    assert refused == secrets | {"host", "prometheus-host", "epp-host"}
 
 
 # -- systemd -----------------------------------------------------------------------------------------------------------

@@ -47,8 +47,10 @@ async def health(context: Context, request: Request) -> Response:
 async def readiness(context: Context, request: Request) -> Response:
     """Answer 200 while a healthy worker can take requests and the router is not about to stop, else 503.
 
-    Of prefill and decode workers there must be one each. A router that shares its knowledge learns first what the
-    others know, for some seconds at most; whether it reaches them later is told, and counts for nothing.
+    Where autoscaling may stop the last worker (`--autoscale 0:N`), a router without any is ready: it holds requests,
+    and the first of them starts a worker; a load balancer that sent none would wait for ever. Of prefill and decode
+    workers there must be one each. A router that shares its knowledge learns first what the others know, for some
+    seconds at most; whether it reaches them later is told, and counts for nothing.
     """
     counts: dict[str, Any] = {"healthy_workers": _healthy(context), "total_workers": len(context.fleet)}
     if (sharing := context.sharing) is not None:
@@ -64,7 +66,7 @@ def unready(context: Context) -> str:
         return "shutting down"
     if context.lacks:
         return context.lacks
-    if not _healthy(context):
+    if not _healthy(context) and not _wakes_one(context):
         return "insufficient healthy workers"
     learns = context.sharing is not None and not context.sharing.learned
     return "learning what the other routers know" if learns else ""
@@ -73,6 +75,14 @@ def unready(context: Context) -> str:
 def _healthy(context: Context) -> int:
     """Return how many healthy workers can take requests."""
     return sum(worker.health is Health.HEALTHY for worker in context.fleet.candidates(context.clock()))
+
+
+def _wakes_one(context: Context) -> bool:
+    """Whether a request is held until a worker has started, and starts one if none does (`routing.reasons`)."""
+    in_rotation = (worker for worker in context.fleet if worker.in_rotation)
+    return context.args.scales_to_zero and all(
+        worker.health is Health.STARTING and not worker.hopeless for worker in in_rotation
+    )
 
 
 async def health_generate(context: Context, request: Request) -> Response:

@@ -66,7 +66,8 @@ ROUTES: dict[str, tuple[Row, ...]] = {
         Row(
             "GET /readiness",
             info.readiness,
-            "200 while a healthy worker can take requests and the router is not stopping, else 503.",
+            "200 while a healthy worker can take requests and the router is not stopping, else 503. A router that may"
+            " scale to zero workers is ready without any: a request starts one.",
             PUBLIC,
         ),
         Row(
