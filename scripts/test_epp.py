@@ -142,6 +142,19 @@ def ask_blocking(port: int, body: Any, fields: dict[str, str], path: str, method
         return Got(answer.status, {name.lower(): v for name, v in answer.getheaders()}, b"".join(pieces), times)
 
 
+def ask_growing(port: int, most: int) -> Got:
+    """Send a chunked body without an end, up to so many pieces of 64 kB; return the answer."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.putrequest("POST", "/v1/completions")
+        connection.putheader("transfer-encoding", "chunked")
+        connection.endheaders()
+        with contextlib.suppress(ConnectionError):  # the answer has come, and Envoy reads no further
+            for _ in range(most):
+                connection.send(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+        answer = connection.getresponse()
+        return Got(answer.status, {name.lower(): v for name, v in answer.getheaders()}, answer.read(), [])
+
+
 class Bench:
     """Everything that runs, and what was checked."""
 
@@ -191,6 +204,9 @@ async def checks(bench: Bench) -> None:
     check(flows, "a stream flows event by event", got.times)
     got = await ask({"prompt": "y" * 2_000_000})
     check(got.status == 200 and got.json()["bytes"] > 2_000_000, "a body of 2 MB arrives whole", got.body[:80])
+    got = await asyncio.to_thread(ask_growing, bench.gateway, 100)
+    code = got.fields.get("x-smg-error-code")
+    check(got.status == 413 and code == "payload_too_large", "a body that grows too large is 413 before its end", code)
     engines[0].seen.clear()
     forged = {"x-gateway-destination-endpoint": f"127.0.0.1:{engines[0].port}", "x-data-parallel-rank": "3"}
     got = await ask({"prompt": "forged"}, fields=forged)
@@ -441,6 +457,7 @@ def run(program: str, folder: Path, options: argparse.Namespace) -> list[str]:
     flags = ["--epp-port", str(picker), "--disable-access-log"]
     checked = ["--decision-headers", "--health-check-interval-secs", "1"]
     checked += ["--max-concurrent-requests", "2", "--queue-size", "1", "--cb-failure-threshold", "2"]
+    checked += ["--max-payload-size", "4000000"]
     with envoy(program, gateway, picker, folder) as pid:
         with engines_running(2) as engines:
             urls = [engine.url for engine in engines]

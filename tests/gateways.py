@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import grpc
 
 from routers import free_port
-from sglang_router.picker.front import PickerFront
+from sglang_router.picker.front import PickerFront, Pings
 from sglang_router.picker.messages import METHOD, SERVICE, ProcessingRequest, ProcessingResponse
 from sglang_router.routing.events import Finished, Listener, WorkerChanged
 from stack import Stack, stack
@@ -189,9 +189,9 @@ class Gateway:
 
 
 @contextlib.contextmanager
-def picker(router: Stack) -> Iterator[Gateway]:
+def picker(router: Stack, pings: Pings = Pings()) -> Iterator[Gateway]:  # noqa: B008  (immutable)
     """Serve gateways beside a router."""
-    front = PickerFront(router.loop)
+    front = PickerFront(router.loop, pings)
     router.app.args.epp_port = free_port()
     router.call(lambda: front.attach(router.app))
     router.run(front.open())
@@ -239,12 +239,12 @@ class Scene(NamedTuple):
 
 @contextlib.contextmanager
 def scene(**settings: Any) -> Iterator[Scene]:
-    workers = settings.pop("workers", 2)
+    workers, pings = settings.pop("workers", 2), settings.pop("pings", Pings())
     with stack(policy=settings.pop("policy", "round_robin"), **settings) as router:
         ends = Ends()
         router.call(lambda: router.app.listeners.add(ends))
         fakes = router.fakes(*[{} for _ in range(workers)])
-        with picker(router) as gateway:
+        with picker(router, pings) as gateway:
             yield Scene(router, gateway, [fake.url for fake in fakes], ends)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +11,10 @@ import grpc
 import pytest
 
 from gateways import BODY, Asked, Scene, answer_head, request_head, scene, wake, with_subset
+from raw_gateways import DATA, END_STREAM, HEADERS, PING, RawGateway, raw_gateway
+from sglang_router.picker.front import Pings
 from sglang_router.picker.messages import METHOD, SERVICE, ProcessingRequest, ProcessingResponse
 from sglang_router.routing.outcome import Outcome
-
-END_OF_SETTINGS = b"\0\0\0\x04\x01\0\0\0\0"
-PING = b"\0\0\x08\x06\0\0\0\0\0"
-PONG = b"\0\0\x08\x06\x01\0\0\0\0"
 
 
 @pytest.fixture
@@ -37,6 +34,12 @@ def code_of(asked: Asked) -> grpc.StatusCode:
         asked.receive()
     code: grpc.StatusCode = caught.value.code()
     return code
+
+
+def body(data: bytes) -> Any:
+    message = ProcessingRequest()
+    message.request_body.body, message.request_body.end_of_stream = data, True
+    return message
 
 
 def no_streams(here: Scene) -> bool:
@@ -228,16 +231,51 @@ def test_streams_without_a_request_do_not_hold_up_the_end(one: Scene) -> None:
 
 
 def test_a_gateway_may_ping_often(one: Scene) -> None:
-    with socket.create_connection(("127.0.0.1", one.router.app.args.epp_port), timeout=60) as link:
-        link.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0" + END_OF_SETTINGS)
-        heard = b""
+    with raw_gateway(one.router.app.args.epp_port) as link:
         for place in range(8):
             number = b"%08d" % place
-            link.sendall(PING + number)
-            while PONG + number not in heard:
-                data = link.recv(4096)
-                assert data, "the connection was closed"
-                heard += data
+            link.ping(number)
+            while (frame := link.until(PING)) is not None and frame.payload != number:
+                assert not frame.flags, "a ping of the router"
+            assert frame is not None, "the connection was closed"
+
+
+def test_a_gateway_that_vanishes_loses_its_streams_and_one_that_is_only_silent_does_not() -> None:
+    with scene(workers=1, pings=Pings(0.3, 2.0)) as here, raw_gateway(here.router.app.args.epp_port) as link:
+        link.ask(1, request_head("/v1/completions"), body(BODY))
+        assert link.until(DATA)
+        for _ in range(3):
+            assert link.until(PING), "the connection was closed"
+        assert not here.ends.seen
+        link.mute = True
+        assert here.ended().answer.outcome is Outcome.GONE
+        here.router.until(lambda: no_streams(here))
+
+
+def status_of(link: RawGateway) -> bytes:
+    """Read stream 1 to its end; return its trailers."""
+    while (frame := link.until(HEADERS)) is not None and not frame.flags & END_STREAM:
+        pass
+    assert frame is not None, "the connection was closed"
+    return frame.payload
+
+
+@pytest.mark.parametrize("request_body", [BODY, b"garbage"])
+def test_a_gateway_that_reads_nothing_loses_its_places_and_hears_why_when_it_reads(request_body: bytes) -> None:
+    with limited(send_timeout_secs=0.3) as here, raw_gateway(here.router.app.args.epp_port, window=0) as link:
+        link.ask(1, request_head("/v1/completions"), body(request_body))
+        here.ended()
+        here.router.until(lambda: no_streams(here))
+        link.widen(1, 100_000)
+        assert b"--send-timeout-secs" in status_of(link)
+
+
+def test_a_gateway_that_reads_nothing_does_not_hold_up_the_end_of_a_request() -> None:
+    options = {"send_timeout_secs": 60.0, "request_timeout_secs": 0.1}
+    with limited(**options) as here, raw_gateway(here.router.app.args.epp_port, window=0) as link:
+        link.ask(1, request_head("/v1/completions"), body(BODY))
+        assert here.ended().answer.outcome is Outcome.TIMEOUT
+        here.router.until(lambda: no_streams(here))
 
 
 def test_an_answer_before_the_head_is_refused(one: Scene) -> None:

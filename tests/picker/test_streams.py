@@ -32,11 +32,14 @@ def two() -> Iterator[Scene]:
 
 
 def test_a_request_is_sent_to_a_worker_and_its_answer_is_counted(two: Scene) -> None:
-    asked = two.gateway.ask("/v1/completions", BODY, x_forwarded_for="10.1.1.1, 10.2.2.2", x_request_id="mine")
+    asked = two.gateway.ask(
+        "/v1/completions", BODY, x_forwarded_for="10.1.1.1, 10.2.2.2", x_request_id="mine", via="1.0 proxy"
+    )
     chosen = asked.choice()
     assert chosen.endpoint == chosen.metadata
     assert chosen.endpoint in two.endpoints
-    assert chosen.sets == {"x-request-id": "mine"}
+    via = two.router.app.relay.forward.tail.decode().removeprefix("via: ").strip()
+    assert chosen.sets == {"x-request-id": "mine", "via": f"1.0 proxy, {via}"}
     assert asked.given_back() == BODY
     assert two.router.call(lambda: [worker.load for worker in two.router.fleet]).count(1) == 1
     added = asked.answer(200, USAGE[:40], USAGE[40:])
@@ -58,9 +61,10 @@ def test_a_stream_passes_piece_by_piece_and_its_first_byte_is_heard(two: Scene) 
     assert two.router.call(lambda: sum(worker.waiting for worker in two.router.fleet)) == 1
     asked.send(answer_head(200, content_type="text/event-stream"))
     asked.receive()
-    assert asked.piece(b"data: 1\n", False) == b"data: 1\n"
-    assert two.router.call(lambda: sum(worker.waiting for worker in two.router.fleet)) == 0
+    assert asked.piece(b": hello\n\ndata: 1\n", False) == b": hello\n\ndata: 1\n"
+    assert two.router.call(lambda: sum(worker.waiting for worker in two.router.fleet)) == 1
     assert asked.piece(b"\ndata: " + USAGE + b"\n\n", False)
+    assert two.router.call(lambda: sum(worker.waiting for worker in two.router.fleet)) == 0
     assert asked.piece(b"data: [DONE]\n\n", True)
     end = two.ended()
     assert end.answer.usage is not None
@@ -117,6 +121,27 @@ def test_what_is_wrong_is_the_clients_answer(
     assert (end.answer.status, end.answer.code, end.leg) == (status, code, None)
 
 
+def test_a_request_that_comes_round_again_is_refused(two: Scene) -> None:
+    asked = two.gateway.ask("/v1/completions", BODY)
+    via = asked.choice().sets["via"]
+    assert two.gateway.ask("/v1/completions", BODY, via=via).refusal().fields["x-smg-error-code"] == "loop_detected"
+    asked.cancel()
+    two.ended(2)
+
+
+def test_workers_with_the_roles_of_pairs_get_nothing_and_keep_no_load() -> None:
+    with scene(workers=0) as here:
+        for role in ("prefill", "decode"):
+            fake = here.router.fake({})
+            here.router.add(fake.url, worker_type=role)
+            here.router.until_healthy(fake.url)
+        for times in range(1, 4):
+            refused = here.gateway.ask("/v1/completions", BODY).refusal()
+            assert refused.status == 500
+            assert b"pairs of prefill and decode workers" in refused.body
+            here.ended(times)
+
+
 def test_errors_have_the_shape_that_the_path_expects(two: Scene) -> None:
     refused = two.gateway.ask("/v1/messages", b"nonsense").refusal()
     assert json.loads(refused.body)["type"] == "error"
@@ -152,6 +177,17 @@ def test_a_body_waits_unread_for_room_and_is_refused_in_time() -> None:
         assert len(first.given_back()) == 300_000
         first.answer(200, b"{}")
         here.ended(2)
+
+
+def test_a_body_that_comes_too_slowly_is_refused() -> None:
+    with scene(options={"body_timeout_secs": 0.2}) as here:
+        for size in (10, 100_000):
+            asked = here.gateway.open()
+            asked.head("/v1/completions")
+            asked.body(b"x" * size, False)
+            assert asked.refusal().fields["x-smg-error-code"] == "request_timeout"
+        here.ended(2)
+        assert here.router.call(lambda: here.router.clients.budget.held) == 0
 
 
 def test_without_a_worker_the_answer_is_503_with_a_time_to_come_back() -> None:
@@ -454,6 +490,23 @@ def test_usage_that_only_the_router_asks_for_is_hidden() -> None:
         end = here.ended()
         assert end.answer.usage is not None
         assert end.answer.usage.prompt == 7
+
+
+def test_an_event_that_trailers_cut_short_is_not_lost() -> None:
+    with scene(options={"inject_usage": True}) as here:
+        asked = here.gateway.ask("/v1/completions", b'{"prompt":"x","stream":true}')
+        asked.choice()
+        asked.given_back()
+        asked.send(answer_head(200, content_type="text/event-stream"))
+        asked.receive()
+        assert asked.piece(b"data: 1", False) == b""
+        message = ProcessingRequest()
+        message.response_trailers.SetInParent()
+        asked.send(message)
+        streamed = asked.receive().response_body.response.body_mutation.streamed_response
+        assert (streamed.body, streamed.end_of_stream) == (b"data: 1", False)
+        assert asked.receive().WhichOneof("kind") == "response_trailers"
+        here.ended()
 
 
 def test_what_a_worker_keeps_is_asked_for_there(two: Scene) -> None:

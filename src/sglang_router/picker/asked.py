@@ -13,7 +13,7 @@ Where the endpoints stand is the endpoint picker protocol of the Gateway API Inf
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
@@ -92,6 +92,12 @@ def _is_length(value: bytes) -> bool:
     return value.isdigit() and len(value) < 19
 
 
+WRONG_MODE: Final = (
+    "The gateway must send bodies to the endpoint picker in full duplex: set request_body_mode and response_body_mode"
+    " of its ext_proc filter to FULL_DUPLEX_STREAMED, and both trailer modes to SEND."
+)
+
+
 class Modes(NamedTuple):
     """How the gateway sends bodies. A gateway that does not say so is taken for one in full duplex."""
 
@@ -114,15 +120,15 @@ def length_of(request: Request) -> int:
     return -1
 
 
-def peer_of(request: Request, gateway: str) -> str:
+def peer_of(request: Request, gateway: Callable[[], str]) -> str:
     """Return the client's address, as the gateway tells: the last one in X-Forwarded-For, which it has added itself.
 
-    gateway  its own address, as gRPC shows it, for a gateway that does not tell
+    gateway  returns its own address, as gRPC shows it, for a gateway that does not tell
     """
     for name, value in reversed(request.headers):
         if name == b"x-forwarded-for":
             return value.rpartition(b",")[2].strip()[:64].decode("latin-1")
-    return _PEER.sub(r"\1", unquote(gateway)).strip("[]")
+    return _PEER.sub(r"\1", unquote(gateway())).strip("[]")
 
 
 def subset_of(message: Any) -> frozenset[str] | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sglang_router.admin.info import unready
 from sglang_router.app import lifecycle, settings
@@ -52,12 +52,27 @@ def serve(args: RouterArgs) -> int:
     return lifecycle.serve(args, None, PickerFront)
 
 
+class Pings(NamedTuple):
+    """When gateways with open streams are asked whether they still live, in seconds.
+
+    every   of silence of the whole connection before a ping
+    within  in which the answer must come, else all streams of the connection are over
+
+    A gateway whose machine is gone says nothing, and would keep the places of its requests for hours. Gateways do not
+    take a ping in 30 s for abuse: that is meant for clients, who may send one in five minutes.
+    """
+
+    every: float = 30.0
+    within: float = 20.0
+
+
 class PickerFront(Elsewhere):
     """See the module. It is made before the router, which it gets by `attach`. clients: the streams of gateways."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, pings: Pings = Pings()) -> None:  # noqa: B008  (immutable)
         super().__init__()
         self._loop = loop
+        self._pings = pings
         self._app: App | None = None
         self.clients: Clients | None = None
         self._server: Any = None
@@ -93,7 +108,7 @@ class PickerFront(Elsewhere):
         app, clients = self._app, self.clients
         assert app is not None
         assert clients is not None
-        self._server, health = _server(app, clients)
+        self._server, health = _server(app, clients, self._pings)
         port = _listen(self._server, app.args)
         await self._server.start()
         self._tasks = [
@@ -142,7 +157,7 @@ async def _sweep(clients: Clients) -> None:
     clients.sweep()
 
 
-def _server(app: App, clients: Clients) -> tuple[Any, Any]:
+def _server(app: App, clients: Clients, pings: Pings) -> tuple[Any, Any]:
     """Make the gRPC server with its services, and what tells its health."""
     import grpc
     from grpc_health.v1 import health_pb2_grpc
@@ -168,6 +183,10 @@ def _server(app: App, clients: Clients) -> tuple[Any, Any]:
             ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
             ("grpc.so_reuseport", shared),
             ("grpc.http2.max_ping_strikes", 0),  # gateways may ping often: by default a few end the connection
+            ("grpc.keepalive_time_ms", int(pings.every * 1000)),
+            ("grpc.keepalive_timeout_ms", int(pings.within * 1000)),
+            ("grpc.http2.ping_timeout_ms", int(pings.within * 1000)),
+            ("grpc.http2.max_pings_without_data", 0),  # an answer may be silent for long: ask on
         ]
     )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))

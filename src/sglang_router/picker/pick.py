@@ -26,6 +26,7 @@ from typing import Final, NamedTuple, Protocol
 from sglang_router.app.parts import App
 from sglang_router.errors import InternalError, Overdue, RouterError, WorkerUnreachable
 from sglang_router.picker.envoy_words import outcome_of
+from sglang_router.picker.passing import Passing
 from sglang_router.picker.replies import fields_of
 from sglang_router.relay.answered_ids import answered_id
 from sglang_router.relay.body import BodyHandler
@@ -33,7 +34,7 @@ from sglang_router.relay.clients import Clients
 from sglang_router.relay.deadlines import DUE_REQUEST, NEVER, Deadline, Due
 from sglang_router.relay.injected import UsageHider, with_ask
 from sglang_router.relay.moves import EXCHANGE_MOVES, IllegalMove
-from sglang_router.relay.reading import read_and_ask
+from sglang_router.relay.reading import begin
 from sglang_router.relay.renaming import renamed
 from sglang_router.relay.states import ANSWERING, DONE, NEW, QUEUED, ROUTED, ExchangeState
 from sglang_router.routing.decider import Delivered
@@ -49,14 +50,15 @@ from sglang_router.routing.worker import Worker
 from sglang_router.wire.gathering import Body
 from sglang_router.wire.request import Headers, Request
 from sglang_router.wire.splice import Spliced, splice, splice_at
-from sglang_router.wire.sse import EventSplitter
-from sglang_router.wire.usage import joined, usage_of
 
 log: Final = logging.getLogger("sglang_router.picker")
 
+_PAIRS: Final = (
+    "The endpoint picker names one worker for a request, and pairs of prefill and decode workers need two. Remove the"
+    " workers with these roles, or send requests to the router's own port."
+)
 _SERVED_BRANCH: Final = "served"
 """Branch of a lease on a worker that the gateway has chosen among those it was told."""
-_EVENTS: Final = b"text/event-stream"
 
 
 class ErrorAnswer(NamedTuple):
@@ -90,7 +92,6 @@ class Pick:
     first_byte  seconds from the whole request to the first byte of the answer; negative: it has not come
     hider       hides the usage that the engine is asked for and the client has not; None: nothing is added
     leg         the leg that the decider counts; None: there is none
-    sent        bytes of the answer's body
     status      of the answer; 0: none so far
     told_of     the endpoints that the gateway was told, in order
     verdict     where the request goes, or why it goes nowhere; None: not decided yet
@@ -115,11 +116,9 @@ class Pick:
         self._retries = 0
         self._awaited: asyncio.Future[None] | None = None
         # per answer
-        self.status = self.sent = 0
+        self.status = 0
         self.first_byte = -1.0
-        self._outcome = Outcome.SERVED
-        self._first = self._last = b""
-        self._splitter: EventSplitter | None = None
+        self._passing: Passing | None = None
 
     def __repr__(self) -> str:
         return f"<Pick {self._endpoint.name} {self.state.name}, {self.leg!r}>"
@@ -145,19 +144,10 @@ class Pick:
 
     def start(self) -> None:
         """Read the facts of the request and ask the decider."""
-        relay, request, endpoint, clients = self.relay, self.request, self._endpoint, self._caller.clients
-        now = relay.clock()
-        named = relay.ids.read(request.headers, endpoint.id)
-        route = endpoint.route or endpoint.route_of(request.method, request.path)
-        number, size = next(clients.numbers), len(request.body)
-        self.tag = RequestTag(number, named[0], now, route, self._caller.peer, request.client, size, named)
-        clients.exchanges.add(self)
+        caller = self._caller
+        caller.clients.exchanges.add(self)
         try:
-            if request.refusal is not None:
-                raise request.refusal
-            if named[3] is not None:
-                raise named[3]
-            read_and_ask(self, endpoint, named[1], now)
+            begin(self, self._endpoint, caller.peer, caller.clients)
         except RouterError as error:
             self.refuse(error)
         except Exception:  # a fault, of a policy for instance
@@ -237,11 +227,22 @@ class Pick:
 
     def follow(self, plan: Plan) -> None:
         """Take the decision."""
+        if len(plan.legs) > 1:  # roles come from anywhere: files, pods, the control plane
+            self._refuse_pair(plan)
+            return
         self._move(ROUTED)
         self._retries = plan.retries
         self.leg = plan.legs[-1]
         self.deadline = (DUE_REQUEST, self.tag.start + self.relay.timeouts.request)
         self._decide(self.leg)
+
+    def _refuse_pair(self, plan: Plan) -> None:
+        """Give both legs back."""
+        now = self.relay.clock()
+        for leg in plan.legs:
+            self.relay.decider.ended(self.tag, leg, Outcome.ABANDONED, now)
+        log.warning(_PAIRS)
+        self.refuse(InternalError(_PAIRS))
 
     def refuse(self, error: RouterError, outcome: Outcome | None = None) -> None:
         """End with an error of the router, which is the client's answer."""
@@ -259,7 +260,7 @@ class Pick:
         again = self.relay.decider.retry(self.tag, leg, facts, outcome, self.relay.clock())
         if isinstance(again, Plan):
             self.follow(again)
-            if facts.among is None or again.legs[-1].target.name in facts.among:
+            if self.state is DONE or facts.among is None or again.legs[-1].target.name in facts.among:
                 return
             outcome = Outcome.ABANDONED  # a retry may leave the subset
         self.refuse(WorkerUnreachable(detail), outcome)
@@ -289,10 +290,7 @@ class Pick:
             self._moved(served, tried)
         self._move(ANSWERING)
         self.status = status
-        named = dict(fields)
-        self._outcome = Outcome.of_status(status, b"retry-after" in named)
-        if self.hider is not None and named.get(b"content-type", b"").startswith(_EVENTS):
-            self._splitter = EventSplitter()
+        self._passing = Passing(status, fields, self.hider)
 
     def _moved(self, served: Worker, tried: bool) -> None:
         """Let the lease be one of the worker that served. The one that it was tried after did not answer."""
@@ -309,41 +307,35 @@ class Pick:
 
     def data(self, data: bytes, done: bool) -> bytes:
         """Take a piece of the answer's body; return what the client gets of it."""
-        if self.state is not ANSWERING or self.leg is None:
+        passing = self._passing
+        if self.state is not ANSWERING or passing is None:
             return data
-        if self.first_byte < 0.0 and (data or done):
-            self._begun(data)
-        if self._splitter is not None and self.hider is not None:
-            data = self.hider.feed(self._splitter.feed(data))
-            if done:
-                data += self.hider.last(self._splitter.take())
-        self.sent += len(data)
-        self._last = joined(self._last, data)
+        began = passing.begun
+        data = passing.feed(data, done)
+        if passing.begun and not began:
+            self._begun(passing)
         if done:
-            self.done()
+            self._done(passing)
         return data
 
-    def _begun(self, data: bytes) -> None:
+    def _begun(self, passing: Passing) -> None:
         """Report the first byte of the answer."""
         relay, tag, leg, now = self.relay, self.tag, self.leg, self.relay.clock()
         assert leg is not None
         self.first_byte = now - tag.start
-        self._first = data
-        if tag.streaming and self._outcome is Outcome.SERVED:
+        if tag.streaming and passing.outcome is Outcome.SERVED:
             relay.decider.began(leg, now)
-        if self._endpoint.keeps and (kept := answered_id(self._endpoint.name, data)):
+        if self._endpoint.keeps and (kept := answered_id(self._endpoint.name, passing.first)):
             relay.decider.holds(leg, kept)
         if relay.listener.hears_first_byte:
             relay.listener.first_byte(FirstByte(tag, leg, self.first_byte))
 
-    def done(self) -> None:
+    def _done(self, passing: Passing) -> None:
         """End: the whole answer has passed."""
-        if self.state is not ANSWERING:
-            return
-        outcome = outcome_of(self.status, self._last) or self._outcome
-        if self.leg is not None and outcome is not self._outcome:
+        said = outcome_of(self.status, passing.last)
+        if said is not None and self.leg is not None:
             self.relay.decider.suspect(self.leg)
-        self._end(outcome, self.relay.clock())
+        self._end(said or passing.outcome, self.relay.clock())
 
     def told(self) -> Headers:
         """Return the fields that are added to the head of the answer."""
@@ -359,23 +351,19 @@ class Pick:
         head, _, body = whole.partition(b"\r\n\r\n")
         return ErrorAnswer(error.status, fields_of(head), body)
 
-    def _usage(self) -> Usage | None:
-        if self._endpoint.about:  # a stored response repeats what it took when it was made
-            return None
-        last = self.hider.hidden if self.hider is not None and self.hider.hidden else self._last
-        figures = usage_of(self._first, last, self.tag.streaming)
-        return None if figures is None else Usage(*figures)
-
     def _end(self, outcome: Outcome | None, now: float, code: str = "") -> None:
         """End the request, exactly once: close the lease and emit Finished."""
         self._move(DONE)
         self.deadline = NEVER
-        relay, tag, leg = self.relay, self.tag, self.leg
-        usage = self._usage() if outcome is Outcome.SERVED else None
+        relay, tag, leg, passing = self.relay, self.tag, self.leg, self._passing
+        usage: Usage | None = None
+        if outcome is Outcome.SERVED and passing is not None and not self._endpoint.about:
+            usage = passing.usage(tag.streaming)  # a stored response repeats what it took when it was made
         if leg is not None:
             relay.decider.ended(tag, leg, outcome or Outcome.ABANDONED, now, usage)
         duration = max(0.0, now - tag.start)
-        answer = Answered(self.status, code, outcome, duration, self.first_byte, self.sent, self._retries)
+        sent = 0 if passing is None else passing.sent
+        answer = Answered(self.status, code, outcome, duration, self.first_byte, sent, self._retries)
         answer.usage = usage
         relay.listener.finished(Finished(tag, leg, answer))
         self._caller.clients.exchanges.discard(self)

@@ -19,13 +19,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import Any, Final
+from collections.abc import Awaitable
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from sglang_router.errors import BadHTTP, HeadTooLarge, InternalError, PayloadTooLarge, RequestTimeout, RouterError
 from sglang_router.picker import asked, changes, replies
+from sglang_router.picker.ends import BY_DEADLINE, OK, OVER, TOO_LONG, TOO_MANY, BrokenOff, Ended, not_the_protocol
 from sglang_router.picker.messages import FULL_DUPLEX, NONE
 from sglang_router.picker.pick import ErrorAnswer, Pick
 from sglang_router.picker.picking import Picking
@@ -38,18 +40,6 @@ from sglang_router.wire.gathering import Body, gather, whole
 from sglang_router.wire.request import Request
 
 log = logging.getLogger("sglang_router.picker")
-
-_WRONG_MODE: Final = (
-    "The gateway must send bodies to the endpoint picker in full duplex: set request_body_mode and response_body_mode"
-    " of its ext_proc filter to FULL_DUPLEX_STREAMED, and both trailer modes to SEND."
-)
-_TOO_LONG: Final = "--request-timeout-secs is over"
-_SILENT: Final = "no request_headers came in time"
-_OVER: Final = ""
-"""Reasons why the router breaks a stream off. The last one is none: all has been said."""
-
-
-_IDLE: Final = (Due.HEAD, Due.LINGER)  # what a stream without a request waits for
 
 
 class GatewayStream:
@@ -75,10 +65,11 @@ class GatewayStream:
         self._request: Request | None = None
         self._reading: asyncio.Task[Any] | None = None
         self._early: Any = None  # the head of an answer that arrived before the request was decided
-        self._alarm: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # something else than a message
-        self._fault: RouterError | None = None
+        self._waiting: asyncio.Future[None] | None = None  # for room in the budget
+        self._fault: RouterError | None = None  # why the body is read no further
         self._has_body = self._trailers = False  # the request has
-        self._broken: str | None = None  # why the router breaks the stream off
+        self._writing = False
+        self._broken: Ended | None = None  # how the router breaks the stream off
 
     def __repr__(self) -> str:
         return f"<GatewayStream {self.peer} {self._pick!r}>"
@@ -86,13 +77,14 @@ class GatewayStream:
     # -- for Clients and ByteBudget ------------------------------------------------------------------------------------
 
     def overdue(self, now: float) -> None:
-        """Refuse the request: its body comes too slowly, or found no room in time. Or end a silent stream."""
+        """Refuse the request: its body comes too slowly, or found no room in time. Or end a stream that is silent, or
+        that the gateway does not read."""
         due, self.deadline = self.deadline[0], NEVER
-        if due in _IDLE:
-            self._break_off(_SILENT if due is Due.HEAD else _OVER)
+        if due in BY_DEADLINE:
+            self._break_off(BY_DEADLINE[due])
         else:
             self._fault = ERRORS.get(due, RequestTimeout)()
-            self._wake()
+            self.cut()
 
     def lateness(self, now: float) -> float:
         """Return by how many seconds the body is later than allowed while others wait."""
@@ -106,7 +98,7 @@ class GatewayStream:
 
     def close_if_idle(self) -> None:
         """Close soon, unless a request is here: a stream that has just been opened may send it."""
-        if self.deadline[0] in _IDLE:
+        if self.deadline[0] in (Due.HEAD, Due.LINGER):  # it waits for no part of a request
             soon = max(self._timeouts.linger, self.clients.last_request_timeout)
             self.deadline = (self.deadline[0], self.clients.clock() + soon)
 
@@ -117,68 +109,80 @@ class GatewayStream:
 
     def read_on(self) -> None:
         """Read the body on: there is room."""
-        self._wake()
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def overrun(self) -> None:
         """Break off: the answer has taken too long."""
-        self._break_off(_TOO_LONG)
+        self._break_off(TOO_LONG)
 
-    def _break_off(self, why: str) -> None:
-        self._broken = why
-        self.cut()
-
-    def _wake(self) -> None:
-        if not self._alarm.done():
-            self._alarm.set_result(None)
+    def _break_off(self, how: Ended) -> None:
+        self._broken = how
+        if self._writing:  # gRPC tells nothing more before the gateway has read that: hold nothing until then
+            self._let_go()
+        else:
+            self.cut()
 
     # -- the request ---------------------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Serve the stream to its end."""
+    async def run(self) -> Ended:
+        """Serve the stream; return how it ends."""
         try:
             if not self.clients.add(self):
-                await self._context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many requests at once")
+                return TOO_MANY
             self.deadline = (Due.HEAD, self.clients.clock() + self._timeouts.head)
             first = await self._context.read()
             self.deadline = NEVER
             if first is grpc.aio.EOF:
-                return
+                return OVER
             if first.WhichOneof("kind") != "request_headers":
-                await self._refuse("a stream begins with request_headers")
+                raise BrokenOff(not_the_protocol("a stream begins with request_headers"))
             if await self._send(await self._decided(first)) or self._early is not None:
                 await self._follow()
         except DecodeError:
-            await self._refuse("this is no ProcessingRequest")
+            return not_the_protocol("this is no ProcessingRequest")
+        except BrokenOff as error:
+            return error.how
         except asyncio.CancelledError:
             if self._broken is None:
                 raise
-            if self._broken is not _OVER:
-                await self._context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, self._broken)
+            return self._broken
         finally:
             self._close()
+        return OVER
 
-    async def _refuse(self, why: str) -> None:
-        """Break off: this is not the protocol. It does not return."""
-        await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
+    async def _write(self, reply: Any) -> None:
+        """Send a message; break off when the gateway does not read it in time."""
+        self.deadline = (Due.SEND, self.clients.clock() + self._timeouts.send)
+        self._writing = True
+        await self._context.write(reply)
+        self._writing = False
+        self.deadline = NEVER
+        if self._broken is not None:
+            raise BrokenOff(self._broken)
 
     def _close(self) -> None:
+        self._let_go()
         if self._reading is not None:
             self._reading.cancel()
+        # Leave no cycle: it would keep the call, and all of its memory, until the collector comes.
+        self._task = self._pick = self._request = self._reading = None
+        del self._hold, self._context
+
+    def _let_go(self) -> None:
+        """Give back all that the request holds. It may be called again."""
         if self._pick is not None:
             self._pick.gone()
         self._hold.release()
         if self._request is not None:
             self._picking.app.relay.batch.bulk.discard(self._request)
         self.clients.left(self)
-        # Leave no cycle: it would keep the call, and all of its memory, until the collector comes.
-        self._task = self._pick = self._request = self._reading = None
-        del self._hold, self._context
 
     async def _decided(self, first: Any) -> PlannedLeg | ErrorAnswer | None:
         """Read the request; return where it goes, or why it goes nowhere. None: the gateway has closed the stream."""
         picking = self._picking
         request = self._request = asked.request_of(first.request_headers, picking.limits)
-        self.peer = asked.peer_of(request, self._context.peer())
+        self.peer = asked.peer_of(request, self._context.peer)
         self._modes = asked.modes_of(first)
         has_body = self._has_body = not first.request_headers.end_of_stream
         try:
@@ -188,10 +192,12 @@ class GatewayStream:
         most = picking.admit(request, has_body) if request.refusal is None else 0
         if has_body and request.refusal is None:
             if self._modes.request != FULL_DUPLEX:
-                log.warning(_WRONG_MODE)
-                request.refusal = InternalError(_WRONG_MODE)
+                log.warning(asked.WRONG_MODE)
+                request.refusal = InternalError(asked.WRONG_MODE)
             elif not await self._read_body(request, picking.limits.body_bytes if most is None else most):
                 return None
+            if request.refusal is not None:
+                self._hold.release()
         if subset is not None:
             self.among = picking.destinations.workers_at(subset)
         pick = picking.routes.find(request.method, request.path)(self, request)
@@ -209,7 +215,9 @@ class GatewayStream:
             request.refusal = PayloadTooLarge()
             return True
         while not end:
-            message = await self._next(Due.BODY, self._timeouts.body)
+            now = self.clients.clock()
+            self.deadline = (Due.BODY, min(now + self._timeouts.body, self._hold.due(self._timeouts.body)))
+            message = await self._unless_late(self._context.read())
             if self._fault is not None:
                 request.refusal = self._fault
                 return True
@@ -220,7 +228,7 @@ class GatewayStream:
             if kind == "request_trailers":
                 end = self._trailers = True
             elif kind != "request_body":
-                await self._refuse(f"{kind} came inside the body of a request")
+                raise BrokenOff(not_the_protocol(f"{kind} came inside the body of a request"))
             received += len(piece)
             if received > most:
                 request.refusal = PayloadTooLarge()
@@ -244,29 +252,24 @@ class GatewayStream:
             hold.complete(received)
             return True
         while hold.state is not HELD and not hold.admits(length, received, clock()):
-            self._alarm = asyncio.get_running_loop().create_future()
+            self._waiting = asyncio.get_running_loop().create_future()
             self.deadline = (Due.BUDGET, clock() + self._timeouts.room)
-            await self._alarm
-            self.deadline = NEVER
+            await self._unless_late(self._waiting)
             if self._fault is not None:
                 return False
         if end:
             hold.complete(received)
         return True
 
-    async def _next(self, due: Due, within: float) -> Any:
-        """Return the next message, or EOF; or anything when `_fault` is set meanwhile."""
-        now = self.clients.clock()
-        self.deadline = (due, min(now + within, self._hold.due(within)))
-        if self._alarm.done():
-            self._alarm = asyncio.get_running_loop().create_future()
-        self._reading = self._reading or asyncio.ensure_future(self._context.read())
-        await asyncio.wait((self._reading, self._alarm), return_when=asyncio.FIRST_COMPLETED)
-        self.deadline = NEVER
-        if not self._reading.done():
-            return None
-        reading, self._reading = self._reading, None
-        return reading.result()
+    async def _unless_late(self, what: Awaitable[Any]) -> Any:
+        """Wait for a message, or for room, no longer than the deadline; then `_fault` is set."""
+        try:
+            return await what
+        except asyncio.CancelledError:
+            if self._fault is None:
+                raise
+        finally:
+            self.deadline = NEVER
 
     def _is_over(self, message: Any) -> bool:
         """Return whether the request is over before it was decided: its client left, or another filter answers it."""
@@ -287,7 +290,7 @@ class GatewayStream:
                         pick.gone()
                         return None
                     if message.WhichOneof("kind") != "request_trailers":
-                        await self._refuse("a message came behind the end of a request")
+                        raise BrokenOff(not_the_protocol("a message came behind the end of a request"))
                     self._trailers = True
         finally:
             deciding.cancel()
@@ -297,7 +300,7 @@ class GatewayStream:
 
     async def _send(self, verdict: PlannedLeg | ErrorAnswer | None) -> bool:
         """Tell the gateway where the request goes, and give the body back; return False when it goes nowhere."""
-        pick, write = self._pick, self._context.write
+        pick, write = self._pick, self._write
         while pick is not None and verdict is not None:
             if isinstance(verdict, ErrorAnswer):
                 await write(replies.refused(*verdict))
@@ -325,7 +328,7 @@ class GatewayStream:
 
     async def _give_back(self, pick: Pick, leg: PlannedLeg) -> None:
         """Give the body back, with what the leg changes in it."""
-        body, write = pick.request.body, self._context.write
+        body, write = pick.request.body, self._write
         rest = Outgoing(pick.outgoing(leg))
         left = bool(body) or (self._has_body and not self._trailers)
         while left:
@@ -340,7 +343,7 @@ class GatewayStream:
 
     async def _follow(self) -> None:
         """Pass the answer on, piece by piece, until the gateway closes the stream."""
-        pick, write = self._pick, self._context.write
+        pick, write = self._pick, self._write
         while (message := await self._message()) is not grpc.aio.EOF:
             kind = message.WhichOneof("kind")
             if kind == "response_headers":
@@ -348,7 +351,7 @@ class GatewayStream:
                     self._head(pick, message)
                 await write(replies.headers([] if pick is None else pick.told()))
                 if pick is not None and message.response_headers.end_of_stream:
-                    pick.done()
+                    pick.data(b"", True)
             elif kind == "response_body":
                 end = message.response_body.end_of_stream
                 data = message.response_body.body
@@ -356,8 +359,9 @@ class GatewayStream:
                     data = pick.data(data, end)
                 await write(replies.piece(replies.RESPONSE_BODY, data, end))
             elif kind == "response_trailers":
-                if pick is not None:
-                    pick.done()
+                rest = b"" if pick is None else pick.data(b"", True)
+                if rest:  # of an event that did not end
+                    await write(replies.piece(replies.RESPONSE_BODY, rest, False))
                 await write(replies.trailers(replies.RESPONSE_TRAILERS))
             elif kind == "request_trailers":
                 await write(replies.trailers(replies.REQUEST_TRAILERS))
@@ -365,7 +369,7 @@ class GatewayStream:
                 linger = self._timeouts.linger if self.clients.draining else self._timeouts.idle
                 self.deadline = (Due.LINGER, self.clients.clock() + linger)
         if pick is not None and self._modes.response == NONE:
-            pick.done()  # nobody tells how the answer ends
+            pick.data(b"", True)  # nobody tells how the answer ends
 
     async def _message(self) -> Any:
         if self._early is not None:
@@ -389,6 +393,7 @@ class GatewayStream:
 
 async def serve_stream(picking: Picking, context: Any) -> None:
     """Serve one stream of a gateway. A gateway that goes away ends it without a word."""
-    stream = GatewayStream(picking, context)
     with contextlib.suppress(grpc.aio.UsageError):
-        await stream.run()
+        code, why = await GatewayStream(picking, context).run()
+        if code is not OK:  # nothing is held any more: behind what the gateway does not read, this may take long
+            await context.abort(code, why)

@@ -16,19 +16,14 @@ passed on.
 
 from __future__ import annotations
 
-import re
-from typing import Final, Protocol
+from typing import Protocol
 
 from sglang_router.relay.whole_events import USUAL_ENDS
 from sglang_router.routing.outcome import Outcome
-from sglang_router.wire.error_events import FirstEvent, first_event
+from sglang_router.wire.error_events import FirstEvent, FirstSaid
 from sglang_router.wire.framing import Chunked, Framing, Sized, UntilClose
 from sglang_router.wire.response import ResponseHead, json_head
-from sglang_router.wire.sse import MOST_HELD, EventSplitter
-
-_LONGEST_LINE: Final = 1 << 16
-"""Bytes of a first line from which on it is passed on although it may go on: an error is shorter."""
-_ERROR: Final = re.compile(rb'\{\s*"error"\s*:')
+from sglang_router.wire.sse import MOST_HELD
 
 
 class HeldLeg(Protocol):
@@ -62,15 +57,13 @@ def begins(head: ResponseHead, framing: Framing, data: bytes, done: bool) -> boo
 class Beginning:
     """The beginning of one leg's answer, while it is held. It is the sink of the leg's body."""
 
-    __slots__ = ("_coding", "_events", "_head", "_held", "_line", "_lines", "_size", "_splitter")
+    __slots__ = ("_coding", "_events", "_head", "_held", "_said", "_size")
 
     def __init__(self, head: ResponseHead, framing: Framing, decoding: bool) -> None:
         self._head = head
         self._events = head.events
-        self._lines = head.lines
-        self._line = b""  # the beginning of a first line
+        self._said = FirstSaid(head.lines) if head.events or head.lines else None
         self._coding = Chunked() if isinstance(framing, Chunked) and not decoding else None
-        self._splitter = EventSplitter()
         self._held: list[bytes] = []  # as it came
         self._size = 0
 
@@ -102,21 +95,9 @@ class Beginning:
 
         ended  the worker ended the answer: it need not end its last event
         """
-        if self._lines:
-            return self._first_line(content, ended)
-        if not self._events:
+        if self._said is None:
             return FirstEvent() if content else None
-        whole = self._splitter.feed(content)
-        if ended and self._splitter.holds:
-            whole += self._splitter.take() + b"\n\n"
-        return first_event(whole) if whole else None
-
-    def _first_line(self, content: bytes, ended: bool) -> FirstEvent | None:
-        """Return the first line of a stream of JSON lines, once it is there."""
-        self._line = line = (self._line + content).lstrip()
-        if not line or not (b"\n" in line or ended or len(line) > _LONGEST_LINE):
-            return None
-        return FirstEvent(500, line.partition(b"\n")[0]) if _ERROR.match(line) else FirstEvent()
+        return self._said.feed(content, ended)
 
     def _fail(self, leg: HeldLeg, first: FirstEvent, done: bool) -> None:
         """Make the answer one with the status of its first event."""

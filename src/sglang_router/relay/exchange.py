@@ -33,7 +33,7 @@ from sglang_router.relay.leg import Leg
 from sglang_router.relay.moves import EXCHANGE_MOVES, IllegalMove
 from sglang_router.relay.pair import Pair, follow_pair
 from sglang_router.relay.pending import Pending, error_of
-from sglang_router.relay.reading import read_and_ask
+from sglang_router.relay.reading import begin
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.states import ANSWERING, DONE, NEW, QUEUED, ROUTED, ExchangeState
 from sglang_router.routing.decider import Delivered
@@ -128,18 +128,9 @@ class Exchange:
 
     def start(self) -> None:
         """Read the facts of the request and ask the decider."""
-        relay, request, endpoint, client = self.relay, self.request, self._endpoint, self.client
-        now = relay.clock()
-        named = relay.ids.read(request.headers, endpoint.id)
-        route = endpoint.route or endpoint.route_of(request.method, request.path)
-        number, size = next(client.clients.numbers), len(request.body)
-        self.tag = RequestTag(number, named[0], now, route, client.peer, request.client, size, named)
+        client = self.client
         try:
-            if request.refusal is not None:
-                raise request.refusal
-            if named[3] is not None:
-                raise named[3]
-            read_and_ask(self, endpoint, named[1], now)
+            begin(self, self._endpoint, client.peer, client.clients)
         except RouterError as error:
             self.refuse(error)
         except Exception:  # a fault, of a policy for instance: the event loop logs it

@@ -1,9 +1,11 @@
 """Read the facts of a request and ask the decider: at once, or in steps when that could take a while.
 
-Exchange.start --> read_and_ask --> ask --> Exchange.follow, or Exchange.queue
-                        |
-                        '-- slow: bulk.add(SlowBody.step) --> step ... step --> ask, or Exchange.refuse
-                                                                '-- the client left: no further step
+Exchange.start --> begin --> read_and_ask --> ask --> Exchange.follow, or Exchange.queue
+                                 |
+                                 '-- slow: bulk.add(SlowBody.step) --> step ... step --> ask, or Exchange.refuse
+                                                                         '-- the client left: no further step
+
+`begin` names the request first: whatever becomes of it, events, logs and its answer carry the same tag.
 
 What takes a while are bodies above `QUICK` bytes, of which many may be complete in the same turn of the event loop, and
 those that the fast decoder refuses.
@@ -19,6 +21,7 @@ from urllib.parse import unquote_to_bytes
 
 from sglang_router.errors import NotFound, ReservedField, RouterError
 from sglang_router.relay.body import BodyHandler
+from sglang_router.relay.clients import Clients
 from sglang_router.relay.injected import UsageHider, wanted
 from sglang_router.relay.relay import Relay
 from sglang_router.relay.renaming import model_in_query
@@ -55,6 +58,26 @@ class Unrouted(Protocol):
 
     def refuse(self, error: RouterError) -> None:
         """Answer with an error of the router."""
+
+
+def begin(exchange: Unrouted, endpoint: Endpoint, peer: str, clients: Clients) -> None:
+    """Name the request, read its facts and ask the decider.
+
+    peer     address of the client
+    clients  those of its port: they number the requests
+
+    Raises: RouterError, when the request is refused; it has its tag then.
+    """
+    relay, request = exchange.relay, exchange.request
+    now = relay.clock()
+    named = relay.ids.read(request.headers, endpoint.id)
+    route = endpoint.route or endpoint.route_of(request.method, request.path)
+    number, size = next(clients.numbers), len(request.body)
+    exchange.tag = RequestTag(number, named[0], now, route, peer, request.client, size, named)
+    fault = request.refusal or named[3]
+    if fault is not None:
+        raise fault
+    read_and_ask(exchange, endpoint, named[1], now)
 
 
 def read_and_ask(exchange: Unrouted, endpoint: Endpoint, routing_key: bytes, now: float) -> None:

@@ -14,11 +14,12 @@ The status is the code, where that is a number; else what the code or the type s
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import msgspec
 
-from sglang_router.wire.sse import payloads
+from sglang_router.wire.sse import EventSplitter, payloads
 
 _NAMES: Final = {
     "rate_limit_error": 429,
@@ -40,6 +41,9 @@ _NAMES: Final = {
 }
 """What the names of codes and types stand for, in lower case."""
 _OLD: Final = b"error: "
+_LONGEST_LINE: Final = 1 << 16
+"""Bytes of a first line from which on it is no error, although it may go on: an error is shorter."""
+_ERROR: Final = re.compile(rb'\{\s*"error"\s*:')
 
 
 class FirstEvent:
@@ -57,6 +61,38 @@ class FirstEvent:
 
     def __repr__(self) -> str:
         return f"<FirstEvent {self.status or 'no error'}>"
+
+
+class FirstSaid:
+    """Wait for the first event of a stream that says something, or the first of its lines of JSON.
+
+    lines  the answer is lines of JSON, not events; a first line that is an error stands for 500
+    """
+
+    __slots__ = ("_line", "_lines", "_splitter")
+
+    def __init__(self, lines: bool) -> None:
+        self._lines = lines
+        self._line = b""  # the beginning of a first line
+        self._splitter = EventSplitter()
+
+    def feed(self, content: bytes, ended: bool) -> FirstEvent | None:
+        """Take a piece of the answer; return the first event or line once it is there.
+
+        ended  this is the end of the answer: it need not end its last event
+        """
+        if self._lines:
+            return self._first_line(content, ended)
+        whole = self._splitter.feed(content)
+        if ended and self._splitter.holds:
+            whole += self._splitter.take() + b"\n\n"
+        return first_event(whole) if whole else None
+
+    def _first_line(self, content: bytes, ended: bool) -> FirstEvent | None:
+        self._line = line = (self._line + content).lstrip()
+        if not line or not (b"\n" in line or ended or len(line) > _LONGEST_LINE):
+            return None
+        return FirstEvent(500, line.partition(b"\n")[0]) if _ERROR.match(line) else FirstEvent()
 
 
 def first_event(events: bytes) -> FirstEvent | None:
