@@ -30,6 +30,12 @@ def work(per_item: float = 0.0, per_unit: float = 0.001) -> Work:
     return Work(common(per_item, per_unit))
 
 
+def other(each: Work, uncached: int) -> None:
+    """Let another router send a prompt, of which this one hears now."""
+    each.passed(1, each.last)
+    each.reads(uncached)
+
+
 # -- the clock ---------------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +348,21 @@ def test_a_retry_after_a_pause_is_in_nobodys_way_until_it_is_sent() -> None:
     assert (each.awaited, each.backlog(50.0)) == (0, 0.0)
 
 
+def test_what_a_prompt_takes_is_expected_by_its_tokens() -> None:
+    paces = Paces()
+    first, later = Work(paces), Work(paces)
+    first.count_in(0.5)
+    assert first.prompts.expected(0, 4000) == later.prompts.expected(0, 32000) == 1.0
+    later.count_in(0.5)
+    assert (later.prompts.per_unit, later.prompts.scale) == (first.prompts.per_unit, 32.0)
+    first.sent("a", 4000, True, 0.0)
+    first.began("a", 4000, 3.0)
+    measured = paces.prompts.per_unit
+    Work(paces).count_in(0.5)
+    assert paces.prompts.per_unit == measured
+    assert first.renewed().prompts.scale == 32.0
+
+
 def test_another_process_begins_with_no_work_and_the_pace_of_the_pool() -> None:
     bench = Bench(1, "cost")
     worker = bench.workers[0]
@@ -397,35 +418,83 @@ def test_requests_of_other_routers_shorten_the_gap() -> None:
         beside.passed(3, second * 1.0 + 0.5)
     assert alone.gap == pytest.approx(0.25, rel=0.2)
     assert beside.gap == pytest.approx(0.25, rel=0.2)
-    assert beside.share == pytest.approx(0.25, abs=0.1)
-    for _ in range(200):
-        beside.sent("a", 0, False, 1000.0)
-    assert beside.share == pytest.approx(1.0, abs=0.01)
 
 
-def test_a_share_is_never_nothing() -> None:
+def test_a_gap_is_never_nothing() -> None:
     each = work()
     for _ in range(200):
         each.passed(255, 1.0)
-    assert 0.0 < each.share < 0.01
     assert each.gap > 0.0
 
 
 def test_the_time_of_others_prompts_is_not_that_of_the_own_ones() -> None:
-    """Each of two routers sends a prompt of 1,000 bytes a second; both are read in turn, in 0.4 s each."""
+    """Between two prompts of this router another one sends two of 3,000 bytes; the engine reads 10,000 bytes a second,
+    and takes 0.1 s more for each prompt."""
     each = work()
-    for second in range(40):
-        each.passed(1, second + 0.0)
-        each.sent("a", 1000, True, second + 0.0)
-        each.reads(1000)
-        each.began("a", 1000, second + 0.8)
-        each.settle()
-    assert each.prompts.expected(1, 1000) == pytest.approx(0.4, rel=0.2)
+    for start in range(0, 2000, 10):
+        size = 1000 + 100 * (start % 400)
+        each.sent("a", 1000, True, start + 0.0)
+        other(each, 3000)
+        other(each, 3000)
+        each.sent("b", size, True, start + 0.1)
+        other(each, 50_000)  # it comes behind all
+        each.began("a", 1000, start + 0.3)
+        each.began("b", size, start + 0.3 + 0.1 + size / 10_000 + 2 * (0.1 + 0.3))
+    assert each.prompts.per_item == pytest.approx(0.1, rel=0.05)
+    assert each.prompts.per_unit == pytest.approx(1e-4, rel=0.05)
 
 
-def test_what_others_send_counts_only_while_a_prompt_is_awaited() -> None:
+def test_what_others_sent_to_an_idle_worker_before_says_nothing() -> None:
     each = work()
-    each.reads(1 << 20)
+    other(each, 1 << 20)
     each.sent("a", 1000, True, 0.0)
     each.began("a", 1000, 0.4)
     assert each.prompts.expected(1, 1000) == pytest.approx(0.4, rel=0.01)
+
+
+def test_a_prompt_that_others_may_have_stood_in_front_of_is_not_measured() -> None:
+    """What is heard while the first one is awaited may have been sent before it: messages come late."""
+    each = work()
+    each.sent("a", 1000, True, 0.0)
+    other(each, 1000)
+    each.began("a", 1000, 0.8)
+    assert each.prompts.weight == 0.0
+
+
+def test_behind_others_both_figures_of_the_pace_change_alike() -> None:
+    """When the others' prompts are over is an estimate: its error is not what each request takes, however short."""
+    each, before = work(0.1), work(0.1).prompts
+    for start in range(0, 8000, 100):
+        other(each, 1000)
+        each.elsewhere_until = start + 1.0
+        size = 100 if start % 200 else 10_000
+        each.sent("a", size, True, start + 0.0)
+        each.began("a", size, start + 1.0 + 3.0 * before.expected(1, size))
+    assert each.prompts.per_item == pytest.approx(3.0 * before.per_item, rel=0.1)
+    assert each.prompts.per_unit == pytest.approx(3.0 * before.per_unit, rel=0.1)
+
+
+@pytest.mark.parametrize("late", [0.0, 1e6])
+def test_a_measurement_behind_others_changes_the_pace_by_a_factor_of_four_at_most(late: float) -> None:
+    each = work()
+    other(each, 1000)
+    each.elsewhere_until = 1.0
+    each.sent("a", 1000, True, 0.0)
+    before = each.prompts.expected(1, 1000)
+    each.began("a", 1000, late)
+    assert 0.2 < each.prompts.expected(1, 1000) / before < 4.1
+    assert each.prompts.weight == 1.0
+
+
+def test_a_stream_that_is_given_up_leaves_nothing_to_be_measured() -> None:
+    each = work()
+    other(each, 1000)
+    each.sent("a", 1000, True, 0.0)
+    each.sent("b", 1000, True, 0.0)
+    each.ended("a", 0.0, 1000, 0.2)
+    each.began("b", 1000, 9.0)  # perhaps behind others
+    assert each.prompts.weight == 0.0
+    each.forget(100.0)
+    each.sent("c", 1000, True, 200.0)
+    each.began("c", 1000, 200.5)
+    assert each.prompts.weight == 1.0

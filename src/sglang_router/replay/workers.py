@@ -85,7 +85,7 @@ class SimulatedWorkers:
             worker = fleet.add(WorkerSpec(url=name, health=self._setup.health), self._timeline.now)
             self._of[worker] = fleet
             fleet.probed(worker, None, self._timeline.now)
-            worker.work.bytes_per_token = UNIT / self._setup.page  # texts have one unit for each page
+            worker.work.count_in(UNIT / self._setup.page)  # texts have one unit for each page
             if self._survey_every:
                 self._report(worker)
                 self._timeline.background(self._timeline.now + worker.phase * self._survey_every, self._survey, worker)

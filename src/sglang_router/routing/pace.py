@@ -32,9 +32,9 @@ _LEAST: Final = 0.001
 """The least part of the whole that items or units are."""
 _ALONE: Final = 16.0
 """Requests that the fixed part of a decode step weighs as much as."""
-_BYTES_PER_ITEM: Final = 256.0
+_TOKENS_PER_ITEM: Final = 64.0
 _PER_PROMPT: Final = 0.006
-_PER_BYTE: Final = 1.0 / (8000.0 * BYTES_PER_TOKEN)
+_PER_TOKEN: Final = 1.0 / 8000.0
 _PER_REQUEST: Final = 0.035
 
 
@@ -61,7 +61,12 @@ class Pace:
 
     def expect(self, others: Pace) -> None:
         """Begin with the figures of others."""
-        self.per_item, self.per_unit = others.per_item, others.per_unit
+        self.scale, self.per_item, self.per_unit = others.scale, others.per_item, others.per_unit
+
+    def count_in(self, per_token: float) -> None:
+        """Take how many units a token has. Call it before anything is measured."""
+        self.scale = _TOKENS_PER_ITEM * per_token
+        self.per_unit = _PER_TOKEN / per_token
 
     def expected(self, items: float, units: float) -> float:
         """Return the seconds for so much."""
@@ -83,6 +88,19 @@ class Pace:
         self._uu += units * units * share
         self._is += items * seconds * share
         self._us += units * seconds * share
+        self.settle(common)
+
+    def rescale(self, items: float, units: float, seconds: float, common: Pace | None = None) -> None:
+        """Add one measurement that says nothing of what an item takes beside a unit: both figures follow it alike."""
+        of_items, of_units = items * self.per_item, units * self.per_unit
+        factor = min(max(seconds / (of_items + of_units), 1.0 / _MOST_FACTOR), _MOST_FACTOR)
+        self.fade(_KEPT)
+        share = 1.0 / (items * self.scale + units)
+        self.weight += 1.0
+        self._ii += items * items * share
+        self._uu += units * units * share
+        self._is += items * of_items * factor * share
+        self._us += units * of_units * factor * share
         self.settle(common)
 
     def fade(self, share: float) -> None:
@@ -188,7 +206,7 @@ class Paces:
     __slots__ = ("answers", "gap", "prompts")
 
     def __init__(self) -> None:
-        self.prompts = Pace(_BYTES_PER_ITEM, _PER_PROMPT, _PER_BYTE)
+        self.prompts = Pace(_TOKENS_PER_ITEM * BYTES_PER_TOKEN, _PER_PROMPT, _PER_TOKEN / BYTES_PER_TOKEN)
         self.answers = AnswerPace()
         self.gap = 1.0
 

@@ -25,7 +25,10 @@ worker whose policy does not ask for it.
 
 *Several routers* in front of a worker (`routing.shared`) tell each other until when it is busy. The latest of these
 times counts, not their sum: whoever sends a prompt puts it behind all that it knows of. And they tell what they send
-there, because a busy time in which the prompts of others were read, too, says as much of these.
+there, because a busy time in which the prompts of others were read, too, says as much of these (`routing.heard`). It
+counts in full only from a first byte on, or from an idle worker on. When prompts of others are over that are in front
+is an estimate, and its errors would look like time that each request takes, however short: what is measured from there
+changes both figures of the pace alike, and with that the estimate.
 
 Pure: time is an argument.
 """
@@ -35,6 +38,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from sglang_router.routing.heard import Heard
 from sglang_router.routing.pace import BYTES_PER_TOKEN, Paces
 
 _BLOCK: Final = 16
@@ -42,8 +46,6 @@ _BLOCK: Final = 16
 _LAST_GAP: Final = 0.05
 """How much the last pause between two requests counts."""
 _LEAST_GAP: Final = 1e-4
-_LEAST_SHARE: Final = 0.001
-"""Of the requests to a worker, the least that this router is believed to have sent."""
 _LONGEST_PAUSE: Final = 60.0
 """A longer one counts as so many seconds: a night without requests says nothing of the next morning."""
 _GIVEN_UP: Final = 60.0
@@ -56,6 +58,10 @@ _STRETCH: Final = 0.1
 _ANSWERS: Final = 8
 """AnswerPace that are counted together."""
 _LATEST: Final = math.inf
+_SURE: Final = 0  # what began a busy time: a first byte,
+_ALONE: Final = 1  # a prompt in front of which nothing was, as far as was known then,
+_BEHIND: Final = 2  # one that stood behind prompts of other routers until an estimated time,
+_BROKEN: Final = 3  # or a stream that was given up: nobody knows what is in front of the next one
 
 
 class Work:
@@ -64,7 +70,7 @@ class Work:
     active           a policy wants to know: without, nothing is told to it
     free_at          when all prompts sent there are believed to be read; seconds of the caller's clock
     gap              mean seconds between two requests that were sent there; of a new worker, what it is elsewhere
-    requests         sent there by this router; share: of all that were sent there lately
+    requests         sent there by this router
     last             when the last one was; minus infinity before the first
     elsewhere_until  until when the prompts sent there by other routers take, as they tell; 0: nobody does
     head             when the oldest awaited stream is believed to begin; infinity without one
@@ -78,12 +84,12 @@ class Work:
         "_answers_beside",
         "_awaiting",
         "_block_bytes",
+        "_block_doubt",
         "_block_items",
         "_block_start",
         "_common",
         "_forgot_at",
-        "_others_bytes",
-        "_others_items",
+        "_heard",
         "_prefilled",
         "_shift",
         "active",
@@ -96,7 +102,6 @@ class Work:
         "last",
         "prompts",
         "requests",
-        "share",
     )
 
     def __init__(self, common: Paces | None = None) -> None:
@@ -106,7 +111,6 @@ class Work:
         self.head = _LATEST
         self.gap = 1.0
         self.requests = 0
-        self.share = 1.0
         self.last = -_LATEST
         own = Paces()
         self.prompts, self.answers = own.prompts, own.answers
@@ -116,11 +120,12 @@ class Work:
         self._block_start = 0.0  # of the busy time that is measured
         self._block_items = 0
         self._block_bytes = 0
-        self._others_items = self._others_bytes = 0  # the same of other routers
+        self._block_doubt = _SURE
+        self._heard = Heard()  # of other routers
         self._answers = self._answers_beside = 0  # that are not counted yet
         self._answer_seconds = 0.0
         self._prefilled = (0, 0)  # tokens and microseconds, by the engine's own count
-        self._forgot_at = _LATEST  # not yet
+        self._forgot_at = _LATEST
         self._common: Paces | None = None
         if common is not None:
             self.join(common)
@@ -147,6 +152,14 @@ class Work:
         """End measuring: the worker leaves the pool."""
         self._common = None
         self.active = False
+
+    def count_in(self, bytes_per_token: float) -> None:
+        """Take how many bytes a token has where that is not as in usual texts. Call it for a new worker."""
+        self.bytes_per_token = bytes_per_token
+        if self._common is not None:
+            if not self._common.prompts.weight:
+                self._common.prompts.count_in(bytes_per_token)
+            self.prompts.expect(self._common.prompts)
 
     def renewed(self) -> Work:
         """Return the work of another process in the worker's place: nothing, at the pace of the pool."""
@@ -199,22 +212,26 @@ class Work:
             if common is not None:
                 common.gap = self.gap
         self.last = now
-        if self.share < 1.0:
-            self.share += (1.0 - self.share) * _LAST_GAP
         start = min(now, self.head)
         if self.free_at > start:
             start = self.free_at
-        if self.elsewhere_until > start:
+        behind = self.elsewhere_until > start
+        if behind:
             start = self.elsewhere_until
         if not self._awaiting:
             if streams:  # what is left of requests without a stream comes before
                 self._block_start = start
+                self._block_doubt = _BEHIND if behind else _ALONE
+                if self._heard.any:
+                    self._heard.begin()
         elif not streams:
             self._block_items += 1
             self._block_bytes += uncached
         self.free_at = due = start + prompts.per_item + uncached * prompts.per_unit
         if streams:
             self._awaiting[key] = due - self._shift
+            if self._heard.any:
+                self._heard.sent(key)
             if due < self.head:
                 self.head = due
         return due - self._shift
@@ -232,14 +249,12 @@ class Work:
         if pause < _LATEST:
             pause = min(max(pause, 0.0), _LONGEST_PAUSE) / requests
             self.gap = max(pause + (self.gap - pause) * left, _LEAST_GAP)
-        self.share = max(self.share * left, _LEAST_SHARE)
         self.last = now
+        self._heard.more(requests, 0)
 
     def reads(self, uncached: int) -> None:
         """Take that the worker reads a prompt of another router, too: its time is not that of this router's alone."""
-        if self._awaiting:
-            self._others_items += 1
-            self._others_bytes += uncached
+        self._heard.more(0, uncached)
 
     def began(self, key: object, uncached: int, now: float) -> None:
         """Take the first byte of a stream. That of one that was given up says nothing any more."""
@@ -247,6 +262,9 @@ class Work:
         if due is None:
             return
         self._move(now - due - self._shift)
+        if self._heard.any and self._is_doubtful(key, uncached, now):
+            self._begin_block(now)
+            return
         self._block_items += 1
         self._block_bytes += uncached
         if not self._awaiting or self._block_items >= min(_BLOCK, self.prompts.weight):
@@ -280,8 +298,9 @@ class Work:
             return
         if early > 0.0:
             self._move(-min(early, self.prefill(uncached)))
+        self._heard.gone(key)
         self._reset_head()
-        self._begin_block(now)
+        self._begin_block(now, _BROKEN)
 
     def told(self, tokens: int, microseconds: int) -> None:
         """Take an engine's own counters: uncached tokens that it has read, and how long it was busy with that."""
@@ -311,9 +330,10 @@ class Work:
         late = [key for key, due in self._awaiting.items() if due < before]
         for key in late:
             del self._awaiting[key]
+            self._heard.gone(key)
         if late:
             self._reset_head()
-            self._begin_block(now)
+            self._begin_block(now, _BROKEN)
 
     # -- the clock, and what is measured -------------------------------------------------------------------------------
 
@@ -331,10 +351,9 @@ class Work:
         seconds = now - self._block_start
         if seconds > 0.0:
             items, units = float(self._block_items), float(self._block_bytes)
-            if self._others_items:  # those read in this time, and not those that still wait behind
-                ratio = 1.0 / self.share - 1.0
-                items += min(self._others_items, items * ratio)
-                units += min(self._others_bytes, units * ratio)
+            if self._heard.any:
+                others = self._heard.between
+                items, units = items + others[0], units + others[1]
             prompts, common = self.prompts, self._common
             before = prompts.expected(items, units)
             if common is not None:
@@ -346,9 +365,27 @@ class Work:
             return
         self._begin_block(now)
 
-    def _begin_block(self, now: float) -> None:
+    def _begin_block(self, now: float, doubt: int = _SURE) -> None:
         self._block_start, self._block_items, self._block_bytes = now, 0, 0
-        self._others_items = self._others_bytes = 0
+        self._block_doubt = doubt
+        if self._heard.any:
+            self._heard.go_on()
+
+    def _is_doubtful(self, key: object, uncached: int, now: float) -> bool:
+        """Take that a stream begins; return whether prompts of other routers may have been in front of the first one of
+        this busy time."""
+        heard = self._heard.began(key)
+        doubt, self._block_doubt = self._block_doubt, _SURE
+        if doubt == _BEHIND:
+            self._weigh(uncached, now - self._block_start)
+        return doubt > _ALONE or (doubt == _ALONE and heard)
+
+    def _weigh(self, uncached: int, seconds: float) -> None:
+        """Measure roughly how long a prompt took that stood behind those of other routers."""
+        common = None if self._common is None else self._common.prompts
+        if common is not None:
+            common.rescale(1.0, uncached, seconds)
+        self.prompts.rescale(1.0, uncached, seconds, common)
 
     def _stretch(self, ratio: float, now: float) -> None:
         """Let all that is due take so many times as long, if that makes a difference."""

@@ -356,14 +356,29 @@ def test_two_routers_send_a_new_prompt_to_the_same_worker_without_a_word(policy:
     assert one == other >= 45  # by cost one worker alone may be cheap
 
 
-def test_while_routers_can_tell_each_other_strangers_go_by_the_usual_rule() -> None:
-    joined = Joined(1, 4, "cache_aware")
-    bench = joined.benches[0]
-    for seed in range(8):
-        bench.serve(text(seed))
-    assert isinstance(bench.policy, CacheAware)
-    assert {bench.policy.tree.size(worker.slot) for worker in bench.workers} == {8192}
-    assert joined.states[0].reading.agreed == 0
+def new_prompts(filled: int) -> Counter[int]:
+    """Let a router fill so many of eight workers, and another one send 32 new prompts; return how many each got."""
+    joined = Joined(2, 8, "cache_aware")
+    for number in range(filled):
+        for seed in range(40):
+            place(joined, 0, text(1000 + number * 40 + seed), number)
+    joined.flush(0.1)
+    bench = joined.benches[1]
+    attempts = [bench.serve(text(seed)) for seed in range(32)]
+    assert {attempt.branch for attempt in attempts} == {"miss"}
+    assert joined.states[1].reading.agreed == 0, "they can tell each other"
+    return Counter(bench.number(attempt.worker) for attempt in attempts)
+
+
+def test_new_prompts_go_where_all_routers_together_have_sent_little() -> None:
+    seen = new_prompts(4)
+    assert sum(seen[number] for number in range(4, 8)) >= 28
+    assert max(seen.values()) <= 12
+
+
+def test_the_emptiest_worker_does_not_get_all_that_is_new() -> None:
+    """All routers know that it is, and each would send it all that is new until it hears of the others."""
+    assert 4 <= new_prompts(7)[7] <= 20
 
 
 def test_what_was_forgotten_because_it_was_too_much_goes_where_it_was() -> None:

@@ -13,8 +13,9 @@ an eighth of that counts only with its beginning. `choose` matches, `chosen` ins
 next request with this prefix follows at once; `unread` takes it out again when the worker refused the request (4xx) or
 never had it. A worker that is away for a while keeps its entries, because its cache is still there; one that restarted
 or was flushed loses them. With --kv-events, what a worker itself says it holds takes the place of that memory; with
---shared-state, what other routers sent there counts as well; while the store cannot be reached, a prompt that nobody
-knows goes where every router would send it (`routing.prefix_tree.informed`).
+--shared-state, what other routers sent there counts as well: a prompt that nobody knows goes to one of the workers to
+which all together have sent little, and while the store cannot be reached, where every router would send it
+(`routing.prefix_tree.informed`).
 
 A match of fewer than `_WORTH` bytes that is not the whole text saves the engine a few tokens and is no reason to leave
 the balance: else all short prompts that begin with the same word ("Question 1", "Question 2") would go to one worker.
@@ -32,6 +33,7 @@ from sglang_router.routing.candidates import Candidates
 from sglang_router.routing.considered import Considered
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.policies.base import Choice, Policy
+from sglang_router.routing.prefix_tree.informed import Informed
 from sglang_router.routing.prefix_tree.memory import TreeMemory
 from sglang_router.routing.prefix_tree.tree import Match
 from sglang_router.routing.rules import PolicySettings
@@ -88,8 +90,9 @@ class CacheAware(Policy):
                 else:
                     choice = Choice(candidates.at(owners.bit_length() - 1), "hit")
             else:
-                agreed = [] if self._informed is None else self._informed.agree(match, mask, candidates.roster)
-                smallest = 1 << agreed[0] if agreed else self.tree.smallest(mask)
+                smallest = 0 if self._informed is None else self._stranger(self._informed, match, candidates)
+                if not smallest:
+                    smallest = self.tree.smallest(mask)
                 if smallest & (smallest - 1):
                     choice = self.least_loaded(candidates, "miss", smallest)
                 else:
@@ -131,6 +134,11 @@ class CacheAware(Policy):
             taken = self.tree.forget(namespace, facts.text, slot, choice.learned, choice.learned_at)
             if taken and self._informed is not None:
                 self._informed.unread(namespace, facts.text[: self._longest_text], slot, choice.noted, taken)
+
+    def _stranger(self, informed: Informed, match: Match, candidates: Candidates) -> int:
+        """Return where a text goes that nobody has, by what other routers tell, or all agree on; 0: they do not say."""
+        agreed = informed.agree(match, candidates.mask, candidates.roster)
+        return 1 << agreed[0] if agreed else informed.emptiest(match, candidates.mask)
 
     def _imbalanced(self, candidates: Candidates) -> bool:
         """Return whether the loads differ by so much that the cache no longer matters."""

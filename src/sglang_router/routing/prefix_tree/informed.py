@@ -18,16 +18,20 @@ events is cut. Of a cache that other routers fill, too, it remembers only this r
 from __future__ import annotations
 
 from bisect import bisect_right
+from typing import Final
 
 from sglang_router.routing.facts import Facts
 from sglang_router.routing.kv_blocks import Holder
 from sglang_router.routing.kv_index import Held, KVIndex
 from sglang_router.routing.prefix_tree.tree import Match
 from sglang_router.routing.prompt_tokens import Encode, Prompt, prompt_of
-from sglang_router.routing.roster import Roster
+from sglang_router.routing.roster import Roster, seat_of
 from sglang_router.routing.shared.agreement import Agreement
 from sglang_router.routing.shared.cache_life import CacheLife
 from sglang_router.routing.shared.prefixes import SharedPrefixes
+
+_COMPARED: Final = 3
+"""Workers that are compared for a text that nobody has."""
 
 
 class KVCaches:
@@ -206,6 +210,29 @@ class Informed:
         return int(size * life.share)
 
     # -- what nobody has -----------------------------------------------------------------------------------------------
+
+    def emptiest(self, match: Match, mask: int) -> int:
+        """Return the slots, of some of a set, to which all routers together have sent the least; 0: nobody knows.
+
+        Every router knows the same of the others, and that a little late: if each took the emptiest of all, all would
+        send what is new to the same worker until they hear of it. The text says which ones are compared.
+        """
+        shared = self._shared
+        if shared is None or not shared.connected or not isinstance(match, InformedMatch) or not match.chain:
+            return 0
+        lot, count, lives = match.chain[-1], mask.bit_count(), self._lives
+        least, found = -1, 0
+        for left in range(count, max(count - _COMPARED, 0), -1):
+            lot, number = divmod(lot, left)
+            slot = seat_of(mask, number)
+            bit = 1 << slot
+            mask ^= bit
+            filled = lives[slot].filled
+            if filled == least:
+                found |= bit
+            elif filled < least or least < 0:
+                least, found = filled, bit
+        return found
 
     def agree(self, match: Match | None, mask: int, roster: Roster) -> list[int]:
         """Return some slots of a set in the order in which every router would choose them for a text that nobody has;

@@ -44,6 +44,11 @@ class CacheLife:
         """The part of what was placed lately that this router placed; 1 as long as there is room for all."""
         return self.own / self.recent if self.recent > self.capacity // 2 else 1.0
 
+    @property
+    def filled(self) -> int:
+        """What of its cache is filled, by all routers."""
+        return min(self.recent + max(self.past, 0), self.capacity)
+
     def place(self, grains: int, own: bool) -> int:
         """Count what was placed; return the sum."""
         self.placed += grains
