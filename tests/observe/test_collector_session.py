@@ -25,7 +25,7 @@ class Strange(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.status, self.length, self.fields = status, length, fields
         self.written = self.asked = 0
-        self.ended = threading.Event()
+        self.ended = threading.Semaphore(0)  # answers that are over
         self.endpoint = f"127.0.0.1:{self.server_address[1]}"
 
 
@@ -44,7 +44,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             for left in range(server.length, 0, -65536):
                 self.wfile.write(bytes(min(left, 65536)))
                 server.written += min(left, 65536)
-        server.ended.set()
+        server.ended.release()
 
     def do_GET(self) -> None:
         self.server.asked += 1
@@ -73,7 +73,7 @@ def test_an_answer_without_an_end_is_not_read(status: int) -> None:
     with listening(Strange(status, MUCH)) as collector:
         done = exporter_of(collector.endpoint, HTTP).export(())
         assert done is (SpanExportResult.SUCCESS if status == 200 else SpanExportResult.FAILURE)
-        assert collector.ended.wait(30.0), "the connection was closed"
+        assert collector.ended.acquire(timeout=30.0), "the connection was closed"
         assert collector.written < MUCH / 8
 
 
@@ -88,4 +88,5 @@ def test_usual_answers_are_read() -> None:
         exporter = exporter_of(collector.endpoint, HTTP)
         assert [exporter.export(()) for _ in range(3)] == [SpanExportResult.SUCCESS] * 3
         assert collector.asked == 3
+        assert all(collector.ended.acquire(timeout=30.0) for _ in range(3))
         assert collector.written == 300

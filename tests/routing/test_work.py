@@ -312,7 +312,7 @@ def test_leases_tell_the_work_of_their_worker() -> None:
     each = bench.workers[0].work
     attempt = bench.ask(facts(b"x" * 32000, streaming=True), 10.0).attempt
     assert each.awaited == 1
-    assert each.backlog(10.0) == pytest.approx(0.006 + 1.0)
+    assert each.backlog(10.0) == pytest.approx(0.006 + 0.25)
     bench.router.began(attempt.leg, 10.5)
     assert (each.awaited, each.backlog(10.5)) == (0, 0.0)
     attempt.end(Outcome.SERVED, 12.0)
@@ -352,7 +352,7 @@ def test_what_a_prompt_takes_is_expected_by_its_tokens() -> None:
     paces = Paces()
     first, later = Work(paces), Work(paces)
     first.count_in(0.5)
-    assert first.prompts.expected(0, 4000) == later.prompts.expected(0, 32000) == 1.0
+    assert first.prompts.expected(0, 4000) == later.prompts.expected(0, 32000) == 0.25
     later.count_in(0.5)
     assert (later.prompts.per_unit, later.prompts.scale) == (first.prompts.per_unit, 32.0)
     first.sent("a", 4000, True, 0.0)
