@@ -31,7 +31,7 @@ from valkeys import ValkeyServer, valkey_server
 
 PAGE = ROOT / "docs" / "scale.md"
 EIGHT = (1.0,) * 8
-POLICY, SESSIONS = "cost", "cost:session-affinity"
+POLICY = "cost"
 FLEETS = (
     Lived("64 groups x 8", "groups,requests=512,rate=24", speeds=EIGHT),
     Lived("one hot prefix", "hot-prefix,requests=480,rate=24", speeds=EIGHT),
@@ -83,11 +83,11 @@ def contender(name: str, words: Sequence[str], folder: Path) -> Contender:
     return Contender(name, found)
 
 
-def measure(load: Lived, size: int, seeds: int, store: ValkeyServer, folder: Path) -> list[FleetRow]:
+def measure(load: Lived, size: int, options: argparse.Namespace, store: ValkeyServer, folder: Path) -> list[FleetRow]:
     """Run the fleets of one size, once with each seed. Raises: BenchError, SuiteError."""
-    policy = flags(SESSIONS if load.sessions else POLICY)
+    policy = flags(f"{options.policy}:session-affinity" if load.sessions else options.policy)
     figures: dict[str, list[dict[str, float]]] = {}
-    for seed in range(1, seeds + 1):
+    for seed in range(1, options.seeds + 1):
         prefix = f"{FLEETS.index(load)}-{size}-{seed}"
         kinds = {ALONE: policy}
         if size > 1:
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> list[list[str]]:
         for load in chosen:
             one = 0.0
             for size in options.sizes:
-                for row in measure(load, size, options.seeds, store, Path(folder)):
+                for row in measure(load, size, options, store, Path(folder)):
                     one = row.means["hit"] if size == 1 else one
                     rows.append(row.cells(one))
                     print("  ".join(rows[-1]), file=sys.stderr, flush=True)
@@ -121,6 +121,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--only", default="", help="the loads whose name has this word")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="numbers of routers")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="runs of each, with other requests")
+    parser.add_argument("--policy", default=POLICY, metavar="NAME", help="the policy; of sessions, with their affinity")
     parser.add_argument("--write", action="store_true", help="write the table into docs/scale.md")
     options = parser.parse_args(words)
     if options.seeds < 1:
@@ -133,7 +134,7 @@ def main(words: Sequence[str]) -> int:
     print(table(HEAD, rows, markdown=False))
     if options.write:
         about = "; ".join(each.about for each in FLEETS if options.only in each.name)
-        about += f". Means of {options.seeds} runs with different requests, +- their standard deviation"
+        about += f". `{options.policy}`, means of {options.seeds} runs with different requests, +- their deviation"
         write_tables("fleets", f"{machine(())} {about}.\n\n{table(HEAD, rows, markdown=True)}", PAGE)
     return 0
 
