@@ -3,6 +3,7 @@
 joined = Joined(2, 3)                     two routers in front of the same three workers
 joined.benches[0].route(b"a prompt")
 joined.flush(now=1.0)                     each tells what is new, and each applies what came
+joined.add(0, hands=Hands)                a router that adds and removes workers for others' word
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from typing import Any
 from fleets import Bench
 from sglang_router.routing.prefix_tree.informed import KVCaches
 from sglang_router.routing.quotas import Quotas
+from sglang_router.routing.rules import HealthRules
 from sglang_router.routing.sessions import Sessions
 from sglang_router.routing.shared.records import SharedRules, SharedTopic
 from sglang_router.routing.shared.sharing import SharedState
 from sglang_router.routing.shared.workers import WorkerHands
+from sglang_router.routing.source import Source
+from sglang_router.routing.spec import WorkerSpec
 from sglang_router.routing.worker import Worker
 
 KEY = bytes(range(32))
@@ -26,6 +30,35 @@ LARGE = 1 << 30
 
 def rules(number: int, **more: Any) -> SharedRules:
     return SharedRules(**{"key": KEY, "router": b"router%02d" % number, **more})
+
+
+class Hands:
+    """Adds and removes workers that a description names by its URL; those of flags stay."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._fleet = bench.fleet
+
+    def url(self, described: bytes) -> str:
+        if not described.startswith(b"http://"):
+            raise ValueError("it is no URL")
+        return described.decode()
+
+    def has(self, url: str) -> bool:
+        return any(worker.spec.source is Source.API for worker in self._fleet.entries(url))
+
+    def add(self, described: bytes) -> None:
+        if not self._fleet.entries(described.decode()):
+            self._fleet.add(spec_at(described.decode()), 0.0)
+
+    def remove(self, url: str) -> None:
+        for worker in self._fleet.entries(url):
+            if worker.spec.source is Source.API:
+                self._fleet.remove(worker)
+
+
+def spec_at(url: str, source: Source = Source.API, instance: str = "") -> WorkerSpec:
+    """Return a worker that is healthy at once."""
+    return WorkerSpec(url=url, source=source, instance=instance, health=HealthRules(enabled=False))
 
 
 class Joined:

@@ -54,6 +54,15 @@ def test_a_paused_worker_is_told_and_is_not_idle() -> None:
     assert (scene.read(130.0).paused, scene.read().idle) == (0, 30.0)
 
 
+def test_what_other_routers_hold_wants_a_worker_too_and_is_not_told_to_them_as_its_own() -> None:
+    scene = Scene(0)
+    scene.waiting = Unanswered(requests=1, held=1, size=0, oldest=2.0)
+    scene.observer.elsewhere = lambda: 3
+    reading = scene.read(100.0)
+    assert (reading.held, reading.load, reading.queue, reading.idle) == (4, 4, 4, 0.0)
+    assert scene.observer.held == 1
+
+
 # -- workers -----------------------------------------------------------------------------------------------
 
 

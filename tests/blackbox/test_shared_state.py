@@ -147,22 +147,32 @@ def test_requests_go_on_without_the_store_and_with_it_again_under_another_passwo
         assert "/secret" not in router.log()
 
 
-def test_one_of_two_routers_scales(server: ValkeyServer, engine: str, password: Path, tmp_path: Path) -> None:
+def test_one_of_two_routers_scales_by_what_comes_to_the_other_one(
+    server: ValkeyServer, engine: str, password: Path, tmp_path: Path
+) -> None:
     heard = [tmp_path / "a", tmp_path / "b"]
     server.cli("SET", "{scaled}:leader", "")  # given back: the next one need not wait
     server.cli("MOVE", "{scaled}:leader", "1")
-    words = (*flags(server, "scaled", password), "--autoscale", "2:3", "--autoscale-up-cooldown-secs", "0.1")
+    words = (*flags(server, "scaled", password), "--autoscale", "0:3", "--autoscale-up-cooldown-secs", "0.1")
 
     def acting(file: Path) -> tuple[str, ...]:
         return (*words, "--scale-command", f"sh -c 'echo x >> {file}'")
 
-    with router_process([engine], *acting(heard[0])) as a:
+    with router_process([], *acting(heard[0])) as a:
         a.until(lambda: a.get("/scale").json()["acts"] is True)
-        with router_process([engine], *acting(heard[1])) as b:
+        with router_process([], *acting(heard[1])) as b:
             b.until(lambda: sees(b, 1))
-            b.until(lambda: b.get("/scale").json()["desired"] == 2)
+            assert [router.get("/readiness").status for router in (a, b)] == [200, 200]
+            statuses: list[int] = []
+            held = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
+            asked = threading.Thread(target=lambda: statuses.append(b.post("/generate", held).status))
+            asked.start()
+            b.until(lambda: b.get("/scale").json()["desired"] == 1)
             assert b.get("/scale").json()["acts"] is False
             assert a.samples().total("sgl_router_shared_leader") == 1
             assert b.samples().total("sgl_router_shared_leader") == 0
             a.until(heard[0].exists)
             assert not heard[1].exists()
+            b.post(f"/add_worker?url={engine}")
+            asked.join()
+            assert statuses == [200]

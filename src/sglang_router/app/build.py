@@ -43,7 +43,7 @@ from sglang_router.app.overview import live_of
 from sglang_router.app.parts import App, Elsewhere
 from sglang_router.app.routers import PolicyParts, fleet_of, router_of
 from sglang_router.app.scrapes import Scrapes
-from sglang_router.app.shared import files_of, sharing_of, state_of, workers_of
+from sglang_router.app.shared import files_of, scale_together, sharing_of, state_of, workers_of
 from sglang_router.app.traces import export_of, ids_of, tracing_of
 from sglang_router.autoscale.autoscaler import Autoscaler, autoscaler
 from sglang_router.config import RouterArgs
@@ -178,9 +178,9 @@ def build(
     if store is not None and state is not None:
         control.fleet_workers = wide = workers_of(args, fleet, clock)
         sharing = sharing_of(args, store, state, router, listeners, clock, rng, wide)
+        if scaler is not None:
+            scale_together(scaler, state, sharing)
     control.sharing = sources.shared = sharing
-    if sharing is not None and scaler is not None:
-        scaler.leader = sharing.leader
     control.decisions = book_of(router, deferred, clock)
     control.aliases = router.naming.aliases
     control.live = live_of(control, metrics.counts, args.policy)

@@ -19,6 +19,7 @@ from sglang_router.access.tls import TLSFiles, worker_files
 from sglang_router.access.watched import Renewed, WatchedFiles
 from sglang_router.app import settings
 from sglang_router.app.fleet_workers import FleetWorkers
+from sglang_router.autoscale.autoscaler import Autoscaler
 from sglang_router.config import RouterArgs, small_files
 from sglang_router.config.store_urls import StoreURL, parse_store_url
 from sglang_router.errors import ConfigError
@@ -124,6 +125,15 @@ def sharing_of(
     listeners.add(state)
     link = StoreLink(files.url.shown, clock, rng)
     return FleetSharing(state, _store(args, files), link, files.key, state.rules.router.hex(), args.shared_state_memory)
+
+
+def scale_together(scaler: Autoscaler, state: SharedState, sharing: FleetSharing) -> None:
+    """Let only one router of the fleet act, and let it know what the others hold: without a worker, nothing else says
+    that one is wanted."""
+    observer = scaler.observer
+    scaler.leader = sharing.leader
+    state.holds = lambda: observer.held
+    observer.elsewhere = lambda: state.held_elsewhere
 
 
 def _store(args: RouterArgs, files: StoreFiles) -> Store:

@@ -2,6 +2,7 @@
 
     fleet       ready, starting, leaving and failed workers; their load; the queues that their engines report
     unanswered  requests without a byte of an answer, and those queued because no worker is ready
+    elsewhere   those that other routers hold because no worker is ready: only one router of a fleet starts workers
     Finished    the time to the first byte of each stream that ended, in a sliding window
 
 A time to first token was measured with the number of workers of its time. So the window is emptied when that number
@@ -35,7 +36,11 @@ _BY_HEALTH = {
 
 
 class Observer(Listener):
-    """See the module. Add it to the listeners. `clock` is the clock of `unanswered` and of all moments here."""
+    """See the module. Add it to the listeners. `clock` is the clock of `unanswered` and of all moments here.
+
+    held       requests of this router that were queued at the last reading
+    elsewhere  returns how many other routers hold; set it where there are some
+    """
 
     def __init__(self, fleet: Fleet, unanswered: Callable[[], Unanswered], clock: Callable[[], float]) -> None:
         self._fleet = fleet
@@ -43,6 +48,8 @@ class Observer(Listener):
         self._clock = clock
         self._flow = Flow()
         self._ended = 0  # all requests so far
+        self.held = 0
+        self.elsewhere: Callable[[], int] = lambda: 0
         self._ready = 0
         self._since = clock()  # when the number of ready workers last changed
         self._busy_at = self._since  # when a request was last known of
@@ -64,7 +71,9 @@ class Observer(Listener):
         states = Counter(map(_state, self._fleet))
         ready = states["ready"]
         self._notice(ready, now)
-        waiting = self._unanswered()
+        own, others = self._unanswered(), self.elsewhere()
+        self.held = own.held
+        waiting = own.with_others(Unanswered(others, others, 0, 0.0))
         load = sum(worker.load for worker in self._fleet) + waiting.held
         paused = sum(bool(worker.paused) for worker in self._fleet)
         if load or paused:

@@ -59,6 +59,20 @@ class RollingAnswer(msgspec.Struct):
     reason: str | None = None
 
 
+class FleetAnswer(msgspec.Struct):
+    """How a router shares what it knows with others."""
+
+    state: str
+    peers: int = 0
+
+
+class ReadinessAnswer(msgspec.Struct):
+    """GET /readiness, of a router that is ready or not."""
+
+    total_workers: int
+    shared_state: FleetAnswer | None = None
+
+
 class AddedWorker(msgspec.Struct):
     """A worker that was registered."""
 

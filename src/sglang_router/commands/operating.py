@@ -17,7 +17,6 @@ answer of the router, the lines for people, and the exit status. `asking` says w
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import sys
 import time
@@ -47,6 +46,7 @@ from sglang_router.commands.describing import (
     status_lines,
     worker_lines,
 )
+from sglang_router.commands.other_routers import OtherRouters
 from sglang_router.commands.printable import pretty, shown
 from sglang_router.config.flags import OptionParser
 from sglang_router.config.urls import parse_worker_url
@@ -210,16 +210,20 @@ def _drain(door: Door, options: argparse.Namespace) -> CommandResult:
 
 
 def _drained(door: Door, options: argparse.Namespace) -> dict[str, Any]:
-    """Drain a worker and wait until it has no request in flight, at this router and at those that share with it.
-
-    That is looked at twice: other routers hear of the drain a moment later, and so does this one of their requests.
-    """
+    """Drain a worker and wait until it has no request in flight, at this router and at those that share with it."""
     found = _change(door, options.worker, "drain")
-    path = f"/workers/{quoted(found['id'])}"
-    idle = itertools.count(1)
-    return _wait(
-        door, path, options, lambda each: not in_flight(each) and next(idle) > 1, "has requests in flight", found
-    )
+    others = OtherRouters(door)
+    said = ""
+
+    def missing(worker: dict[str, Any]) -> str:
+        nonlocal said
+        why = others.missing(time.monotonic())
+        if others.unreached and why != said:  # whoever waits should know, for that may last
+            said = why
+            print(f"waiting: {shown(f'{options.worker} {why}')}", file=sys.stderr)
+        return "has requests in flight" if in_flight(worker) else why
+
+    return _wait(door, f"/workers/{quoted(found['id'])}", options, missing, found)
 
 
 def _resume(door: Door, options: argparse.Namespace) -> CommandResult:
@@ -241,7 +245,7 @@ def _add(door: Door, options: argparse.Namespace) -> CommandResult:
         about = "is registered, and takes requests once it is healthy (--wait waits for that)"
         return CommandResult(found, [f"{shown(body['url'])} {about}{others}"])
     path = f"/workers/{quoted(found['worker_id'])}"
-    found = _wait(door, path, options, lambda each: bool(each.get("is_healthy")), "is not healthy", {})
+    found = _wait(door, path, options, lambda each: "" if each.get("is_healthy") else "is not healthy", {})
     return CommandResult(found, [f"{shown(body['url'])} is healthy and takes requests{others}"])
 
 
@@ -279,7 +283,7 @@ def _restart(door: Door, options: argparse.Namespace) -> CommandResult:
     if options.all:
         found = door.decoded(door.ask("POST", "/restart_workers"), RollingAnswer)
         if options.wait:
-            found = _wait(door, "/restart_workers", options, _is_over, "runs", found, RollingAnswer)
+            found = _wait(door, "/restart_workers", options, _runs, found, RollingAnswer)
         told = f"{found['state']}: {found['done']} of {found['total']} engines are restarted"
         why = f"; {found['reason']}" if found.get("reason") else ""
         return CommandResult(found, [shown(told + why)], REFUSED if found["state"] == "stopped" else 0)
@@ -289,19 +293,19 @@ def _restart(door: Door, options: argparse.Namespace) -> CommandResult:
     if not options.wait:
         return CommandResult(found, [f"{shown(options.worker)} is drained and then restarted"])
 
-    def is_back(worker: dict[str, Any]) -> bool:
+    def missing(worker: dict[str, Any]) -> str:
         if worker.get("health") == "down":
             why = (worker.get("replica") or {}).get("reason") or "its process is gone"
             raise Failed(REFUSED, shown(f"{options.worker} is down and is not started again: {why}"))
-        return _restarts(worker) > before and state_of(worker)[0] == "healthy"
+        return "" if _restarts(worker) > before and state_of(worker)[0] == "healthy" else "restarts"
 
-    found = _wait(door, path, options, is_back, "restarts", {})
+    found = _wait(door, path, options, missing, {})
     return CommandResult(found, [f"{shown(options.worker)} is restarted and takes requests"])
 
 
-def _is_over(rolling: dict[str, Any]) -> bool:
-    """Return whether a rolling restart has ended."""
-    return bool(rolling["state"] != "running")
+def _runs(rolling: dict[str, Any]) -> str:
+    """Return "" when a rolling restart has ended."""
+    return "runs" if rolling["state"] == "running" else ""
 
 
 def _restarts(worker: dict[str, Any]) -> int:
@@ -328,17 +332,22 @@ def _wait(
     door: Door,
     path: str,
     options: argparse.Namespace,
-    done: Callable[[dict[str, Any]], bool],
-    still: str,
+    missing: Callable[[dict[str, Any]], str],
     found: dict[str, Any],
     shape: type[msgspec.Struct] = WorkerAnswer,
 ) -> dict[str, Any]:
-    """Ask until something holds; return the last answer, which has a shape. Raises: Failed, when it takes too long."""
+    """Ask until nothing is missing; return the last answer, which has a shape. found: an answer to begin with, or {}.
+
+    missing  says of an answer what is, in words that follow "it still"
+
+    Raises: Failed, when it takes too long.
+    """
     until = time.monotonic() + options.timeout
-    while not (found and done(found)):
+    still = "does not answer"
+    while not found or (still := missing(found)):
         if time.monotonic() > until:
             why = f": {shown(str(found['last_error']))}" if found.get("last_error") else ""
-            raise Failed(TOO_LATE, f"after {options.timeout:g} s it still {still}{why}.")
+            raise Failed(TOO_LATE, f"after {options.timeout:g} s it still {shown(still)}{why}.")
         time.sleep(_EVERY if found else 0.0)
         found = door.get(path, shape)
     return found

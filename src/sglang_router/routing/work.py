@@ -70,7 +70,7 @@ class Work:
     active           a policy wants to know: without, nothing is told to it
     free_at          when all prompts sent there are believed to be read; seconds of the caller's clock
     gap              mean seconds between two requests that were sent there; of a new worker, what it is elsewhere
-    requests         sent there by this router
+    requests         sent there by this router, to whatever process
     last             when the last one was; minus infinity before the first
     elsewhere_until  until when the prompts sent there by other routers take, as they tell; 0: nobody does
     head             when the oldest awaited stream is believed to begin; infinity without one
@@ -164,6 +164,7 @@ class Work:
     def renewed(self) -> Work:
         """Return the work of another process in the worker's place: nothing, at the pace of the pool."""
         renewed = Work(self._common)
+        renewed.requests = self.requests  # other routers count on from what they were told
         renewed.bytes_per_token = self.bytes_per_token  # it serves the same model
         return renewed
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
-from fleets import Attempt, facts
-from joined import Joined
+from fleets import Attempt, facts, spec
+from joined import KEY, LARGE, Joined
 from sglang_router.routing.outcome import Outcome
 from sglang_router.routing.rules import FleetRules, QueueRules
-from sglang_router.routing.shared.records import SharedTopic
+from sglang_router.routing.shared.records import FORM, LoadsMessage, SharedTopic
+from sglang_router.routing.shared.secret import Secret
 
 
 def test_a_request_of_another_router_counts_at_its_worker() -> None:
@@ -183,6 +185,60 @@ def test_the_backlog_of_all_routers_is_one_clock_and_not_a_sum() -> None:
     here.head = there.head = float("inf")
     joined.flush(0.2)
     assert here.backlog(0.2) == there.backlog(0.2) == 0.0
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_the_first_request_of_another_router_after_a_restart_counts_as_one(removed: bool) -> None:
+    joined = Joined(2, 1, "cost")
+    joined.flush(0.0)
+    fleet, pause = joined.benches[0].fleet, 1.0
+    for number in range(1, 4):
+        attempt = joined.benches[0].route(now=pause * number)
+        joined.flush(pause * number)
+        attempt.end(now=pause * number)
+    there = joined.worker(1, 0).work
+    before = there.gap
+    if removed:
+        fleet.remove(joined.worker(0, 0))
+        fleet.add(spec("w0"), 3.5)
+    else:
+        fleet.lost(joined.worker(0, 0), 3.5)
+        fleet.probed(joined.worker(0, 0), None, 3.6)
+    joined.benches[0].route(now=4.0)
+    joined.flush(4.0)
+    assert joined.loads(1) == [1]
+    assert there.gap == pytest.approx(before + (pause - before) * 0.05)
+
+
+def test_requests_that_routers_hold_without_a_worker_count_while_they_are_told() -> None:
+    joined = Joined(3, 0)
+    joined.states[0].holds, joined.states[1].holds = lambda: 3, lambda: 2
+    joined.flush(0.0)
+    assert [state.held_elsewhere for state in joined.states] == [2, 3, 5]
+    joined.states[0].holds = lambda: 0
+    joined.flush(0.5)
+    assert joined.states[2].held_elsewhere == 5
+    joined.flush(1.0)
+    assert joined.states[2].held_elsewhere == 2
+    for topic, payload in joined.states[1].leave():
+        joined.states[2].receive(topic, payload)
+    assert not joined.states[2].apply(1.1, LARGE)
+    assert joined.states[2].held_elsewhere == 0
+    joined.states[0].look(9.0)  # the others were silent
+    assert joined.states[0].held_elsewhere == 0
+
+
+@pytest.mark.parametrize(("told", "counted"), [((), 0), ((7,), 7), ((-7,), 0), ((1 << 60,), 1 << 20)])
+def test_a_router_of_before_tells_nothing_that_it_holds_and_no_figure_is_believed(
+    told: tuple[int, ...], counted: int
+) -> None:
+    joined = Joined(1, 0)
+    packed = msgspec.msgpack.encode(LoadsMessage(FORM, b"stranger", 1, whole=True))
+    fields = [*msgspec.msgpack.decode(packed)[:-1], *told]
+    joined.states[0].receive(SharedTopic.LOADS, Secret(KEY, 512).seal("loads", msgspec.msgpack.encode(fields)))
+    assert not joined.states[0].apply(0.0, LARGE)
+    assert joined.states[0].held_elsewhere == counted
+    assert not joined.states[0].reading.dropped
 
 
 def test_all_loads_are_zero_in_the_end_whatever_happened() -> None:

@@ -170,6 +170,32 @@ def test_the_late_end_of_a_pod_ends_no_drain_of_the_next_one() -> None:
     assert newcomer(joined, instance="uid-2").draining
 
 
+def test_the_end_of_a_pod_at_a_router_that_is_behind_leaves_the_drain_of_the_next_one_there() -> None:
+    joined = fleet_of(2, instance="uid-1")
+    drain(joined, 0, 0.1)
+    remove(joined, 0)
+    add(joined.benches[0], instance="uid-2")
+    joined.flush(0.2)
+    drain(joined, 0, 0.3)
+    remove(joined, 1)
+    assert add(joined.benches[1], instance="uid-2").draining  # before its own word comes back
+
+
+def test_the_drain_of_a_pod_is_obeyed_also_where_the_end_of_the_one_before_is_not_told_yet() -> None:
+    joined = fleet_of(2, instance="uid-1")
+    drain(joined, 0, 0.1)
+    for number in (0, 1):
+        remove(joined, number)
+        add(joined.benches[number], instance="uid-2")
+    joined.benches[0].fleet.set_draining(joined.worker(0, 0), True)
+    for topic, payload in joined.states[0].outgoing(0.2):
+        for state in joined.states:
+            state.receive(topic, payload)
+            assert not state.apply(0.2, LARGE)
+    joined.flush(0.3)
+    assert draining(joined) == [True, True]
+
+
 def test_an_engine_that_is_restarted_for_repair_drains_on() -> None:
     joined = fleet_of(2)
     drain(joined, 0, 0.1)

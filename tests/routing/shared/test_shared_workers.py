@@ -6,42 +6,12 @@ import msgspec
 import pytest
 
 from fleets import Bench
-from joined import KEY, LARGE, Joined
-from sglang_router.routing.rules import HealthRules
+from joined import KEY, LARGE, Hands, Joined, spec_at
 from sglang_router.routing.shared.packing import packed
 from sglang_router.routing.shared.records import FORM, OrderMessage, SharedTopic
 from sglang_router.routing.shared.secret import Secret
 from sglang_router.routing.shared.sharing import SharedState
 from sglang_router.routing.source import Source
-from sglang_router.routing.spec import WorkerSpec
-
-
-class Hands:
-    """Adds and removes workers that a description names by its URL; those of flags stay."""
-
-    def __init__(self, bench: Bench) -> None:
-        self._fleet = bench.fleet
-
-    def url(self, described: bytes) -> str:
-        if not described.startswith(b"http://"):
-            raise ValueError("it is no URL")
-        return described.decode()
-
-    def has(self, url: str) -> bool:
-        return any(worker.spec.source is Source.API for worker in self._fleet.entries(url))
-
-    def add(self, described: bytes) -> None:
-        if not self._fleet.entries(described.decode()):
-            self._fleet.add(spec(described.decode()), 0.0)
-
-    def remove(self, url: str) -> None:
-        for worker in self._fleet.entries(url):
-            if worker.spec.source is Source.API:
-                self._fleet.remove(worker)
-
-
-def spec(url: str, source: Source = Source.API) -> WorkerSpec:
-    return WorkerSpec(url=url, source=source, health=HealthRules(enabled=False))
 
 
 def fleet_of(routers: int) -> Joined:
@@ -54,7 +24,7 @@ def fleet_of(routers: int) -> Joined:
 
 def add(joined: Joined, router: int, url: str) -> None:
     """Add a worker as an operator does."""
-    joined.benches[router].fleet.add(spec(url), 0.0)
+    joined.benches[router].fleet.add(spec_at(url), 0.0)
     said(joined, router, url, url.encode())
 
 
@@ -141,7 +111,7 @@ def test_an_own_word_that_comes_back_late_changes_nothing() -> None:
 
 def test_workers_that_something_else_names_stay() -> None:
     joined = fleet_of(2)
-    joined.benches[1].fleet.add(spec(A, Source.FLAGS), 0.0)
+    joined.benches[1].fleet.add(spec_at(A, Source.FLAGS), 0.0)
     worker = joined.benches[1].fleet.by_url(A)
     add(joined, 0, A)
     joined.flush(0.1)
@@ -169,7 +139,7 @@ def test_a_removal_takes_the_drain_along() -> None:
 
 def test_a_worker_whose_addition_the_stream_has_forgotten_is_removed_too() -> None:
     joined = fleet_of(2)
-    joined.benches[1].fleet.add(spec(A), 0.0)  # of its state file
+    joined.benches[1].fleet.add(spec_at(A), 0.0)  # of its state file
     remove(joined, 0, A)
     joined.flush(0.1)
     assert everywhere(joined) == [[], []]
@@ -189,6 +159,25 @@ def test_what_the_store_has_lost_is_told_again_as_far_as_it_is_still_there() -> 
         joined.flush(10.0 + step / 80)
     assert sum(topic is SharedTopic.ORDERS for _, topic, _ in joined.sent) == 1
     assert newcomer(joined) == [A]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_an_operator_removes_before_it_is_told_again_does_not_come_back(again: bool) -> None:
+    joined = fleet_of(2)
+    add(joined, 0, A)
+    joined.flush(10.0)
+    for state in joined.states:
+        state.store_lost()
+    remove(joined, 0, A)
+    joined.flush(10.1)
+    if again:  # in its new description
+        joined.benches[0].fleet.add(spec_at(A), 0.0)
+        said(joined, 0, A, A.encode() + b"/")
+        joined.flush(10.2)
+    for step in range(5):
+        joined.flush(12.0 + step)
+    last = [A + "/"] if again else []
+    assert urls(joined.benches[1]) == newcomer(joined) == last
 
 
 def test_many_workers_are_told_in_several_messages() -> None:

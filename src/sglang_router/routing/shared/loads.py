@@ -69,7 +69,8 @@ class SharedLoads:
             if whole:
                 worker.work.settle()
             if (running or backlog > 0.0 or out) if whole else not known:
-                flags = (worker.work.requests & _SENT) << _SENT_AT | (_OUT if out else 0)
+                sent = member.sent + worker.work.requests
+                flags = (sent & _SENT) << _SENT_AT | (_OUT if out else 0)
                 state = min(running, _MOST_RUNNING) | flags | min(int(backlog * 1000.0), _MOST_MS) << 32
                 found.append((member.name, state))
         found.sort()

@@ -36,6 +36,7 @@ class Member:
 
     running  its requests in flight there
     until    when its prompts there are read, by its own clock
+    sent     how many requests it sent there when it was registered before: other routers count on
     out      whether it is ejected or has an open breaker
     caches   which of its caches that was, see `Worker.caches`; identity: which registration
 
@@ -45,14 +46,14 @@ class Member:
     """
 
     __slots__ = (
-        *("caches", "doubts", "emptied_at", "expected", "identity", "name", "out", "running", "until", "words"),
-        "worker",
+        *("caches", "doubts", "emptied_at", "expected", "identity", "name", "out", "running", "sent", "until"),
+        *("words", "worker"),
     )
 
     def __init__(self, name: int) -> None:
         self.name = name
         self.worker: Worker | None = None
-        self.running = 0
+        self.running = self.sent = 0
         self.until = 0.0
         self.out = False
         self.caches = 0
@@ -144,6 +145,7 @@ class Members:
         member = self._here.pop(worker, None)
         if member is not None and member.worker is worker:
             member.worker = None
+            member.sent += worker.work.requests
             self._estrange(member.name)
 
     def _estrange(self, name: int) -> None:

@@ -119,10 +119,11 @@ class SharedOrders:
 
     def _tell(self, name: int, worker: Worker, what: int) -> None:
         if self.began and _is_shared(worker):
-            self._pending[name] = WorkerOrder(what, self._members.instance(worker))
+            said = self._pending[name] = WorkerOrder(what, self._members.instance(worker))
             self._repeats.pop(name, None)
-            if what == LEFT:  # at once: the next one at this URL may join before the message comes back
-                self._orders.pop(name, None)
+            order = self._orders.get(name)
+            if what == LEFT and order is not None and order.concerns(said.instance):
+                del self._orders[name]  # at once: the next one at this URL may join before the message comes back
 
     def gather(self, router: bytes, number: int, now: float, calm: bool) -> OrderMessage | None:
         """Return the next message; None when there is nothing to tell.
@@ -237,7 +238,7 @@ class SharedOrders:
         self._orders.move_to_end(name)
         self._repeats.pop(name, None)
         member = self._members.known(name)
-        if member is not None and name not in self._pending:  # else the own order is the later one
+        if member is not None and not self._is_pending(member):  # else the own order is the later one
             self._obey(member, order)
 
     def _ended(self, name: int, left: WorkerOrder, own: bool, now: float) -> None:
@@ -256,6 +257,11 @@ class SharedOrders:
         if worker is None or not _is_shared(worker) or worker.draining != (order.what == DRAIN):
             return False
         return order.concerns(self._members.instance(worker))
+
+    def _is_pending(self, member: Member) -> bool:
+        """Return whether an own order about a worker is not told yet; one about another instance does not count."""
+        pending, worker = self._pending.get(member.name), member.worker
+        return pending is not None and (worker is None or pending.concerns(self._members.instance(worker)))
 
     def _obey(self, member: Member, order: WorkerOrder) -> None:
         worker = member.worker

@@ -50,9 +50,10 @@ class Peer:
     out       the workers that it has taken out
     sent      how many requests it has sent so far, by worker: the rest after 256
     until     until when the prompts there take, by worker, by the clock of this router
+    held      its requests that no worker has, because none is ready
     """
 
-    __slots__ = ("heard", "meters", "name", "out", "running", "sent", "since", "until")
+    __slots__ = ("heard", "held", "meters", "name", "out", "running", "sent", "since", "until")
 
     def __init__(self, name: bytes, now: float) -> None:
         self.name = name
@@ -62,6 +63,7 @@ class Peer:
         self.out: set[int] = set()
         self.sent: dict[int, int] = {}
         self.until: dict[int, float] = {}
+        self.held = 0
 
     def __repr__(self) -> str:
         return f"<Peer {self.name.hex()}: {sum(self.running.values())} running, heard of at {self.heard:.3f}>"

@@ -73,6 +73,7 @@ class LoadsMessage(msgspec.Struct, frozen=True, array_like=True):
     first   with `all_meters`: of which name on that counts; last: up to which one
     debts   with `all_meters`, of each: milliseconds until all its requests may come at once again (32 bits), and its
             tokens (32)
+    held    with `whole`: requests that this router holds because no worker is ready
     """
 
     form: int
@@ -90,6 +91,7 @@ class LoadsMessage(msgspec.Struct, frozen=True, array_like=True):
     first: int = 0
     last: int = 0
     debts: bytes = b""
+    held: int = 0
 
 
 class PlacementsMessage(msgspec.Struct, frozen=True, array_like=True):

@@ -60,8 +60,14 @@ _RECLAIM: Final = 4096
 """Entries that are freed at each look."""
 _PIECE: Final = 64
 """Figures that are applied without looking at the budget."""
+_MOST_HELD: Final = 1 << 20
 _MESSAGE: Final = 16
 """What opening a message counts in figures."""
+
+
+def _nothing() -> int:
+    """Return 0."""
+    return 0
 
 
 class SharedState(Listener):
@@ -69,6 +75,7 @@ class SharedState(Listener):
 
     rules    how it shares
     workers  those that are added and removed for all; None: each router has its own
+    holds    returns how many requests this router holds because no worker is ready: set it where others may start one
     """
 
     def __init__(self, rules: SharedRules) -> None:
@@ -84,6 +91,7 @@ class SharedState(Listener):
         self._orders: SharedOrders | None = None
         self._spending: SharedSpending | None = None
         self._freed: Callable[[], None] | None = None
+        self.holds: Callable[[], int] = _nothing
         self.workers: SharedWorkers | None = None
         self._now = 0.0
         self._repeating = Repeating(rules.router)
@@ -143,6 +151,11 @@ class SharedState(Listener):
         if connected and not self.prefixes.connected:
             self._repeating.reached(self._now)
         self.prefixes.connected = connected
+
+    @property
+    def held_elsewhere(self) -> int:
+        """How many requests the others hold because no worker is ready, as they told within the last second."""
+        return sum([peer.held for peer in self.peers.by_name.values()])
 
     @property
     def interval(self) -> float:
@@ -217,6 +230,7 @@ class SharedState(Listener):
         if self._loads is None or self._spending is None:
             return []
         whole = now >= self._whole_at
+        held = self.holds() if whole else 0
         if whole:
             self._whole_at = now + self.rules.whole
         names, states = self._loads.gather(now, whole)
@@ -246,6 +260,7 @@ class SharedState(Listener):
                 first=first if all_meters else 0,
                 last=last if all_meters else 0,
                 debts=packed(debts[begin:stop]),
+                held=held,
             )
             low, first = high + 1, last + 1
             found.append(self._sealed(SharedTopic.LOADS, message))
@@ -314,6 +329,7 @@ class SharedState(Listener):
             return
         fell = message.whole
         if message.whole:
+            peer.held = min(max(message.held, 0), _MOST_HELD)
             loads.only(peer, set(names), now, message.low, message.high)
         if message.all_meters:
             spending.only(peer, set(meters), message.first, message.last)

@@ -69,6 +69,7 @@ class SharedWorkers:
         """Take note of what an operator has done here. described: at most LONGEST bytes; None: it is removed."""
         name = self._members.name(url)
         self._pending[name] = described or b""
+        self._again.pop(name, None)  # what held before is not told any more
         self._keep(name, described or b"")
         if len(self._pending) > _MOST:  # while the store is away
             del self._pending[next(iter(self._pending))]
