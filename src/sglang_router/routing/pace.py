@@ -6,8 +6,8 @@
 Older measurements fade with each new one. A worker's own figures contain a little of the mean of its pool: a new worker
 has these until it has its own, and one that gets no requests goes back to them. Until anything is measured, the figures
 are those of a published calibration (6 ms and 0.35 ms a request for each decode step), but for the reading of a prompt:
-32,000 tokens/s, not 8,000. Who guesses that too slow keeps the first sessions together, where their common system prompt
-was read first, and sessions stay where they began; who guesses it too quick reads some prompts twice.
+32,000 tokens/s, not 8,000. Who guesses that too slow keeps the first sessions together, where the prompt that they have
+in common was read first, and sessions stay where they began; who guesses it too quick reads some prompts twice.
 """
 
 from __future__ import annotations
