@@ -65,7 +65,7 @@ def main() -> None:
         async def measured() -> float:
             clients = here.gateway.front.clients
             assert clients is not None
-            picking = Picking(here.router.app, clients)
+            picking = Picking(here.router.app, clients, set())
             began = time.thread_time()
             for _ in range(_PICKS):
                 await asyncio.get_running_loop().create_task(serve_stream(picking, Messages(messages)))

@@ -84,6 +84,7 @@ class Joined:
         quotas: Quotas | None = None,
         blocks: int = 1 << 18,
         hands: Callable[[Bench], WorkerHands] | None = None,
+        place: bytes = b"",
         **settings: Any,
     ) -> tuple[Bench, SharedState]:
         """Add a router.
@@ -91,8 +92,9 @@ class Joined:
         sessions  makes its memory of sessions; quotas: its limits of clients
         blocks    of its replica of placements
         hands     makes what adds and removes workers for others' word
+        place     its machine
         """
-        state = SharedState(rules(len(self.states), blocks=blocks))
+        state = SharedState(rules(len(self.states), blocks=blocks, place=place))
         state.connected = True
         bench = Bench(0, policy, kv_caches=KVCaches(None, shared=state.prefixes), **settings)
         if quotas is not None:

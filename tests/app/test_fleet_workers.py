@@ -37,7 +37,7 @@ class Place:
         spec = msgspec.structs.replace(self.defaults.spec(URL, source), **said)
         return self.fleet.add(spec, 0.0)
 
-    def told(self) -> tuple[list[bytes], list[int]]:
+    def told(self) -> tuple[dict[int, bytes], list[int]]:
         return self.shared.gather(1, 0.0, True)
 
     @property
@@ -57,8 +57,9 @@ def test_another_router_adds_what_was_said_with_its_own_key_and_options() -> Non
     here, there = Place(worker_api_key="here"), Place(worker_api_key="there", health_check_interval_secs=77)
     worker = here.add(model_id="m", priority=9, worker_type="decode", labels={"zone": "a"}, runtime="vllm")
     assert here.hands.added(worker) == "the other routers of the fleet add it too"
-    (description,), removed = here.told()
+    told, removed = here.told()
     assert removed == []
+    (description,) = told.values()
     assert b"here" not in description
     there.hands.add(description)
     (spec,) = there.specs
@@ -79,7 +80,17 @@ def test_a_worker_with_a_key_of_its_own_and_a_single_rank_stay_at_their_router()
     assert place.hands.removed([worker]) == ""
     assert "this rank" in place.hands.added(place.add(dp_rank=1))
     assert "too long" in place.hands.added(place.add(labels={"x": "y" * LONGEST}))
-    assert place.told() == ([], [])
+    assert place.told() == ({}, [])
+
+
+def test_a_worker_of_this_machine_alone_is_one_for_its_routers_only_and_the_answer_says_so() -> None:
+    place = Place()
+    worker = place.add(url="http://127.0.0.1:8000")
+    assert (
+        place.hands.added(worker) == "the other routers of this machine add it too: for others its address is their own"
+    )
+    place.fleet.remove(worker)
+    assert place.hands.removed([worker]) == "the other routers of this machine remove it too"
 
 
 def test_a_removal_is_told_when_all_of_the_engine_is_removed_and_only_of_what_operators_added() -> None:

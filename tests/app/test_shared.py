@@ -120,3 +120,15 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
 def test_options_without_a_store_are_told_to_have_no_effect() -> None:
     found = advice.advice(args("--shared-state-prefix", "x"), {}, lambda path: False)
     assert "options for a shared state have no effect without --shared-state" in found
+
+
+def test_fleets_with_the_same_key_but_another_prefix_are_foreign_to_each_other(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text(DIGITS)
+    marks = []
+    for prefix in ("production", "staging", "staging"):
+        given = args("--shared-state", "redis://h", "--shared-state-key", str(key), "--shared-state-prefix", prefix)
+        state = state_of(given, files_of(given))
+        assert state is not None
+        marks.append(state.secret.mark)
+    assert marks[0] != marks[1] == marks[2]

@@ -104,17 +104,17 @@ def drain_ends_with_its_worker(a: RouterProcess, b: RouterProcess, engine: str) 
     assert b.worker(engine)["draining"] is True
     assert b.post(f"/remove_worker?url={engine}").body == f"Successfully removed worker: {engine}".encode()
     added = a.post(f"/add_worker?url={engine}")
-    assert added.body.endswith(b"; the other routers of the fleet add it too")
+    assert b"; the other routers of this machine add it too" in added.body
     b.until(lambda: engine in b.workers())
     assert [router.worker(engine)["draining"] for router in (a, b)] == [False, False]
     removed = b.post(f"/remove_worker?url={engine}")
-    assert removed.body.endswith(b"; the other routers of the fleet remove it too")
+    assert removed.body.endswith(b"; the other routers of this machine remove it too")
     a.until(lambda: engine not in a.workers())
     nobody = "http://127.0.0.1:9"
-    assert a.post("/workers", {"url": nobody}).json()["message"].endswith("; the other routers of the fleet add it too")
+    assert a.post("/workers", {"url": nobody}).json()["message"].count("; the other routers of this machine add it too")
     b.until(lambda: nobody in b.workers())
     removed = b.ask("DELETE", f"/workers/{b.worker(nobody)['id']}")
-    assert removed.json()["message"].endswith("; the other routers of the fleet remove it too")
+    assert removed.json()["message"].endswith("; the other routers of this machine remove it too")
     a.until(lambda: nobody not in a.workers())
 
 

@@ -442,6 +442,25 @@ def test_another_program_on_its_port_does_not_make_an_engine_healthy() -> None:
 
 
 @LINUX
+def test_another_program_on_its_port_hears_nothing_not_even_a_health_check_with_the_key() -> None:
+    async def scene(at: Bench) -> None:
+        heard = []
+
+        async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            heard.append(await reader.read(1000))
+            writer.close()
+
+        host, _, port = at.command(0).url.removeprefix("http://").rpartition(":")
+        async with await asyncio.start_server(hear, host, int(port)):
+            await at.supervisor.start(1)
+            await asyncio.wait_for(at.supervisor.failed.wait(), WITHIN)
+        assert not heard
+        assert "another program listens on " in at.replica(0).reason
+
+    run(scene, shell("exec sleep 1000"))
+
+
+@LINUX
 def test_a_program_that_takes_the_port_while_an_engine_is_down_is_not_taken_for_it_and_may_go_again(
     tmp_path: Path,
 ) -> None:

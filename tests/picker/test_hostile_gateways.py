@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -268,6 +269,33 @@ def test_a_gateway_that_reads_nothing_loses_its_places_and_hears_why_when_it_rea
         here.router.until(lambda: no_streams(here))
         link.widen(1, 100_000)
         assert b"--send-timeout-secs" in status_of(link)
+
+
+def test_the_body_of_a_gateway_that_reads_nothing_is_freed_and_its_stream_counts_until_it_ends() -> None:
+    with limited(send_timeout_secs=0.3) as here:
+        asked = here.gateway.open()
+        asked.head("/v1/completions")
+        for piece in (b'{"prompt":"', *[b"x" * (1 << 20)] * 4):
+            asked.body(piece, False)
+        asked.body(b'"}')
+        here.ended()
+        here.router.until(lambda: no_streams(here))
+        assert not here.router.call(lambda: large_views() or here.router.clients.budget.held)
+        front = here.gateway.front
+        assert front.clients is not None
+        front.clients.limit = 1
+        code = code_of(here.gateway.ask("/v1/completions", BODY))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        asked.choice()
+        with pytest.raises(grpc.RpcError):
+            asked.given_back()
+        here.router.until(lambda: not front.unread)
+        here.gateway.ask("/v1/completions", BODY).choice()
+
+
+def large_views() -> list[memoryview]:
+    """Return what is kept of large bodies."""
+    return [each for each in gc.get_objects() if type(each) is memoryview and each.nbytes > 1 << 20]
 
 
 def test_a_gateway_that_reads_nothing_does_not_hold_up_the_end_of_a_request() -> None:

@@ -21,6 +21,7 @@ from sglang_router.errors import ConfigError
 from sglang_router.restart import saved_worker
 from sglang_router.restart.saved_worker import SavedWorker
 from sglang_router.routing.fleet import Fleet
+from sglang_router.routing.shared.secret import is_local
 from sglang_router.routing.shared.workers import LONGEST, SharedWorkers
 from sglang_router.routing.source import Source
 from sglang_router.routing.worker import Worker
@@ -30,6 +31,8 @@ log = logging.getLogger("sglang_router.sharing")
 
 _ADDED = "the other routers of the fleet add it too"
 _REMOVED = "the other routers of the fleet remove it too"
+_ADDED_HERE = "the other routers of this machine add it too: for others its address is their own"
+_REMOVED_HERE = "the other routers of this machine remove it too"
 _OWN_KEY = "only this router has it, because of its own API key"
 _RANK = "only this router has this rank now"
 _TOO_LONG = "only this router has it, because its description is too long"
@@ -65,7 +68,7 @@ class FleetWorkers:
         if len(described) > LONGEST:
             return _TOO_LONG
         self.shared.said(worker.spec.url, described)
-        return _ADDED
+        return _ADDED_HERE if is_local(worker.spec.url) else _ADDED
 
     def removed(self, workers: Sequence[Worker]) -> str:
         """Tell the other routers of workers of one engine that an operator has removed; return in words whether they
@@ -74,7 +77,7 @@ class FleetWorkers:
         if self._fleet.entries(worker.spec.url) or not self._is_shared(worker):
             return ""
         self.shared.said(worker.spec.url, None)
-        return _REMOVED
+        return _REMOVED_HERE if is_local(worker.spec.url) else _REMOVED
 
     # -- what another router has told ----------------------------------------------------------------------------------
 

@@ -68,7 +68,8 @@ def state_of(args: RouterArgs, files: StoreFiles | None) -> SharedState | None:
     if files is None:
         return None
     name = secrets.token_bytes(_NAME_BYTES)
-    return SharedState(SharedRules(files.key.own, name, args.shared_state_blocks, place=_place()))
+    fleet = args.shared_state_prefix.encode()
+    return SharedState(SharedRules(files.key.own, name, args.shared_state_blocks, place=_place(), fleet=fleet))
 
 
 def _place() -> bytes:

@@ -21,6 +21,7 @@ import logging
 import math
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 
@@ -168,13 +169,15 @@ class ReplicaKeeper:
     async def impostor(self) -> str:
         """Return who answers in place of the engine, as the error of a health check; "" if it is the engine.
 
-        A process whose port another program has is ended: it could not listen there.
+        A process whose port another program has is ended: it could not listen there. Two looks must find one, for
+        programs that look for a free port listen there for a moment.
         """
         process = self._process
         if process is None:
             return _NOT_RUNNING
         look = self._router.loop.run_in_executor
-        stranger = await look(None, stranger_at, self.command.url, process.warden_pid)
+        there = partial(stranger_at, self.command.url, process.warden_pid)
+        stranger = await look(None, there) and await look(None, there)
         if process is not self._process or not self._running:
             return _NOT_RUNNING
         if stranger:

@@ -1,7 +1,8 @@
 """Who listens on the port of an engine: the engine, or a stranger.
 
 A port is chosen when it is free, but the engine listens there only when its model is loaded, minutes later. What
-answers a health check meanwhile may be another program. Linux says whose socket it is:
+answers a health check meanwhile may be another program, to which the check would show the worker's key. Linux says
+whose socket it is:
 
     /proc/net/tcp, /proc/net/tcp6     address and port of each listening socket, and its inode
     /proc/PID/fd                      the inodes that a process has open: of the engine and of all its descendants
@@ -42,6 +43,8 @@ def stranger_at(url: str, warden: int) -> str:
     assert parts.port is not None
     try:
         listening = _listening(parts.hostname, parts.port)
+        if not listening:  # as long as a model is loaded
+            return ""
         foreign = listening - _inodes_of([warden, *descendants(warden)])
     except OSError:  # no /proc, a name that is not resolved, or files that are not shown
         return ""

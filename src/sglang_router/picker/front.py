@@ -75,6 +75,7 @@ class PickerFront(Elsewhere):
         self._pings = pings
         self._app: App | None = None
         self.clients: Clients | None = None
+        self._unread: set[object] = set()
         self._server: Any = None
         self._stopping: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -92,6 +93,11 @@ class PickerFront(Elsewhere):
         """Requests in flight."""
         return 0 if self.clients is None else self.clients.active
 
+    @property
+    def unread(self) -> int:
+        """Streams that are over, but end only when their gateway reads."""
+        return len(self._unread)
+
     def unanswered(self) -> Unanswered:
         """Sum up the requests without a first byte."""
         return Unanswered(0, 0, 0, 0.0) if self.clients is None else self.clients.unanswered()
@@ -100,7 +106,7 @@ class PickerFront(Elsewhere):
         """Take the parts of the router, which is built."""
         self._app = app
         most, _ = settings.most_connections()
-        self.clients = Clients(app.clock, app.clients.budget, most, lambda: 0, app.clients.numbers)
+        self.clients = Clients(app.clock, app.clients.budget, most, self._unread.__len__, app.clients.numbers)
         self.drained = self.clients.drained
 
     async def open(self) -> None:
@@ -108,7 +114,7 @@ class PickerFront(Elsewhere):
         app, clients = self._app, self.clients
         assert app is not None
         assert clients is not None
-        self._server, health = _server(app, clients, self._pings)
+        self._server, health = _server(app, clients, self._unread, self._pings)
         port = _listen(self._server, app.args)
         await self._server.start()
         self._tasks = [
@@ -157,8 +163,8 @@ async def _sweep(clients: Clients) -> None:
     clients.sweep()
 
 
-def _server(app: App, clients: Clients, pings: Pings) -> tuple[Any, Any]:
-    """Make the gRPC server with its services, and what tells its health."""
+def _server(app: App, clients: Clients, unread: set[object], pings: Pings) -> tuple[Any, Any]:
+    """Make the gRPC server with its services, and what tells its health. unread: see `Picking`."""
     import grpc
     from grpc_health.v1 import health_pb2_grpc
 
@@ -167,7 +173,7 @@ def _server(app: App, clients: Clients, pings: Pings) -> tuple[Any, Any]:
     from sglang_router.picker.picking import Picking
     from sglang_router.picker.streams import serve_stream
 
-    picking = Picking(app, clients)
+    picking = Picking(app, clients, unread)
 
     async def process(_: Any, context: Any) -> None:
         await serve_stream(picking, context)

@@ -34,6 +34,7 @@ from sglang_router.relay.clients import Clients
 from sglang_router.relay.deadlines import DUE_REQUEST, NEVER, Deadline, Due
 from sglang_router.relay.injected import UsageHider, with_ask
 from sglang_router.relay.moves import EXCHANGE_MOVES, IllegalMove
+from sglang_router.relay.outgoing import Outgoing
 from sglang_router.relay.reading import begin
 from sglang_router.relay.renaming import renamed
 from sglang_router.relay.states import ANSWERING, DONE, NEW, QUEUED, ROUTED, ExchangeState
@@ -113,6 +114,7 @@ class Pick:
         self._endpoint = endpoint
         self._caller = caller
         self._facts: Facts | None = None
+        self._rest: Outgoing | None = None  # of the body, while it is given back
         self._retries = 0
         self._awaited: asyncio.Future[None] | None = None
         # per answer
@@ -265,7 +267,16 @@ class Pick:
             outcome = Outcome.ABANDONED  # a retry may leave the subset
         self.refuse(WorkerUnreachable(detail), outcome)
 
-    def outgoing(self, leg: PlannedLeg) -> Body | Spliced:
+    def begin(self, leg: PlannedLeg) -> None:
+        """Begin to give the body back, as the worker gets it."""
+        self._rest = Outgoing(self._outgoing(leg))
+
+    def next(self) -> tuple[bytes, bool]:
+        """Return the next piece of it, and whether more follows. Not behind the end of the request: it is freed."""
+        assert self._rest is not None
+        return bytes(self._rest.next()), not self._rest.done
+
+    def _outgoing(self, leg: PlannedLeg) -> Body | Spliced:
         """Return the body as the worker gets it; see `relay.leg.Leg.send`."""
         body, facts = self.request.body, self._facts
         members = leg.splice if self.hider is None else with_ask(leg.splice)
@@ -367,3 +378,4 @@ class Pick:
         answer.usage = usage
         relay.listener.finished(Finished(tag, leg, answer))
         self._caller.clients.exchanges.discard(self)
+        self._facts = self._rest = None  # a gateway that reads nothing would keep the body

@@ -40,11 +40,14 @@ class Picking:
     admit         checks keys, see `app.admission`
     limits        of a head and a body
     fallbacks     most further endpoints that a gateway is told
+    unread        streams that are over, but end only when the gateway reads: they count among the most connections of
+                  clients, and no drain waits for them
     """
 
-    def __init__(self, app: App, clients: Clients) -> None:
+    def __init__(self, app: App, clients: Clients, unread: set[object]) -> None:
         self.app = app
         self.clients = clients
+        self.unread = unread
         self.destinations = Destinations(app.fleet, app.connections)
         self.routes = _routes(app)
         self.admit = admission(app.control.access, self.routes)

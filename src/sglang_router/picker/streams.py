@@ -33,7 +33,6 @@ from sglang_router.picker.pick import ErrorAnswer, Pick
 from sglang_router.picker.picking import Picking
 from sglang_router.relay.budget import SMALL
 from sglang_router.relay.deadlines import ERRORS, NEVER, Deadline, Due
-from sglang_router.relay.outgoing import Outgoing
 from sglang_router.relay.states import ADMITTED, DONE, HELD, ROUTED
 from sglang_router.routing.plan import PlannedLeg
 from sglang_router.wire.gathering import Body, gather, whole
@@ -120,6 +119,7 @@ class GatewayStream:
         self._broken = how
         if self._writing:  # gRPC tells nothing more before the gateway has read that: hold nothing until then
             self._let_go()
+            self._picking.unread.add(self)
         else:
             self.cut()
 
@@ -137,7 +137,9 @@ class GatewayStream:
                 return OVER
             if first.WhichOneof("kind") != "request_headers":
                 raise BrokenOff(not_the_protocol("a stream begins with request_headers"))
-            if await self._send(await self._decided(first)) or self._early is not None:
+            verdict = await self._decided(first)
+            del first  # it may be large, and what follows takes long
+            if await self._send(verdict) or self._early is not None:
                 await self._follow()
         except DecodeError:
             return not_the_protocol("this is no ProcessingRequest")
@@ -163,6 +165,7 @@ class GatewayStream:
 
     def _close(self) -> None:
         self._let_go()
+        self._picking.unread.discard(self)
         if self._reading is not None:
             self._reading.cancel()
         # Leave no cycle: it would keep the call, and all of its memory, until the collector comes.
@@ -328,15 +331,13 @@ class GatewayStream:
 
     async def _give_back(self, pick: Pick, leg: PlannedLeg) -> None:
         """Give the body back, with what the leg changes in it."""
-        body, write = pick.request.body, self._write
-        rest = Outgoing(pick.outgoing(leg))
-        left = bool(body) or (self._has_body and not self._trailers)
+        pick.begin(leg)
+        left = bool(pick.request.body) or (self._has_body and not self._trailers)
         while left:
-            data = bytes(rest.next())
-            left = not rest.done
-            await write(replies.piece(replies.REQUEST_BODY, data, not (left or self._trailers)))
+            data, left = pick.next()
+            await self._write(replies.piece(replies.REQUEST_BODY, data, not (left or self._trailers)))
         if self._trailers:
-            await write(replies.trailers(replies.REQUEST_TRAILERS))
+            await self._write(replies.trailers(replies.REQUEST_TRAILERS))
         self._hold.release()
 
     # -- the answer ----------------------------------------------------------------------------------------------------

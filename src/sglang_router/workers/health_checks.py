@@ -145,7 +145,8 @@ class HealthChecks:
 
     unhealthy_interval  seconds between checks of a worker that is not well
     introduce           asks a worker what it is; called once for each process, when it is found well
-    impostor            asked before a worker becomes healthy: who answers in its place, as an error; "" if nobody does
+    impostor            asked before a worker is asked that is not healthy, and before it becomes so: who answers in its
+                        place, as an error; "" if nobody does
     vanished            called with the name of an unhealthy worker when a check finds that its host does not answer
     released            `release` was called
     """
@@ -275,11 +276,12 @@ class HealthChecks:
         refused = absent = strange = False
         outcome = Outcome.SERVED
         try:
-            answer = await self._ask(worker, watch)
-            error = wrong(answer, worker.spec)
-            strange = is_strange(answer)
-            if error is None and worker.health is not Health.HEALTHY:
-                error = await self.impostor(worker) or None
+            error = await self._impostor(worker)  # before: the request bears the worker's key
+            if error is None:
+                answer = await self._ask(worker, watch)
+                error, strange = wrong(answer, worker.spec), is_strange(answer)
+                if error is None:
+                    error = await self._impostor(worker)
         except FetchError as exc:
             if exc.outcome is Outcome.STARVED:  # the router's own trouble tells nothing about the worker
                 return worker.health is Health.HEALTHY
@@ -319,6 +321,10 @@ class HealthChecks:
             await asking
         finally:
             asking.cancel()
+
+    async def _impostor(self, worker: Worker) -> str | None:
+        """Return who answers in place of a worker that is not healthy yet; None if nobody does."""
+        return await self.impostor(worker) or None if worker.health is not Health.HEALTHY else None
 
     async def _ask(self, worker: Worker, watch: _Watch) -> Fetched:
         """Ask the health endpoint, now and then on a new connection. Raises: FetchError."""

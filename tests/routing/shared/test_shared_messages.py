@@ -132,12 +132,28 @@ def test_boundaries_are_dense_at_first_and_few_in_the_end() -> None:
         *[("https://localhost:8000/v1", True), ("http://engine.localhost", True), ("http://127.0.0.1:8000@12", True)],
         *[("http://10.0.0.1:8000", False), ("http://gpu-1:8000@0", False), ("http://[fd00::1]:1", False)],
         *[("http://127.example.com", False), ("http://localhost.example.com:1", False)],
+        *[("http://0.0.0.0:8000", True), ("http://[::]:1", True), ("http://[::ffff:127.0.0.1]:1", True)],
+        *[("http://127.1:8000", True), ("http://0x7f000001", True), ("http://2130706433:1", True)],
+        *[("http://localhost.:1", True), ("http://localhost.localdomain", True), ("http://[fe80::1%25eth0]:1", True)],
+        *[("http://169.254.20.10:1", True), ("http://gpu-0:1", False), ("http://10.0.0.1.:1", False)],
     ],
 )
 def test_a_worker_at_a_loopback_address_is_another_one_at_each_machine(url: str, local: bool) -> None:
     here, there = Secret(KEY, 512, b"here"), Secret(KEY, 512, b"there")
     assert (here.worker(url) != there.worker(url)) is local
     assert here.worker(url) == Secret(KEY, 512, b"here").worker(url)
+
+
+def test_what_another_fleet_wrote_with_the_same_key_is_foreign() -> None:
+    here, there = Secret(KEY, 512, fleet=b"production"), Secret(KEY, 512, fleet=b"staging")
+    sealed = there.seal("orders", b"add this worker")
+    assert not here.is_ours(sealed)
+    assert here.open("orders", here.mark + sealed[len(here.mark) :]) is None
+    assert here.worker("http://gpu-1:8000") != there.worker("http://gpu-1:8000")
+    assert Secret(KEY, 512, fleet=b"staging").open("orders", sealed) == b"add this worker"
+    here.use(bytes(32))
+    assert here.mark != Secret(bytes(32), 512, fleet=b"staging").mark
+    assert here.mark == Secret(bytes(32), 512, fleet=b"production").mark
 
 
 @given(st.binary(max_size=3000), st.binary(max_size=600), st.binary(max_size=600))

@@ -273,7 +273,7 @@ def test_a_router_of_before_names_no_instances_and_is_heard() -> None:
     name = packed([secret.worker(joined.worker(0, 0).url)])
     order(joined.states[0], [FORM, b"older one", 1, name, b""])
     assert draining(joined) == [True]
-    order(joined.states[0], [FORM, b"newer one", 1, b"", name, b"", b"", [], b"", b"a field of later"])
+    order(joined.states[0], [FORM, b"newer one", 1, b"", name, b"", b"", [], b"", b"", b"a field of later"])
     assert draining(joined) == [False]
 
 

@@ -206,6 +206,35 @@ def test_a_router_without_the_option_neither_hears_nor_forgets_a_drain() -> None
     assert urls(other) == []
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1", "http://0.0.0.0:1"])
+def test_a_worker_of_one_machine_is_added_and_removed_at_its_routers_only(url: str) -> None:
+    joined = Joined(0, 0)
+    for place in (b"one", b"one", b"two"):
+        joined.add(0, hands=Hands, place=place)
+    joined.flush(0.0)
+    add(joined, 0, url)
+    add(joined, 0, A)
+    joined.flush(0.1)
+    assert everywhere(joined) == [sorted([url, A]), sorted([url, A]), [A]]
+    add(joined, 2, url)  # another engine
+    joined.flush(0.2)
+    remove(joined, 1, url)
+    joined.flush(0.3)
+    assert everywhere(joined) == [[A], [A], sorted([url, A])]
+
+
+def test_a_description_under_another_name_or_without_one_adds_nothing() -> None:
+    joined = fleet_of(1)
+    added = (A.encode(),)
+    tell(joined.states[0], OrderMessage(FORM, b"stranger", 1, added=added, named=names_of((B.encode(),))))
+    assert not joined.states[0].reading.dropped
+    tell(joined.states[0], OrderMessage(FORM, b"stranger", 2, added=added))
+    assert everywhere(joined) == [[]]
+    assert joined.states[0].reading.dropped == {"malformed": 1}
+    tell(joined.states[0], OrderMessage(FORM, b"stranger", 2, added=added, named=names_of(added)))
+    assert everywhere(joined) == [[A]]
+
+
 @pytest.mark.parametrize(
     ("added", "removed"),
     [
@@ -218,7 +247,8 @@ def test_a_router_without_the_option_neither_hears_nor_forgets_a_drain() -> None
 )
 def test_words_without_sense_change_nothing(added: tuple[bytes, ...], removed: bytes) -> None:
     joined = fleet_of(1)
-    tell(joined.states[0], OrderMessage(FORM, b"stranger", 1, added=added, removed=removed))
+    names = packed(range(len(added)))
+    tell(joined.states[0], OrderMessage(FORM, b"stranger", 1, added=added, removed=removed, named=names))
     assert everywhere(joined) == [[]]
     assert joined.states[0].reading.dropped == {"malformed": 1}
 
@@ -227,7 +257,7 @@ def test_more_workers_than_a_fleet_has_are_not_added() -> None:
     joined = fleet_of(1)
     for number in range(45):
         added = tuple(b"http://w%d:1" % (100 * number + each) for each in range(100))
-        tell(joined.states[0], OrderMessage(FORM, b"stranger", number, added=added))
+        tell(joined.states[0], OrderMessage(FORM, b"stranger", number, added=added, named=names_of(added)))
     assert len(joined.benches[0].fleet) == 4096
     assert joined.states[0].reading.dropped == {"crowded": 404}
 
@@ -252,6 +282,10 @@ def test_the_key_of_the_fleet_may_change() -> None:
     remove(joined, 1, A)
     joined.flush(0.3)
     assert everywhere(joined) == [[B], [B]]
+
+
+def names_of(added: tuple[bytes, ...], place: bytes = b"") -> bytes:
+    return packed([Secret(KEY, 512, place).worker(described.decode()) for described in added])
 
 
 def tell(state: SharedState, message: OrderMessage) -> None:

@@ -133,7 +133,7 @@ class SharedOrders:
         self.began = True
         if self._repeats and calm:
             self._repeat(now)
-        added: list[bytes] = []
+        added: dict[int, bytes] = {}
         removed: list[int] = []
         if self.workers is not None:
             added, removed = self.workers.gather(number, now, calm)
@@ -151,8 +151,9 @@ class SharedOrders:
             packed([name for name, _ in resumed]),
             packed([name for name, _ in left]),
             packed([order.instance for _, order in (*draining, *left)]),
-            tuple(added),
+            tuple(added.values()),
             packed(removed),
+            packed(list(added)),
         )
 
     def hear(self, message: OrderMessage, now: float) -> None:
@@ -165,14 +166,17 @@ class SharedOrders:
         instances = numbers(message.instances) or [0] * (count + len(left))  # an older router tells none
         if len(instances) != count + len(left):
             raise ValueError("there is no instance for each worker")
-        removed = numbers(message.removed)
+        names, removed = numbers(message.named), numbers(message.removed)
+        if len(names) != len(message.added):
+            raise ValueError("there is no name for each description")
+        added = dict(zip(names, message.added, strict=True))
         if self.workers is not None:
-            self.workers.check(message.added, removed)
+            self.workers.check(added, removed)
         if not self._numbers.is_next(message.router, message.number):
             return
         own = message.router == self._own
         if self.workers is not None:  # first: a worker that is removed takes its drain along
-            self.workers.hear(own, message.number, message.added, removed)
+            self.workers.hear(own, message.number, added, removed)
         for name, instance in zip(draining, instances[:count], strict=True):
             self._ordered(name, WorkerOrder(DRAIN, instance))
         for name in resumed:

@@ -39,6 +39,7 @@ class SharedRules(msgspec.Struct, frozen=True):
     whole     seconds between two messages that hold all loads, not only those that changed
     waiting   most bytes of messages that wait to be applied
     place     of this machine, or container, alone: workers at its loopback addresses are others than those of another
+    fleet     name of the fleet: what another one with the same key has written is as foreign as with another key
     """
 
     key: bytes
@@ -49,6 +50,7 @@ class SharedRules(msgspec.Struct, frozen=True):
     whole: float = 1.0
     waiting: int = 1 << 23
     place: bytes = b""
+    fleet: bytes = b""
 
 
 class AnyMessage(msgspec.Struct, frozen=True, array_like=True):
@@ -129,6 +131,7 @@ class OrderMessage(msgspec.Struct, frozen=True, array_like=True):
     instances  which instance of each of `draining`, then of each of `left`: its keyed hash; 0: nobody knows
     added      descriptions of workers that an operator adds at all routers, see `routing.shared.workers`
     removed    names of workers that he removes at all routers
+    named      names of the workers that `added` describes
     """
 
     form: int
@@ -140,6 +143,7 @@ class OrderMessage(msgspec.Struct, frozen=True, array_like=True):
     instances: bytes = b""
     added: tuple[bytes, ...] = ()
     removed: bytes = b""
+    named: bytes = b""
 
 
 class PeerReading(msgspec.Struct, frozen=True):

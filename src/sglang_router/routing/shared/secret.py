@@ -5,9 +5,10 @@
     seal(topic, data)           data with the mark of the key and a code that only its owner can make
     open(topic, payload)        the data again; None for what this key has not sealed for this topic
 
-No prompt, URL, session or client name leaves the process. Whoever reads the store without the key cannot even test
-whether a text that he knows was there, and whoever writes to it can do no more than repeat or withhold what routers
-wrote.
+No prompt, URL, session or client name leaves the process, but for workers that are added for all: their URLs are only
+sealed (`routing.shared.workers`). Whoever reads the store without the key cannot even test whether a text that he knows
+was there, and whoever writes to it can do no more than repeat or withhold what routers of this fleet wrote: the name of
+the fleet is part of the key, so that a file with a key may serve several fleets.
 
 Routers with another key, or another step, are foreign to each other: their payloads bear another mark.
 
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 from hmac import compare_digest
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from typing import Any, Final
 
 from sglang_router.routing.shared.packing import numbers
@@ -33,21 +34,26 @@ _EVERY: Final = 64
 MOST_STEPS: Final = 2048
 _MARK: Final = 4
 _CODE: Final = 16
+_LOCAL: Final = frozenset(("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback"))
+"""Names of this machine for itself; those below `localhost` as well."""
 
 
 class Secret:
-    """See the module. key: 32 bytes; step: of chains, in bytes of text; place: see `SharedRules`."""
+    """See the module. key: 32 bytes; step: of chains, in bytes of text; place, fleet: see `SharedRules`."""
 
-    __slots__ = ("_codes", "_key", "_names", "_place", "_texts", "boundaries", "mark", "step")
+    __slots__ = ("_codes", "_fleet", "_key", "_names", "_place", "_texts", "boundaries", "mark", "step")
 
-    def __init__(self, key: bytes, step: int, place: bytes = b"") -> None:
+    def __init__(self, key: bytes, step: int, place: bytes = b"", fleet: bytes = b"") -> None:
         self.step = step
         self._place = place
+        self._fleet = fleet
         self.boundaries = boundaries_of(step)
         self.use(key)
 
     def use(self, key: bytes) -> None:
         """Name and seal by another key from now on."""
+        if self._fleet:
+            key = blake2b(self._fleet, key=key, person=b"fleet").digest()
         self._key = key
         self._names = blake2b(key=key, digest_size=8, person=b"name")
         self._texts = blake2b(key=key, digest_size=8, person=b"text")
@@ -65,7 +71,7 @@ class Secret:
 
     def worker(self, url: str) -> int:
         """Return the name of a worker, by its URL. One of this machine alone has a name of this machine."""
-        return self.name(b"worker", url.encode() + (b"\0" + self._place if _is_local(url) else b""))
+        return self.name(b"worker", url.encode() + (b"\0" + self._place if is_local(url) else b""))
 
     def chain(self, namespace: bytes, text: bytes) -> list[int]:
         """Return the names of the beginnings of a text, the shortest first; none for a text shorter than a step."""
@@ -107,14 +113,19 @@ class Secret:
         return code
 
 
-def _is_local(url: str) -> bool:
-    """Return whether the host of a URL means another machine on each machine."""
+def is_local(url: str) -> bool:
+    """Return whether the host of a URL means another machine on each machine: loopback, link-local and unspecified
+    addresses (0.0.0.0 is this machine, too), and numbers of which only the C library knows what they mean (127.1)."""
     authority = url.partition("://")[2].partition("/")[0].partition("@")[0]  # behind it: a rank
-    host = authority[1:].partition("]")[0] if authority.startswith("[") else authority.partition(":")[0]
+    host = authority[1:].partition("]")[0] if authority.startswith("[") else authority.partition(":")[0].rstrip(".")
     try:
-        return ip_address(host).is_loopback
+        address = ip_address(host.partition("%")[0])
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        last = host.rpartition(".")[2]
+        return last in _LOCAL or host in _LOCAL or last.isdecimal() or last.startswith("0x")
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback or address.is_unspecified or address.is_link_local
 
 
 def boundaries_of(step: int) -> list[int]:

@@ -80,7 +80,7 @@ class SharedState(Listener):
 
     def __init__(self, rules: SharedRules) -> None:
         self.rules = rules
-        self.secret = Secret(rules.key, rules.step, rules.place)
+        self.secret = Secret(rules.key, rules.step, rules.place, rules.fleet)
         self.peers = Peers(rules.router, rules.expiry)
         self.inbox = Inbox(rules.waiting)
         self.prefixes = SharedPrefixes(self.secret, rules.blocks, int.from_bytes(rules.router[-2:], "big"))

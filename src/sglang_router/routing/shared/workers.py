@@ -10,6 +10,9 @@ its message comes back, what others say of that worker was said before it, and c
 A description is opaque here: `hands` read it, and add and remove. They leave workers alone that something else names:
 options, a file, a source that looks for workers.
 
+*A loopback address is another program on each machine*, so its name is another one, too. A router does not add a worker
+that it would name otherwise than the message does: it would send prompts and its key to whatever listens there.
+
 Routers that start later read all messages that the stream still has. What it has lost (`again`) is told once more, by
 the first router of those that have it.
 """
@@ -75,8 +78,8 @@ class SharedWorkers:
             del self._pending[next(iter(self._pending))]
             self.crowded += 1
 
-    def gather(self, number: int, now: float, calm: bool) -> tuple[list[bytes], list[int]]:
-        """Return the descriptions of workers that are added, and the names of those that are removed.
+    def gather(self, number: int, now: float, calm: bool) -> tuple[dict[int, bytes], list[int]]:
+        """Return the descriptions of workers that are added, by name, and the names of those that are removed.
 
         number  of the message that tells it
         calm    see `SharedOrders.gather`
@@ -85,8 +88,8 @@ class SharedWorkers:
             self._pending |= {name: each for name, each in self._again.items() if name not in self._pending}
             self._again.clear()
         if not self._pending:
-            return [], []
-        added: list[bytes] = []
+            return {}, []
+        added: dict[int, bytes] = {}
         removed: list[int] = []
         size = 0
         for name, described in list(self._pending.items()):
@@ -94,7 +97,7 @@ class SharedWorkers:
                 break
             size += len(described)
             if described:
-                added.append(described)
+                added[name] = described
             else:
                 removed.append(name)
             del self._pending[name]
@@ -103,18 +106,19 @@ class SharedWorkers:
             del self._unheard[next(iter(self._unheard))]
         return added, removed
 
-    def hear(self, own: bool, number: int, added: tuple[bytes, ...], removed: list[int]) -> None:
+    def hear(self, own: bool, number: int, added: dict[int, bytes], removed: list[int]) -> None:
         """Do what a message tells. own: it is one of this router."""
-        for described in added:
-            self._hear(own, number, self._members.name(self._hands.url(described)), described)
+        for name, described in added.items():
+            if name == self._members.name(self._hands.url(described)):
+                self._hear(own, number, name, described)
         for name in removed:
             self._hear(own, number, name, b"")
 
-    def check(self, added: tuple[bytes, ...], removed: list[int]) -> None:
+    def check(self, added: dict[int, bytes], removed: list[int]) -> None:
         """Check a message. Raises: ValueError, for one without sense."""
-        if len(removed) > _MOST_REMOVED or sum(map(len, added)) > _MOST_BYTES + LONGEST:
+        if len(removed) > _MOST_REMOVED or sum(map(len, added.values())) > _MOST_BYTES + LONGEST:
             raise ValueError("too many workers in one message")
-        for described in added:
+        for described in added.values():
             self._hands.url(described)
 
     def lost(self) -> None:
