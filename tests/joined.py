@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from fleets import Bench
 from sglang_router.routing.prefix_tree.informed import KVCaches
 from sglang_router.routing.quotas import Quotas
@@ -33,7 +35,7 @@ def rules(number: int, **more: Any) -> SharedRules:
 
 
 class Hands:
-    """Adds and removes workers that a description names by its URL; those of flags stay."""
+    """Adds and removes workers; those of flags stay. A description is a URL, and perhaps, behind a space, its cost."""
 
     def __init__(self, bench: Bench) -> None:
         self._fleet = bench.fleet
@@ -41,14 +43,15 @@ class Hands:
     def url(self, described: bytes) -> str:
         if not described.startswith(b"http://"):
             raise ValueError("it is no URL")
-        return described.decode()
+        return described.decode().partition(" ")[0]
 
     def has(self, url: str) -> bool:
         return any(worker.spec.source is Source.API for worker in self._fleet.entries(url))
 
     def add(self, described: bytes) -> None:
-        if not self._fleet.entries(described.decode()):
-            self._fleet.add(spec_at(described.decode()), 0.0)
+        url, _, cost = described.decode().partition(" ")
+        if not self._fleet.entries(url):
+            self._fleet.add(msgspec.structs.replace(spec_at(url), cost=float(cost or 1.0)), 0.0)
 
     def remove(self, url: str) -> None:
         for worker in self._fleet.entries(url):

@@ -172,12 +172,12 @@ def test_what_an_operator_removes_before_it_is_told_again_does_not_come_back(aga
     joined.flush(10.1)
     if again:  # in its new description
         joined.benches[0].fleet.add(spec_at(A), 0.0)
-        said(joined, 0, A, A.encode() + b"/")
+        said(joined, 0, A, A.encode() + b" 2.5")
         joined.flush(10.2)
     for step in range(5):
         joined.flush(12.0 + step)
-    last = [A + "/"] if again else []
-    assert urls(joined.benches[1]) == newcomer(joined) == last
+    assert urls(joined.benches[1]) == newcomer(joined) == ([A] if again else [])
+    assert [worker.spec.cost for worker in joined.benches[1].fleet] == ([2.5] if again else [])
 
 
 def test_many_workers_are_told_in_several_messages() -> None:
