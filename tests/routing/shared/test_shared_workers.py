@@ -51,13 +51,18 @@ def everywhere(joined: Joined) -> list[list[str]]:
 
 def newcomer(joined: Joined) -> list[str]:
     """Return the workers of a router that reads all from the beginning."""
+    return urls(reader(joined, 0))
+
+
+def reader(joined: Joined, since: int) -> Bench:
+    """Return a router that has read what was told since so many messages."""
     bench, state = joined.add(0, hands=Hands)
-    for topic, payload in [each[1:] for each in joined.sent]:
+    for topic, payload in [each[1:] for each in joined.sent[since:]]:
         if topic is SharedTopic.ORDERS:
             state.receive(topic, payload)
     assert not state.apply(1.0, LARGE)
     del joined.states[-1], joined.benches[-1]
-    return urls(bench)
+    return bench
 
 
 A, B = "http://a:1", "http://b:1"
@@ -174,10 +179,12 @@ def test_what_an_operator_removes_before_it_is_told_again_does_not_come_back(aga
         joined.benches[0].fleet.add(spec_at(A), 0.0)
         said(joined, 0, A, A.encode() + b" 2.5")
         joined.flush(10.2)
+    told = len(joined.sent)
     for step in range(5):
         joined.flush(12.0 + step)
     assert urls(joined.benches[1]) == newcomer(joined) == ([A] if again else [])
-    assert [worker.spec.cost for worker in joined.benches[1].fleet] == ([2.5] if again else [])
+    # Nobody tells the old description, which a router would take that starts after another loss.
+    assert {worker.spec.cost for worker in reader(joined, told).fleet} <= {2.5}
 
 
 def test_many_workers_are_told_in_several_messages() -> None:
